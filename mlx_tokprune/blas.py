@@ -1,0 +1,70 @@
+"""A fast BLAS under MLX's CPU backend on Linux; nothing on other systems.
+
+MLX's Linux wheel links the reference BLAS. An OpenBLAS that is loaded first, with
+global symbols, takes its place. It comes from the `cmeel-openblas` wheel, which expects
+the system's Fortran runtime; where there is none, the one in MLX's own wheel serves.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+_FORTRAN = b"libgfortran.so.5"
+
+
+def _find(pattern: str, roots: Iterable[str]) -> Path | None:
+    for root in filter(None, roots):
+        for path in sorted(Path(root).glob(pattern)):
+            return path
+    return None
+
+
+def _load(path: str | Path) -> None:
+    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def _load_bundled_fortran(roots: list[str]) -> None:
+    """Load MLX's bundled libgfortran under the name that OpenBLAS asks for.
+
+    Wheel builders rename bundled libraries, and the loader matches by the name inside
+    the file, so a copy in memory gets the usual name back.
+    """
+    quadmath = _find("mlx_cpu.libs/libquadmath*", roots)
+    fortran = _find("mlx_cpu.libs/libgfortran*", roots)
+    if fortran is None:
+        raise OSError("no libgfortran beside mlx")
+    if quadmath is not None:
+        _load(quadmath)
+    bundled = fortran.name.encode() + b"\0"
+    renamed = fortran.read_bytes().replace(bundled, _FORTRAN.ljust(len(bundled), b"\0"))
+    descriptor = os.memfd_create("libgfortran")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(renamed)
+        file.flush()
+        _load(f"/proc/self/fd/{descriptor}")
+
+
+def preload() -> bool:
+    """Load OpenBLAS before MLX; return whether it will be used.
+
+    Without effect outside Linux, when MLX is already imported, or when
+    `MLX_TOKPRUNE_BLAS=0`. Never raises: without it everything works, slower.
+    """
+    if sys.platform != "linux" or os.environ.get("MLX_TOKPRUNE_BLAS") == "0":
+        return False
+    if "mlx.core" in sys.modules:
+        return False
+    library = _find("cmeel.prefix/lib/libopenblas.so*", sys.path)
+    if library is None:
+        return False
+    try:
+        _load(library)
+    except OSError:
+        try:
+            _load_bundled_fortran(sys.path)
+            _load(library)
+        except OSError:
+            return False
+    return True

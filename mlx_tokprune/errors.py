@@ -1,0 +1,46 @@
+"""The error of the whole package, and how commands report it.
+
+Every message says what was wrong, what was expected, and the nearest valid choice.
+"""
+
+import argparse
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one clear sentence."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"`, or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def command(main: Callable[[list[str] | None], None]):
+    """Wrap a `main(argv)`: an `InputError` becomes one line on stderr and exit 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise SystemExit(141) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+    return run

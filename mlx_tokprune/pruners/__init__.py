@@ -1,0 +1,6 @@
+"""Choosing which visual tokens stay: `Pruner`, `list_pruners`, and the methods."""
+
+from . import baseline, merging, saliency  # noqa: F401  (importing registers them)
+from .registry import Pruner, count_kept, get_method, list_pruners, register
+
+__all__ = ["Pruner", "count_kept", "get_method", "list_pruners", "register"]

@@ -1,0 +1,31 @@
+"""Pruners that do not look at the picture: the full set, and controls to compare with."""
+
+import mlx.core as mx
+
+from ..features import Features, Selection
+from .merging import spatial
+from .registry import register
+from .saliency import keep_highest
+
+
+@register("none")
+def none(features: Features, *, keep: int) -> Selection:
+    """Keep every token."""
+    batch, total, _ = features.tokens.shape
+    indices = mx.arange(total, dtype=mx.int32)
+    return Selection(mx.broadcast_to(indices, (batch, total)))
+
+
+@register("random", control=True, seeded=True)
+def random(features: Features, *, keep: int, seed: int = 0) -> Selection:
+    """Control: keep tokens at random, from a seed."""
+    scores = mx.random.uniform(
+        shape=features.tokens.shape[:2], key=mx.random.key(seed)
+    )
+    return keep_highest(scores, keep)
+
+
+@register("uniform", control=True)
+def uniform(features: Features, *, keep: int) -> Selection:
+    """Control: keep the tokens at the cell centres of the grid that `spatial` uses."""
+    return Selection(spatial(features, keep=keep).indices)

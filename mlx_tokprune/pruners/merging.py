@@ -1,0 +1,78 @@
+"""Pruners that merge: every source token lives on in some kept one."""
+
+import mlx.core as mx
+
+from ..features import Features, Selection
+from .registry import register
+from .saliency import keep_highest, normalize, squared_norm
+
+
+def grid_within(grid: tuple[int, int], keep: int) -> tuple[int, int]:
+    """The largest (h, w) with at most `keep` cells no more than 2:1 out of square.
+
+    The cells divide the whole `grid`; of equal sizes the squarest wins.
+    """
+    height, width = grid
+    best, best_rank = (1, 1), (1, 0.0)
+    for h in range(1, height + 1):
+        w = min(width, keep // h)
+        if w == 0:
+            break
+        aspect = (height / h) / (width / w)
+        aspect = min(aspect, 1 / aspect)
+        if aspect >= 0.5 and (h * w, aspect) > best_rank:
+            best, best_rank = (h, w), (h * w, aspect)
+    return best
+
+
+def average(members: mx.array) -> mx.array:
+    """(B, K, N) membership (0 or 1) -> weights whose rows sum to 1."""
+    return members / mx.maximum(mx.sum(members, axis=-1, keepdims=True), 1)
+
+
+@register("similarity", merges=True)
+def similarity(features: Features, *, keep: int) -> Selection:
+    """Merge redundant tokens into the kept token they are most similar to (cosine).
+
+    A token is redundant when some token of larger norm is similar to it: the gap
+    criterion of density peaks clustering (Rodriguez and Laio, Science 2014) with the
+    norm as density. The `keep` least redundant tokens stay; every other token joins
+    the nearest of them and each group is averaged.
+    """
+    unit = normalize(features.tokens)
+    cosine = unit @ unit.swapaxes(1, 2)
+    size = squared_norm(features.tokens)
+    larger = size[:, None, :] > size[:, :, None]
+    redundancy = mx.max(mx.where(larger, cosine, -2.0), axis=-1)
+    kept = keep_highest(-redundancy, keep).indices
+    to_kept = mx.take_along_axis(cosine, kept[..., None], axis=1)
+    # A kept token must stay in its own group, also beside an identical twin.
+    own = kept[..., None] == mx.arange(cosine.shape[1])
+    group = mx.argmax(mx.where(own, 3.0, to_kept), axis=1)
+    members = group[:, None, :] == mx.arange(keep)[None, :, None]
+    return Selection(kept, average(members.astype(mx.float32)))
+
+
+@register("spatial", aliases=("spatial_pool",), merges=True)
+def spatial(features: Features, *, keep: int) -> Selection:
+    """Average neighbouring tokens on the largest grid with at most `keep` cells.
+
+    The grid may have fewer cells than asked for; what was kept is what is reported.
+    """
+    (height, width), (h, w) = features.grid, grid_within(features.grid, keep)
+    rows = mx.arange(height) * h // height
+    columns = mx.arange(width) * w // width
+    cell = (rows[:, None] * w + columns[None]).reshape(-1)
+    members = (cell[None] == mx.arange(h * w)[:, None]).astype(mx.float32)
+    batch = features.tokens.shape[0]
+    weights = mx.broadcast_to(average(members[None]), (batch, h * w, height * width))
+    return Selection(_cell_centers(features.grid, (h, w), batch), weights)
+
+
+def _cell_centers(grid, cells, batch: int) -> mx.array:
+    """(B, h * w) int32: the token at the centre of each cell, ascending."""
+    (height, width), (h, w) = grid, cells
+    rows = (2 * mx.arange(h) + 1) * height // (2 * h)
+    columns = (2 * mx.arange(w) + 1) * width // (2 * w)
+    centers = (rows[:, None] * width + columns[None]).reshape(1, -1)
+    return mx.broadcast_to(centers.astype(mx.int32), (batch, h * w))

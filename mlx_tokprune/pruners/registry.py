@@ -1,0 +1,185 @@
+"""Pruners by name, and `Pruner`: a method with its budget, ready to call.
+
+A pruner is a pure function `(Features, *, keep, **options) -> Selection`. `keep` is a
+Python int, so every shape is static. Registering one makes it known to every command.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import InputError, nearest
+from ..features import Features, Selection
+
+PruneFunction = Callable[..., Selection]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: `needs` names the extras of `Features` that it reads."""
+
+    name: str
+    function: PruneFunction
+    needs: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    merges: bool = False
+    control: bool = False
+    seeded: bool = False
+
+    @property
+    def summary(self) -> str:
+        return (self.function.__doc__ or "").strip().splitlines()[0]
+
+
+_METHODS: dict[str, Method] = {}
+_NAMES: dict[str, str] = {}  # every name and alias -> name
+
+
+def register(
+    name: str,
+    *,
+    needs: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    merges: bool = False,
+    control: bool = False,
+    seeded: bool = False,
+) -> Callable[[PruneFunction], PruneFunction]:
+    """Register a pruner function under `name`; raises `ValueError` on a known name."""
+
+    def add(function: PruneFunction) -> PruneFunction:
+        for word in (name, *aliases):
+            if word in _NAMES:
+                raise ValueError(f"pruner name {word!r} is already registered")
+        _METHODS[name] = Method(name, function, needs, aliases, merges, control, seeded)
+        _NAMES.update({word: name for word in (name, *aliases)})
+        return function
+
+    return add
+
+
+@contextlib.contextmanager
+def temporary(name: str, **options) -> Iterator[Callable]:
+    """`register` for the length of a `with` block."""
+    try:
+        yield register(name, **options)
+    finally:
+        for word in [w for w, n in _NAMES.items() if n == name]:
+            del _NAMES[word]
+        _METHODS.pop(name, None)
+
+
+def list_pruners() -> list[str]:
+    """Names of all methods, in the order of registration."""
+    return list(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """The method of this name or alias; `InputError` lists the known ones."""
+    if name not in _NAMES:
+        known = ", ".join(_METHODS)
+        raise InputError(
+            f"unknown pruning method {name!r}; known methods are {known}."
+            + nearest(name, _NAMES)
+        )
+    return _METHODS[_NAMES[name]]
+
+
+def count_kept(total: int, keep_ratio: float) -> int:
+    """K = max(1, int(N * ratio)), the one place where a ratio becomes a count."""
+    return max(1, int(total * keep_ratio))
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A method and its budget: `Pruner("norm", keep_ratio=0.5)(features)`.
+
+    Give `keep_ratio` in (0, 1] or `keep_tokens` (at least 1), not both; neither keeps
+    every token. `seed` is read by seeded methods only. Raises `InputError` for an
+    unknown method, a budget out of range, or more tokens than there are.
+    """
+
+    method: str = "norm"
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "method", get_method(self.method).name)
+        ratio, tokens = self.keep_ratio, self.keep_tokens
+        if ratio is not None and tokens is not None:
+            raise InputError("give a keep ratio or a number of tokens, not both")
+        if ratio is not None and not 0 < ratio <= 1:
+            raise InputError(
+                f"keep ratio {ratio:g} is outside (0, 1]; 1 keeps every visual token"
+            )
+        if tokens is not None and tokens < 1:
+            raise InputError(f"cannot keep {tokens} visual tokens; the least is 1")
+        if self.method == "none" and (ratio or 1) < 1:
+            raise InputError(
+                f"method 'none' keeps every visual token, so a keep ratio of "
+                f"{ratio:g} needs another method, such as 'norm'"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The extras of `Features` this pruner reads, none when it keeps everything."""
+        return () if self.keeps_all else get_method(self.method).needs
+
+    @property
+    def keeps_all(self) -> bool:
+        ratio_is_full = self.keep_ratio is None or self.keep_ratio == 1
+        return self.method == "none" or (ratio_is_full and self.keep_tokens is None)
+
+    def count(self, total: int) -> int:
+        """How many of `total` visual tokens to keep."""
+        if self.keep_tokens is None:
+            return count_kept(total, self.keep_ratio or 1.0)
+        if self.keep_tokens > total:
+            raise InputError(
+                f"cannot keep {self.keep_tokens} visual tokens; there are {total}, "
+                f"so the most is {total}"
+            )
+        if self.method == "none" and self.keep_tokens < total:
+            raise InputError(
+                f"method 'none' keeps all {total} visual tokens, so keeping "
+                f"{self.keep_tokens} needs another method, such as 'norm'"
+            )
+        return self.keep_tokens
+
+    def __call__(self, features: Features) -> Selection:
+        method = get_method(self.method)
+        total = features.tokens.shape[1]
+        keep = self.count(total)
+        if keep == total:
+            method = get_method("none")
+        missing = [name for name in method.needs if getattr(features, name) is None]
+        if missing:
+            raise ValueError(f"{method.name} needs features with {missing}")
+        if method.seeded:
+            return method.function(features, keep=keep, seed=self.seed)
+        return _compiled(method.name, method.function, keep, features.grid)(features)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(name: str, function: PruneFunction, keep: int, grid: tuple[int, int]):
+    """`function` under `mx.compile`: one graph per method, budget and grid."""
+
+    def arrays(tokens, *extras):
+        features = Features(tokens, grid, *extras)
+        selection = function(features, keep=keep)
+        return (selection.indices, *filter(_is_array, (selection.weights,)))
+
+    compiled = mx.compile(arrays)
+
+    def call(features: Features) -> Selection:
+        extras = filter(_is_array, (features.attention,))
+        return Selection(*compiled(features.tokens, *extras))
+
+    return call
+
+
+def _is_array(value) -> bool:
+    return value is not None

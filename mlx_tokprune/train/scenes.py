@@ -1,0 +1,459 @@
+"""Generated pictures and questions for the embedded demo model.
+
+A scene holds a few coloured shapes and, most of the time, a sign with a short word or
+number. Everything is drawn from one `numpy.random.Generator`, so a seed is a data set.
+Labels for the helper losses are here too; models and losses are not.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+COLORS = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 20),
+    "yellow": (245, 222, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 90, 215),
+    "purple": (150, 50, 180),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+WORDS = (
+    "EXIT STOP OPEN TAXI CAFE BANK FIRE HOTEL PARK SHOP SALE MILK BREAD TEA FISH BOOK "
+    "NORTH SOUTH EAST WEST SLOW WAIT HELP FREE DOOR LIFT BUS TRAM GATE ZONE PIZZA CITY"
+).split()
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+KINDS = ("color", "shape", "count", "where", "read")
+CELL = 64  # pixels a visual token covers: the total stride of the tower
+FINE = 16  # pixels of a cell of the fine labels
+CANVAS = 512
+
+_COLOR_NAMES = tuple(COLORS)
+_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One coloured shape; centre and radius in pixels of the padded square."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    radius: float
+    turn: float  # radians
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One printed text; box `(left, top, right, bottom)` of its ink in the square."""
+
+    text: str
+    box: tuple[float, float, float, float]
+    face: int  # index into `font_files()`
+    size: int  # of the font, in pixels
+    margin: int  # pixels of plate around the ink
+
+    @property
+    def center(self) -> tuple[float, float]:
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture of `width` x `height`, padded to `canvas` x `canvas`."""
+
+    width: int
+    height: int
+    canvas: int
+    things: tuple[Thing, ...]
+    sign: Sign | None
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str
+    prompt: str
+    answer: str
+
+
+@dataclass
+class _Layout:
+    """Where things already stand while a scene is laid out."""
+
+    cells: set = field(default_factory=set)
+    boxes: list = field(default_factory=list)
+
+    def find(self, rng, area, half_w: float, half_h: float, tries: int = 12):
+        """A free centre inside `area`, now taken; `None` when there is no room."""
+        left, top = area[0] + half_w, area[1] + half_h
+        right, bottom = area[2] - half_w, area[3] - half_h
+        if left >= right or top >= bottom:
+            return None
+        for _ in range(tries):
+            x, y = rng.uniform(left, right), rng.uniform(top, bottom)
+            if self._take(x, y, half_w, half_h):
+                return x, y
+        return None
+
+    def _take(self, x: float, y: float, half_w: float, half_h: float) -> bool:
+        cell = (int(x // CELL), int(y // CELL))
+        box = (x - half_w - 3, y - half_h - 3, x + half_w + 3, y + half_h + 3)
+        free = all(
+            box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1]
+            for b in self.boxes
+        )
+        if cell in self.cells or not free:
+            return False
+        self.cells.add(cell)
+        self.boxes.append(box)
+        return True
+
+
+@functools.lru_cache(maxsize=1)
+def font_files() -> tuple[str | None, ...]:
+    """Pillow's own font (`None`) and the DejaVu faces that ship with matplotlib."""
+    from matplotlib import get_data_path
+
+    names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+    return (None, *(f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in names))
+
+
+@functools.lru_cache(maxsize=256)
+def _font(index: int, size: int):
+    path = font_files()[index]
+    if path is None:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(path, size)
+
+
+def _polygon(shape: str, x: float, y: float, r: float, turn: float):
+    def ring(n, radii, phase):
+        angles = [phase + turn + 2 * math.pi * i / n for i in range(n)]
+        return [
+            (x + rr * math.cos(a), y + rr * math.sin(a))
+            for a, rr in zip(angles, radii, strict=True)
+        ]
+
+    if shape == "square":
+        return ring(4, [r * 1.15] * 4, math.pi / 4)
+    if shape == "triangle":
+        return ring(3, [r * 1.2] * 3, -math.pi / 2)
+    if shape == "star":
+        return ring(10, [r * 1.2, r * 0.5] * 5, -math.pi / 2)
+    t = r * 0.36
+    arms = [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t)]
+    arms += [(t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)]
+    c, s = math.cos(turn), math.sin(turn)
+    return [(x + c * a - s * b, y + s * a + c * b) for a, b in arms]
+
+
+def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill) -> None:
+    x, y, r = thing.x, thing.y, thing.radius
+    if thing.shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif thing.shape == "ring":
+        width = max(5, round(r * 0.36))
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=width)
+    else:
+        draw.polygon(_polygon(thing.shape, x, y, r, thing.turn), fill=fill)
+
+
+def _draw_sign(draw: ImageDraw.ImageDraw, sign: Sign, ink, plate) -> None:
+    font = _font(sign.face, sign.size)
+    left, top, right, bottom = sign.box
+    m = sign.margin
+    draw.rectangle((left - m, top - m, right + m, bottom + m), fill=plate)
+    dx, dy, *_ = _ink_box(sign.face, sign.size, sign.text)
+    draw.text((left - dx, top - dy), sign.text, font=font, fill=ink)
+
+
+def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    base = rng.uniform(30, 165) + rng.uniform(-14, 14, 3)
+    style = rng.integers(4)
+    ys, xs = np.ogrid[:height, :width]
+    shade = np.zeros((height, width), np.float32)
+    if style == 1:
+        ramp = ys / height if rng.integers(2) else xs / width
+        shade = shade + ramp * rng.uniform(-45, 45)
+    elif style == 2:
+        coarse = rng.normal(0, 16, (height // 32 + 2, width // 32 + 2)) + 128
+        blobs = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
+        blobs = blobs.resize((width, height), Image.Resampling.BILINEAR)
+        shade = np.asarray(blobs).astype(np.float32) - 128
+    elif style == 3:
+        period = int(rng.integers(12, 48))
+        stripes = ((xs * rng.integers(0, 2) + ys) // period) % 2
+        shade = stripes * np.float32(rng.uniform(-28, 28))
+    pixels = np.empty((height, width, 3), np.uint8)
+    for channel in range(3):
+        pixels[..., channel] = np.clip(shade + np.float32(base[channel]), 0, 255)
+    return Image.fromarray(pixels)
+
+
+@functools.lru_cache(maxsize=8192)
+def _ink_box(face: int, size: int, text: str) -> tuple[float, float, float, float]:
+    return _font(face, size).getbbox(text)
+
+
+@functools.lru_cache(maxsize=8192)
+def _letter_edges(face: int, size: int, text: str) -> tuple[float, ...]:
+    font = _font(face, size)
+    return tuple(font.getlength(text[:i]) for i in range(len(text) + 1))
+
+
+def _sample_text(rng: np.random.Generator) -> str:
+    if rng.random() < 0.4:
+        return str(rng.integers(10, 100))
+    return WORDS[rng.integers(len(WORDS))]
+
+
+def _sample_sign(rng, layout: _Layout, area) -> Sign | None:
+    """A sign where there is room for it, or `None`."""
+    text = _sample_text(rng)
+    face, size = int(rng.integers(len(font_files()))), int(rng.integers(30, 50))
+    left, top, right, bottom = _ink_box(face, size, text)
+    margin = int(rng.integers(6, 14))
+    half_w, half_h = (right - left) / 2, (bottom - top) / 2
+    at = layout.find(rng, area, half_w + margin, half_h + margin)
+    if at is None:
+        return None
+    x, y = at
+    box = (x - half_w, y - half_h, x + half_w, y + half_h)
+    return Sign(text, box, face, size, margin)
+
+
+def _sample_things(rng, layout: _Layout, area, most: int) -> tuple[Thing, ...]:
+    shapes = rng.permutation(SHAPES)[: rng.integers(2, 6)]
+    colors = rng.permutation(_COLOR_NAMES)[: rng.integers(2, 6)]
+    things = []
+    for _ in range(rng.integers(1, most + 1)):
+        shape = str(shapes[rng.integers(len(shapes))])
+        color = str(colors[rng.integers(len(colors))])
+        radius, turn = rng.uniform(20, 44), rng.uniform(-0.25, 0.25)
+        at = layout.find(rng, area, radius * 1.2, radius * 1.2)
+        if at is not None:
+            things.append(Thing(shape, color, *at, radius, turn))
+    return tuple(things)
+
+
+def sample_scene(
+    rng: np.random.Generator, canvas: int = CANVAS, max_things: int = 5
+) -> Scene:
+    """What is in a picture whose longer side is `canvas` pixels.
+
+    Half of the pictures are not square; coordinates are those of the square that
+    preprocessing pads them to (centred). No two centres share a visual token.
+    """
+    width = height = canvas
+    if rng.random() < 0.5:
+        short = int(canvas * rng.uniform(0.6, 1.0))
+        width, height = (canvas, short) if rng.random() < 0.6 else (short, canvas)
+    left, top = (canvas - width) // 2, (canvas - height) // 2
+    area = (left, top, left + width, top + height)
+    while True:  # a large sign in a small picture can leave no room for a thing
+        layout = _Layout()
+        sign = _sample_sign(rng, layout, area) if rng.random() < 0.8 else None
+        things = _sample_things(rng, layout, area, max_things)
+        if things:
+            return Scene(width, height, canvas, things, sign)
+
+
+def render(rng: np.random.Generator, scene: Scene) -> Image.Image:
+    """The picture `(height, width)` of a scene, not padded, RGB."""
+    left = (scene.canvas - scene.width) // 2
+    top = (scene.canvas - scene.height) // 2
+    square = Image.new("RGB", (scene.canvas, scene.canvas))
+    square.paste(_background(rng, scene.width, scene.height), (left, top))
+    draw = ImageDraw.Draw(square)
+    if scene.sign is not None:
+        dark, light = rng.integers(5, 60, 3), rng.integers(200, 250, 3)
+        ink, plate = (dark, light) if rng.random() < 0.6 else (light, dark)
+        _draw_sign(draw, scene.sign, tuple(map(int, ink)), tuple(map(int, plate)))
+    for thing in scene.things:
+        fill = np.clip(COLORS[thing.color] + rng.normal(0, 9, 3), 0, 255)
+        _draw_thing(draw, thing, tuple(map(int, fill)))
+    picture = square.crop((left, top, left + scene.width, top + scene.height))
+    if rng.random() < 0.3:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
+    return _add_noise(rng, picture) if rng.random() < 0.6 else picture
+
+
+def _add_noise(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
+    pixels = np.asarray(picture).astype(np.int16)
+    height, width, _ = pixels.shape
+    coarse = rng.standard_normal(((height + 1) // 2, (width + 1) // 2), np.float32)
+    noise = (np.float32(rng.uniform(2, 12)) * coarse).astype(np.int16)
+    pixels += np.repeat(np.repeat(noise, 2, 0), 2, 1)[:height, :width, None]
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+# Questions -------------------------------------------------------------------------
+
+
+def _name(thing: Thing, things: tuple[Thing, ...]) -> str | None:
+    """The shortest phrase that means this thing only; `None` when there is none."""
+    if sum(t.shape == thing.shape for t in things) == 1:
+        return thing.shape
+    alike = sum((t.shape, t.color) == (thing.shape, thing.color) for t in things)
+    return f"{thing.color} {thing.shape}" if alike == 1 else None
+
+
+def _ask_color(rng, scene: Scene) -> Question | None:
+    unique = [t for t in scene.things if _name(t, scene.things) == t.shape]
+    if not unique:
+        return None
+    thing = unique[rng.integers(len(unique))]
+    return Question("color", f"What color is the {thing.shape}?", thing.color)
+
+
+def _ask_shape(rng, scene: Scene) -> Question | None:
+    seen = [t.color for t in scene.things]
+    unique = [t for t in scene.things if seen.count(t.color) == 1]
+    if not unique:
+        return None
+    thing = unique[rng.integers(len(unique))]
+    return Question("shape", f"What shape is {thing.color}?", thing.shape)
+
+
+def _ask_count(rng, scene: Scene) -> Question | None:
+    form = rng.random()
+    if form < 0.15:
+        return Question("count", "How many shapes are there?", str(len(scene.things)))
+    absent = rng.random() < 0.15
+    if form < 0.65:
+        seen = [t.shape for t in scene.things]
+        pool = [s for s in SHAPES if (s not in seen) == absent]
+        what = "How many {} are there?"
+        plurals = {s: f"{s}es" if s == "cross" else f"{s}s" for s in SHAPES}
+    else:
+        seen = [t.color for t in scene.things]
+        pool = [c for c in _COLOR_NAMES if (c not in seen) == absent]
+        what = "How many shapes are {}?"
+        plurals = {c: c for c in pool}
+    if not pool:
+        return None
+    target = pool[rng.integers(len(pool))]
+    return Question("count", what.format(plurals[target]), str(seen.count(target)))
+
+
+def _ask_where(rng, scene: Scene) -> Question | None:
+    named = [(t, n) for t in scene.things if (n := _name(t, scene.things))]
+    if not named:
+        return None
+    a, name_a = named[rng.integers(len(named))]
+    others = [(t, n) for t, n in named if t is not a]
+    if not others or rng.random() < 0.25:
+        dx, dy = a.x - scene.canvas / 2, a.y - scene.canvas / 2
+        if min(abs(dx), abs(dy)) < 24:
+            return None
+        side = "left" if dx < 0 else "right"
+        answer = f"{'top' if dy < 0 else 'bottom'} {side}"
+        return Question("where", f"Where is the {name_a}?", answer)
+    b, name_b = others[rng.integers(len(others))]
+    dx, dy = a.x - b.x, a.y - b.y
+    choices = []
+    if abs(dx) >= 40:
+        choices.append("left" if dx < 0 else "right")
+    if abs(dy) >= 40:
+        choices.append("above" if dy < 0 else "below")
+    if not choices:
+        return None
+    truth = choices[rng.integers(len(choices))]
+    if rng.random() < 0.5:
+        pair = "left or right of" if truth in ("left", "right") else "above or below"
+        return Question("where", f"Is the {name_a} {pair} the {name_b}?", truth)
+    said = truth if rng.random() < 0.5 else _OPPOSITE[truth]
+    phrase = f"{said} of" if said in ("left", "right") else said
+    answer = "yes" if said == truth else "no"
+    return Question("where", f"Is the {name_a} {phrase} the {name_b}?", answer)
+
+
+def _ask_read(rng, scene: Scene) -> Question | None:
+    if scene.sign is None:
+        return None
+    prompt = ("What does the sign say?", "What is written on the sign?")
+    return Question("read", prompt[rng.integers(2)], scene.sign.text)
+
+
+_ASK = dict(
+    zip(KINDS, (_ask_color, _ask_shape, _ask_count, _ask_where, _ask_read), strict=True)
+)
+
+
+def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
+    """A question of this kind, or `None` when the scene does not allow one."""
+    return _ASK[kind](rng, scene)
+
+
+def ask_many(rng: np.random.Generator, scene: Scene, count: int) -> list[Question]:
+    """`count` questions, kinds in turn from a random start; repeats may occur."""
+    questions: list[Question] = []
+    turn = int(rng.integers(len(KINDS)))
+    while len(questions) < count:
+        question = ask(rng, scene, KINDS[turn % len(KINDS)])
+        turn += 1
+        if question is not None:
+            questions.append(question)
+    return questions
+
+
+# Labels for the helper losses -------------------------------------------------------
+
+
+def cell_labels(scene: Scene) -> dict[str, np.ndarray]:
+    """What each visual token should know; arrays `(cells,)` int64, -1 where unset.
+
+    `shape` and `color` are 0 for empty cells; a sign is shape `len(SHAPES) + 1`.
+    `x`, `y`: centre in the square in units of 8 px. `word`, `tens`, `units`: the sign.
+    """
+    side = scene.canvas // CELL
+    n = side * side
+    labels = {k: np.full(n, -1, np.int64) for k in ("x", "y", "word", "tens", "units")}
+    labels |= {k: np.zeros(n, np.int64) for k in ("shape", "color")}
+
+    def cell(x, y):
+        at = int(y // CELL) * side + int(x // CELL)
+        labels["x"][at], labels["y"][at] = int(x // 8), int(y // 8)
+        return at
+
+    for thing in scene.things:
+        at = cell(thing.x, thing.y)
+        labels["shape"][at] = 1 + SHAPES.index(thing.shape)
+        labels["color"][at] = 1 + _COLOR_NAMES.index(thing.color)
+    if scene.sign is not None:
+        at = cell(*scene.sign.center)
+        labels["shape"][at] = len(SHAPES) + 1
+        text = scene.sign.text
+        if text.isdigit():
+            labels["tens"][at], labels["units"][at] = int(text[0]), int(text[1])
+        else:
+            labels["word"][at] = WORDS.index(text)
+    return labels
+
+
+def fine_labels(scene: Scene) -> dict[str, np.ndarray]:
+    """`shape`, `color`, `char` at stride 16; arrays `(canvas/16, canvas/16)` int64."""
+    side = scene.canvas // FINE
+    centers = (np.arange(side) + 0.5) * FINE
+    labels = {k: np.zeros((side, side), np.int64) for k in ("shape", "color", "char")}
+    for thing in scene.things:
+        far = np.hypot(centers[None] - thing.x, centers[:, None] - thing.y)
+        inside = far < thing.radius
+        labels["shape"][inside] = 1 + SHAPES.index(thing.shape)
+        labels["color"][inside] = 1 + _COLOR_NAMES.index(thing.color)
+    if scene.sign is not None:
+        _, top, _, bottom = scene.sign.box
+        rows = (centers > top - 4) & (centers < bottom + 4)
+        sign = scene.sign
+        edges = sign.box[0] + np.array(_letter_edges(sign.face, sign.size, sign.text))
+        for letter, left, right in zip(sign.text, edges, edges[1:], strict=False):
+            columns = (centers >= left) & (centers < right)
+            here = rows[:, None] & columns[None]
+            labels["char"][here] = 1 + CHARACTERS.index(letter)
+    return labels
