@@ -1,0 +1,288 @@
+"""Checkpoint folders: find shards, check them, read lazily, write atomically.
+
+Knows safetensors and folders, no model family. Headers are read and checked before any
+tensor is, so a damaged checkpoint is refused before work begins.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 1 << 30
+_TRAVELLING = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.*",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "ACKNOWLEDG*",
+    "USE_POLICY*",
+    "*.md",
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies and its shape, from a safetensors header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """An opened folder: `config`, and `tensors` by name, not yet read."""
+
+    def __init__(self, folder: Path, config: dict, tensors: dict[str, Tensor]):
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Checkpoint":
+        """Read config and headers. Raises `InputError` for anything unusable."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} is not a folder; expected a checkpoint folder with "
+                "config.json and safetensors files"
+            )
+        config = read_json(folder / "config.json")
+        tensors: dict[str, Tensor] = {}
+        for file in _shards(folder):
+            header = read_header(file)
+            for name in header.keys() & tensors.keys():
+                raise InputError(
+                    f"tensor {name} is both in {tensors[name].file.name} and in "
+                    f"{file.name}; expected it once"
+                )
+            tensors.update(header)
+        return cls(folder, config, tensors)
+
+    def load(self) -> dict[str, mx.array]:
+        """All tensors, lazily: nothing is read until it is evaluated."""
+        weights: dict[str, mx.array] = {}
+        for file in sorted({t.file for t in self.tensors.values()}):
+            weights.update(mx.load(str(file), format="safetensors"))
+        return weights
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; `InputError` says what is wrong with it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path.parent} has no {path.name}; expected a checkpoint folder with "
+            "config.json and safetensors files"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        files = sorted(folder.glob("model*.safetensors"))
+        files = files or sorted(folder.glob("*.safetensors"))
+        if files:
+            return files
+        torch = sorted(p.name for p in folder.glob("*.bin"))
+        found = f"only {torch[0]}, a torch pickle" if torch else "no weights"
+        raise InputError(
+            f"{folder} has {found}; expected safetensors files "
+            f"(model.safetensors, or shards with {INDEX})"
+        )
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index} has no weight_map of tensor names to shards")
+    return [_shard(folder, name) for name in sorted(set(map(str, names.values())))]
+
+
+def _shard(folder: Path, name: str) -> Path:
+    path = Path(name)
+    if path.is_absolute() or path.name != name or name in ("", ".", ".."):
+        raise InputError(
+            f"{INDEX} names the shard {name!r}, which leaves {folder}; expected "
+            "file names inside the folder"
+        )
+    if not (folder / name).is_file():
+        raise InputError(
+            f"shard {name} is missing from {folder}, though {INDEX} names it; "
+            "download it again"
+        )
+    return folder / name
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Names and shapes in one safetensors file, whose length is checked too."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length + 8 > size:
+            raise InputError(f"{file} is truncated: {size} bytes hold no whole header")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((t["data_offsets"][1] for t in header.values()), default=0)
+            tensors = {
+                name: Tensor(file, t["dtype"], tuple(t["shape"]))
+                for name, t in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{file} is not a safetensors file") from None
+    expected = 8 + length + end
+    if size != expected:
+        problem = "truncated" if size < expected else "too long"
+        raise InputError(f"{file} is {problem}: {size} bytes, expected {expected}")
+    return tensors
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Every expected tensor once, with its shape, and no other; else `InputError`."""
+    for name, shape in expected.items():
+        if name not in found:
+            more = len(expected.keys() - found.keys()) - 1
+            others = f" and {more} more" if more else ""
+            raise InputError(f"{source} lacks tensor {name}{others}")
+        if tuple(found[name]) != tuple(shape):
+            raise InputError(
+                f"tensor {name} of {source} has shape {tuple(found[name])}; "
+                f"expected {tuple(shape)}"
+            )
+    if extra := sorted(found.keys() - expected.keys()):
+        others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise InputError(f"{source} has the unknown tensor {extra[0]}{others}")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, licence and model card travel with the weights; code does not."""
+    for pattern in _TRAVELLING:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` when the block ends well.
+
+    It is made beside `target`; on any error it is removed and `target` never exists.
+    Raises `InputError` when `target` exists or the disk is full.
+    """
+    target = Path(target)
+    if target.exists():
+        raise InputError(
+            f"{target} already exists; choose a new folder or remove it first"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot write in {target.parent} ({error.strerror})"
+        ) from None
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(target)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(_full_disk(target)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _full_disk(target: Path) -> str:
+    free = shutil.disk_usage(target.parent).free >> 20
+    return f"the disk of {target.parent} is full ({free} MB free); nothing was written"
+
+
+def write_config(folder: Path, config: dict) -> None:
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, mx.array]],
+    total_bytes: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write lazy `tensors` as one safetensors file or as shards with an index.
+
+    Each shard is evaluated, written and released before the next is begun, so memory
+    holds one shard. `total_bytes` is an estimate that only the free disk space is
+    checked against. Raises `OSError` (ENOSPC) when the disk is full.
+    """
+    if shutil.disk_usage(folder).free < total_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    written: list[tuple[Path, list[str], int]] = []
+    shard: dict[str, mx.array] = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > shard_bytes:
+            written.append(_write_shard(folder, len(written), shard))
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+        del array
+    written.append(_write_shard(folder, len(written), shard))
+    if len(written) == 1:
+        written[0][0].rename(folder / "model.safetensors")
+        return
+    names: dict[str, str] = {}
+    for number, (path, keys, _) in enumerate(written, 1):
+        name = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.rename(folder / name)
+        names |= dict.fromkeys(keys, name)
+    size = sum(nbytes for *_, nbytes in written)
+    index = {"metadata": {"total_size": size}, "weight_map": names}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(folder: Path, number: int, shard: dict[str, mx.array]):
+    path = folder / f"shard-{number}.safetensors"
+    names, nbytes = list(shard), sum(a.nbytes for a in shard.values())
+    try:
+        mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
+    except RuntimeError:
+        if shutil.disk_usage(folder).free > nbytes:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    # MLX does not report a short write.
+    if path.stat().st_size < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    shard.clear()
+    mx.clear_cache()
+    return path, names, nbytes

@@ -1,0 +1,132 @@
+"""`mlx_tokprune.convert`: a checkpoint of the wild to an MLX checkpoint, once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from ..errors import InputError, Parser, command
+from ..hub import resolve
+from . import fastvlm
+from .checkpoint import (
+    Checkpoint,
+    copy_companions,
+    new_folder,
+    write_config,
+    write_shards,
+)
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+
+
+def convert(
+    hf_path: str,
+    mlx_path: str,
+    dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int = 4,
+    q_group_size: int = 64,
+) -> Path:
+    """Write the checkpoint `hf_path` (hub id or folder) as an MLX checkpoint.
+
+    dtype: of float tensors, the source's own when `None`.
+    quantize: the language model only, to `q_bits` in groups of `q_group_size`.
+
+    Tensors are streamed, so memory holds about one shard of 1 GB. The source is only
+    read; its tokenizer, licence and model card are copied. Returns the new folder.
+    Raises `InputError` for a source that cannot be read or an existing target.
+    """
+    if q_bits not in (4, 8) or q_group_size not in (32, 64, 128):
+        raise InputError(
+            f"cannot quantize to {q_bits} bits in groups of {q_group_size}; expected "
+            "4 or 8 bits and groups of 32, 64 or 128"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    target = Path(mlx_path)
+    checkpoint = Checkpoint.open(resolve(hf_path))
+    fastvlm.check_layout(checkpoint)
+    config = fastvlm.read_config(checkpoint)
+    fastvlm.check(checkpoint, config)
+    if quantize and config.get("quantization"):
+        raise InputError(f"{checkpoint.folder} is already quantized; leave out -q")
+    tensors = _stream(checkpoint, dtype, (q_group_size, q_bits) if quantize else None)
+    with new_folder(target) as folder:
+        copy_companions(checkpoint.folder, folder)
+        write_config(folder, _target_config(config, dtype, quantize, q_bits, q_group_size))
+        write_shards(folder, tensors, _bytes_to_write(checkpoint, dtype, quantize))
+    return target
+
+
+def _stream(
+    checkpoint: Checkpoint, dtype: str | None, quantization: tuple[int, int] | None
+) -> Iterator[tuple[str, mx.array]]:
+    """The MLX-layout tensors one by one, each released once it is consumed."""
+    weights = fastvlm.to_mlx_layout(checkpoint.load())
+    names = sorted(weights)
+    for name in tqdm(names, desc="converting", unit="tensor", disable=None):
+        array = weights.pop(name)
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(DTYPES[dtype]) if dtype else array
+        if quantization and _can_quantize(name, array, quantization[0]):
+            path = name.removesuffix(".weight")
+            parts = mx.quantize(array, *quantization)
+            yield from zip(
+                (name, f"{path}.scales", f"{path}.biases"), parts, strict=True
+            )
+            del parts
+        else:
+            yield name, array
+        del array
+
+
+def _can_quantize(name: str, array: mx.array, group_size: int) -> bool:
+    """Matrices of the language model whose rows divide into groups."""
+    matrix = name.startswith("language_model.") and array.ndim == 2
+    return matrix and name.endswith(".weight") and array.shape[1] % group_size == 0
+
+
+def _target_config(config: dict, dtype, quantize: bool, bits: int, group: int) -> dict:
+    config = {k: v for k, v in config.items() if k != "auto_map"}
+    if dtype:
+        config["torch_dtype"] = dtype
+    if quantize:
+        config["quantization"] = {"group_size": group, "bits": bits, "mode": "affine"}
+        config["quantization_config"] = config["quantization"]
+    return config
+
+
+def _bytes_to_write(checkpoint: Checkpoint, dtype: str | None, quantize: bool) -> int:
+    """At most what the tensors will take; quantized ones are counted at a quarter."""
+    total = 0
+    for name, tensor in checkpoint.tensors.items():
+        size = DTYPES[dtype].size if dtype else _FLOATS.get(tensor.dtype, 4)
+        if quantize and "vision_tower" not in name:
+            size /= 4
+        count = 1
+        for n in tensor.shape:
+            count *= n
+        total += int(count * size)
+    return total
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mlx_tokprune.convert", description=__doc__)
+    add = parser.add_argument
+    add("--hf-path", required=True, help="hub id or folder of the checkpoint")
+    add("--mlx-path", required=True, help="folder to write; must not exist")
+    add("--dtype", choices=list(DTYPES), help="of float tensors (default: as they are)")
+    add(
+        "-q", "--quantize", action="store_true", help="quantize the language model only"
+    )
+    add("--q-bits", type=int, default=4, help="bits per weight: 4 or 8 (default: 4)")
+    add("--q-group-size", type=int, default=64, help="weights per scale (default: 64)")
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    target = convert(**vars(build_parser().parse_args(argv)))
+    print(f"wrote {target}")

@@ -1,0 +1,139 @@
+"""FastVLM checkpoints: which layout a folder has, and its tensors in the MLX layout.
+
+Reads Apple's PyTorch layout and the MLX community's; writes the latter, which mlx-vlm
+and mlx-swift-lm load too. Dicts of arrays in, dicts of arrays out.
+"""
+
+import re
+from collections.abc import Iterable
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import InputError
+from ..models.fastvlm import FastVLM, ModelArgs
+from .checkpoint import Checkpoint, check_shapes
+
+READS = (
+    "this reads FastVLM as Apple's PyTorch checkpoints (apple/FastVLM-0.5B, -1.5B, "
+    "-7B) or as MLX checkpoints (such as mlx-community/FastVLM-0.5B-bf16)"
+)
+_TOWER = "vision_tower.vision_model"
+
+# Apple's PyTorch names -> MLX names, tried in order; `None` drops the tensor.
+_KEYS: tuple[tuple[str, str | None], ...] = (
+    (r".*\.num_batches_tracked$", None),
+    (r".*\.rotary_emb\.inv_freq$", None),
+    (
+        r"^model\.vision_tower\.vision_tower\.model\.patch_embed\.",
+        f"{_TOWER}.patch_embed.blocks.",
+    ),
+    (r"^model\.vision_tower\.vision_tower\.model\.", f"{_TOWER}."),
+    (r"^model\.mm_projector\.", "mm_projector."),
+    (r"^(model\.|lm_head\.)", r"language_model.\1"),
+)
+# Carried along when present, used by no visual token.
+_OPTIONAL = re.compile(rf"^{re.escape(_TOWER)}\.head\.")
+
+
+def is_torch_layout(names: Iterable[str]) -> bool:
+    return any(n.startswith("model.vision_tower.vision_tower.") for n in names)
+
+
+def check_layout(checkpoint: Checkpoint) -> None:
+    """Return when the layout can be read; else `InputError` says what was found."""
+    names = checkpoint.tensors
+    if is_torch_layout(names) or any(n.startswith(f"{_TOWER}.") for n in names):
+        return
+    model_type = checkpoint.config.get("model_type")
+    if list(checkpoint.folder.glob("*.mlpackage")) or any(
+        n.startswith("multi_modal_projector.") for n in names
+    ):
+        found = "Apple's MLX export, whose vision tower is a Core ML package"
+    elif model_type == "fast_vlm" or any(".timm_model." in n for n in names):
+        found = "a transformers fast_vlm checkpoint, whose tower has timm's names"
+    elif any(n.startswith("vision_backbone.") for n in names):
+        found = "a Prismatic (OpenVLA) checkpoint"
+    else:
+        found = f"a checkpoint of model type {model_type!r} without a FastViTHD tower"
+    raise InputError(f"{checkpoint.folder} is {found}; {READS}")
+
+
+def rename(name: str) -> str | None:
+    """A PyTorch-layout name in the MLX layout; `None` for tensors that are dropped."""
+    for pattern, replacement in _KEYS:
+        if re.match(pattern, name):
+            return None if replacement is None else re.sub(pattern, replacement, name)
+    return name
+
+
+def _axes(name: str, ndim: int) -> tuple[int, ...] | None:
+    """How a PyTorch-layout tensor is transposed, by its MLX name."""
+    if name.startswith(_TOWER) and ndim == 4:
+        return (0, 2, 3, 1)  # channels-last convolutions
+    if ".layer_scale" in name and ndim == 3:
+        return (1, 2, 0)
+    return None
+
+
+def mlx_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that `to_mlx_layout` will give, from the headers alone."""
+    torch_layout = is_torch_layout(checkpoint.tensors)
+    shapes = {}
+    for name, tensor in checkpoint.tensors.items():
+        new = rename(name) if torch_layout else name
+        if new is None:
+            continue
+        shape, axes = tensor.shape, _axes(new, len(tensor.shape))
+        if torch_layout and axes:
+            shape = tuple(shape[a] for a in axes)
+        shapes[new] = shape
+    return shapes
+
+
+def to_mlx_layout(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors of either layout -> the MLX layout. Lazy and idempotent."""
+    if not is_torch_layout(weights):
+        return weights
+    renamed = {}
+    for name, array in weights.items():
+        new = rename(name)
+        if new is not None:
+            axes = _axes(new, array.ndim)
+            renamed[new] = array.transpose(*axes) if axes else array
+    return renamed
+
+
+def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the MLX layout for this `config.json`, with its shape."""
+    model = FastVLM(ModelArgs.from_dict(config), inference=False)
+    return {name: array.shape for name, array in tree_flatten(model.parameters())}
+
+
+def read_config(checkpoint: Checkpoint) -> dict:
+    """The config with what the tensors say where published configs are wrong."""
+    untied = {"lm_head.weight", "language_model.lm_head.weight"}
+    config = dict(checkpoint.config)
+    tied = not (untied & checkpoint.tensors.keys())
+    config["tie_word_embeddings"] = tied
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = config["text_config"] | {"tie_word_embeddings": tied}
+    return config
+
+
+def check(checkpoint: Checkpoint, config: dict) -> None:
+    """Raise `InputError` unless every tensor is there once, with its shape."""
+    check_layout(checkpoint)
+    found = mlx_shapes(checkpoint)
+    expected = expected_shapes(config)
+    quantized = {name.removesuffix(".scales") for name in found if _is_scales(name)}
+    for path in quantized:
+        for part in ("weight", "scales", "biases"):
+            found.pop(f"{path}.{part}", None)
+        expected.pop(f"{path}.weight", None)
+    found = {k: v for k, v in found.items() if not _OPTIONAL.match(k)}
+    check_shapes(found, expected, str(checkpoint.folder))
+
+
+def _is_scales(name: str) -> bool:
+    return name.startswith("language_model.") and name.endswith(".scales")

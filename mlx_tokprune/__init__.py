@@ -1,0 +1,38 @@
+"""Visual-token pruning for vision-language models on Apple silicon, in MLX.
+
+>>> from mlx_tokprune import Pruner, generate, load
+>>> model, processor = load("FastVLM-0.5B-mlx")
+>>> generate(model, processor, ["photo.jpg"], "What is this?",
+...          pruner=Pruner("norm", keep_ratio=0.5))
+"""
+
+import warnings
+
+from .blas import preload
+
+preload()  # before anything imports MLX
+
+# `python -m mlx_tokprune.generate` would warn that the package imported it first.
+warnings.filterwarnings(
+    "ignore", ".*found in sys.modules after import", RuntimeWarning, "runpy"
+)
+
+from .errors import InputError  # noqa: E402
+from .features import Features, Selection, StageTimes  # noqa: E402
+from .generate import generate, stream_generate  # noqa: E402
+from .loading import load  # noqa: E402
+from .pruners import Pruner, list_pruners  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Features",
+    "InputError",
+    "Pruner",
+    "Selection",
+    "StageTimes",
+    "generate",
+    "list_pruners",
+    "load",
+    "stream_generate",
+]

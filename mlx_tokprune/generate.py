@@ -1,0 +1,271 @@
+"""Answers about pictures: `generate`, `stream_generate`, and the command.
+
+Streaming, sampling and the cache are mlx-lm's; this file feeds them pruned prompts and
+keeps the time.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from .demo import CHECKPOINT, PICTURES
+from .errors import InputError, Parser, command
+from .image import load_image
+from .overlay import draw_overlay
+from .pipeline import POSITIONS, Prefill, VisualTokens, assemble, measure_stages, see
+from .pruners import Pruner, get_method, list_pruners
+
+DEFAULT_POSITIONS = "original"
+DEFAULT_METHOD = "norm"
+
+
+@dataclass(frozen=True)
+class Response:
+    """One piece of a streamed answer; the last one has `finish_reason`.
+
+    text: this piece. token: its id. visual: the kept tokens. ttft_ms: from decoded
+    pictures and prompt string to the first token id on the host.
+    """
+
+    text: str
+    token: int
+    visual: VisualTokens = field(repr=False)
+    ttft_ms: float
+    decode_tokens_per_second: float
+    finish_reason: str | None = None
+
+
+def stream_generate(
+    model,
+    processor,
+    images: Sequence,
+    prompt: str,
+    *,
+    pruner: Pruner | None = None,
+    positions: str = DEFAULT_POSITIONS,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    seed: int | None = None,
+) -> Iterator[Response]:
+    """Stream an answer about `images` (files, arrays or PIL images, in order).
+
+    pruner: a `Pruner`; every visual token when `None`. positions: `original` keeps the
+    place each kept token had, `contiguous` closes the gaps. The rest is as in mlx-lm.
+    Raises `InputError` before anything is computed.
+    """
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+
+    pruner = pruner or Pruner("none")
+    _check(images, positions, max_tokens, temp, top_p)
+    images = [load_image(image) for image in images]
+    if seed is not None:
+        mx.random.seed(seed)
+
+    start = time.perf_counter()
+    prompt = processor.prompt(prompt, len(images))
+    visual = see(model, mx.array(processor.pixels(images)), pruner)
+    prefill = assemble(model, prompt, visual, positions)
+    first: list[float] = []
+
+    def on_progress(done: int, total: int) -> None:
+        # mlx-lm says so as soon as the first token id is on the host.
+        if done == total and not first:
+            first.append(time.perf_counter())
+
+    steps = generate_step(
+        mx.array([], mx.int32),
+        model,
+        max_tokens=max_tokens,
+        sampler=make_sampler(temp, top_p),
+        input_embeddings=prefill.embeddings[0],
+        prompt_progress_callback=on_progress,
+    )
+    tokens = _with_positions(model, prefill, steps)
+    tokenizer = processor.tokenizer
+    detokenizer = tokenizer.detokenizer
+    detokenizer.reset()
+    for number, (token, _) in enumerate(tokens, 1):
+        now = time.perf_counter()
+        elapsed = now - first[0]
+        reason = None
+        if token in tokenizer.eos_token_ids:
+            reason = "stop"
+        else:
+            detokenizer.add_token(token)
+            reason = "length" if number == max_tokens else None
+        if reason:
+            detokenizer.finalize()
+        yield Response(
+            text=detokenizer.last_segment,
+            token=token,
+            visual=visual,
+            ttft_ms=(first[0] - start) * 1e3,
+            decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
+            finish_reason=reason,
+        )
+        if reason:
+            return
+
+
+def _with_positions(model, prefill: Prefill, steps: Iterator) -> Iterator:
+    """Advance `steps` with the prompt's positions in force, and only then."""
+    try:
+        while True:
+            with model.positions.using(prefill.positions, prefill.shift):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+    finally:
+        steps.close()
+
+
+def _check(images, positions: str, max_tokens: int, temp: float, top_p: float) -> None:
+    if not images:
+        raise InputError("no picture was given; expected at least one")
+    if positions not in POSITIONS:
+        raise InputError(f"positions are {' or '.join(POSITIONS)}, not {positions!r}")
+    if max_tokens < 1:
+        raise InputError(f"cannot generate {max_tokens} tokens; the least is 1")
+    if temp < 0 or not 0 <= top_p <= 1:
+        raise InputError(
+            f"temperature {temp:g} and top-p {top_p:g} are out of range; expected a "
+            "temperature of at least 0 and a top-p in [0, 1]"
+        )
+
+
+def generate(model, processor, images: Sequence, prompt: str, **options) -> str:
+    """The whole answer as text; takes what `stream_generate` takes."""
+    pieces = stream_generate(model, processor, images, prompt, **options)
+    return "".join(piece.text for piece in pieces)
+
+
+# The command ------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mlx_tokprune.generate", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", help="folder or hub id (default: the embedded demo model)")
+    add("--image", action="append", default=[], help="a picture; repeat for several")
+    add("--prompt", help="the question; <image> marks a picture's place")
+    add("--method", help=f"pruning method: {', '.join(list_pruners())}")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
+    keep.add_argument("--keep-tokens", type=int, help="visual tokens per picture")
+    add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
+    add("--max-tokens", type=int, default=256)
+    add("--temp", type=float, default=0.0, help="sampling temperature (default: 0)")
+    add("--top-p", type=float, default=0.0)
+    add("--seed", type=int, default=0, help="of sampling and of method random")
+    add("--overlay", help="write a picture of what was kept to this PNG")
+    add("--json", action="store_true", help="end stdout with one line of JSON")
+    return parser
+
+
+def make_pruner(method, keep_ratio, keep_tokens, seed: int = 0) -> Pruner:
+    """A `Pruner` from command line options; no method means `norm`, or none to keep."""
+    if method is None:
+        full = keep_ratio is None and keep_tokens is None
+        method = "none" if full or keep_ratio == 1 else DEFAULT_METHOD
+    if keep_ratio is None and keep_tokens is None and get_method(method).name != "none":
+        raise InputError(
+            f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
+        )
+    return Pruner(method, keep_ratio, keep_tokens, seed)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    pruner = make_pruner(args.method, args.keep_ratio, args.keep_tokens, args.seed)
+    pictures, prompt = args.image, args.prompt
+    if args.model is None:
+        pictures = pictures or [PICTURES[0].path]
+        prompt = PICTURES[0].question if prompt is None else prompt
+    if prompt is None:
+        raise InputError("no prompt was given; say --prompt TEXT")
+    images = [load_image(picture) for picture in pictures]
+    if args.overlay and not Path(args.overlay).resolve().parent.is_dir():
+        raise InputError(f"the folder of --overlay {args.overlay} does not exist")
+    from .loading import load
+
+    model, processor = load(args.model or CHECKPOINT)
+    mx.reset_peak_memory()
+    ids, pieces = [], []
+    for piece in stream_generate(
+        model,
+        processor,
+        images,
+        prompt,
+        pruner=pruner,
+        positions=args.positions,
+        max_tokens=args.max_tokens,
+        temp=args.temp,
+        top_p=args.top_p,
+        seed=args.seed,
+    ):
+        ids.append(piece.token)
+        pieces.append(piece.text)
+        print(piece.text, end="", flush=True)
+    print()
+    peak = mx.get_peak_memory() / 1e6
+    stages = measure_stages(model, processor, images, prompt, pruner, args.positions)
+    if args.overlay:
+        _write_overlay(args.overlay, images, piece.visual)
+    record = {
+        "text": "".join(pieces),
+        "token_ids": ids,
+        "visual_tokens": piece.visual.total,
+        "kept_indices": piece.visual.selection.indices.tolist(),
+        "stages_ms": dataclasses.asdict(stages),
+        "ttft_ms": piece.ttft_ms,
+        "decode_tokens_per_second": piece.decode_tokens_per_second,
+        "peak_memory_mb": peak,
+        "method": pruner.method,
+        "keep": piece.visual.selection.keep,
+        "positions": args.positions,
+        "device": device_name(),
+    }
+    print(format_report(record), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(record))
+
+
+def device_name() -> str:
+    """The device MLX runs on, by name where it has one."""
+    device = mx.default_device()
+    return str(mx.device_info(device).get("device_name", device.type.name))
+
+
+def format_report(record: dict) -> str:
+    """The figures of one answer, for people."""
+    stages = record["stages_ms"]
+    times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
+    return "\n".join(
+        [
+            f"visual tokens   {record['visual_tokens']} per picture, kept "
+            f"{record['keep']} ({record['method']}, {record['positions']} positions)",
+            f"stages          {times} ms (fenced, in a second run)",
+            f"TTFT            {record['ttft_ms']:.1f} ms (first run, not fenced)",
+            f"decode          {record['decode_tokens_per_second']:.1f} tokens/s",
+            f"peak memory     {record['peak_memory_mb']:.0f} MB (MLX arrays)",
+            f"device          {record['device']}",
+        ]
+    )
+
+
+def _write_overlay(path: str, images: list, visual: VisualTokens) -> None:
+    draw_overlay(images, visual.selection, visual.grid).save(path, format="PNG")
+
+
+if __name__ == "__main__":
+    main()

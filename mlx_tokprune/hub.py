@@ -1,0 +1,34 @@
+"""A model folder on disk from a path or a hub id."""
+
+import re
+from pathlib import Path
+
+from .errors import InputError
+
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.md", "*.jinja", "LICENSE*"]
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The folder itself, or a downloaded snapshot of a hub id such as `apple/x`.
+
+    Raises `InputError` when it is neither.
+    """
+    path = Path(path_or_id)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        raise InputError(
+            f"{path_or_id} does not exist; expected a checkpoint folder or a hub id "
+            "such as apple/FastVLM-0.5B"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path_or_id} is no folder here and cannot be fetched from the hub "
+            f"({reason})"
+        ) from None

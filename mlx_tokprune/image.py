@@ -1,0 +1,86 @@
+"""Pictures: file or array -> pixels (B, S, S, 3). Pillow and NumPy only."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import InputError
+
+_LONGEST = 8192  # pixels; longer pictures shrink before they are padded
+
+
+def load_image(source: str | Path | np.ndarray | Image.Image) -> Image.Image:
+    """A decoded RGB picture from a file, an (H, W, 3) uint8 array or a PIL image.
+
+    EXIF rotation is applied, the first frame of an animation is used, 16-bit grey is
+    scaled to 8 bits, and transparency is laid over white. Raises `InputError` when
+    there is no such file or it is no picture.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise InputError(
+                f"an array picture is (H, W, 3) uint8; got {source.shape} "
+                f"{source.dtype}"
+            )
+        source = Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return _to_rgb(ImageOps.exif_transpose(source))
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"picture {path} does not exist or is not a file")
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise InputError(
+            f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, "
+            "WebP or similar file"
+        ) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"picture {path} is damaged or too large ({error})") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float32)
+        scale = 257.0 if grey.max(initial=0) > 255 else 1.0
+        image = Image.fromarray(np.clip(grey / scale, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """The picture centred on a black square as wide as its longer side."""
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    square = Image.new("RGB", (side, side))
+    square.paste(image, square_offset(image.size))
+    return square
+
+
+def square_offset(size: tuple[int, int]) -> tuple[int, int]:
+    """(left, top) of a (width, height) picture centred on its square."""
+    width, height = size
+    side = max(size)
+    return (side - width) // 2, (side - height) // 2
+
+
+def preprocess(images: Sequence[Image.Image], size: int) -> np.ndarray:
+    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], padded and resized."""
+    return np.stack([_pixels(image, size) for image in images])
+
+
+def _pixels(image: Image.Image, size: int) -> np.ndarray:
+    if max(image.size) > _LONGEST:
+        image = image.copy()
+        image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BICUBIC)
+    square = pad_to_square(image)
+    if square.width != size:
+        square = square.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(square, dtype=np.float32) / 255

@@ -1,0 +1,110 @@
+"""From a path or hub id to `(model, processor)`, whatever layout the folder has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from PIL import Image
+
+from .convert import fastvlm as layout
+from .convert.checkpoint import Checkpoint
+from .errors import InputError
+from .hub import resolve
+from .image import preprocess
+from .models.fastvlm import FastVLM, ModelArgs
+from .prompt import Prompt, place_pictures, tokenize
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Pictures and text to what the model takes; `tokenizer` is mlx-lm's wrapper."""
+
+    tokenizer: object
+    image_size: int
+    image_token: str
+    prefix: str
+    suffix: str
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """RGB pictures -> (B, S, S, 3) float32 in [0, 1]."""
+        return preprocess(images, self.image_size)
+
+    def prompt(self, text: str, pictures: int) -> Prompt:
+        """The user's text in the chat template, as token ids around the pictures."""
+        text = place_pictures(text, pictures, self.image_token)
+        chat = f"{self.prefix}{text}{self.suffix}"
+        return tokenize(chat, self.image_token, self._encode)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def default_dtype() -> mx.Dtype | None:
+    """float32 on MLX's CPU backend, whose half precision is slow; else as stored."""
+    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
+
+
+def load(
+    path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None, lazy: bool = False
+) -> tuple[FastVLM, Processor]:
+    """Load a FastVLM checkpoint, converted or original, from a folder or the hub.
+
+    dtype: of float weights; `default_dtype()` when `None`. lazy: leave reading the
+    tensors to their first use. Raises `InputError` when the folder cannot be used.
+    """
+    checkpoint = Checkpoint.open(resolve(path_or_hf_repo))
+    layout.check_layout(checkpoint)
+    config = layout.read_config(checkpoint)
+    layout.check(checkpoint, config)
+    model = FastVLM(ModelArgs.from_dict(config))
+    weights = model.sanitize(layout.to_mlx_layout(checkpoint.load()))
+    if config.get("quantization"):
+        _quantize(model, config["quantization"], weights)
+    dtype = dtype or default_dtype()
+    if dtype is not None:
+        weights = {k: _cast(v, dtype) for k, v in weights.items()}
+    model.load_weights(list(weights.items()))
+    model.eval()
+    if not lazy:
+        mx.eval(model.parameters())
+    processor = Processor(
+        load_tokenizer(checkpoint.folder),
+        model.image_size,
+        model.image_token,
+        model.prompt_prefix,
+        model.prompt_suffix,
+    )
+    return model, processor
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _quantize(model: FastVLM, quantization: dict, weights: dict) -> None:
+    def is_quantized(path: str, module: nn.Module):
+        if not model.quant_predicate(path, module) or f"{path}.scales" not in weights:
+            return False
+        return quantization.get(path, True)
+
+    nn.quantize(
+        model,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=is_quantized,
+    )
+
+
+def load_tokenizer(folder: Path):
+    """mlx-lm's tokenizer of a folder; raises `InputError` when there is none."""
+    from mlx_lm.tokenizer_utils import load as load_mlx_lm_tokenizer
+
+    try:
+        return load_mlx_lm_tokenizer(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        raise InputError(f"{folder} has no usable tokenizer ({reason})") from None

@@ -1,0 +1,272 @@
+"""FastViTHD, the vision tower of FastVLM (arXiv 2412.13303).
+
+A convolutional stem, three stages of RepMixer blocks and two of attention blocks, then
+a squeeze-and-excite expansion; total stride 64 and no CLS token. Attribute names are
+those of the MLX checkpoints. In `inference` form the batch norms are folded into the
+convolutions before them; the other form has exactly the tensors of a checkpoint.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..features import Features
+from .layers import DepthwiseConv, PointwiseConv, gelu
+
+BATCH_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a tower; the defaults are FastViTHD as Apple published it."""
+
+    layers: tuple[int, ...] = (2, 12, 24, 4, 2)
+    embed_dims: tuple[int, ...] = (96, 192, 384, 768, 1536)
+    mlp_ratios: tuple[float, ...] = (4, 4, 4, 4, 4)
+    token_mixers: tuple[str, ...] = ("repmixer",) * 3 + ("attention",) * 2
+    pos_embs_shapes: tuple = (None, None, None, (7, 7), (7, 7))
+    image_size: int = 1024
+    patch_size: int = 64
+    head_dim: int = 32
+    cls_ratio: float = 2.0
+
+    @property
+    def output_dim(self) -> int:
+        return int(self.embed_dims[-1] * self.cls_ratio)
+
+
+class MobileOneBlock(nn.Module):
+    """A convolution, squeeze-and-excite where asked for, and GELU."""
+
+    def __init__(self, conv: nn.Module, squeeze: nn.Module | None = None):
+        super().__init__()
+        self.reparam_conv = conv
+        if squeeze is not None:
+            self.se = squeeze
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.reparam_conv(x)
+        return gelu(self.se(x) if "se" in self else x)
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate computed from the mean over the picture."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.reduce = PointwiseConv(channels, channels // 16)
+        self.expand = PointwiseConv(channels // 16, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        mean = mx.mean(x, axis=(1, 2), keepdims=True)
+        return x * mx.sigmoid(self.expand(nn.relu(self.reduce(mean))))
+
+
+class RepConv(nn.Module):
+    """A depthwise convolution with its skip connection already folded in."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.reparam_conv = DepthwiseConv(channels, channels, size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.reparam_conv(x)
+
+
+class NormalizedConv(nn.Module):
+    """A 7x7 depthwise convolution and its batch norm, folded for inference."""
+
+    def __init__(self, channels: int, inference: bool):
+        super().__init__()
+        self.conv = DepthwiseConv(channels, channels, 7, bias=inference)
+        if not inference:
+            self.bn = nn.BatchNorm(channels, eps=BATCH_NORM_EPS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv(x)
+        return self.bn(x) if "bn" in self else x
+
+
+class ConvFFN(nn.Module):
+    def __init__(self, channels: int, hidden: int, inference: bool):
+        super().__init__()
+        self.conv = NormalizedConv(channels, inference)
+        self.fc1 = PointwiseConv(channels, hidden)
+        self.fc2 = PointwiseConv(hidden, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(gelu(self.fc1(self.conv(x))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions of the picture."""
+
+    def __init__(self, channels: int, head_dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+        self.head_dim = head_dim
+
+    def __call__(self, x: mx.array, return_received: bool = False):
+        """(B, H, W, C) -> the same, and the attention received (B, N) or `None`.
+
+        Only with `return_received` are the attention weights computed.
+        """
+        batch, height, width, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, -1, self.head_dim)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        scale = self.head_dim**-0.5
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+        y = self.proj(y.swapaxes(1, 2).reshape(batch, height, width, channels))
+        if not return_received:
+            return y, None
+        weights = mx.softmax((q * scale) @ k.swapaxes(-1, -2), axis=-1, precise=True)
+        return y, mx.mean(weights.astype(mx.float32), axis=(1, 2))
+
+
+class RepMixerBlock(nn.Module):
+    def __init__(self, channels: int, hidden: int, inference: bool):
+        super().__init__()
+        self.token_mixer = RepConv(channels, 3)
+        self.convffn = ConvFFN(channels, hidden, inference)
+        self.layer_scale = mx.ones((1, 1, channels))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.token_mixer(x)
+        return x + self.layer_scale * self.convffn(x)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, channels: int, hidden: int, head_dim: int, inference: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=1e-5)
+        self.token_mixer = Attention(channels, head_dim)
+        self.convffn = ConvFFN(channels, hidden, inference)
+        self.layer_scale_1 = mx.ones((1, 1, channels))
+        self.layer_scale_2 = mx.ones((1, 1, channels))
+
+    def attend(self, x: mx.array, return_received: bool):
+        mixed, received = self.token_mixer(self.norm(x), return_received)
+        x = x + self.layer_scale_1 * mixed
+        return x + self.layer_scale_2 * self.convffn(x), received
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.attend(x, False)[0]
+
+
+class LargeKernelConv(nn.Module):
+    """A 7x7 grouped convolution that halves the picture, and GELU."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.lkb_reparam = DepthwiseConv(inputs, outputs, 7, stride=2)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(self.lkb_reparam(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.proj = [
+            LargeKernelConv(inputs, outputs),
+            MobileOneBlock(PointwiseConv(outputs, outputs)),
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.proj:
+            x = layer(x)
+        return x
+
+
+class Stem(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.blocks = [
+            MobileOneBlock(nn.Conv2d(3, channels, 3, stride=2, padding=1)),
+            MobileOneBlock(DepthwiseConv(channels, channels, 3, stride=2)),
+            MobileOneBlock(PointwiseConv(channels, channels)),
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def _stages(config: VisionConfig, inference: bool) -> list:
+    """Position convolutions, lists of blocks and downsamplings, in checkpoint order."""
+    network: list = []
+    for i, (depth, channels) in enumerate(
+        zip(config.layers, config.embed_dims, strict=True)
+    ):
+        hidden = int(channels * config.mlp_ratios[i])
+        if config.pos_embs_shapes[i] is not None:
+            network.append(RepConv(channels, config.pos_embs_shapes[i][0]))
+        if config.token_mixers[i] == "attention":
+            options = (channels, hidden, config.head_dim, inference)
+            network.append([AttentionBlock(*options) for _ in range(depth)])
+        else:
+            options = (channels, hidden, inference)
+            network.append([RepMixerBlock(*options) for _ in range(depth)])
+        if i + 1 < len(config.layers):
+            network.append(PatchEmbed(channels, config.embed_dims[i + 1]))
+    return network
+
+
+class FastViTHD(nn.Module):
+    """(B, S, S, 3) pixels in [0, 1] -> `Features` with (B, N, C) tokens.
+
+    N = (S / 64)**2 and C = `config.output_dim`.
+    """
+
+    def __init__(self, config: VisionConfig, inference: bool = True):
+        super().__init__()
+        self.patch_embed = Stem(config.embed_dims[0])
+        self.network = _stages(config, inference)
+        self.conv_exp = MobileOneBlock(
+            DepthwiseConv(config.embed_dims[-1], config.output_dim, 3),
+            SqueezeExcite(config.output_dim),
+        )
+
+    def __call__(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
+        x = self.patch_embed(pixels)
+        received = None
+        *network, last_stage = self.network
+        for layer in [b for part in network for b in _as_list(part)]:
+            x = layer(x)
+        *blocks, last = last_stage
+        for block in blocks:
+            x = block(x)
+        if "attention" in needs:
+            x, received = last.attend(x, True)
+        else:
+            x = last(x)
+        x = self.conv_exp(x)
+        return Features(x.flatten(1, 2), (x.shape[1], x.shape[2]), received)
+
+
+def _as_list(part) -> list:
+    return part if isinstance(part, list) else [part]
+
+
+def fold_batch_norms(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Fold each `*.bn.*` into the bias-free `*.conv.weight` beside it.
+
+    Idempotent: weights without batch norms come back as they are.
+    """
+    norms = {k[: -len("bn.weight")] for k in weights if k.endswith(".bn.weight")}
+    folded = {k: v for k, v in weights.items() if ".bn." not in k}
+    for prefix in norms:
+        part = {k: weights[f"{prefix}bn.{k}"].astype(mx.float32) for k in _BN_PARTS}
+        weight = weights[f"{prefix}conv.weight"]
+        scale = part["weight"] * mx.rsqrt(part["running_var"] + BATCH_NORM_EPS)
+        bias = part["bias"] - part["running_mean"] * scale
+        scaled = weight.astype(mx.float32) * scale[:, None, None, None]
+        folded[f"{prefix}conv.weight"] = scaled.astype(weight.dtype)
+        folded[f"{prefix}conv.bias"] = bias.astype(weight.dtype)
+    return folded
+
+
+_BN_PARTS = ("weight", "bias", "running_mean", "running_var")

@@ -1,0 +1,147 @@
+"""FastVLM (arXiv 2412.13303): FastViTHD, a two-layer projector, and Qwen2.
+
+The language model is mlx-lm's. `FastVLM` has `layers` and accepts `input_embeddings`,
+so mlx-lm's caches, generation, quantization and LoRA take it as a model of theirs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InputError
+from ..features import Features
+from .fastvithd import FastViTHD, VisionConfig, fold_batch_norms
+from .layers import gelu
+from .positions import Positions, use_positions
+
+_LANGUAGE_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What `config.json` says of a FastVLM; `text` goes to mlx-lm's Qwen2 as it is."""
+
+    text: dict
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    mm_hidden_size: int = 3072
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
+        """Raises `InputError` when sizes are missing or disagree."""
+        text = dict(config.get("text_config") or config)
+        missing = [name for name in _LANGUAGE_SIZES if name not in text]
+        if missing:
+            raise InputError(f"config.json does not say {', '.join(missing)}")
+        known = {f.name for f in dataclasses.fields(VisionConfig)}
+        sizes = config.get("vision_config") or {}
+        vision = VisionConfig(**{k: _tuple(v) for k, v in sizes.items() if k in known})
+        features = config.get("mm_hidden_size", vision.output_dim)
+        if features != vision.output_dim:
+            raise InputError(
+                f"config.json says mm_hidden_size {features}, but the tower it "
+                f"describes has features of size {vision.output_dim}"
+            )
+        text["model_type"] = "qwen2"
+        return cls(text, vision, features)
+
+
+def _tuple(value):
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig, inference: bool):
+        super().__init__()
+        self.vision_model = FastViTHD(config, inference)
+
+    def __call__(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
+        return self.vision_model(pixels, needs)
+
+
+class Gelu(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(x)
+
+
+class FastVLM(nn.Module):
+    """`encode` and `project` for pictures; calling it is the language model.
+
+    With `inference=False` its parameters are exactly the tensors of the MLX layout.
+    """
+
+    image_token = "<image>"
+    prompt_prefix = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    )
+    prompt_suffix = "<|im_end|>\n<|im_start|>assistant\n"
+
+    def __init__(self, args: ModelArgs, inference: bool = True):
+        super().__init__()
+        from mlx_lm.models import qwen2
+
+        self.args = args
+        self.vision_tower = VisionTower(args.vision, inference)
+        hidden = args.text["hidden_size"]
+        self.mm_projector = [
+            nn.Linear(args.mm_hidden_size, hidden),
+            Gelu(),
+            nn.Linear(hidden, hidden),
+        ]
+        self.language_model = qwen2.Model(qwen2.ModelArgs.from_dict(args.text))
+        self._positions = Positions()
+        use_positions(self.layers, self._positions)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the square picture that the tower was trained on."""
+        return self.args.vision.image_size
+
+    @property
+    def layers(self) -> list:
+        return self.language_model.layers
+
+    @property
+    def positions(self) -> Positions:
+        """Where the rotary positions of a pruned prompt are set."""
+        return self._positions
+
+    def encode(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
+        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector."""
+        dtype = self.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv
+        return self.vision_tower(pixels.astype(dtype.weight.dtype), needs)
+
+    def project(self, tokens: mx.array) -> mx.array:
+        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
+        for layer in self.mm_projector:
+            tokens = layer(tokens)
+        return tokens
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """(B, T) token ids -> (B, T, D)."""
+        return self.language_model.model.embed_tokens(token_ids)
+
+    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
+        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
+        return self.language_model(inputs, cache, input_embeddings)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """MLX-layout tensors -> what the inference form holds. Idempotent."""
+        weights = {k: v for k, v in weights.items() if ".vision_model.head." not in k}
+        return fold_batch_norms(weights)
+
+    @staticmethod
+    def quant_predicate(path: str, module: nn.Module) -> bool:
+        """Only the language model is quantized; towers and projector stay float."""
+        return path.startswith("language_model.") and hasattr(module, "to_quantized")

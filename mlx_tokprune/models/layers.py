@@ -1,0 +1,137 @@
+"""Operations whose best implementation depends on the device, chosen here only.
+
+On a GPU these are MLX's own convolutions and GELU. MLX's CPU backend runs grouped
+convolutions and `erf` slowly, so there depthwise convolutions become shifted
+multiply-adds and GELU a polynomial, both compiled. `plain_operations()` turns the
+CPU forms off, for export and for tests that both agree.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+_PLAIN = False
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Use MLX's own operations on every device inside a `with` block."""
+    global _PLAIN
+    before, _PLAIN = _PLAIN, True
+    try:
+        yield
+    finally:
+        _PLAIN = before
+
+
+def use_cpu_forms() -> bool:
+    """Whether operations run in the form that is fast on MLX's CPU backend."""
+    return not _PLAIN and mx.default_device().type == mx.DeviceType.cpu
+
+
+# GELU -------------------------------------------------------------------------------
+
+_ERF_LIMIT = 3.7  # erf is 1 within float32 from here on
+
+
+@functools.lru_cache(maxsize=1)
+def _erf_coefficients() -> list[float]:
+    """Of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1, highest first."""
+
+    def ratio(t: float) -> float:
+        u = _ERF_LIMIT * math.sqrt((t + 1) / 2)
+        return math.erf(u) / u if u else 2 / math.sqrt(math.pi)
+
+    chebyshev = np.polynomial.chebyshev
+    fit = chebyshev.chebinterpolate(np.vectorize(ratio), 14)
+    return [float(c) for c in chebyshev.cheb2poly(fit)[::-1]]
+
+
+@functools.partial(mx.compile, shapeless=True)
+def _polynomial_gelu(x: mx.array) -> mx.array:
+    u = mx.clip(x * math.sqrt(0.5), -_ERF_LIMIT, _ERF_LIMIT)
+    t = u * u * (2 / _ERF_LIMIT**2) - 1
+    highest, *others = _erf_coefficients()
+    value = highest * t + others[0]
+    for coefficient in others[1:]:
+        value = value * t + coefficient
+    return 0.5 * x * (1 + u * value)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """Exact GELU (with erf), any shape; within 2e-6 of it in the CPU form."""
+    if use_cpu_forms() and x.dtype == mx.float32:
+        return _polynomial_gelu(x)
+    return nn.gelu(x)
+
+
+# Convolutions -----------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _shifted_multiply_adds(height: int, width: int, stride: int) -> Callable:
+    """Depthwise convolution of a padded picture to (height, width), compiled."""
+
+    def convolve(padded: mx.array, weight: mx.array) -> mx.array:
+        size = weight.shape[1]
+        down, across = stride * (height - 1) + 1, stride * (width - 1) + 1
+        total = None
+        for i in range(size):
+            for j in range(size):
+                shifted = padded[:, i : i + down : stride, j : j + across : stride]
+                term = shifted * weight[:, i, j, 0]
+                total = term if total is None else total + term
+        return total
+
+    return mx.compile(convolve)
+
+
+def depthwise_convolution(x: mx.array, weight: mx.array, stride: int = 1) -> mx.array:
+    """(B, H, W, C) with weight (C * m, k, k, 1) -> (B, H', W', C * m), padding k // 2.
+
+    The channel multiplier m is a whole number; k is odd.
+    """
+    channels, size = x.shape[-1], weight.shape[1]
+    pad = size // 2
+    if not use_cpu_forms():
+        return mx.conv2d(x, weight, stride, pad, groups=channels)
+    if weight.shape[0] != channels:
+        x = mx.repeat(x, weight.shape[0] // channels, axis=-1)
+    height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
+    padded = mx.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return _shifted_multiply_adds(height, width, stride)(padded, weight)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution; `weight` (out, k, k, 1), optional `bias` (out,)."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride=1, bias=True):
+        super().__init__()
+        scale = 1 / size
+        self.weight = mx.random.uniform(-scale, scale, (outputs, size, size, 1))
+        if bias:
+            self.bias = mx.zeros((outputs,))
+        self.stride = stride
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = depthwise_convolution(x, self.weight, self.stride)
+        return y + self.bias if "bias" in self else y
+
+
+class PointwiseConv(nn.Module):
+    """1x1 convolution as a matmul; `weight` (out, 1, 1, in) as on disk, `bias` (out,)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        scale = math.sqrt(1 / inputs)
+        self.weight = mx.random.uniform(-scale, scale, (outputs, 1, 1, inputs))
+        self.bias = mx.zeros((outputs,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.reshape(self.weight.shape[0], -1)
+        return mx.addmm(self.bias, x, weight.T)

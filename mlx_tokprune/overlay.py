@@ -1,0 +1,87 @@
+"""A picture of what was kept: dropped patches dimmed, merged patches coloured."""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .features import Selection
+from .image import pad_to_square, square_offset
+
+_SIDE = 768  # pixels of a drawn square
+_DIM = 0.25  # brightness that dropped patches keep
+_TINT = 0.45  # strength of the colour of a merged patch
+_GAP = 8
+
+
+def draw_overlay(
+    images: Sequence[Image.Image], selection: Selection, grid: tuple[int, int]
+) -> Image.Image:
+    """The pictures side by side, without their padding, patches shaded.
+
+    Selectors: dropped patches are dimmed. Merging methods: patches that went to the
+    same kept token share a colour, and a ring marks where that token sits.
+    """
+    kept = np.array(selection.indices)
+    assignment = selection.assignment()
+    groups = None if assignment is None else np.array(assignment)
+    panels = [
+        _panel(image, kept[i], None if groups is None else groups[i], grid)
+        for i, image in enumerate(images)
+    ]
+    width = sum(p.width for p in panels) + _GAP * (len(panels) - 1)
+    sheet = Image.new("RGB", (width, max(p.height for p in panels)), "white")
+    left = 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width + _GAP
+    return sheet
+
+
+def _panel(image: Image.Image, kept, groups, grid: tuple[int, int]) -> Image.Image:
+    square = pad_to_square(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    pixels = np.asarray(square, dtype=np.float32)
+    if groups is None:
+        mask = np.full(grid[0] * grid[1], _DIM, np.float32)
+        mask[kept] = 1
+        shaded = pixels * _stretch(mask.reshape(grid))[..., None]
+    else:
+        colors = _colors(len(kept))[groups].reshape(*grid, 3)
+        shaded = (1 - _TINT) * pixels + _TINT * _stretch(colors)
+    panel = Image.fromarray(shaded.round().astype(np.uint8))
+    if groups is not None:
+        _mark(panel, kept, grid)
+    return panel.crop(_content(image.size))
+
+
+def _stretch(cells: np.ndarray) -> np.ndarray:
+    """(H, W, ...) per patch -> (SIDE, SIDE, ...) per pixel."""
+    rows = np.arange(_SIDE) * cells.shape[0] // _SIDE
+    columns = np.arange(_SIDE) * cells.shape[1] // _SIDE
+    return cells[rows[:, None], columns[None]]
+
+
+def _colors(count: int) -> np.ndarray:
+    """(count, 3) colours; the golden ratio keeps neighbours apart in hue."""
+    hues = (np.arange(count) * 0.618034) % 1
+    return 255 * np.array([colorsys.hsv_to_rgb(h, 0.85, 1.0) for h in hues])
+
+
+def _mark(panel: Image.Image, kept, grid: tuple[int, int]) -> None:
+    draw = ImageDraw.Draw(panel)
+    height, width = _SIDE / grid[0], _SIDE / grid[1]
+    radius = min(height, width) / 5
+    for index in kept:
+        x, y = (index % grid[1] + 0.5) * width, (index // grid[1] + 0.5) * height
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, outline="white", width=3)
+
+
+def _content(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box of the unpadded picture on the drawn square."""
+    scale = _SIDE / max(size)
+    left, top = (round(v * scale) for v in square_offset(size))
+    right = max(left + 1, round(left + size[0] * scale))
+    bottom = max(top + 1, round(top + size[1] * scale))
+    return left, top, right, bottom

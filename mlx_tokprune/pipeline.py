@@ -1,0 +1,129 @@
+"""The way of a picture: encode -> prune -> project -> splice -> prefill.
+
+The only place that knows models, pruners and prompts together; every command calls
+these functions. All are lazy: nothing is evaluated unless a `fence` says so.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+from PIL import Image
+
+from .features import Selection, StageTimes
+from .models.fastvlm import FastVLM
+from .prompt import Prompt, original_positions, splice
+from .pruners import Pruner
+
+POSITIONS = ("original", "contiguous")
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The kept tokens of B pictures, ready to be spliced into a prompt.
+
+    embeddings: (B, K, D). selection: which of the N tokens on `grid` they are.
+    """
+
+    embeddings: mx.array
+    selection: Selection
+    grid: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        """N, the tokens of one picture before pruning."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A spliced prompt: embeddings (1, T, D), and positions (T,) unless contiguous.
+
+    shift: what later tokens add to their cache offset.
+    """
+
+    embeddings: mx.array
+    positions: mx.array | None
+    shift: int
+
+
+def see(model: FastVLM, pixels: mx.array, pruner: Pruner) -> VisualTokens:
+    """(B, S, S, 3) pixels -> kept and projected visual tokens."""
+    features = model.encode(pixels, pruner.needs)
+    selection = pruner(features)
+    embeddings = model.project(selection.apply(features.tokens))
+    return VisualTokens(embeddings, selection, features.grid)
+
+
+def assemble(
+    model: FastVLM, prompt: Prompt, visual: VisualTokens, positions: str
+) -> Prefill:
+    """Splice pictures into the prompt, with `original` or `contiguous` positions."""
+    embeddings = splice(prompt, model.embed, visual.embeddings)
+    indices = visual.selection.indices
+    if positions == "contiguous" or indices.shape[1] == visual.total:
+        return Prefill(embeddings, None, 0)
+    where, shift = original_positions(prompt, list(indices), visual.total)
+    return Prefill(embeddings, where, shift)
+
+
+def first_logits(model: FastVLM, prefill: Prefill, cache: list | None) -> mx.array:
+    """(1, V) logits after the last prompt token, filling `cache`."""
+    with model.positions.using(prefill.positions, prefill.shift):
+        empty = mx.zeros((1, 0), mx.int32)
+        logits = model(empty, cache=cache, input_embeddings=prefill.embeddings)
+    return logits[:, -1]
+
+
+class _Clock:
+    """Milliseconds of named stages, each between evaluated results."""
+
+    def __init__(self):
+        self.times: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[list]:
+        results: list = []
+        start = time.perf_counter()
+        yield results
+        mx.eval(results)
+        mx.synchronize()
+        self.times[name] = (time.perf_counter() - start) * 1e3
+
+
+def measure_stages(
+    model: FastVLM,
+    processor,
+    images: Sequence[Image.Image],
+    text: str,
+    pruner: Pruner,
+    positions: str,
+) -> StageTimes:
+    """Run the path once from decoded pictures to the first token, fencing each stage.
+
+    Fences cost a little: the sum is larger than the time to first token without them.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    clock = _Clock()
+    with clock.stage("preprocess") as done:
+        pixels = mx.array(processor.pixels(images))
+        prompt = processor.prompt(text, len(images))
+        done.append(pixels)
+    with clock.stage("vision") as done:
+        features = model.encode(pixels, pruner.needs)
+        done += [a for a in (features.tokens, features.attention) if a is not None]
+    with clock.stage("prune") as done:
+        selection = pruner(features)
+        kept = selection.apply(features.tokens)
+        done += [kept, selection.indices]
+    with clock.stage("project") as done:
+        visual = VisualTokens(model.project(kept), selection, features.grid)
+        done.append(visual.embeddings)
+    with clock.stage("prefill") as done:
+        prefill = assemble(model, prompt, visual, positions)
+        logits = first_logits(model, prefill, make_prompt_cache(model))
+        done.append(mx.argmax(logits, axis=-1))
+    return StageTimes(**clock.times)
