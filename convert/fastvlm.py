@@ -118,6 +118,11 @@ def read_config(checkpoint: Checkpoint) -> dict:
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = config["text_config"] | {"tie_word_embeddings": tied}
+    for name, shape in mlx_shapes(checkpoint).items():
+        # mlx-vlm builds this unused head 768 wide unless the config says otherwise.
+        if name == f"{_TOWER}.head.proj" and shape[-1] != 768:
+            vision = config.get("vision_config") or {}
+            config["vision_config"] = vision | {"projection_dim": shape[-1]}
     return config
 
 

@@ -9,6 +9,7 @@ CPU forms off, for export and for tests that both agree.
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 
 import mlx.core as mx
@@ -41,7 +42,7 @@ _ERF_LIMIT = 3.7  # erf is 1 within float32 from here on
 
 @functools.lru_cache(maxsize=1)
 def _erf_coefficients() -> list[float]:
-    """Of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1, highest first."""
+    """Of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1, lowest first."""
 
     def ratio(t: float) -> float:
         u = _ERF_LIMIT * math.sqrt((t + 1) / 2)
@@ -49,31 +50,53 @@ def _erf_coefficients() -> list[float]:
 
     chebyshev = np.polynomial.chebyshev
     fit = chebyshev.chebinterpolate(np.vectorize(ratio), 14)
-    return [float(c) for c in chebyshev.cheb2poly(fit)[::-1]]
+    return [float(c) for c in chebyshev.cheb2poly(fit)]
 
 
-@functools.partial(mx.compile, shapeless=True)
+@mx.compile
 def _polynomial_gelu(x: mx.array) -> mx.array:
     u = mx.clip(x * math.sqrt(0.5), -_ERF_LIMIT, _ERF_LIMIT)
-    t = u * u * (2 / _ERF_LIMIT**2) - 1
-    highest, *others = _erf_coefficients()
-    value = highest * t + others[0]
-    for coefficient in others[1:]:
-        value = value * t + coefficient
-    return 0.5 * x * (1 + u * value)
+    power = u * u * (2 / _ERF_LIMIT**2) - 1
+    # Estrin's scheme: a deep Horner chain would not fuse into one kernel.
+    terms = _erf_coefficients()
+    while len(terms) > 1:
+        last = terms[-1:] if len(terms) % 2 else []
+        pairs = zip(terms[::2], terms[1::2], strict=False)
+        terms = [low + high * power for low, high in pairs] + last
+        power = power * power
+    return 0.5 * x * (1 + u * terms[0])
 
 
 def gelu(x: mx.array) -> mx.array:
     """Exact GELU (with erf), any shape; within 2e-6 of it in the CPU form."""
-    if use_cpu_forms() and x.dtype == mx.float32:
-        return _polynomial_gelu(x)
-    return nn.gelu(x)
+    if not use_cpu_forms() or x.dtype != mx.float32:
+        return nn.gelu(x)
+    return _on_all_cores(lambda start, stop: _polynomial_gelu(x[:, start:stop]), x.shape)
 
 
 # Convolutions -----------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1)
+def _cpu_streams() -> list[mx.Stream]:
+    """A stream per core: MLX's CPU backend runs each stream on one thread."""
+    return [mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, 8))]
+
+
+def _on_all_cores(part: Callable[[int, int], mx.array], shape: tuple) -> mx.array:
+    """Join `part(start, stop)` of the rows (axis 1) of a result, a stream for each."""
+    streams, rows = _cpu_streams(), shape[1]
+    if math.prod(shape) < 1 << 16 or rows < len(streams):
+        return part(0, rows)
+    edges = [rows * i // len(streams) for i in range(len(streams) + 1)]
+    parts = []
+    for stream, start, stop in zip(streams, edges, edges[1:], strict=False):
+        with mx.stream(stream):
+            parts.append(part(start, stop))
+    return mx.concatenate(parts, axis=1)
+
+
+@functools.lru_cache(maxsize=256)
 def _shifted_multiply_adds(height: int, width: int, stride: int) -> Callable:
     """Depthwise convolution of a padded picture to (height, width), compiled."""
 
@@ -104,7 +127,12 @@ def depthwise_convolution(x: mx.array, weight: mx.array, stride: int = 1) -> mx.
         x = mx.repeat(x, weight.shape[0] // channels, axis=-1)
     height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
     padded = mx.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return _shifted_multiply_adds(height, width, stride)(padded, weight)
+
+    def rows(start: int, stop: int) -> mx.array:
+        band = padded[:, stride * start : stride * (stop - 1) + size]
+        return _shifted_multiply_adds(stop - start, width, stride)(band, weight)
+
+    return _on_all_cores(rows, (1, height, width, weight.shape[0]))
 
 
 class DepthwiseConv(nn.Module):
