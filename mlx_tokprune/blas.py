@@ -1,4 +1,4 @@
-"""A fast BLAS under MLX's CPU backend on Linux; nothing on other systems.
+"""A fast BLAS and allocator under MLX's CPU backend on Linux; nothing elsewhere.
 
 MLX's Linux wheel links the reference BLAS. An OpenBLAS that is loaded first, with
 global symbols, takes its place. It comes from the `cmeel-openblas` wheel, which expects
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _FORTRAN = b"libgfortran.so.5"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def _find(pattern: str, roots: Iterable[str]) -> Path | None:
@@ -46,6 +47,14 @@ def _load_bundled_fortran(roots: list[str]) -> None:
         _load(f"/proc/self/fd/{descriptor}")
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc reuse large blocks: MLX's CPU backend frees every intermediate."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
 def preload() -> bool:
     """Load OpenBLAS before MLX; return whether it will be used.
 
@@ -56,6 +65,7 @@ def preload() -> bool:
         return False
     if "mlx.core" in sys.modules:
         return False
+    _keep_freed_memory()
     library = _find("cmeel.prefix/lib/libopenblas.so*", sys.path)
     if library is None:
         return False

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..features import Features
-from .layers import DepthwiseConv, PointwiseConv, gelu
+from .layers import DepthwiseConv, PointwiseConv, attend, attention_weights, gelu
 
 BATCH_NORM_EPS = 1e-5
 
@@ -116,13 +116,14 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, 3, -1, self.head_dim)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-        scale = self.head_dim**-0.5
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
-        y = self.proj(y.swapaxes(1, 2).reshape(batch, height, width, channels))
-        if not return_received:
-            return y, None
-        weights = mx.softmax((q * scale) @ k.swapaxes(-1, -2), axis=-1, precise=True)
-        return y, mx.mean(weights.astype(mx.float32), axis=(1, 2))
+        scale, received = self.head_dim**-0.5, None
+        if return_received:
+            weights = attention_weights(q, k, scale)
+            y, received = weights @ v, mx.mean(weights.astype(mx.float32), axis=(1, 2))
+        else:
+            y = attend(q, k, v, scale)
+        y = y.swapaxes(1, 2).reshape(batch, height, width, channels)
+        return self.proj(y), received
 
 
 class RepMixerBlock(nn.Module):

@@ -1,9 +1,9 @@
 """Operations whose best implementation depends on the device, chosen here only.
 
-On a GPU these are MLX's own convolutions and GELU. MLX's CPU backend runs grouped
-convolutions and `erf` slowly, so there depthwise convolutions become shifted
-multiply-adds and GELU a polynomial, both compiled. `plain_operations()` turns the
-CPU forms off, for export and for tests that both agree.
+On a GPU these are MLX's own operations. MLX's CPU backend runs grouped convolutions,
+`erf` and `exp` slowly and each on one core, so there depthwise convolutions become
+shifted multiply-adds, GELU and softmax polynomials, compiled and split over the cores.
+`plain_operations()` turns the CPU forms off, for export and for tests that both agree.
 """
 
 import contextlib
@@ -35,48 +35,6 @@ def use_cpu_forms() -> bool:
     return not _PLAIN and mx.default_device().type == mx.DeviceType.cpu
 
 
-# GELU -------------------------------------------------------------------------------
-
-_ERF_LIMIT = 3.7  # erf is 1 within float32 from here on
-
-
-@functools.lru_cache(maxsize=1)
-def _erf_coefficients() -> list[float]:
-    """Of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1, lowest first."""
-
-    def ratio(t: float) -> float:
-        u = _ERF_LIMIT * math.sqrt((t + 1) / 2)
-        return math.erf(u) / u if u else 2 / math.sqrt(math.pi)
-
-    chebyshev = np.polynomial.chebyshev
-    fit = chebyshev.chebinterpolate(np.vectorize(ratio), 14)
-    return [float(c) for c in chebyshev.cheb2poly(fit)]
-
-
-@mx.compile
-def _polynomial_gelu(x: mx.array) -> mx.array:
-    u = mx.clip(x * math.sqrt(0.5), -_ERF_LIMIT, _ERF_LIMIT)
-    power = u * u * (2 / _ERF_LIMIT**2) - 1
-    # Estrin's scheme: a deep Horner chain would not fuse into one kernel.
-    terms = _erf_coefficients()
-    while len(terms) > 1:
-        last = terms[-1:] if len(terms) % 2 else []
-        pairs = zip(terms[::2], terms[1::2], strict=False)
-        terms = [low + high * power for low, high in pairs] + last
-        power = power * power
-    return 0.5 * x * (1 + u * terms[0])
-
-
-def gelu(x: mx.array) -> mx.array:
-    """Exact GELU (with erf), any shape; within 2e-6 of it in the CPU form."""
-    if not use_cpu_forms() or x.dtype != mx.float32:
-        return nn.gelu(x)
-    return _on_all_cores(lambda start, stop: _polynomial_gelu(x[:, start:stop]), x.shape)
-
-
-# Convolutions -----------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=1)
 def _cpu_streams() -> list[mx.Stream]:
     """A stream per core: MLX's CPU backend runs each stream on one thread."""
@@ -84,7 +42,7 @@ def _cpu_streams() -> list[mx.Stream]:
 
 
 def _on_all_cores(part: Callable[[int, int], mx.array], shape: tuple) -> mx.array:
-    """Join `part(start, stop)` of the rows (axis 1) of a result, a stream for each."""
+    """Join `part(start, stop)` along axis 1 of a result, a stream for each."""
     streams, rows = _cpu_streams(), shape[1]
     if math.prod(shape) < 1 << 16 or rows < len(streams):
         return part(0, rows)
@@ -94,6 +52,92 @@ def _on_all_cores(part: Callable[[int, int], mx.array], shape: tuple) -> mx.arra
         with mx.stream(stream):
             parts.append(part(start, stop))
     return mx.concatenate(parts, axis=1)
+
+
+# GELU and softmax -------------------------------------------------------------------
+
+_ERF_LIMIT = 3.7  # erf is 1 within float32 from here on
+_EXP_LIMIT = 32  # exp(-32) is nothing beside the largest weight, 1
+
+
+def _fit(function: Callable[[float], float], degree: int) -> list[float]:
+    """Coefficients, lowest first, of a polynomial close to `function` on [-1, 1]."""
+    chebyshev = np.polynomial.chebyshev
+    fit = chebyshev.chebinterpolate(np.vectorize(function), degree)
+    return [float(c) for c in chebyshev.cheb2poly(fit)]
+
+
+def _evaluate(terms: list[float], power: mx.array) -> mx.array:
+    """Estrin's scheme: a deep Horner chain would not fuse into one kernel."""
+    while len(terms) > 1:
+        last = terms[-1:] if len(terms) % 2 else []
+        pairs = zip(terms[::2], terms[1::2], strict=False)
+        terms = [low + high * power for low, high in pairs] + last
+        power = power * power
+    return terms[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _erf_terms() -> list[float]:
+    """Of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1."""
+
+    def ratio(t: float) -> float:
+        u = _ERF_LIMIT * math.sqrt((t + 1) / 2)
+        return math.erf(u) / u if u else 2 / math.sqrt(math.pi)
+
+    return _fit(ratio, 14)
+
+
+@functools.lru_cache(maxsize=1)
+def _exp_terms() -> list[float]:
+    """Of exp((t - 1) / 2) as a polynomial in t."""
+    return _fit(lambda t: math.exp((t - 1) / 2), 7)
+
+
+@mx.compile
+def _polynomial_gelu(x: mx.array) -> mx.array:
+    u = mx.clip(x * math.sqrt(0.5), -_ERF_LIMIT, _ERF_LIMIT)
+    return 0.5 * x * (1 + u * _evaluate(_erf_terms(), u * u * (2 / _ERF_LIMIT**2) - 1))
+
+
+@mx.compile
+def _polynomial_exp(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0 as exp(x / 32)**32."""
+    root = _evaluate(_exp_terms(), mx.maximum(x, -_EXP_LIMIT) * (2 / _EXP_LIMIT) + 1)
+    for _ in range(5):
+        root = root * root
+    return root
+
+
+def gelu(x: mx.array) -> mx.array:
+    """Exact GELU (with erf), any shape; within 2e-6 of it in the CPU form."""
+    if not use_cpu_forms() or x.dtype != mx.float32:
+        return nn.gelu(x)
+    return _on_all_cores(lambda start, stop: _polynomial_gelu(x[:, start:stop]), x.shape)
+
+
+def _softmax(scores: mx.array) -> mx.array:
+    scores = scores - mx.max(scores, axis=-1, keepdims=True)
+    powers = _polynomial_exp(scores)
+    return powers * (1 / mx.sum(powers, axis=-1, keepdims=True))
+
+
+def attention_weights(q: mx.array, k: mx.array, scale: float) -> mx.array:
+    """Softmax of scaled products, (B, heads, N, N), from q and k (B, heads, N, D)."""
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    if not use_cpu_forms() or scores.dtype != mx.float32:
+        return mx.softmax(scores, axis=-1, precise=True)
+    return _on_all_cores(lambda a, b: _softmax(scores[:, a:b]), scores.shape)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Full attention; q, k, v and the result are (B, heads, N, D)."""
+    if use_cpu_forms():
+        return attention_weights(q, k, scale) @ v
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+# Convolutions -----------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=256)
