@@ -21,7 +21,7 @@ class Positions:
 
     @contextlib.contextmanager
     def using(self, values: mx.array | None, shift: int = 0) -> Iterator[None]:
-        """Within the block, prompt token t is at `values[t]`, (T,) int32.
+        """Within the block, prompt token t is at `values[..., t]`, (T,) or (B, T) int32.
 
         Tokens after the prompt are at their cache offset plus `shift`. `None` means
         contiguous positions.
@@ -34,12 +34,12 @@ class Positions:
             self._values, self._shift = before
 
     def of_prompt(self, offset: int, length: int) -> mx.array | None:
-        """(L,) positions of prompt tokens; `None` where a plain offset does."""
-        if self._values is None or offset >= self._values.shape[0]:
+        """(..., L) positions of prompt tokens; `None` where a plain offset does."""
+        if self._values is None or offset >= self._values.shape[-1]:
             return None
-        if offset + length > self._values.shape[0]:
+        if offset + length > self._values.shape[-1]:
             raise ValueError("one call may not cross the end of the prompt")
-        return self._values[offset : offset + length]
+        return self._values[..., offset : offset + length]
 
     @property
     def shift(self) -> int:
@@ -62,7 +62,8 @@ class PositionedRoPE(nn.Module):
         # RoPE takes one offset per batch row: give every token a row of its own.
         batch, heads, length, size = x.shape
         rows = x.swapaxes(1, 2).reshape(batch * length, heads, 1, size)
-        rows = self.rope(rows, offset=mx.tile(where, batch))
+        offsets = mx.broadcast_to(where, (batch, length)).reshape(-1)
+        rows = self.rope(rows, offset=offsets)
         return rows.reshape(batch, length, heads, size).swapaxes(1, 2)
 
 

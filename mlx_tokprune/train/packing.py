@@ -1,0 +1,118 @@
+"""Several questions about one picture in one sequence, for training and evaluation.
+
+Each question sees the chat prefix, the picture and itself, but no other question, and
+its positions begin where the picture ends: the answers are those of separate prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..models.fastvlm import FastVLM
+from .scenes import Question
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Q questions about each of B pictures, L tokens each with their answers.
+
+    ids: (B, Q, L) int32. targets: (B, Q, L) int32, the next token where it belongs to
+    the answer, else `IGNORE`; all `IGNORE` where there is no question.
+    """
+
+    ids: mx.array
+    targets: mx.array
+
+
+def pack(rows: Sequence[Sequence[Question | None]], encode, suffix: str, end: int):
+    """`Questions` from a row of questions for each picture; `None` leaves a gap."""
+    pairs = [
+        [
+            None
+            if q is None
+            else (encode(f"\n{q.prompt}{suffix}"), [*encode(q.answer), end])
+            for q in row
+        ]
+        for row in rows
+    ]
+    length = max(len(p) + len(a) for row in pairs for p, a in filter(None, row))
+    ids = np.zeros((len(pairs), len(pairs[0]), length), np.int32)
+    targets = np.full_like(ids, IGNORE)
+    for i, row in enumerate(pairs):
+        for j, pair in enumerate(row):
+            if pair is not None:
+                prompt, answer = pair
+                tokens = prompt + answer
+                ids[i, j, : len(tokens)] = tokens
+                targets[i, j, len(prompt) - 1 : len(tokens) - 1] = answer
+    return Questions(mx.array(ids), mx.array(targets))
+
+
+def answer_logits(
+    model: FastVLM,
+    prefix: Sequence[int],
+    visual: mx.array,
+    indices: mx.array,
+    questions: Questions,
+    total: int,
+    positions: str = "original",
+) -> mx.array:
+    """(B, Q, L, V) logits; visual (B, K, D) are tokens `indices` (B, K) of `total`."""
+    batch, kept, _ = visual.shape
+    _, count, length = questions.ids.shape
+    start = len(prefix)
+    text = model.embed(mx.broadcast_to(mx.array([prefix]), (batch, start)))
+    asked = model.embed(questions.ids.reshape(batch, -1))
+    hidden = mx.concatenate([text, visual.astype(text.dtype), asked], axis=1)
+    where = indices if positions == "original" else mx.arange(kept)[None]
+    after = start + (total if positions == "original" else kept)
+    values = mx.concatenate(
+        [
+            mx.broadcast_to(part.astype(mx.int32), (batch, part.shape[-1]))
+            for part in (
+                mx.arange(start)[None],
+                start + where,
+                after + mx.tile(mx.arange(length), count)[None],
+            )
+        ],
+        axis=1,
+    )
+    mask = _mask(start + kept, count, length)
+    with model.positions.using(values):
+        for layer in model.layers:
+            hidden = layer(hidden, mask, None)
+    inner = model.language_model.model
+    hidden = inner.norm(hidden[:, start + kept :])
+    logits = inner.embed_tokens.as_linear(hidden)
+    return logits.reshape(batch, count, length, -1)
+
+
+def _mask(shared: int, count: int, length: int) -> mx.array:
+    """(T, T) bool: causal, and only within a question or towards what is shared."""
+    group = np.repeat(np.arange(count + 1), [shared] + [length] * count)
+    causal = np.tril(np.ones((len(group), len(group)), bool))
+    own = group[:, None] == group[None]
+    return mx.array(causal & (own | (group[None] == 0)))
+
+
+def answer_loss(logits: mx.array, questions: Questions) -> mx.array:
+    """Mean cross entropy of the answers' tokens."""
+    used = questions.targets != IGNORE
+    losses = nn.losses.cross_entropy(logits, mx.maximum(questions.targets, 0))
+    return mx.sum(losses * used) / mx.maximum(mx.sum(used), 1)
+
+
+def exact_matches(logits: mx.array, questions: Questions) -> tuple[mx.array, mx.array]:
+    """(B, Q) bool whether the greedy answer is exactly right, and whether there is one.
+
+    Greedy decoding gives the right answer exactly when every token of it is the most
+    likely one after the right tokens before it.
+    """
+    used = questions.targets != IGNORE
+    right = (mx.argmax(logits, axis=-1) == questions.targets) | ~used
+    return mx.all(right, axis=-1), mx.any(used, axis=-1)

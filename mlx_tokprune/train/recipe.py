@@ -1,0 +1,247 @@
+"""How the demo model is trained: stages, their losses, and resuming.
+
+The tower first, on small pictures with helper losses; the language model apart, on
+oracle tokens; then the tower on full pictures, the projector alone, and all together,
+at last with most tokens dropped. Every batch has its own seed, so a run that is stopped
+goes on where it was.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from tqdm import tqdm
+
+from ..features import Features
+from ..pruners import get_method
+from .batches import SceneBatch, make_batch
+from .packing import answer_logits, answer_loss, pack
+from .scenes import CANVAS, CELL
+from .student import Student
+from .tokens import build_tokenizer, encoder
+
+QUESTIONS = 8
+_SAVE_EVERY = 200
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the recipe; `drop` is the share of batches that are pruned."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    canvas: int = CANVAS
+    most: int = 5
+    drop: float = 0.0
+
+
+STAGES = (
+    Stage("tower", 7000, 16, 2e-3, canvas=256, most=2),
+    Stage("language", 11000, 16, 1e-3),
+    Stage("full", 1500, 8, 1e-3),
+    Stage("align", 250, 16, 3e-3),
+    Stage("joint", 2200, 8, 3e-4),
+    Stage("drop", 3800, 8, 2.5e-4, drop=0.6),
+)
+
+
+class Trainer:
+    """Runs the stages on a `Student`, saving in `folder`."""
+
+    def __init__(self, folder: Path, stages=STAGES, student: Student | None = None):
+        self.folder = folder
+        self.stages = stages
+        mx.random.seed(0)
+        self.student = student or Student()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = build_tokenizer(folder / "tokenizer.json")
+        self.encode = encoder(self.tokenizer)
+        self.end = self.tokenizer.token_to_id("<|im_end|>")
+        self.prefix = self.encode(self.student.vlm.prompt_prefix)
+        self.losses: dict[str, Callable[[SceneBatch, Stage, int], mx.array]] = {
+            "tower": self.tower_loss,
+            "language": self.language_loss,
+            "full": self.tower_loss,
+            "align": self.align_loss,
+            "joint": self.joint_loss,
+            "drop": self.joint_loss,
+        }
+
+    # Losses -------------------------------------------------------------------------
+
+    def tower_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+        tokens, fine = self.student.see(batch.pixels)
+        whole = stage.canvas == CANVAS
+        return self._cell_loss(tokens, batch, whole) + 0.5 * self._fine_loss(fine, batch)
+
+    def language_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+        visual = self.student.oracle(batch.cells)
+        keep = int(_rng(stage, step).choice([8, 8, 16, 16, 32, 64]))
+        # Things always stay; which empty cells stay is drawn.
+        scores = 2.0 * (batch.cells["shape"] > 0) + mx.random.uniform(
+            shape=batch.cells["shape"].shape
+        )
+        indices = mx.sort(mx.argsort(-scores, axis=1)[:, :keep], axis=1)
+        kept = mx.take_along_axis(visual, indices[..., None], axis=1)
+        spread = mx.stop_gradient(mx.std(kept))
+        kept = kept + 0.05 * spread * mx.random.normal(kept.shape)
+        return self._answer_loss(kept, indices, batch)
+
+    def align_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+        tokens = mx.stop_gradient(self.student.see(batch.pixels)[0])
+        target = mx.stop_gradient(self.student.oracle(batch.cells))
+        error = mx.square(self.student.vlm.project(tokens) - target)
+        error = mx.mean(error, axis=-1) / mx.var(target)
+        occupied = batch.cells["shape"] > 0
+        return _masked_mean(error, occupied) + 0.3 * _masked_mean(error, ~occupied)
+
+    def joint_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+        tokens, fine = self.student.see(batch.pixels)
+        indices = self._choose(tokens, stage, step)
+        kept = mx.take_along_axis(tokens, indices[..., None], axis=1)
+        answers = self._answer_loss(self.student.vlm.project(kept), indices, batch)
+        helpers = 0.5 * self._cell_loss(tokens, batch, True)
+        return 2 * answers + helpers + 0.2 * self._fine_loss(fine, batch)
+
+    def _choose(self, tokens: mx.array, stage: Stage, step: int) -> mx.array:
+        """(B, K) tokens that stay: all, or by norm, or now and then at random."""
+        rng, (batch, total, _) = _rng(stage, step), tokens.shape
+        if rng.random() >= stage.drop:
+            return mx.broadcast_to(mx.arange(total), (batch, total))
+        keep = max(1, total // int(rng.choice([2, 4, 9])))
+        features = Features(mx.stop_gradient(tokens), (1, total))
+        if rng.random() < 0.75:
+            return get_method("norm").function(features, keep=keep).indices
+        return get_method("random").function(features, keep=keep, seed=step).indices
+
+    def _answer_loss(self, visual, indices, batch: SceneBatch) -> mx.array:
+        vlm, total = self.student.vlm, batch.cells["shape"].shape[1]
+        asked = pack(batch.questions, self.encode, vlm.prompt_suffix, self.end)
+        logits = answer_logits(vlm, self.prefix, visual, indices, asked, total)
+        return answer_loss(logits, asked)
+
+    def _cell_loss(self, tokens: mx.array, batch: SceneBatch, whole: bool) -> mx.array:
+        heads, labels = self.student.heads.cell, batch.cells
+        occupied = labels["shape"] > 0
+        inside = {f"{k}_inside": labels[k] % (CELL // 8) for k in "xy"}
+        weights = mx.where(occupied, 1.0, 0.3)
+        loss = _classify(heads["shape"](tokens), labels["shape"], weights)
+        colored = labels["color"] > 0
+        loss = loss + _classify(heads["color"](tokens), labels["color"], colored)
+        for name, label in inside.items():
+            loss = loss + 0.3 * _classify(heads[name](tokens), label, occupied)
+        for name in ("x", "y") if whole else ():
+            loss = loss + 0.5 * _classify(heads[name](tokens), labels[name], occupied)
+        for name in ("word", "tens", "units"):
+            known = labels[name] >= 0
+            loss = loss + _classify(heads[name](tokens), labels[name], known)
+        return loss
+
+    def _fine_loss(self, fine: mx.array, batch: SceneBatch) -> mx.array:
+        return sum(
+            _classify(
+                self.student.heads.fine[name](fine), label, mx.where(label > 0, 1, 0.1)
+            )
+            for name, label in batch.fine.items()
+        )
+
+    # Running ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All stages, from where an earlier run in the same folder stopped."""
+        state = self._read_state()
+        for number, stage in enumerate(self.stages):
+            if number >= state["stage"]:
+                self._run_stage(number, stage, state["step"])
+                state = {"stage": number + 1, "step": 0}
+                self._save(state, None)
+
+    def _run_stage(self, number: int, stage: Stage, first: int) -> None:
+        self._freeze(stage)
+        schedule = optim.join_schedules(
+            [
+                optim.linear_schedule(0, stage.learning_rate, max(1, stage.steps // 40)),
+                optim.cosine_decay(
+                    stage.learning_rate, stage.steps, 0.03 * stage.learning_rate
+                ),
+            ],
+            [max(1, stage.steps // 40)],
+        )
+        optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
+        if first:
+            optimizer.state = tree_unflatten(
+                list(mx.load(str(self.folder / "optimizer.safetensors")).items())
+            )
+        loss_of = self.losses[stage.name]
+
+        def loss(model, batch, step):
+            return loss_of(batch, stage, step)
+
+        gradient = nn.value_and_grad(self.student, loss)
+        bar = tqdm(range(first, stage.steps), desc=stage.name, disable=None)
+        for step in bar:
+            mx.random.seed(number * 1_000_003 + step)
+            pictures = stage.name != "language"
+            asks = QUESTIONS if stage.name in ("language", "joint", "drop") else 0
+            batch = make_batch(
+                (1, number, step), stage.batch, stage.canvas, stage.most, pictures, asks
+            )
+            value, gradients = gradient(self.student, batch, step)
+            gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+            optimizer.update(self.student, gradients)
+            mx.eval(self.student.parameters(), optimizer.state)
+            bar.set_postfix(loss=f"{value.item():.3f}")
+            if (step + 1) % _SAVE_EVERY == 0 and step + 1 < stage.steps:
+                self._save({"stage": number, "step": step + 1}, optimizer)
+
+    def _freeze(self, stage: Stage) -> None:
+        """Aligning trains the projector alone, against features that stand still."""
+        self.student.unfreeze()
+        self.student.train(stage.name != "align")
+        if stage.name == "align":
+            self.student.freeze()
+            for layer in self.student.vlm.mm_projector:
+                layer.unfreeze()
+
+    def _read_state(self) -> dict:
+        path = self.folder / "state.json"
+        if not path.exists():
+            return {"stage": 0, "step": 0}
+        self.student.load_weights(str(self.folder / "student.safetensors"))
+        return json.loads(path.read_text())
+
+    def _save(self, state: dict, optimizer) -> None:
+        arrays = {"student": dict(tree_flatten(self.student.parameters()))}
+        if optimizer is not None:
+            arrays["optimizer"] = dict(tree_flatten(optimizer.state))
+        for name, tensors in arrays.items():
+            partial = self.folder / f"{name}.partial.safetensors"
+            mx.save_safetensors(str(partial), tensors)
+            partial.replace(self.folder / f"{name}.safetensors")
+        partial = self.folder / "state.partial.json"
+        partial.write_text(json.dumps(state))
+        partial.replace(self.folder / "state.json")
+
+
+def _rng(stage: Stage, step: int) -> np.random.Generator:
+    return np.random.default_rng((2, len(stage.name), step))
+
+
+def _masked_mean(values: mx.array, mask: mx.array) -> mx.array:
+    return mx.sum(values * mask) / mx.maximum(mx.sum(mask), 1)
+
+
+def _classify(logits: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
+    """Cross entropy, mean over what has weight; labels below 0 need weight 0."""
+    labels = mx.clip(labels, 0, logits.shape[-1] - 1)
+    losses = nn.losses.cross_entropy(logits, labels)
+    return mx.sum(losses * weights) / mx.maximum(mx.sum(weights), math.ulp(1.0))
