@@ -1,0 +1,130 @@
+"""The tower, its CPU forms, folding, and rotary positions."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_tokprune.models import layers
+from mlx_tokprune.models.fastvithd import FastViTHD, VisionConfig, fold_batch_norms
+from mlx_tokprune.models.layers import plain_operations
+from mlx_tokprune.models.positions import PositionedRoPE, Positions
+
+SMALL = VisionConfig(
+    layers=(1, 1, 1, 1, 2),
+    embed_dims=(16, 32, 32, 64, 64),
+    mlp_ratios=(2, 2, 2, 2, 2),
+    image_size=128,
+)
+
+
+def difference(a, b) -> float:
+    return float(mx.max(mx.abs(a - b)) / mx.max(mx.abs(b)))
+
+
+def test_gelu_forms_agree():
+    x = mx.concatenate([mx.linspace(-9, 9, 100_001), mx.array([-1e4, 0.0, 1e4])])
+    x = x[None, :, None]
+    with plain_operations():
+        exact = layers.gelu(x)
+    assert float(mx.max(mx.abs(layers.gelu(x) - exact))) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "multiplier"), [(3, 1, 1), (7, 1, 1), (7, 2, 2), (3, 2, 1)]
+)
+@pytest.mark.parametrize("shape", [(2, 9, 12, 16), (1, 64, 64, 32)])
+def test_depthwise_forms_agree(size, stride, multiplier, shape):
+    x = mx.random.normal(shape, key=mx.random.key(0))
+    weights = (shape[-1] * multiplier, size, size, 1)
+    weight = mx.random.normal(weights, key=mx.random.key(1))
+    with plain_operations():
+        plain = layers.depthwise_convolution(x, weight, stride)
+    ours = layers.depthwise_convolution(x, weight, stride)
+    assert ours.shape == plain.shape
+    assert difference(ours, plain) < 1e-5
+
+
+def test_attention_forms_agree():
+    q, k, v = mx.random.normal((3, 2, 4, 96, 32), key=mx.random.key(2))
+    with plain_operations():
+        plain = layers.attend(q, k, v, 0.5)
+        weights = layers.attention_weights(q, k, 0.5)
+    assert difference(layers.attend(q, k, v, 0.5), plain) < 1e-5
+    assert difference(layers.attention_weights(q, k, 0.5), weights) < 1e-5
+
+
+def trained_like(inference: bool) -> FastViTHD:
+    """A small tower whose batch norms are not the identity."""
+    mx.random.seed(0)
+    tower = FastViTHD(SMALL, inference)
+    for name, module in tower.named_modules():
+        if name.endswith(".bn"):
+            module.running_mean = 0.3 * mx.random.normal(module.running_mean.shape)
+            module.running_var = mx.random.uniform(0.5, 2, module.running_var.shape)
+            module.weight = mx.random.uniform(0.5, 2, module.weight.shape)
+            module.bias = 0.3 * mx.random.normal(module.bias.shape)
+    return tower.eval()
+
+
+def test_folded_tower_equals_the_unfolded_one():
+    plain, folded = trained_like(inference=False), FastViTHD(SMALL)
+    weights = dict(tree_flatten(plain.parameters()))
+    once = fold_batch_norms(weights)
+    twice = fold_batch_norms(once)
+    assert all(mx.array_equal(once[k], twice[k]) for k in once)
+    folded.load_weights(list(once.items()))
+    pixels = mx.random.uniform(shape=(2, 128, 128, 3))
+    assert difference(folded(pixels).tokens, plain(pixels).tokens) < 1e-5
+
+
+def test_tower_shapes_and_plain_form():
+    tower = FastViTHD(SMALL)
+    pixels = mx.random.uniform(shape=(2, 128, 192, 3))
+    features = tower(pixels, ("attention",))
+    assert features.tokens.shape == (2, 6, SMALL.output_dim)
+    assert features.grid == (2, 3)
+    np.testing.assert_allclose(np.array(mx.sum(features.attention, 1)), 1, rtol=1e-5)
+    with plain_operations():
+        assert difference(features.tokens, tower(pixels).tokens) < 1e-4
+
+
+def test_only_the_last_block_computes_weights_and_only_when_asked(monkeypatch):
+    tower = FastViTHD(SMALL)
+    asked = []
+
+    def spy(block):
+        original = block.attend
+        return lambda x, received: asked.append(received) or original(x, received)
+
+    for stage in (tower.network[7], tower.network[10]):
+        for block in stage:
+            block.attend = spy(block)
+    pixels = mx.zeros((1, 128, 128, 3))
+    assert tower(pixels).attention is None
+    assert asked == [False, False, False]
+    asked.clear()
+    assert tower(pixels, ("attention",)).attention is not None
+    assert asked == [False, False, True]
+
+
+def test_rope_at_given_positions_equals_rope_one_by_one():
+    import mlx.nn as nn
+
+    positions = Positions()
+    rope = PositionedRoPE(nn.RoPE(16), positions)
+    x = mx.random.normal((2, 3, 5, 16), key=mx.random.key(0))
+    assert mx.array_equal(rope(x, offset=4), nn.RoPE(16)(x, offset=4))
+    where = [0, 1, 5, 6, 11]
+    with positions.using(mx.array(where), shift=7):
+        together = rope(x, offset=0)
+        late = rope(x[:, :, :1], offset=5)
+        chunk = rope(x[:, :, 2:4], offset=2)
+        with pytest.raises(ValueError, match="cross the end"):
+            rope(x, offset=2)
+    for i, position in enumerate(where):
+        one = nn.RoPE(16)(x[:, :, i : i + 1], offset=position)
+        assert difference(together[:, :, i : i + 1], one) < 1e-6
+    assert difference(late, nn.RoPE(16)(x[:, :, :1], offset=12)) < 1e-6
+    assert difference(chunk, together[:, :, 2:4] * 0 + chunk) < 1e-6
+    assert mx.array_equal(rope(x), nn.RoPE(16)(x))  # nothing is left behind
