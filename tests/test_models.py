@@ -27,7 +27,8 @@ def test_gelu_forms_agree():
     x = x[None, :, None]
     with plain_operations():
         exact = layers.gelu(x)
-    assert float(mx.max(mx.abs(layers.gelu(x) - exact))) < 2e-6
+    error = mx.abs(layers.gelu(x) - exact) / mx.maximum(mx.abs(x), 1)
+    assert float(mx.max(error)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -126,5 +127,5 @@ def test_rope_at_given_positions_equals_rope_one_by_one():
         one = nn.RoPE(16)(x[:, :, i : i + 1], offset=position)
         assert difference(together[:, :, i : i + 1], one) < 1e-6
     assert difference(late, nn.RoPE(16)(x[:, :, :1], offset=12)) < 1e-6
-    assert difference(chunk, together[:, :, 2:4] * 0 + chunk) < 1e-6
+    assert difference(chunk, together[:, :, 2:4]) < 1e-6
     assert mx.array_equal(rope(x), nn.RoPE(16)(x))  # nothing is left behind

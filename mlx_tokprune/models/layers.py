@@ -110,7 +110,7 @@ def _polynomial_exp(x: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """Exact GELU (with erf), any shape; within 2e-6 of it in the CPU form."""
+    """Exact GELU (with erf), any shape; the CPU form is within 1e-6 max(1, |x|)."""
     if not use_cpu_forms() or x.dtype != mx.float32:
         return nn.gelu(x)
     return _on_all_cores(lambda start, stop: _polynomial_gelu(x[:, start:stop]), x.shape)

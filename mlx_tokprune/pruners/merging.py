@@ -41,13 +41,16 @@ def similarity(features: Features, *, keep: int) -> Selection:
     """
     unit = normalize(features.tokens)
     cosine = unit @ unit.swapaxes(1, 2)
-    size = squared_norm(features.tokens)
+    size, place = squared_norm(features.tokens), mx.arange(cosine.shape[1])
     larger = size[:, None, :] > size[:, :, None]
+    # Of identical tokens, as padding gives, the first is the larger one.
+    same = size[:, None, :] == size[:, :, None]
+    larger = larger | (same & (place[None, :] < place[:, None]))
     redundancy = mx.max(mx.where(larger, cosine, -2.0), axis=-1)
     kept = keep_highest(-redundancy, keep).indices
     to_kept = mx.take_along_axis(cosine, kept[..., None], axis=1)
     # A kept token must stay in its own group, also beside an identical twin.
-    own = kept[..., None] == mx.arange(cosine.shape[1])
+    own = kept[..., None] == place
     group = mx.argmax(mx.where(own, 3.0, to_kept), axis=1)
     members = group[:, None, :] == mx.arange(keep)[None, :, None]
     return Selection(kept, average(members.astype(mx.float32)))
@@ -70,9 +73,13 @@ def spatial(features: Features, *, keep: int) -> Selection:
 
 
 def _cell_centers(grid, cells, batch: int) -> mx.array:
-    """(B, h * w) int32: the token at the centre of each cell, ascending."""
-    (height, width), (h, w) = grid, cells
-    rows = (2 * mx.arange(h) + 1) * height // (2 * h)
-    columns = (2 * mx.arange(w) + 1) * width // (2 * w)
-    centers = (rows[:, None] * width + columns[None]).reshape(1, -1)
-    return mx.broadcast_to(centers.astype(mx.int32), (batch, h * w))
+    """(B, h * w) int32: the token in the middle of each cell, ascending."""
+    rows, columns = (_middles(n, k) for n, k in zip(grid, cells, strict=True))
+    centers = (rows[:, None] * grid[1] + columns[None]).reshape(1, -1)
+    return mx.broadcast_to(centers.astype(mx.int32), (batch, centers.size))
+
+
+def _middles(total: int, parts: int) -> mx.array:
+    """(parts,) the middle of each run of i in range(total) with equal i * parts // total."""
+    edges = (mx.arange(parts + 1) * total + parts - 1) // parts
+    return (edges[:-1] + edges[1:]) // 2
