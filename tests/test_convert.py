@@ -1,0 +1,345 @@
+"""Conversion: layouts, quantization, streaming, and what it refuses."""
+
+import hashlib
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import MANIFESTS, TINY, read_manifest, write_headers
+
+from mlx_tokprune import generate, load
+from mlx_tokprune.convert import checkpoint as folders
+from mlx_tokprune.convert import convert, fastvlm, main
+from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
+from mlx_tokprune.errors import InputError
+
+IDS = mx.array([[1, 2, 3, 4]])
+
+
+def edit_config(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, change) -> None:
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+
+def digest(folder) -> dict:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()
+    }
+
+
+def test_converted_model_computes_the_same(checkpoint, tmp_path, tiny):
+    before = digest(checkpoint)
+    target = convert(str(checkpoint), str(tmp_path / "mlx"))
+    assert digest(checkpoint) == before  # the user's files are never edited
+    assert mx.array_equal(load(target)[0](IDS), tiny[0](IDS))
+    again = convert(str(target), str(tmp_path / "again"))
+    assert (again / "model.safetensors").read_bytes() == (
+        target / "model.safetensors"
+    ).read_bytes()
+
+
+def test_output_has_the_community_layout(checkpoint, tmp_path):
+    target = convert(str(checkpoint), str(tmp_path / "mlx"))
+    names = Checkpoint.open(target).tensors
+    roots = {name.split(".")[0] for name in names}
+    assert roots == {"vision_tower", "mm_projector", "language_model"}
+    stem = names["vision_tower.vision_model.patch_embed.blocks.0.reparam_conv.weight"]
+    assert stem.shape == (16, 3, 3, 3)
+    depthwise = "vision_tower.vision_model.patch_embed.blocks.1.reparam_conv.weight"
+    assert names[depthwise].shape == (16, 3, 3, 1)  # channels-last
+    scale = names["vision_tower.vision_model.network.0.0.layer_scale"]
+    assert scale.shape == (1, 1, 16)
+    # Batch norms stay on disk: folding is for the runtime only.
+    assert any(".bn.running_var" in name for name in names)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name.split(".json")[0])
+def test_full_size_manifests_convert_structurally(path, tmp_path):
+    manifest = read_manifest(path)
+    write_headers(tmp_path / "full", manifest["tensors"], manifest["config"])
+    opened = Checkpoint.open(tmp_path / "full")
+    config = fastvlm.read_config(opened)
+    fastvlm.check(opened, config)
+    shapes = fastvlm.mlx_shapes(opened)
+    dropped = [n for n in manifest["tensors"] if fastvlm.rename(n) is None]
+    assert all(n.endswith("num_batches_tracked") for n in dropped)
+    assert len(shapes) + len(dropped) == len(manifest["tensors"])
+    unused = shapes.keys() - fastvlm.expected_shapes(config).keys()
+    assert unused == {"vision_tower.vision_model.head.proj"}
+
+
+def test_a_manifest_with_one_tensor_renamed_is_refused(tmp_path):
+    manifest = read_manifest(MANIFESTS[0])
+    tensors = manifest["tensors"]
+    tensors["model.norm.weigh"] = tensors.pop("model.norm.weight")
+    write_headers(tmp_path / "full", tensors, manifest["config"])
+    opened = Checkpoint.open(tmp_path / "full")
+    with pytest.raises(InputError, match="lacks tensor language_model.model.norm"):
+        fastvlm.check(opened, fastvlm.read_config(opened))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_only_the_language_model_is_quantized(checkpoint, tmp_path, bits, tiny):
+    options = ["-q", "--q-bits", str(bits), "--q-group-size", "32"]
+    target = tmp_path / "q"
+    main(["--hf-path", str(checkpoint), "--mlx-path", str(target), *options])
+    opened = Checkpoint.open(target)
+    scales = [n for n in opened.tensors if n.endswith(".scales")]
+    assert scales
+    assert all(n.startswith("language_model.") for n in scales)
+    assert opened.config["quantization"]["bits"] == bits
+    model, processor = load(target)
+    exact, ours = np.array(tiny[0](IDS)), np.array(model(IDS))
+    error = np.abs(ours - exact).mean() / np.abs(exact).mean()
+    assert 0 < error < {4: 0.3, 8: 0.02}[bits]
+    images = [TINY / "image_0.png"]
+    assert isinstance(generate(model, processor, images, "Hi", max_tokens=3), str)
+    with pytest.raises(InputError, match="already quantized"):
+        convert(str(target), str(tmp_path / "again"), quantize=True)
+
+
+def test_dtype_is_what_was_asked_for(checkpoint, tmp_path):
+    target = convert(str(checkpoint), str(tmp_path / "half"), dtype="bfloat16")
+    assert {t.dtype for t in Checkpoint.open(target).tensors.values()} == {"BF16"}
+
+
+def test_presence_of_the_head_decides_about_tying(checkpoint, tmp_path):
+    """`tie_word_embeddings` is wrong in some published configs."""
+
+    def untie(weights):
+        weights["lm_head.weight"] = 2 * weights["model.embed_tokens.weight"]
+
+    edit_weights(checkpoint, untie)
+    tied = load(TINY)[0](IDS)
+    assert mx.allclose(load(checkpoint)[0](IDS), 2 * tied, rtol=1e-4, atol=1e-4)
+    target = convert(str(checkpoint), str(tmp_path / "mlx"))
+    assert Checkpoint.open(target).config["tie_word_embeddings"] is False
+    assert mx.allclose(load(target)[0](IDS), 2 * tied, rtol=1e-4, atol=1e-4)
+
+
+def split(folder, parts: int = 3) -> None:
+    """Turn the single file of a folder into shards with an index."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    names = sorted(weights)
+    size = sum(weights[n].nbytes for n in names) // parts
+    stream = ((n, weights[n]) for n in names)
+    target = folder / "shards"
+    target.mkdir()
+    write_shards(target, stream, 0, shard_bytes=size)
+    (folder / "model.safetensors").unlink()
+    for path in target.iterdir():
+        path.rename(folder / path.name)
+    target.rmdir()
+
+
+def test_shards_are_read_and_written(checkpoint, tmp_path, monkeypatch, tiny):
+    split(checkpoint)
+    assert len(list(checkpoint.glob("model-*.safetensors"))) >= 3
+    monkeypatch.setattr(folders.write_shards, "__defaults__", (400_000,))
+    target = convert(str(checkpoint), str(tmp_path / "mlx"))
+    shards = sorted(p.name for p in target.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert mx.array_equal(load(target)[0](IDS), tiny[0](IDS))
+
+
+def test_licence_and_tokenizer_travel_and_code_does_not(checkpoint, tmp_path):
+    for name in ("LICENSE", "README.md", "llava_qwen.py", "notes.bin"):
+        (checkpoint / name).write_text(name)
+    edit_config(checkpoint, auto_map={"AutoModel": "llava_qwen.Model"})
+    target = convert(str(checkpoint), str(tmp_path / "mlx"))
+    names = {p.name for p in target.iterdir()}
+    assert {"LICENSE", "README.md", "tokenizer.json"} <= names
+    assert not {"llava_qwen.py", "notes.bin"} & names
+    assert "auto_map" not in Checkpoint.open(target).config
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space")])
+def test_an_interrupted_run_leaves_nothing(checkpoint, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(mx, "save_safetensors", fail)
+    expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        convert(str(checkpoint), str(tmp_path / "mlx"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_short_write_is_a_full_disk(checkpoint, tmp_path, monkeypatch):
+    def write_half(path, shard, metadata=None):
+        with open(path, "wb") as file:
+            file.write(b"half")
+
+    monkeypatch.setattr(mx, "save_safetensors", write_half)
+    with pytest.raises(InputError, match="disk .* is full"):
+        convert(str(checkpoint), str(tmp_path / "mlx"))
+    assert not (tmp_path / "mlx").exists()
+
+
+# What is refused, each with the message it must give.
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def torch_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def truncated(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1000])
+
+
+def truncated_header(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:100])
+
+
+def not_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"12345678")
+
+
+def missing_shard(folder):
+    split(folder)
+    sorted(folder.glob("model-*"))[0].unlink()
+
+
+def leaving_index(folder):
+    split(folder)
+    index = json.loads((folder / INDEX).read_text())
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = "../model.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def wrong_shape(folder):
+    def change(weights):
+        weights["model.norm.weight"] = mx.zeros((63,))
+
+    edit_weights(folder, change)
+
+
+def missing_tensor(folder):
+    edit_weights(folder, lambda w: w.pop("model.mm_projector.2.bias"))
+
+
+def extra_tensor(folder):
+    edit_weights(folder, lambda w: w.update({"model.extra": mx.zeros(3)}))
+
+
+def apple_mlx_export(folder):
+    edit_weights(folder, _keep_language)
+    (folder / "fastvithd.mlpackage").mkdir()
+
+
+def transformers_layout(folder):
+    edit_weights(folder, _keep_language)
+    edit_config(folder, model_type="fast_vlm")
+
+
+def language_model_only(folder):
+    edit_weights(folder, _keep_language)
+    edit_config(folder, model_type="qwen2")
+
+
+def openvla(folder):
+    edit_weights(folder, lambda w: (w.clear(), w.update(_OPENVLA)))
+
+
+def wrong_sizes(folder):
+    edit_config(folder, mm_hidden_size=3072)
+
+
+def no_sizes(folder):
+    (folder / "config.json").write_text('{"model_type": "llava_qwen2"}')
+
+
+_OPENVLA = {"vision_backbone.featurizer.patch_embed.proj.weight": mx.zeros((1,))}
+
+
+def _keep_language(weights) -> None:
+    for name in [n for n in weights if "vision_tower" in n]:
+        del weights[name]
+
+
+REFUSED = [
+    (no_config, "has no config.json; expected a checkpoint folder"),
+    (broken_config, "cannot be read as JSON"),
+    (no_weights, "has no weights; expected safetensors files"),
+    (torch_pickle, "has only pytorch_model.bin, a torch pickle; expected safetensors"),
+    (truncated, r"model.safetensors is truncated: \d+ bytes, expected \d+"),
+    (truncated_header, "truncated: 100 bytes hold no whole header"),
+    (not_safetensors, "is not a safetensors file"),
+    (missing_shard, "shard model-00001-of-00004.safetensors is missing"),
+    (leaving_index, "'../model.safetensors', which leaves"),
+    (
+        wrong_shape,
+        r"tensor language_model.model.norm.weight .* has shape \(63,\); "
+        r"expected \(64,\)",
+    ),
+    (missing_tensor, "lacks tensor mm_projector.2.bias"),
+    (extra_tensor, "has the unknown tensor language_model.model.extra"),
+    (apple_mlx_export, "vision tower is a Core ML package; this reads FastVLM as"),
+    (transformers_layout, "a transformers fast_vlm checkpoint.*; this reads"),
+    (language_model_only, "model type 'qwen2' without a FastViTHD tower; this reads"),
+    (openvla, r"a Prismatic \(OpenVLA\) checkpoint; this reads"),
+    (wrong_sizes, "mm_hidden_size 3072, but the tower .* has features of size 256"),
+    (no_sizes, "config.json does not say hidden_size"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED, ids=lambda v: getattr(v, "__name__", ""))
+def test_damaged_checkpoints_are_refused(
+    checkpoint, tmp_path, capsys, damage, message
+):
+    damage(checkpoint)
+    with pytest.raises(InputError, match=message):
+        load(checkpoint)
+    target = tmp_path / "mlx"
+    with pytest.raises(SystemExit) as stop:
+        main(["--hf-path", str(checkpoint), "--mlx-path", str(target)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not target.exists()
+
+
+def test_an_existing_target_is_kept(checkpoint, tmp_path):
+    (tmp_path / "mlx").mkdir()
+    with pytest.raises(InputError, match="already exists; choose a new folder"):
+        convert(str(checkpoint), str(tmp_path / "mlx"))
+
+
+def test_unknown_places_are_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist; expected a checkpoint folder"):
+        convert("no such/place/here", str(tmp_path / "mlx"))
+    shutil.copy(TINY / "config.json", tmp_path / "file")
+    with pytest.raises(InputError, match="is not a folder"):
+        convert(str(tmp_path / "file"), str(tmp_path / "mlx"))
+
+
+@pytest.mark.parametrize("options", [{"q_bits": 3}, {"q_group_size": 48}])
+def test_quantization_options_are_checked(checkpoint, tmp_path, options):
+    with pytest.raises(InputError, match="expected 4 or 8 bits and groups of"):
+        convert(str(checkpoint), str(tmp_path / "q"), quantize=True, **options)
