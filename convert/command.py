@@ -44,7 +44,9 @@ def convert(
             "4 or 8 bits and groups of 32, 64 or 128"
         )
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+        raise InputError(
+            f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}"
+        )
     target = Path(mlx_path)
     checkpoint = Checkpoint.open(resolve(hf_path))
     fastvlm.check_layout(checkpoint)
@@ -55,7 +57,9 @@ def convert(
     tensors = _stream(checkpoint, dtype, (q_group_size, q_bits) if quantize else None)
     with new_folder(target) as folder:
         copy_companions(checkpoint.folder, folder)
-        write_config(folder, _target_config(config, dtype, quantize, q_bits, q_group_size))
+        write_config(
+            folder, _target_config(config, dtype, quantize, q_bits, q_group_size)
+        )
         write_shards(folder, tensors, _bytes_to_write(checkpoint, dtype, quantize))
     return target
 

@@ -27,7 +27,9 @@ def resolve(path_or_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        reason = (
+            str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        )
         raise InputError(
             f"{path_or_id} is no folder here and cannot be fetched from the hub "
             f"({reason})"

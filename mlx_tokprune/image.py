@@ -45,7 +45,8 @@ def load_image(source: str | Path | np.ndarray | Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float32)
-        scale = 257.0 if grey.max(initial=0) > 255 else 1.0
+        wide = image.mode.startswith("I;16") or grey.max(initial=0) > 255
+        scale = 257 if wide else 1
         image = Image.fromarray(np.clip(grey / scale, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

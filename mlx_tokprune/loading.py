@@ -102,9 +102,15 @@ def _quantize(model: FastVLM, quantization: dict, weights: dict) -> None:
 def load_tokenizer(folder: Path):
     """mlx-lm's tokenizer of a folder; raises `InputError` when there is none."""
     from mlx_lm.tokenizer_utils import load as load_mlx_lm_tokenizer
+    from transformers.utils import logging
 
+    # transformers warns that it has no model type `llava_qwen2`; it needs none.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return load_mlx_lm_tokenizer(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
+    finally:
+        logging.set_verbosity(verbosity)

@@ -39,9 +39,7 @@ def place_pictures(text: str, pictures: int, image_token: str) -> str:
     return text
 
 
-def tokenize(
-    text: str, image_token: str, encode: Callable[[str], list[int]]
-) -> Prompt:
+def tokenize(text: str, image_token: str, encode: Callable[[str], list[int]]) -> Prompt:
     """Split at the pictures and encode each part on its own, as LLaVA does."""
     return Prompt(tuple(tuple(encode(part)) for part in text.split(image_token)))
 

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import MANIFESTS, TINY, read_manifest, write_headers
-
-from mlx_tokprune import generate, load
 from mlx_tokprune.convert import checkpoint as folders
 from mlx_tokprune.convert import convert, fastvlm, main
 from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
+
+from mlx_tokprune import generate, load
 from mlx_tokprune.errors import InputError
 
 IDS = mx.array([[1, 2, 3, 4]])
@@ -308,10 +308,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), REFUSED, ids=lambda v: getattr(v, "__name__", ""))
-def test_damaged_checkpoints_are_refused(
-    checkpoint, tmp_path, capsys, damage, message
-):
+@pytest.mark.parametrize(
+    ("damage", "message"), REFUSED, ids=lambda v: getattr(v, "__name__", "")
+)
+def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage, message):
     damage(checkpoint)
     with pytest.raises(InputError, match=message):
         load(checkpoint)
@@ -332,7 +332,9 @@ def test_an_existing_target_is_kept(checkpoint, tmp_path):
 
 
 def test_unknown_places_are_refused(tmp_path):
-    with pytest.raises(InputError, match="does not exist; expected a checkpoint folder"):
+    with pytest.raises(
+        InputError, match="does not exist; expected a checkpoint folder"
+    ):
         convert("no such/place/here", str(tmp_path / "mlx"))
     shutil.copy(TINY / "config.json", tmp_path / "file")
     with pytest.raises(InputError, match="is not a folder"):

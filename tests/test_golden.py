@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
-
 from mlx_tokprune.convert import convert
+
 from mlx_tokprune.features import Features
 from mlx_tokprune.generate import main
 from mlx_tokprune.image import load_image
@@ -62,9 +62,9 @@ def test_logits_equal_the_reference(tiny, expected, picture, method, budget):
     pruner = Pruner(method, None if method == "none" else BUDGETS[budget])
     visual = see(model, pixels_of(processor, picture), pruner)
     if method != "none":
-        assert visual.selection.indices[0].tolist() == expected[
-            f"{name}indices"
-        ].tolist()
+        assert (
+            visual.selection.indices[0].tolist() == expected[f"{name}indices"].tolist()
+        )
     prompt = processor.prompt(PROMPTS[picture], 1)
     logits = first_logits(model, assemble(model, prompt, visual, "contiguous"), None)
     assert relative(logits[0], expected[f"{name}last8_logits"][-1]) < 1e-4

@@ -72,8 +72,6 @@ def test_original_positions_skip_what_was_dropped():
     assert shift == 4
 
 
-
-
 def test_positions_agree_where_nothing_is_dropped(tiny):
     model, processor = tiny
     pixels = mx.array(processor.pixels([load_image(IMAGES[1])]))

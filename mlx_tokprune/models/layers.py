@@ -113,7 +113,9 @@ def gelu(x: mx.array) -> mx.array:
     """Exact GELU (with erf), any shape; the CPU form is within 1e-6 max(1, |x|)."""
     if not use_cpu_forms() or x.dtype != mx.float32:
         return nn.gelu(x)
-    return _on_all_cores(lambda start, stop: _polynomial_gelu(x[:, start:stop]), x.shape)
+    return _on_all_cores(
+        lambda start, stop: _polynomial_gelu(x[:, start:stop]), x.shape
+    )
 
 
 def _softmax(scores: mx.array) -> mx.array:

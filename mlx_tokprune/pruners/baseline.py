@@ -19,9 +19,7 @@ def none(features: Features, *, keep: int) -> Selection:
 @register("random", control=True, seeded=True)
 def random(features: Features, *, keep: int, seed: int = 0) -> Selection:
     """Control: keep tokens at random, from a seed."""
-    scores = mx.random.uniform(
-        shape=features.tokens.shape[:2], key=mx.random.key(seed)
-    )
+    scores = mx.random.uniform(shape=features.tokens.shape[:2], key=mx.random.key(seed))
     return keep_highest(scores, keep)
 
 

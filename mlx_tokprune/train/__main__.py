@@ -14,7 +14,9 @@ def build_parser() -> Parser:
     run = commands.add_parser("run", help="train, resuming what is in the folder")
     run.add_argument("--folder", required=True, help="where training state is kept")
     run.add_argument("--output", required=True, help="checkpoint folder to write")
-    run.add_argument("--scale", type=float, default=1.0, help="of the steps (default 1)")
+    run.add_argument(
+        "--scale", type=float, default=1.0, help="of the steps (default 1)"
+    )
     accuracy = commands.add_parser("accuracy", help="measure on held-out pictures")
     accuracy.add_argument("--model", default=str(CHECKPOINT))
     accuracy.add_argument("--pictures", type=int, default=512)
@@ -64,7 +66,9 @@ def _measure(args) -> None:
         raise InputError(f"cannot measure on {args.pictures} pictures; the least is 1")
     model, processor = load(args.model)
     table = measure(model, processor, args.pictures, positions=args.positions)
-    print(f"{args.pictures} held-out pictures, {args.positions} positions, exact match %")
+    print(
+        f"{args.pictures} held-out pictures, {args.positions} positions, exact match %"
+    )
     print(markdown(table))
     if args.output:
         Path(args.output).write_text(json.dumps(table, indent=2) + "\n")

@@ -18,7 +18,7 @@ from .batches import make_batch
 from .packing import answer_logits, exact_matches, pack
 from .scenes import CANVAS, KINDS, Question, ask
 
-HELD_OUT = 9  # first number of every held-out seed; training uses 1 and 2
+HELD_OUT = 9  # first number of every held-out seed; training uses 1
 RATIOS = (1.0, 0.5, 0.25, 0.11)
 _BATCH = 32
 
@@ -31,7 +31,10 @@ def held_out(pictures: int) -> Iterator[tuple[mx.array, list[list[Question | Non
         size = min(_BATCH, pictures - start)
         batch = make_batch((HELD_OUT, start), size, CANVAS, 5)
         rng = np.random.default_rng((HELD_OUT, start, 1))
-        yield batch.pixels, [[ask(rng, s, kind) for kind in KINDS] for s in batch.scenes]
+        yield (
+            batch.pixels,
+            [[ask(rng, s, kind) for kind in KINDS] for s in batch.scenes],
+        )
 
 
 def rows(ratios: Sequence[float] = RATIOS) -> list[Pruner]:
@@ -89,7 +92,9 @@ def measure(
 
 
 def _label(pruner: Pruner) -> str:
-    return "none" if pruner.method == "none" else f"{pruner.method}@{pruner.keep_ratio:g}"
+    return (
+        "none" if pruner.method == "none" else f"{pruner.method}@{pruner.keep_ratio:g}"
+    )
 
 
 class _Tally:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..image import preprocess
 from .scenes import (
+    KINDS,
     Question,
     Scene,
     ask_many,
@@ -38,8 +39,9 @@ def make_batch(
     most: int,
     pictures: bool = True,
     questions: int = 0,
+    kinds: tuple[str, ...] = KINDS,
 ) -> SceneBatch:
-    """`size` scenes with at most `most` things, `questions` questions about each."""
+    """`size` scenes with at most `most` things, `questions` of `kinds` about each."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng, canvas, most) for _ in range(size)]
     pixels = fine = asked = None
@@ -47,7 +49,7 @@ def make_batch(
         pixels = mx.array(preprocess([render(rng, s) for s in scenes], canvas))
         fine = _stack([fine_labels(s) for s in scenes])
     if questions:
-        asked = [ask_many(rng, s, questions) for s in scenes]
+        asked = [ask_many(rng, s, questions, kinds) for s in scenes]
     cells = _stack([cell_labels(s) for s in scenes])
     return SceneBatch(scenes, cells, pixels, fine, asked)
 

@@ -61,4 +61,6 @@ def export(student: Student, tokenizer, folder: Path, config=DEMO_CONFIG) -> Non
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
         }
-        (partial / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+        (partial / "tokenizer_config.json").write_text(
+            json.dumps(names, indent=2) + "\n"
+        )

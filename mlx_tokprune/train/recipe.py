@@ -1,8 +1,8 @@
 """How the demo model is trained: stages, their losses, and resuming.
 
 The tower first, on small pictures with helper losses; the language model apart, on
-oracle tokens; then the tower on full pictures, the projector alone, and all together,
-at last with most tokens dropped. Every batch has its own seed, so a run that is stopped
+oracle tokens; then the tower on full pictures, the projector alone, and all together.
+No stage prunes visual tokens. Every batch has its own seed, so a run that is stopped
 goes on where it was.
 """
 
@@ -19,38 +19,45 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from ..features import Features
-from ..pruners import get_method
 from .batches import SceneBatch, make_batch
 from .packing import answer_logits, answer_loss, pack
-from .scenes import CANVAS, CELL
+from .scenes import CANVAS, CELL, KINDS
 from .student import Student
 from .tokens import build_tokenizer, encoder
 
-QUESTIONS = 8
+QUESTIONS = 8  # about each picture
+TRAINING = 1  # first number of every training seed
 _SAVE_EVERY = 200
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the recipe; `drop` is the share of batches that are pruned."""
+    """A part of the recipe: which loss, how long, and on what."""
 
     name: str
+    loss: str
     steps: int
     batch: int
     learning_rate: float
     canvas: int = CANVAS
     most: int = 5
-    drop: float = 0.0
+    kinds: tuple[str, ...] = ()  # of questions, in turn
+
+    @property
+    def questions(self) -> int:
+        return QUESTIONS if self.kinds else 0
 
 
+_COMPARE = ("where",) * 5 + ("count", "color", "read")
+_MIXED = ("color", "where", "shape", "where", "count", "where", "count", "read")
 STAGES = (
-    Stage("tower", 7000, 16, 2e-3, canvas=256, most=2),
-    Stage("language", 11000, 16, 1e-3),
-    Stage("full", 1500, 8, 1e-3),
-    Stage("align", 250, 16, 3e-3),
-    Stage("joint", 2200, 8, 3e-4),
-    Stage("drop", 3800, 8, 2.5e-4, drop=0.6),
+    Stage("tower", "tower", 8000, 16, 2e-3, canvas=256, most=2),
+    Stage("language", "language", 7000, 16, 1e-3, kinds=KINDS),
+    Stage("comparisons", "language", 1750, 16, 1e-3, kinds=_COMPARE),
+    Stage("all questions", "language", 2200, 16, 8e-4, kinds=_MIXED),
+    Stage("full pictures", "tower", 1500, 8, 1e-3),
+    Stage("projector", "align", 250, 16, 3e-3),
+    Stage("together", "joint", 1900, 8, 3e-4, kinds=_MIXED),
 )
 
 
@@ -66,26 +73,27 @@ class Trainer:
         self.tokenizer = build_tokenizer(folder / "tokenizer.json")
         self.encode = encoder(self.tokenizer)
         self.end = self.tokenizer.token_to_id("<|im_end|>")
+        self._rng = np.random.default_rng(TRAINING)
         self.prefix = self.encode(self.student.vlm.prompt_prefix)
-        self.losses: dict[str, Callable[[SceneBatch, Stage, int], mx.array]] = {
+        self.losses: dict[str, Callable[[SceneBatch, Stage], mx.array]] = {
             "tower": self.tower_loss,
             "language": self.language_loss,
-            "full": self.tower_loss,
             "align": self.align_loss,
             "joint": self.joint_loss,
-            "drop": self.joint_loss,
         }
 
     # Losses -------------------------------------------------------------------------
 
-    def tower_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+    def tower_loss(self, batch: SceneBatch, stage: Stage) -> mx.array:
         tokens, fine = self.student.see(batch.pixels)
         whole = stage.canvas == CANVAS
-        return self._cell_loss(tokens, batch, whole) + 0.5 * self._fine_loss(fine, batch)
+        return self._cell_loss(tokens, batch, whole) + 0.5 * self._fine_loss(
+            fine, batch
+        )
 
-    def language_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+    def language_loss(self, batch: SceneBatch, stage: Stage) -> mx.array:
         visual = self.student.oracle(batch.cells)
-        keep = int(_rng(stage, step).choice([8, 8, 16, 16, 32, 64]))
+        keep = int(self._rng.choice([8, 8, 16, 16, 32, 64]))
         # Things always stay; which empty cells stay is drawn.
         scores = 2.0 * (batch.cells["shape"] > 0) + mx.random.uniform(
             shape=batch.cells["shape"].shape
@@ -96,7 +104,7 @@ class Trainer:
         kept = kept + 0.05 * spread * mx.random.normal(kept.shape)
         return self._answer_loss(kept, indices, batch)
 
-    def align_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+    def align_loss(self, batch: SceneBatch, stage: Stage) -> mx.array:
         tokens = mx.stop_gradient(self.student.see(batch.pixels)[0])
         target = mx.stop_gradient(self.student.oracle(batch.cells))
         error = mx.square(self.student.vlm.project(tokens) - target)
@@ -104,24 +112,12 @@ class Trainer:
         occupied = batch.cells["shape"] > 0
         return _masked_mean(error, occupied) + 0.3 * _masked_mean(error, ~occupied)
 
-    def joint_loss(self, batch: SceneBatch, stage: Stage, step: int) -> mx.array:
+    def joint_loss(self, batch: SceneBatch, stage: Stage) -> mx.array:
         tokens, fine = self.student.see(batch.pixels)
-        indices = self._choose(tokens, stage, step)
-        kept = mx.take_along_axis(tokens, indices[..., None], axis=1)
-        answers = self._answer_loss(self.student.vlm.project(kept), indices, batch)
+        every = mx.broadcast_to(mx.arange(tokens.shape[1]), tokens.shape[:2])
+        answers = self._answer_loss(self.student.vlm.project(tokens), every, batch)
         helpers = 0.5 * self._cell_loss(tokens, batch, True)
         return 2 * answers + helpers + 0.2 * self._fine_loss(fine, batch)
-
-    def _choose(self, tokens: mx.array, stage: Stage, step: int) -> mx.array:
-        """(B, K) tokens that stay: all, or by norm, or now and then at random."""
-        rng, (batch, total, _) = _rng(stage, step), tokens.shape
-        if rng.random() >= stage.drop:
-            return mx.broadcast_to(mx.arange(total), (batch, total))
-        keep = max(1, total // int(rng.choice([2, 4, 9])))
-        features = Features(mx.stop_gradient(tokens), (1, total))
-        if rng.random() < 0.75:
-            return get_method("norm").function(features, keep=keep).indices
-        return get_method("random").function(features, keep=keep, seed=step).indices
 
     def _answer_loss(self, visual, indices, batch: SceneBatch) -> mx.array:
         vlm, total = self.student.vlm, batch.cells["shape"].shape[1]
@@ -169,7 +165,9 @@ class Trainer:
         self._freeze(stage)
         schedule = optim.join_schedules(
             [
-                optim.linear_schedule(0, stage.learning_rate, max(1, stage.steps // 40)),
+                optim.linear_schedule(
+                    0, stage.learning_rate, max(1, stage.steps // 40)
+                ),
                 optim.cosine_decay(
                     stage.learning_rate, stage.steps, 0.03 * stage.learning_rate
                 ),
@@ -181,21 +179,26 @@ class Trainer:
             optimizer.state = tree_unflatten(
                 list(mx.load(str(self.folder / "optimizer.safetensors")).items())
             )
-        loss_of = self.losses[stage.name]
+        loss_of = self.losses[stage.loss]
 
-        def loss(model, batch, step):
-            return loss_of(batch, stage, step)
+        def loss(model, batch):
+            return loss_of(batch, stage)
 
         gradient = nn.value_and_grad(self.student, loss)
         bar = tqdm(range(first, stage.steps), desc=stage.name, disable=None)
         for step in bar:
             mx.random.seed(number * 1_000_003 + step)
-            pictures = stage.name != "language"
-            asks = QUESTIONS if stage.name in ("language", "joint", "drop") else 0
+            self._rng = np.random.default_rng((TRAINING, number, step, 1))
             batch = make_batch(
-                (1, number, step), stage.batch, stage.canvas, stage.most, pictures, asks
+                (TRAINING, number, step),
+                stage.batch,
+                stage.canvas,
+                stage.most,
+                stage.loss != "language",
+                stage.questions,
+                stage.kinds,
             )
-            value, gradients = gradient(self.student, batch, step)
+            value, gradients = gradient(self.student, batch)
             gradients, _ = optim.clip_grad_norm(gradients, 1.0)
             optimizer.update(self.student, gradients)
             mx.eval(self.student.parameters(), optimizer.state)
@@ -206,8 +209,8 @@ class Trainer:
     def _freeze(self, stage: Stage) -> None:
         """Aligning trains the projector alone, against features that stand still."""
         self.student.unfreeze()
-        self.student.train(stage.name != "align")
-        if stage.name == "align":
+        self.student.train(stage.loss != "align")
+        if stage.loss == "align":
             self.student.freeze()
             for layer in self.student.vlm.mm_projector:
                 layer.unfreeze()
@@ -230,10 +233,6 @@ class Trainer:
         partial = self.folder / "state.partial.json"
         partial.write_text(json.dumps(state))
         partial.replace(self.folder / "state.json")
-
-
-def _rng(stage: Stage, step: int) -> np.random.Generator:
-    return np.random.default_rng((2, len(stage.name), step))
 
 
 def _masked_mean(values: mx.array, mask: mx.array) -> mx.array:

@@ -391,12 +391,18 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
     return _ASK[kind](rng, scene)
 
 
-def ask_many(rng: np.random.Generator, scene: Scene, count: int) -> list[Question]:
-    """`count` questions, kinds in turn from a random start; repeats may occur."""
+def ask_many(
+    rng: np.random.Generator, scene: Scene, count: int, kinds: tuple[str, ...] = KINDS
+) -> list[Question]:
+    """`count` questions, `kinds` in turn from a random start; repeats may occur.
+
+    Every scene allows a question that counts, which fills up when nothing else does.
+    """
     questions: list[Question] = []
-    turn = int(rng.integers(len(KINDS)))
+    turn = int(rng.integers(len(kinds)))
     while len(questions) < count:
-        question = ask(rng, scene, KINDS[turn % len(KINDS)])
+        kind = kinds[turn % len(kinds)] if turn < 8 * count else "count"
+        question = ask(rng, scene, kind)
         turn += 1
         if question is not None:
             questions.append(question)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer
+
 from tokenizers import decoders, models, pre_tokenizers, trainers  # isort: skip
 
 from ..models.fastvlm import FastVLM

@@ -1,0 +1,130 @@
+"""`mlx_tokprune.generate` as a user calls it: report, JSON, and one-line refusals."""
+
+import json
+
+import pytest
+from conftest import TINY
+from mlx_tokprune.convert.command import build_parser as convert_parser
+from PIL import Image
+
+from mlx_tokprune.generate import build_parser, main
+
+PICTURE = str(TINY / "image_1.png")
+ASK = ["--model", str(TINY), "--image", PICTURE, "--prompt", "What?"]
+FIELDS = {
+    "text",
+    "token_ids",
+    "visual_tokens",
+    "kept_indices",
+    "stages_ms",
+    "ttft_ms",
+    "decode_tokens_per_second",
+    "peak_memory_mb",
+    "method",
+    "keep",
+    "positions",
+    "device",
+}
+
+
+def run_json(capsys, *options: str) -> dict:
+    main([*ASK, "--max-tokens", "4", "--json", *options])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_json_has_what_is_promised(capsys):
+    record = run_json(capsys, "--keep-ratio", "0.25")
+    assert record.keys() == FIELDS
+    assert record["method"] == "norm"
+    assert record["positions"] == "original"
+    assert (record["visual_tokens"], record["keep"]) == (64, 16)
+    assert len(record["kept_indices"][0]) == 16
+    assert len(record["token_ids"]) == 4
+    stages = ["preprocess", "vision", "prune", "project", "prefill"]
+    assert list(record["stages_ms"]) == stages
+    assert all(ms > 0 for ms in record["stages_ms"].values())
+    assert record["ttft_ms"] > 0
+    assert record["peak_memory_mb"] > 0
+
+
+def test_report_for_people(capsys):
+    main([*ASK, "--max-tokens", "2", "--keep-tokens", "10", "--method", "attention"])
+    out = capsys.readouterr().out
+    assert "kept 10 (attention, original positions)" in out
+    for word in ("preprocess", "vision", "prune", "project", "prefill", "TTFT"):
+        assert word in out
+    assert "tokens/s" in out
+    assert "MB" in out
+
+
+def test_several_pictures_and_an_overlay(capsys, tmp_path):
+    path = tmp_path / "kept.png"
+    record = run_json(
+        capsys,
+        *("--image", str(TINY / "image_0.png"), "--overlay", str(path)),
+        *("--method", "similarity", "--keep-tokens", "9"),
+    )
+    assert [len(k) for k in record["kept_indices"]] == [9, 9]
+    with Image.open(path) as overlay:
+        assert overlay.width > overlay.height
+
+
+def test_sampling_is_seeded(capsys):
+    hot = ["--temp", "5", "--top-p", "0.99"]
+    one = run_json(capsys, *hot, "--seed", "1")["token_ids"]
+    assert one == run_json(capsys, *hot, "--seed", "1")["token_ids"]
+    others = [run_json(capsys, *hot, "--seed", str(s))["token_ids"] for s in (2, 3, 4)]
+    assert any(other != one for other in others)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep-ratio", "1.5"], "keep ratio 1.5 is outside (0, 1]"),
+        (["--keep-ratio", "0"], "keep ratio 0 is outside (0, 1]"),
+        (["--keep-tokens", "65"], "cannot keep 65 visual tokens; there are 64"),
+        (["--keep-tokens", "0"], "the least is 1"),
+        (["--keep-ratio", "x"], "invalid float value"),
+        (["--keep-ratio", "0.5", "--keep-tokens", "3"], "not allowed with"),
+        (["--method", "atention", "--keep-ratio", "0.5"], "Did you mean 'attention'?"),
+        (["--method", "norm"], "needs a budget"),
+        (["--method", "none", "--keep-ratio", "0.5"], "needs another method"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "<image> <image>?"], "the prompt has 2 <image> but there is 1"),
+        (["--image", PICTURE, "--prompt", "<image>?"], "but there are 2 pictures"),
+        (["--image", "nowhere.png"], "nowhere.png does not exist"),
+        (["--image", __file__], "is not a picture that Pillow can read"),
+        (["--model", "nowhere"], "nowhere does not exist; expected a checkpoint"),
+        (["--model", str(TINY.parent)], "has no config.json"),
+        (["--max-tokens", "0"], "cannot generate 0 tokens"),
+        (["--temp", "-1"], "out of range"),
+        (["--overlay", "nowhere/kept.png"], "does not exist"),
+        (["--positions", "middle"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main([*ASK, *options])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_picture_and_a_prompt_are_needed(capsys):
+    for options, message in (
+        (["--model", str(TINY), "--prompt", "Hi"], "no picture was given"),
+        (["--model", str(TINY), "--image", PICTURE], "no prompt was given"),
+    ):
+        with pytest.raises(SystemExit):
+            main(options)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parser", [build_parser, convert_parser])
+def test_help(parser, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--help"])
+    assert stop.value.code == 0
+    assert "usage" in capsys.readouterr().out
