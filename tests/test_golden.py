@@ -83,9 +83,11 @@ def test_command_line_equals_the_reference(
 ):
     keep = [] if method == "none" else ["--keep-ratio", str(BUDGETS[budget])]
     main(
-        ["--model", str(converted), "--image", str(TINY / f"image_{picture}.png")]
-        + ["--prompt", PROMPTS[picture], "--max-tokens", "12", "--json"]
-        + ["--method", method, "--positions", "contiguous", *keep]
+        [
+            *("--model", str(converted), "--prompt", PROMPTS[picture]),
+            *("--image", str(TINY / f"image_{picture}.png"), "--max-tokens", "12"),
+            *("--method", method, "--positions", "contiguous", *keep, "--json"),
+        ]
     )
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     name = f"{picture}." if method == "none" else f"{picture}.{method}_{budget}."

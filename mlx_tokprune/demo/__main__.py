@@ -1,4 +1,4 @@
-"""The whole path on the embedded model: convert, prune, generate, draw what was kept."""
+"""The whole path on the embedded model: convert, prune, generate, draw."""
 
 import tempfile
 from pathlib import Path

@@ -198,7 +198,7 @@ class DepthwiseConv(nn.Module):
 
 
 class PointwiseConv(nn.Module):
-    """1x1 convolution as a matmul; `weight` (out, 1, 1, in) as on disk, `bias` (out,)."""
+    """1x1 convolution as a matmul; `weight` (out, 1, 1, in) as on disk."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()

@@ -21,7 +21,7 @@ class Positions:
 
     @contextlib.contextmanager
     def using(self, values: mx.array | None, shift: int = 0) -> Iterator[None]:
-        """Within the block, prompt token t is at `values[..., t]`, (T,) or (B, T) int32.
+        """In the block, prompt token t is at `values[..., t]`, (T,) or (B, T) int32.
 
         Tokens after the prompt are at their cache offset plus `shift`. `None` means
         contiguous positions.

@@ -1,4 +1,4 @@
-"""Pruners that do not look at the picture: the full set, and controls to compare with."""
+"""Pruners that do not look at the picture: the full set, and controls."""
 
 import mlx.core as mx
 

@@ -80,6 +80,6 @@ def _cell_centers(grid, cells, batch: int) -> mx.array:
 
 
 def _middles(total: int, parts: int) -> mx.array:
-    """(parts,) the middle of each run of i in range(total) with equal i * parts // total."""
+    """(parts,) the middle of each run of i < total with equal i * parts // total."""
     edges = (mx.arange(parts + 1) * total + parts - 1) // parts
     return (edges[:-1] + edges[1:]) // 2

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE over the questions and the chat template."""
+"""The demo model's tokenizer: byte-level BPE over its questions and chat template."""
 
 import functools
 from collections.abc import Callable
