@@ -21,6 +21,6 @@ class Picture:
 
 
 PICTURES = (
-    Picture(FOLDER / "scene_0.png", "What does the sign say?", ""),
-    Picture(FOLDER / "scene_1.png", "What color is the star?", ""),
+    Picture(FOLDER / "scene_0.png", "What does the sign say?", "EAST"),
+    Picture(FOLDER / "scene_1.png", "Is the blue square above the cross?", "yes"),
 )

@@ -80,7 +80,9 @@ class Oracle(nn.Module):
         super().__init__()
         entries = {"shape": len(SHAPES) + 2, "color": len(COLORS) + 1}
         entries |= {"word": len(WORDS) + 1, "tens": 11, "units": 11}
-        self.tables = {k: 0.5 * mx.random.normal((n, size)) for k, n in entries.items()}
+        self.tables = {k: nn.Embedding(n, size) for k, n in entries.items()}
+        for table in self.tables.values():
+            table.weight = 0.5 * mx.random.normal(table.weight.shape)
         self.place = nn.Linear(10, size)
         self.scale = mx.array(0.1)
 
@@ -88,7 +90,7 @@ class Oracle(nn.Module):
         total = self.place(_place(labels))
         for name, table in self.tables.items():
             shift = 0 if name in ("shape", "color") else 1
-            total = total + table[labels[name] + shift]
+            total = total + table(labels[name] + shift)
         return total * self.scale
 
 

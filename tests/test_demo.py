@@ -1,0 +1,129 @@
+"""The shipped model: right answers, and the commands that show it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mlx_tokprune
+from mlx_tokprune import Pruner, generate
+from mlx_tokprune.demo import CHECKPOINT, PICTURES
+from mlx_tokprune.demo.__main__ import main
+from mlx_tokprune.train.__main__ import main as train_main
+from mlx_tokprune.train.accuracy import held_out, measure
+from mlx_tokprune.train.scenes import KINDS
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return mlx_tokprune.load(CHECKPOINT)
+
+
+def test_the_demo_answers_and_draws(tmp_path, capsys):
+    main(["--output", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    for number, picture in enumerate(PICTURES):
+        answers = [f"{n} of 64 tokens: {picture.answer}\n" for n in ("64", "32")]
+        assert all(answer in out for answer in answers)
+        with Image.open(tmp_path / "out" / f"overlay_{number}.png") as overlay:
+            with Image.open(picture.path) as source:
+                assert overlay.width / overlay.height == pytest.approx(
+                    source.width / source.height, rel=0.01
+                )
+
+
+def test_the_picture_decides_the_answer(demo):
+    question = PICTURES[0].question
+    answers = [generate(*demo, [p.path], question) for p in PICTURES]
+    assert answers[0] == PICTURES[0].answer
+    assert answers[1] == "95"
+
+
+def test_accuracy_on_held_out_pictures(demo):
+    """A small sample of the README's table: seeing, pruning well and pruning badly."""
+    pruners = [Pruner("none"), Pruner("norm", 0.25), Pruner("random", 0.25)]
+    table = measure(*demo, pictures=16, pruners=pruners)
+    assert table["none"]["all"] > 0.9
+    assert table["norm@0.25"]["all"] > 0.85
+    assert table["random@0.25"]["all"] < 0.6
+    assert table["blank picture"]["all"] < 0.35
+    assert table["most common answer"]["all"] < 0.4
+    assert all(0 <= table["none"][kind] <= 1 for kind in KINDS)
+
+
+def test_packed_questions_equal_separate_prompts(demo):
+    """What `measure` counts is what `generate` says."""
+    pixels, asked = next(iter(held_out(2)))
+    pruner = Pruner("norm", 0.11)
+    table = measure(*demo, pictures=2, pruners=[pruner])
+    right = total = 0
+    for picture, row in zip(np.array(pixels), asked, strict=True):
+        array = (255 * picture).round().astype("uint8")
+        for question in filter(None, row):
+            answer = generate(*demo, [array], question.prompt, pruner=pruner)
+            right += answer == question.answer
+            total += 1
+    assert table["norm@0.11"]["n"] == total
+    assert table["norm@0.11"]["all"] == pytest.approx(right / total)
+
+
+def test_accuracy_command_writes_its_table(tmp_path, capsys):
+    train_main(["accuracy", "--pictures", "2", "--output", str(tmp_path / "t.json")])
+    assert "| norm@0.5 | 32 |" in capsys.readouterr().out
+    assert "none" in json.loads((tmp_path / "t.json").read_text())
+
+
+def run(*command: str, cwd) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    return result.stdout
+
+
+def test_generate_without_a_model_runs_the_demo(tmp_path):
+    out = run("mlx_tokprune.generate", "--keep-ratio", "0.5", cwd=tmp_path)
+    assert out.splitlines()[0] == PICTURES[0].answer
+
+
+@pytest.mark.parametrize("command", ["convert", "generate", "demo", "train"])
+def test_help_from_the_root_folder(command):
+    assert "usage" in run(f"mlx_tokprune.{command}", "--help", cwd="/")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="loads a BLAS on Linux only")
+def test_a_fast_blas_is_loaded_before_mlx():
+    code = (
+        "import mlx_tokprune, mlx.core as mx; a = mx.ones((64, 64)); mx.eval(a @ a);"
+        "maps = open('/proc/self/maps');"
+        "print([l.split()[-1] for l in maps if '/libopenblas' in l][0])"
+    )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "libopenblas" in out
+    off = os.environ | {"MLX_TOKPRUNE_BLAS": "0"}
+    result = subprocess.run(command, env=off, capture_output=True, text=True)
+    assert "IndexError" in result.stderr  # nothing was loaded
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs Metal")
+def test_the_demo_runs_on_the_gpu():
+    import mlx.core as mx
+
+    assert mx.default_device().type == mx.DeviceType.gpu
+    model, processor = mlx_tokprune.load(CHECKPOINT)
+    for picture in PICTURES:
+        answer = generate(
+            model,
+            processor,
+            [picture.path],
+            picture.question,
+            pruner=Pruner("norm", 0.5),
+        )
+        assert answer == picture.answer

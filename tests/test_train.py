@@ -1,0 +1,191 @@
+"""Generated scenes, and the recipe on a student small enough for a test."""
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_tokprune
+from mlx_tokprune.demo import CHECKPOINT
+from mlx_tokprune.train import scenes
+from mlx_tokprune.train.accuracy import HELD_OUT
+from mlx_tokprune.train.batches import make_batch
+from mlx_tokprune.train.export import export
+from mlx_tokprune.train.recipe import STAGES, TRAINING, Trainer
+from mlx_tokprune.train.student import DEMO_CONFIG, Student
+
+SMALL = DEMO_CONFIG | {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "mm_hidden_size": 64,
+    "vision_config": DEMO_CONFIG["vision_config"]
+    | {"layers": [1] * 5, "embed_dims": [4, 8, 16, 32, 32], "mlp_ratios": [1] * 5},
+}
+
+
+def test_a_seed_is_a_scene():
+    one, again, other = (
+        make_batch((TRAINING, 3, s), 2, 256, 2, questions=4) for s in (1, 1, 2)
+    )
+    assert mx.array_equal(one.pixels, again.pixels)
+    assert one.questions == again.questions
+    assert not mx.array_equal(one.pixels, other.pixels)
+    assert HELD_OUT != TRAINING
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_answers_follow_from_the_scene(kind):
+    rng = np.random.default_rng(0)
+    asked = 0
+    for _ in range(200):
+        scene = scenes.sample_scene(rng)
+        question = scenes.ask(rng, scene, kind)
+        if question is not None:
+            asked += 1
+            assert question.answer == truth(scene, question.prompt)
+    assert asked > 50
+
+
+def truth(scene: scenes.Scene, prompt: str) -> str:
+    """The answer, worked out from the words of the question alone."""
+    words = prompt.rstrip("?").split()
+
+    def find(noun: list[str]) -> scenes.Thing:
+        match = [
+            t
+            for t in scene.things
+            if t.shape == noun[-1] and (len(noun) == 1 or t.color == noun[0])
+        ]
+        assert len(match) == 1
+        return match[0]
+
+    if words[:2] == ["What", "color"]:
+        return find(words[4:]).color
+    if words[:2] == ["What", "shape"]:
+        return next(t.shape for t in scene.things if t.color == words[3])
+    if words[0] == "How":
+        if words[2] == "shapes" and words[-1] in scenes.COLORS:
+            return str(sum(t.color == words[-1] for t in scene.things))
+        if words[2] == "shapes":
+            return str(len(scene.things))
+        singular = {"crosses": "cross"}.get(words[2], words[2][:-1])
+        return str(sum(t.shape == singular for t in scene.things))
+    if words[0] == "Where":
+        thing = find(words[3:])
+        row = "top" if thing.y < scene.canvas / 2 else "bottom"
+        return f"{row} {'left' if thing.x < scene.canvas / 2 else 'right'}"
+    if words[0] == "Is":
+        nouns = " ".join(words[2:]).split(" the ")
+        sides = {"left", "right", "above", "below"} & set(nouns[0].split())
+        first = [
+            w for w in nouns[0].split() if w in scenes.COLORS or w in scenes.SHAPES
+        ]
+        a, b = find(first), find(nouns[1].split())
+        true = {
+            "left": a.x < b.x,
+            "right": a.x > b.x,
+            "above": a.y < b.y,
+            "below": a.y > b.y,
+        }
+        if " or " in nouns[0]:
+            return next(s for s in sides if true[s])
+        return "yes" if true[sides.pop()] else "no"
+    return scene.sign.text
+
+
+def test_labels_say_what_is_drawn():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        scene = scenes.sample_scene(rng)
+        picture = scenes.render(rng, scene)
+        assert picture.size == (scene.width, scene.height)
+        assert max(picture.size) == scene.canvas
+        labels, fine = scenes.cell_labels(scene), scenes.fine_labels(scene)
+        assert (labels["shape"] > 0).sum() == len(scene.things) + bool(scene.sign)
+        for thing in scene.things:
+            cell = int(thing.y // 64) * 8 + int(thing.x // 64)
+            assert labels["shape"][cell] == 1 + scenes.SHAPES.index(thing.shape)
+            row, column = int(thing.y // 16), int(thing.x // 16)
+            assert fine["shape"][row, column] == labels["shape"][cell]
+        if scene.sign:
+            chars = set(np.unique(fine["char"])) - {0}
+            letters = {scenes.CHARACTERS[c - 1] for c in chars}
+            assert letters <= set(scene.sign.text)
+            assert letters
+
+
+def short(steps: int = 2):
+    return tuple(
+        dataclasses.replace(s, steps=steps, batch=2, learning_rate=1e-3) for s in STAGES
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """The shipped tokenizer saves the seconds that training one takes."""
+    return CHECKPOINT / "tokenizer.json"
+
+
+def trainer(folder, tokenizer_file, steps=2):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    mx.random.seed(0)
+    return Trainer(folder, short(steps), Student(SMALL))
+
+
+def test_every_stage_runs_and_the_export_loads(tmp_path, tokenizer_file):
+    run = trainer(tmp_path / "run", tokenizer_file)
+    run.run()
+    export(run.student, run.tokenizer, tmp_path / "out", SMALL)
+    model, _ = mlx_tokprune.load(tmp_path / "out")
+    run.student.eval()
+    pixels = mx.random.uniform(shape=(1, 128, 128, 3))
+    ours, theirs = model.encode(pixels).tokens, run.student.see(pixels)[0]
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=2e-2, rtol=2e-2)
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, tokenizer_file, monkeypatch):
+    monkeypatch.setattr("mlx_tokprune.train.recipe._SAVE_EVERY", 1)
+    whole = trainer(tmp_path / "whole", tokenizer_file, 3)
+    whole.stages = whole.stages[:2]
+    whole.run()
+    stopped = trainer(tmp_path / "stopped", tokenizer_file, 3)
+    stopped.stages = stopped.stages[:2]
+
+    def stop(state, optimizer, save=stopped._save):
+        save(state, optimizer)
+        if state == {"stage": 1, "step": 1}:
+            raise KeyboardInterrupt
+
+    stopped._save = stop
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    again = trainer(tmp_path / "stopped", tokenizer_file, 3)
+    again.stages = again.stages[:2]
+    again.run()
+    expected = dict(tree_flatten(whole.student.parameters()))
+    for name, array in tree_flatten(again.student.parameters()):
+        assert mx.allclose(array, expected[name], atol=1e-5), name
+
+
+def test_learning_lowers_the_loss(tmp_path, tokenizer_file):
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    run = trainer(tmp_path / "run", tokenizer_file)
+    stage = next(s for s in run.stages if s.loss == "language")
+    batch = make_batch((TRAINING, 0, 0), 4, 512, 3, False, 4)
+    optimizer = optim.Adam(3e-3)
+    gradient = nn.value_and_grad(run.student, lambda m: run.language_loss(batch, stage))
+    losses = []
+    for _ in range(12):
+        value, gradients = gradient(run.student)
+        optimizer.update(run.student, gradients)
+        mx.eval(run.student.parameters(), optimizer.state)
+        losses.append(value.item())
+    assert losses[-1] < 0.8 * losses[0]
