@@ -2,7 +2,8 @@
 
 The tower first, on small pictures with helper losses; the language model apart, on
 oracle tokens; then the tower on full pictures, the projector alone, and all together.
-No stage prunes visual tokens. Every batch has its own seed, so a run that is stopped
+The tower's tokens are never pruned; of the oracle tokens, empty cells are
+left out at random. Every batch has its own seed, so a run that is stopped
 goes on where it was.
 """
 
