@@ -77,6 +77,7 @@ def _stream(
         if quantization and _can_quantize(name, array, quantization[0]):
             path = name.removesuffix(".weight")
             parts = mx.quantize(array, *quantization)
+            mx.eval(parts)  # or the source would stay until the shard is written
             yield from zip(
                 (name, f"{path}.scales", f"{path}.biases"), parts, strict=True
             )
