@@ -107,6 +107,16 @@ def test_only_the_language_model_is_quantized(checkpoint, tmp_path, bits, tiny):
         convert(str(target), str(tmp_path / "again"), quantize=True)
 
 
+def test_mlx_lm_quantizes_the_language_model_only():
+    import mlx.nn as nn
+
+    model = load(TINY)[0]
+    nn.quantize(model, 32, 4, class_predicate=model.quant_predicate)
+    quantized = {p for p, m in model.named_modules() if hasattr(m, "scales")}
+    assert any(path.startswith("language_model.") for path in quantized)
+    assert all(path.startswith("language_model.") for path in quantized)
+
+
 def test_dtype_is_what_was_asked_for(checkpoint, tmp_path):
     target = convert(str(checkpoint), str(tmp_path / "half"), dtype="bfloat16")
     assert {t.dtype for t in Checkpoint.open(target).tensors.values()} == {"BF16"}

@@ -13,8 +13,10 @@ import mlx_tokprune
 from mlx_tokprune import Pruner, generate
 from mlx_tokprune.demo import CHECKPOINT, PICTURES
 from mlx_tokprune.demo.__main__ import main
+from mlx_tokprune.pipeline import assemble, first_logits, see
 from mlx_tokprune.train.__main__ import main as train_main
 from mlx_tokprune.train.accuracy import held_out, measure
+from mlx_tokprune.train.packing import IGNORE, answer_logits, pack
 from mlx_tokprune.train.scenes import KINDS
 
 
@@ -69,6 +71,31 @@ def test_packed_questions_equal_separate_prompts(demo):
             total += 1
     assert table["norm@0.11"]["n"] == total
     assert table["norm@0.11"]["all"] == pytest.approx(right / total)
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_packed_logits_equal_the_pipeline_s(demo, positions):
+    model, processor = demo
+    pixels, asked = next(iter(held_out(1)))
+    visual = see(model, pixels, Pruner("norm", 0.11))
+    questions = [q for q in asked[0] if q is not None]
+
+    def encode(text):
+        return processor.tokenizer.encode(text, add_special_tokens=False)
+
+    packed = pack([questions], encode, model.prompt_suffix, 0)
+    indices = visual.selection.indices
+    prefix = encode(model.prompt_prefix)
+    logits = answer_logits(
+        model, prefix, visual.embeddings, indices, packed, visual.total, positions
+    )
+    for number, question in enumerate(questions):
+        prompt = processor.prompt(question.prompt, 1)
+        alone = first_logits(model, assemble(model, prompt, visual, positions), None)
+        first = int(np.argmax(np.array(packed.targets[0, number]) != IGNORE))
+        np.testing.assert_allclose(
+            np.array(logits[0, number, first]), np.array(alone[0]), atol=1e-3
+        )
 
 
 def test_accuracy_command_writes_its_table(tmp_path, capsys):

@@ -85,6 +85,13 @@ def test_worked_cases():
     )
 
 
+def test_kept_twins_keep_a_group_each():
+    selection = Pruner("similarity", keep_tokens=4)(
+        Features(mx.ones((1, 16, 3)), (4, 4))
+    )
+    np.testing.assert_allclose(np.array(selection.weights).sum(-1), 1)
+
+
 def test_spatial_averages_neighbours():
     tokens = mx.arange(16, dtype=mx.float32).reshape(1, 16, 1)
     pooled = Pruner("spatial", keep_tokens=4)(Features(tokens, (4, 4))).apply(tokens)
