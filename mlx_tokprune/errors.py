@@ -6,7 +6,9 @@ Every message says what was wrong, what was expected, and the nearest valid choi
 import argparse
 import difflib
 import functools
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 
 
@@ -28,10 +30,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str] | None], None]):
-    """Wrap a `main(argv)`: an `InputError` becomes one line on stderr and exit 2."""
+    """Wrap a `main(argv)`: an `InputError` becomes one line on stderr and exit 2.
+
+    A termination signal unwinds like any exit, so that nothing half-written stays.
+    """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             main(argv)
         except InputError as error:
