@@ -16,7 +16,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 
 .venv/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
 	touch $@
 

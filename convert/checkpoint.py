@@ -18,26 +18,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import InputError
+from ..hub import COMPANIONS
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
-_TRAVELLING = (
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.*",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "ACKNOWLEDG*",
-    "USE_POLICY*",
-    "*.md",
-)
 
 
 @dataclass(frozen=True)
@@ -184,7 +168,7 @@ def check_shapes(
 
 def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, licence and model card travel with the weights; code does not."""
-    for pattern in _TRAVELLING:
+    for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)

@@ -1,5 +1,6 @@
 """`mlx_tokprune.convert`: a checkpoint of the wild to an MLX checkpoint, once."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,18 +50,17 @@ def convert(
         )
     target = Path(mlx_path)
     checkpoint = Checkpoint.open(resolve(hf_path))
-    fastvlm.check_layout(checkpoint)
     config = fastvlm.read_config(checkpoint)
-    fastvlm.check(checkpoint, config)
     if quantize and config.get("quantization"):
         raise InputError(f"{checkpoint.folder} is already quantized; leave out -q")
-    tensors = _stream(checkpoint, dtype, (q_group_size, q_bits) if quantize else None)
+    quantization = (q_group_size, q_bits) if quantize else None
+    tensors = _stream(checkpoint, dtype, quantization)
     with new_folder(target) as folder:
         copy_companions(checkpoint.folder, folder)
         write_config(
             folder, _target_config(config, dtype, quantize, q_bits, q_group_size)
         )
-        write_shards(folder, tensors, _bytes_to_write(checkpoint, dtype, quantize))
+        write_shards(folder, tensors, _bytes_to_write(checkpoint, dtype, quantization))
     return target
 
 
@@ -74,7 +74,7 @@ def _stream(
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(DTYPES[dtype]) if dtype else array
-        if quantization and _can_quantize(name, array, quantization[0]):
+        if quantization and _can_quantize(name, array.shape, quantization[0]):
             path = name.removesuffix(".weight")
             parts = mx.quantize(array, *quantization)
             mx.eval(parts)  # or the source would stay until the shard is written
@@ -87,10 +87,10 @@ def _stream(
         del array
 
 
-def _can_quantize(name: str, array: mx.array, group_size: int) -> bool:
+def _can_quantize(name: str, shape: tuple[int, ...], group_size: int) -> bool:
     """Matrices of the language model whose rows divide into groups."""
-    matrix = name.startswith("language_model.") and array.ndim == 2
-    return matrix and name.endswith(".weight") and array.shape[1] % group_size == 0
+    matrix = name.startswith("language_model.") and len(shape) == 2
+    return matrix and name.endswith(".weight") and shape[1] % group_size == 0
 
 
 def _target_config(config: dict, dtype, quantize: bool, bits: int, group: int) -> dict:
@@ -103,18 +103,20 @@ def _target_config(config: dict, dtype, quantize: bool, bits: int, group: int) -
     return config
 
 
-def _bytes_to_write(checkpoint: Checkpoint, dtype: str | None, quantize: bool) -> int:
-    """At most what the tensors will take; quantized ones are counted at a quarter."""
-    total = 0
-    for name, tensor in checkpoint.tensors.items():
-        size = DTYPES[dtype].size if dtype else _FLOATS.get(tensor.dtype, 4)
-        if quantize and "vision_tower" not in name:
-            size /= 4
-        count = 1
-        for n in tensor.shape:
-            count *= n
-        total += int(count * size)
-    return total
+def _bytes_to_write(
+    checkpoint: Checkpoint, dtype: str | None, quantization: tuple[int, int] | None
+) -> int:
+    """What the tensors will take on the disk."""
+    total = 0.0
+    for name, shape in fastvlm.mlx_shapes(checkpoint).items():
+        tensor = checkpoint.tensors.get(name)
+        stored = _FLOATS.get(tensor.dtype, 4) if tensor else _FLOATS["F16"]
+        size = float(DTYPES[dtype].size if dtype else stored)
+        if quantization and _can_quantize(name, shape, quantization[0]):
+            group, bits = quantization
+            size = bits / 8 + 2 * size / group  # weights, and a scale and a bias each
+        total += math.prod(shape) * size
+    return int(total)
 
 
 def build_parser() -> Parser:

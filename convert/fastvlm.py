@@ -111,33 +111,55 @@ def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def read_config(checkpoint: Checkpoint) -> dict:
-    """The config with what the tensors say where published configs are wrong."""
-    untied = {"lm_head.weight", "language_model.lm_head.weight"}
+    """The config, with what the tensors say where published configs are wrong.
+
+    Raises `InputError` unless the layout is one that can be read and every tensor is
+    there once, with its shape.
+    """
+    check_layout(checkpoint)
+    shapes = mlx_shapes(checkpoint)
     config = dict(checkpoint.config)
-    tied = not (untied & checkpoint.tensors.keys())
+    tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = config["text_config"] | {"tie_word_embeddings": tied}
-    for name, shape in mlx_shapes(checkpoint).items():
+    head = shapes.get(f"{_TOWER}.head.proj")
+    if head is not None and head[-1] != 768:
         # mlx-vlm builds this unused head 768 wide unless the config says otherwise.
-        if name == f"{_TOWER}.head.proj" and shape[-1] != 768:
-            vision = config.get("vision_config") or {}
-            config["vision_config"] = vision | {"projection_dim": shape[-1]}
+        vision = config.get("vision_config") or {}
+        config["vision_config"] = vision | {"projection_dim": head[-1]}
+    _check_shapes(checkpoint, shapes, config)
     return config
 
 
-def check(checkpoint: Checkpoint, config: dict) -> None:
-    """Raise `InputError` unless every tensor is there once, with its shape."""
-    check_layout(checkpoint)
-    found = mlx_shapes(checkpoint)
+def _check_shapes(checkpoint: Checkpoint, found: dict, config: dict) -> None:
     expected = expected_shapes(config)
-    quantized = {name.removesuffix(".scales") for name in found if _is_scales(name)}
-    for path in quantized:
-        for part in ("weight", "scales", "biases"):
-            found.pop(f"{path}.{part}", None)
-        expected.pop(f"{path}.weight", None)
     found = {k: v for k, v in found.items() if not _OPTIONAL.match(k)}
+    paths = [n.removesuffix(".scales") for n in found if _is_scales(n)]
+    if paths:
+        _check_quantization(checkpoint, config)
+    for path in paths:
+        rows = expected.pop(f"{path}.weight", (None,))[0]
+        for part in ("weight", "scales", "biases"):
+            shape = found.pop(f"{path}.{part}", None)
+            if part != "biases" and (shape is None or shape[0] != rows):
+                raise InputError(
+                    f"quantized tensor {path}.{part} of {checkpoint.folder} has shape "
+                    f"{shape}; expected {rows} rows"
+                )
     check_shapes(found, expected, str(checkpoint.folder))
+
+
+def _check_quantization(checkpoint: Checkpoint, config: dict) -> None:
+    quantization = config.get("quantization")
+    known = isinstance(quantization, dict) and all(
+        isinstance(quantization.get(k), int) for k in ("bits", "group_size")
+    )
+    if not known:
+        raise InputError(
+            f"{checkpoint.folder} has quantized tensors, but its config.json gives no "
+            'bits and group_size under "quantization"'
+        )
 
 
 def _is_scales(name: str) -> bool:

@@ -56,7 +56,7 @@ def _keep_freed_memory() -> None:
 
 
 def preload() -> bool:
-    """Load OpenBLAS before MLX; return whether it will be used.
+    """Load OpenBLAS before MLX; return whether it was loaded.
 
     Without effect outside Linux, when MLX is already imported, or when
     `MLX_TOKPRUNE_BLAS=0`. Never raises: without it everything works, slower.
@@ -75,6 +75,6 @@ def preload() -> bool:
         try:
             _load_bundled_fortran(sys.path)
             _load(library)
-        except OSError:
+        except (OSError, AttributeError):  # a libc without memfd_create
             return False
     return True

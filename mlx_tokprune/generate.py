@@ -58,19 +58,28 @@ def stream_generate(
 
     pruner: a `Pruner`; every visual token when `None`. positions: `original` keeps the
     place each kept token had, `contiguous` closes the gaps. The rest is as in mlx-lm.
-    Raises `InputError` before anything is computed.
+    Raises `InputError` before anything is computed, but for more tokens to keep than
+    there are, which the first step finds.
     """
-    from mlx_lm.generate import generate_step
-    from mlx_lm.sample_utils import make_sampler
-
     pruner = pruner or Pruner("none")
     _check(images, positions, max_tokens, temp, top_p)
     images = [load_image(image) for image in images]
+    processor.prompt(prompt, len(images))
     if seed is not None:
         mx.random.seed(seed)
+    return _stream(
+        model, processor, images, prompt, pruner, positions, max_tokens, temp, top_p
+    )
+
+
+def _stream(
+    model, processor, images, text, pruner, positions, max_tokens, temp, top_p
+) -> Iterator[Response]:
+    from mlx_lm.generate import generate_step, generation_stream, wired_limit
+    from mlx_lm.sample_utils import make_sampler
 
     start = time.perf_counter()
-    prompt = processor.prompt(prompt, len(images))
+    prompt = processor.prompt(text, len(images))
     visual = see(model, mx.array(processor.pixels(images)), pruner)
     prefill = assemble(model, prompt, visual, positions)
     first: list[float] = []
@@ -88,31 +97,29 @@ def stream_generate(
         input_embeddings=prefill.embeddings[0],
         prompt_progress_callback=on_progress,
     )
-    tokens = _with_positions(model, prefill, steps)
     tokenizer = processor.tokenizer
     detokenizer = tokenizer.detokenizer
     detokenizer.reset()
-    for number, (token, _) in enumerate(tokens, 1):
-        now = time.perf_counter()
-        elapsed = now - first[0]
-        reason = None
-        if token in tokenizer.eos_token_ids:
-            reason = "stop"
-        else:
-            detokenizer.add_token(token)
+    with wired_limit(model, [generation_stream]):
+        for number, (token, _) in enumerate(_with_positions(model, prefill, steps), 1):
+            elapsed = time.perf_counter() - first[0]
             reason = "length" if number == max_tokens else None
-        if reason:
-            detokenizer.finalize()
-        yield Response(
-            text=detokenizer.last_segment,
-            token=token,
-            visual=visual,
-            ttft_ms=(first[0] - start) * 1e3,
-            decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
-            finish_reason=reason,
-        )
-        if reason:
-            return
+            if token in tokenizer.eos_token_ids:
+                reason = "stop"
+            else:
+                detokenizer.add_token(token)
+            if reason:
+                detokenizer.finalize()
+            yield Response(
+                text=detokenizer.last_segment,
+                token=token,
+                visual=visual,
+                ttft_ms=(first[0] - start) * 1e3,
+                decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
+                finish_reason=reason,
+            )
+            if reason:
+                return
 
 
 def _with_positions(model, prefill: Prefill, steps: Iterator) -> Iterator:
@@ -152,12 +159,17 @@ def generate(model, processor, images: Sequence, prompt: str, **options) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mlx_tokprune.generate", description=__doc__.splitlines()[0])
+    methods = "; ".join(f"{m}: {get_method(m).summary}" for m in list_pruners())
+    parser = Parser(
+        prog="mlx_tokprune.generate",
+        description=__doc__.splitlines()[0],
+        epilog=f"Pruning methods. {methods}",
+    )
     add = parser.add_argument
     add("--model", help="folder or hub id (default: the embedded demo model)")
     add("--image", action="append", default=[], help="a picture; repeat for several")
     add("--prompt", help="the question; <image> marks a picture's place")
-    add("--method", help=f"pruning method: {', '.join(list_pruners())}")
+    add("--method", help="pruning method, see below (default: norm)")
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
     keep.add_argument("--keep-tokens", type=int, help="visual tokens per picture")
@@ -255,7 +267,7 @@ def format_report(record: dict) -> str:
             f"visual tokens   {record['visual_tokens']} per picture, kept "
             f"{record['keep']} ({record['method']}, {record['positions']} positions)",
             f"stages          {times} ms (fenced, in a second run)",
-            f"TTFT            {record['ttft_ms']:.1f} ms (first run, not fenced)",
+            f"TTFT            {record['ttft_ms']:.1f} ms (first run, cold, not fenced)",
             f"decode          {record['decode_tokens_per_second']:.1f} tokens/s",
             f"peak memory     {record['peak_memory_mb']:.0f} MB (MLX arrays)",
             f"device          {record['device']}",

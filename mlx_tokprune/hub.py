@@ -5,7 +5,26 @@ from pathlib import Path
 
 from .errors import InputError
 
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.md", "*.jinja", "LICENSE*"]
+# What travels with the weights: tokenizer, licence and model card.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.*",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "ACKNOWLEDG*",
+    "USE_POLICY*",
+    "*.md",
+)
+
+_PATTERNS = ("*.json", "*.safetensors", *COMPANIONS)
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -25,7 +44,7 @@ def resolve(path_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=_PATTERNS))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=list(_PATTERNS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (
             str(error).strip().splitlines()[0] if str(error) else type(error).__name__

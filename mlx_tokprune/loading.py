@@ -1,5 +1,6 @@
 """From a path or hub id to `(model, processor)`, whatever layout the folder has."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .convert import fastvlm as layout
-from .convert.checkpoint import Checkpoint
+from .convert.checkpoint import Checkpoint, read_json
 from .errors import InputError
 from .hub import resolve
 from .image import preprocess
@@ -48,17 +49,15 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def load(
-    path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None, lazy: bool = False
+    path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None
 ) -> tuple[FastVLM, Processor]:
     """Load a FastVLM checkpoint, converted or original, from a folder or the hub.
 
-    dtype: of float weights; `default_dtype()` when `None`. lazy: leave reading the
-    tensors to their first use. Raises `InputError` when the folder cannot be used.
+    dtype: of float weights; `default_dtype()` when `None`. Raises `InputError` when
+    the folder cannot be used.
     """
     checkpoint = Checkpoint.open(resolve(path_or_hf_repo))
-    layout.check_layout(checkpoint)
     config = layout.read_config(checkpoint)
-    layout.check(checkpoint, config)
     model = FastVLM(ModelArgs.from_dict(config))
     weights = model.sanitize(layout.to_mlx_layout(checkpoint.load()))
     if config.get("quantization"):
@@ -68,10 +67,9 @@ def load(
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
     model.load_weights(list(weights.items()))
     model.eval()
-    if not lazy:
-        mx.eval(model.parameters())
+    mx.eval(model.parameters())
     processor = Processor(
-        load_tokenizer(checkpoint.folder),
+        load_tokenizer(checkpoint.folder, config),
         model.image_size,
         model.image_token,
         model.prompt_prefix,
@@ -99,18 +97,29 @@ def _quantize(model: FastVLM, quantization: dict, weights: dict) -> None:
     )
 
 
-def load_tokenizer(folder: Path):
-    """mlx-lm's tokenizer of a folder; raises `InputError` when there is none."""
-    from mlx_lm.tokenizer_utils import load as load_mlx_lm_tokenizer
-    from transformers.utils import logging
+def load_tokenizer(folder: Path, config: dict):
+    """mlx-lm's tokenizer of a folder, with every stop token that the folder names.
 
+    Raises `InputError` when there is none.
+    """
+    from mlx_lm.tokenizer_utils import load as load_mlx_lm_tokenizer
+
+    stops: set[int] = set()
+    for source in (config, _optional_json(folder / "generation_config.json")):
+        ids = source.get("eos_token_id") or []
+        stops |= {ids} if isinstance(ids, int) else set(ids)
     # transformers warns that it has no model type `llava_qwen2`; it needs none.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
-        return load_mlx_lm_tokenizer(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        return load_mlx_lm_tokenizer(folder, eos_token_ids=stops)
+    except Exception as error:  # tokenizers raises bare Exception on a bad file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
     finally:
-        logging.set_verbosity(verbosity)
+        log.setLevel(level)
+
+
+def _optional_json(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 from conftest import TINY
-from mlx_tokprune.convert.command import build_parser as convert_parser
 from PIL import Image
 
+from mlx_tokprune.convert.command import build_parser as convert_parser
 from mlx_tokprune.generate import build_parser, main
 
 PICTURE = str(TINY / "image_1.png")
@@ -83,7 +83,7 @@ def test_sampling_is_seeded(capsys):
         (["--keep-ratio", "1.5"], "keep ratio 1.5 is outside (0, 1]"),
         (["--keep-ratio", "0"], "keep ratio 0 is outside (0, 1]"),
         (["--keep-tokens", "65"], "cannot keep 65 visual tokens; there are 64"),
-        (["--keep-tokens", "0"], "the least is 1"),
+        (["--keep-tokens", "0"], "expected a whole number from 1"),
         (["--keep-ratio", "x"], "invalid float value"),
         (["--keep-ratio", "0.5", "--keep-tokens", "3"], "not allowed with"),
         (["--method", "atention", "--keep-ratio", "0.5"], "Did you mean 'attention'?"),

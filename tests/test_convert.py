@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import MANIFESTS, TINY, read_manifest, write_headers
+
+from mlx_tokprune import generate, load
 from mlx_tokprune.convert import checkpoint as folders
 from mlx_tokprune.convert import convert, fastvlm, main
 from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
-
-from mlx_tokprune import generate, load
 from mlx_tokprune.errors import InputError
 
 IDS = mx.array([[1, 2, 3, 4]])
@@ -40,7 +40,9 @@ def test_converted_model_computes_the_same(checkpoint, tmp_path, tiny):
     before = digest(checkpoint)
     target = convert(str(checkpoint), str(tmp_path / "mlx"))
     assert digest(checkpoint) == before  # the user's files are never edited
-    assert mx.array_equal(load(target)[0](IDS), tiny[0](IDS))
+    ours, pixels = load(target)[0], mx.full((1, 512, 512, 3), 0.5)
+    assert mx.array_equal(ours(IDS), tiny[0](IDS))
+    assert mx.array_equal(ours.encode(pixels).tokens, tiny[0].encode(pixels).tokens)
     again = convert(str(target), str(tmp_path / "again"))
     assert (again / "model.safetensors").read_bytes() == (
         target / "model.safetensors"
@@ -68,7 +70,6 @@ def test_full_size_manifests_convert_structurally(path, tmp_path):
     write_headers(tmp_path / "full", manifest["tensors"], manifest["config"])
     opened = Checkpoint.open(tmp_path / "full")
     config = fastvlm.read_config(opened)
-    fastvlm.check(opened, config)
     shapes = fastvlm.mlx_shapes(opened)
     dropped = [n for n in manifest["tensors"] if fastvlm.rename(n) is None]
     assert all(n.endswith("num_batches_tracked") for n in dropped)
@@ -84,7 +85,7 @@ def test_a_manifest_with_one_tensor_renamed_is_refused(tmp_path):
     write_headers(tmp_path / "full", tensors, manifest["config"])
     opened = Checkpoint.open(tmp_path / "full")
     with pytest.raises(InputError, match=r"lacks tensor language_model\.model\.norm"):
-        fastvlm.check(opened, fastvlm.read_config(opened))
+        fastvlm.read_config(opened)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -105,6 +106,10 @@ def test_only_the_language_model_is_quantized(checkpoint, tmp_path, bits, tiny):
     assert isinstance(generate(model, processor, images, "Hi", max_tokens=3), str)
     with pytest.raises(InputError, match="already quantized"):
         convert(str(target), str(tmp_path / "again"), quantize=True)
+    for wrong in (None, {"bits": bits}):
+        edit_config(target, quantization=wrong)
+        with pytest.raises(InputError, match="gives no bits and group_size"):
+            load(target)
 
 
 def test_mlx_lm_quantizes_the_language_model_only():
@@ -149,6 +154,12 @@ def split(folder, parts: int = 3) -> None:
     for path in target.iterdir():
         path.rename(folder / path.name)
     target.rmdir()
+
+
+def test_stop_tokens_of_the_configs_count(checkpoint):
+    edit_config(checkpoint, eos_token_id=7)
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
+    assert load(checkpoint)[1].tokenizer.eos_token_ids == {7, 8, 9, 258}
 
 
 def test_shards_are_read_and_written(checkpoint, tmp_path, monkeypatch, tiny):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,6 +44,16 @@ def test_the_picture_decides_the_answer(demo):
     answers = [generate(*demo, [p.path], question) for p in PICTURES]
     assert answers[0] == PICTURES[0].answer
     assert answers[1] == "95"
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("method", ["norm", "attention", "similarity"])
+def test_half_precision_answers_alike(dtype, method):
+    """What a Mac runs by default; here on whatever device MLX has."""
+    half = mlx_tokprune.load(CHECKPOINT, dtype=dtype)
+    for picture in PICTURES:
+        asked = ([picture.path], picture.question)
+        assert generate(*half, *asked, pruner=Pruner(method, 0.5)) == picture.answer
 
 
 def test_accuracy_on_held_out_pictures(demo):
@@ -141,8 +152,6 @@ def test_a_fast_blas_is_loaded_before_mlx():
 @pytest.mark.macos
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs Metal")
 def test_the_demo_runs_on_the_gpu():
-    import mlx.core as mx
-
     assert mx.default_device().type == mx.DeviceType.gpu
     model, processor = mlx_tokprune.load(CHECKPOINT)
     for picture in PICTURES:

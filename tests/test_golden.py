@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
-from mlx_tokprune.convert import convert
 
+from mlx_tokprune.convert import convert
 from mlx_tokprune.features import Features
 from mlx_tokprune.generate import main
 from mlx_tokprune.image import load_image
@@ -17,6 +17,7 @@ from mlx_tokprune.pruners import Pruner
 PROMPTS = ("Describe the image.", "What is on the left?")
 PICTURES = (0, 1)  # the second is 640x400
 BUDGETS = {"50": 0.5, "25": 0.25}
+CASES = [("none", "")] + [(m, b) for m in ("norm", "attention") for b in BUDGETS]
 
 
 def relative(a, b) -> float:
@@ -54,8 +55,7 @@ def test_tower_and_projector_equal_the_reference(tiny, expected, picture):
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("method", ["none", "norm", "attention"])
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("method", "budget"), CASES)
 def test_logits_equal_the_reference(tiny, expected, picture, method, budget):
     model, processor = tiny
     name = f"{picture}." if method == "none" else f"{picture}.{method}_{budget}."
@@ -76,8 +76,7 @@ def converted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("method", ["none", "norm", "attention"])
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("method", "budget"), CASES)
 def test_command_line_equals_the_reference(
     converted, expected, capsys, picture, method, budget
 ):

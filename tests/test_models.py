@@ -1,5 +1,7 @@
 """The tower, its CPU forms, folding, and rotary positions."""
 
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -44,6 +46,20 @@ def test_depthwise_forms_agree(size, stride, multiplier, shape):
     ours = layers.depthwise_convolution(x, weight, stride)
     assert ours.shape == plain.shape
     assert difference(ours, plain) < 1e-5
+
+
+def test_cpu_forms_run_in_any_thread():
+    results = []
+
+    def work():
+        results.append(layers.gelu(mx.ones((1, 4096, 32))).sum().item())
+
+    work()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(results) == 2
+    assert results[0] == results[1]
 
 
 def test_attention_forms_agree():

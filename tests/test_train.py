@@ -119,6 +119,15 @@ def test_labels_say_what_is_drawn():
             assert letters
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    """Where two runs give the same gradients."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
 def short(steps: int = 2):
     return tuple(
         dataclasses.replace(s, steps=steps, batch=2, learning_rate=1e-3) for s in STAGES

@@ -27,7 +27,6 @@ class VisionConfig:
     token_mixers: tuple[str, ...] = ("repmixer",) * 3 + ("attention",) * 2
     pos_embs_shapes: tuple = (None, None, None, (7, 7), (7, 7))
     image_size: int = 1024
-    patch_size: int = 64
     head_dim: int = 32
     cls_ratio: float = 2.0
 

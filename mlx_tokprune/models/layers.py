@@ -3,7 +3,7 @@
 On a GPU these are MLX's own operations. MLX's CPU backend runs grouped convolutions,
 `erf` and `exp` slowly and each on one core, so there depthwise convolutions become
 shifted multiply-adds, GELU and softmax polynomials, compiled and split over the cores.
-`plain_operations()` turns the CPU forms off, for export and for tests that both agree.
+`plain_operations()` turns the CPU forms off, so that tests can compare both.
 """
 
 import contextlib
@@ -36,9 +36,12 @@ def use_cpu_forms() -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _cpu_streams() -> list[mx.Stream]:
+def _cpu_streams() -> list[mx.ThreadLocalStream]:
     """A stream per core: MLX's CPU backend runs each stream on one thread."""
-    return [mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, 8))]
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(min(cores, 8))]
 
 
 def _on_all_cores(part: Callable[[int, int], mx.array], shape: tuple) -> mx.array:
@@ -110,7 +113,7 @@ def _polynomial_exp(x: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """Exact GELU (with erf), any shape; the CPU form is within 1e-6 max(1, |x|)."""
+    """Exact GELU of (B, rows, ...); the CPU form is within 1e-6 max(1, |x|)."""
     if not use_cpu_forms() or x.dtype != mx.float32:
         return nn.gelu(x)
     return _on_all_cores(

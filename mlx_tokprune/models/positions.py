@@ -59,7 +59,8 @@ class PositionedRoPE(nn.Module):
         where = self._positions.of_prompt(offset, x.shape[2])
         if where is None:
             return self.rope(x, offset=offset + self._positions.shift)
-        # RoPE takes one offset per batch row: give every token a row of its own.
+        # RoPE takes one offset per batch row: give every token a row of its own, also
+        # where one would do, since a vector of offsets is what is tested.
         batch, heads, length, size = x.shape
         rows = x.swapaxes(1, 2).reshape(batch * length, heads, 1, size)
         offsets = mx.broadcast_to(where, (batch, length)).reshape(-1)

@@ -16,14 +16,14 @@ def none(features: Features, *, keep: int) -> Selection:
     return Selection(mx.broadcast_to(indices, (batch, total)))
 
 
-@register("random", control=True, seeded=True)
+@register("random", seeded=True)
 def random(features: Features, *, keep: int, seed: int = 0) -> Selection:
     """Control: keep tokens at random, from a seed."""
     scores = mx.random.uniform(shape=features.tokens.shape[:2], key=mx.random.key(seed))
     return keep_highest(scores, keep)
 
 
-@register("uniform", control=True)
+@register("uniform")
 def uniform(features: Features, *, keep: int) -> Selection:
     """Control: keep the tokens at the cell centres of the grid that `spatial` uses."""
     return Selection(spatial(features, keep=keep).indices)

@@ -30,7 +30,7 @@ def average(members: mx.array) -> mx.array:
     return members / mx.maximum(mx.sum(members, axis=-1, keepdims=True), 1)
 
 
-@register("similarity", merges=True)
+@register("similarity")
 def similarity(features: Features, *, keep: int) -> Selection:
     """Merge redundant tokens into the kept token they are most similar to (cosine).
 
@@ -56,7 +56,7 @@ def similarity(features: Features, *, keep: int) -> Selection:
     return Selection(kept, average(members.astype(mx.float32)))
 
 
-@register("spatial", aliases=("spatial_pool",), merges=True)
+@register("spatial", aliases=("spatial_pool",))
 def spatial(features: Features, *, keep: int) -> Selection:
     """Average neighbouring tokens on the largest grid with at most `keep` cells.
 

@@ -24,9 +24,6 @@ class Method:
     name: str
     function: PruneFunction
     needs: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    merges: bool = False
-    control: bool = False
     seeded: bool = False
 
     @property
@@ -43,8 +40,6 @@ def register(
     *,
     needs: tuple[str, ...] = (),
     aliases: tuple[str, ...] = (),
-    merges: bool = False,
-    control: bool = False,
     seeded: bool = False,
 ) -> Callable[[PruneFunction], PruneFunction]:
     """Register a pruner function under `name`; raises `ValueError` on a known name."""
@@ -53,7 +48,7 @@ def register(
         for word in (name, *aliases):
             if word in _NAMES:
                 raise ValueError(f"pruner name {word!r} is already registered")
-        _METHODS[name] = Method(name, function, needs, aliases, merges, control, seeded)
+        _METHODS[name] = Method(name, function, needs, seeded)
         _NAMES.update({word: name for word in (name, *aliases)})
         return function
 
@@ -115,8 +110,10 @@ class Pruner:
             raise InputError(
                 f"keep ratio {ratio:g} is outside (0, 1]; 1 keeps every visual token"
             )
-        if tokens is not None and tokens < 1:
-            raise InputError(f"cannot keep {tokens} visual tokens; the least is 1")
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise InputError(
+                f"cannot keep {tokens} visual tokens; expected a whole number from 1"
+            )
         if self.method == "none" and (ratio or 1) < 1:
             raise InputError(
                 f"method 'none' keeps every visual token, so a keep ratio of "
