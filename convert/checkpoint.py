@@ -7,6 +7,7 @@ tensor is, so a damaged checkpoint is refused before work begins.
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -22,6 +23,10 @@ from ..hub import COMPANIONS
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Bytes of each safetensors type that MLX reads.
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
+BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,13 @@ class Checkpoint:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; `InputError` says what is wrong with it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(
             f"{path.parent} has no {path.name}; expected a checkpoint folder with "
             "config.json and safetensors files"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")
@@ -112,7 +117,7 @@ def _shard(folder: Path, name: str) -> Path:
             f"{INDEX} names the shard {name!r}, which leaves {folder}; expected "
             "file names inside the folder"
         )
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):
         raise InputError(
             f"shard {name} is missing from {folder}, though {INDEX} names it; "
             "download it again"
@@ -122,6 +127,8 @@ def _shard(folder: Path, name: str) -> Path:
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """Names and shapes in one safetensors file, whose length is checked too."""
+    if not file.is_file():
+        raise InputError(f"{file} is not a file; expected a safetensors file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -131,18 +138,28 @@ def read_header(file: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            end = max((t["data_offsets"][1] for t in header.values()), default=0)
-            tensors = {
-                name: Tensor(file, t["dtype"], tuple(t["shape"]))
-                for name, t in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
+            tensors = {name: _tensor(file, entry) for name, entry in header.items()}
+            spans = sorted(tuple(t["data_offsets"]) for t in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{file} is not a safetensors file") from None
-    expected = 8 + length + end
+    ends = [0, *(end for _, end in spans)]
+    if any(begin != before for (begin, _), before in zip(spans, ends, strict=False)):
+        raise InputError(f"{file} is not a safetensors file: its tensors overlap")
+    expected = 8 + length + ends[-1]
     if size != expected:
         problem = "truncated" if size < expected else "too long"
         raise InputError(f"{file} is {problem}: {size} bytes, expected {expected}")
     return tensors
+
+
+def _tensor(file: Path, entry: dict) -> Tensor:
+    """One entry of a header; `ValueError` or the like where it contradicts itself."""
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("sizes are whole numbers")
+    if end - begin != math.prod(shape) * BYTES[entry["dtype"]]:
+        raise ValueError("size and shape disagree")
+    return Tensor(file, entry["dtype"], shape)
 
 
 def check_shapes(
@@ -182,7 +199,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     Raises `InputError` when `target` exists or the disk is full.
     """
     target = Path(target)
-    if target.exists():
+    if os.path.lexists(target) or target.name in ("", ".."):
         raise InputError(
             f"{target} already exists; choose a new folder or remove it first"
         )

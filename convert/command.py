@@ -11,6 +11,7 @@ from ..errors import InputError, Parser, command
 from ..hub import resolve
 from . import fastvlm
 from .checkpoint import (
+    BYTES,
     Checkpoint,
     copy_companions,
     new_folder,
@@ -19,7 +20,6 @@ from .checkpoint import (
 )
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 
 
 def convert(
@@ -39,6 +39,8 @@ def convert(
     read; its tokenizer, licence and model card are copied. Returns the new folder.
     Raises `InputError` for a source that cannot be read or an existing target.
     """
+    from ..loading import load_tokenizer
+
     if q_bits not in (4, 8) or q_group_size not in (32, 64, 128):
         raise InputError(
             f"cannot quantize to {q_bits} bits in groups of {q_group_size}; expected "
@@ -50,7 +52,13 @@ def convert(
         )
     target = Path(mlx_path)
     checkpoint = Checkpoint.open(resolve(hf_path))
+    if target.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise InputError(
+            f"{target} is inside {checkpoint.folder}, which is only read; choose a "
+            "folder elsewhere"
+        )
     config = fastvlm.read_config(checkpoint)
+    load_tokenizer(checkpoint.folder, config)  # or the result could not be used
     if quantize and config.get("quantization"):
         raise InputError(f"{checkpoint.folder} is already quantized; leave out -q")
     quantization = (q_group_size, q_bits) if quantize else None
@@ -110,7 +118,7 @@ def _bytes_to_write(
     total = 0.0
     for name, shape in fastvlm.mlx_shapes(checkpoint).items():
         tensor = checkpoint.tensors.get(name)
-        stored = _FLOATS.get(tensor.dtype, 4) if tensor else _FLOATS["F16"]
+        stored = BYTES[tensor.dtype] if tensor else 4
         size = float(DTYPES[dtype].size if dtype else stored)
         if quantization and _can_quantize(name, shape, quantization[0]):
             group, bits = quantization

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..models.fastvlm import FastVLM, ModelArgs
-from .checkpoint import Checkpoint, check_shapes
+from .checkpoint import FLOATS, Checkpoint, check_shapes
 
 READS = (
     "this reads FastVLM as Apple's PyTorch checkpoints (apple/FastVLM-0.5B, -1.5B, "
@@ -106,7 +106,11 @@ def to_mlx_layout(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every tensor of the MLX layout for this `config.json`, with its shape."""
-    model = FastVLM(ModelArgs.from_dict(config), inference=False)
+    args = ModelArgs.from_dict(config)
+    try:
+        model = FastVLM(args, inference=False)
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as e:
+        raise InputError(f"config.json does not describe a FastVLM ({e})") from None
     return {name: array.shape for name, array in tree_flatten(model.parameters())}
 
 
@@ -119,6 +123,7 @@ def read_config(checkpoint: Checkpoint) -> dict:
     check_layout(checkpoint)
     shapes = mlx_shapes(checkpoint)
     config = dict(checkpoint.config)
+    ModelArgs.from_dict(config)
     tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
@@ -135,32 +140,45 @@ def read_config(checkpoint: Checkpoint) -> dict:
 def _check_shapes(checkpoint: Checkpoint, found: dict, config: dict) -> None:
     expected = expected_shapes(config)
     found = {k: v for k, v in found.items() if not _OPTIONAL.match(k)}
-    paths = [n.removesuffix(".scales") for n in found if _is_scales(n)]
-    if paths:
-        _check_quantization(checkpoint, config)
-    for path in paths:
-        rows = expected.pop(f"{path}.weight", (None,))[0]
-        for part in ("weight", "scales", "biases"):
-            shape = found.pop(f"{path}.{part}", None)
-            if part != "biases" and (shape is None or shape[0] != rows):
-                raise InputError(
-                    f"quantized tensor {path}.{part} of {checkpoint.folder} has shape "
-                    f"{shape}; expected {rows} rows"
-                )
+    dtypes = _mlx_dtypes(checkpoint)
+    quantized = [n.removesuffix(".scales") for n in found if n.endswith(".scales")]
+    if quantized:
+        bits, group = _quantization(checkpoint, config)
+    else:
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    for path in quantized:
+        rows, columns = expected.get(f"{path}.weight", (0, 0))
+        expected[f"{path}.weight"] = (rows, columns * bits // 32)
+        expected[f"{path}.scales"] = (rows, columns // group)
+        expected[f"{path}.biases"] = (rows, columns // group)
     check_shapes(found, expected, str(checkpoint.folder))
+    packed = {f"{path}.weight" for path in quantized}
+    for name, dtype in dtypes.items():
+        right = dtype == "U32" if name in packed else dtype in FLOATS
+        if not right:
+            raise InputError(
+                f"tensor {name} of {checkpoint.folder} has type {dtype}; expected "
+                f"{'U32, as it is quantized' if name in packed else ', '.join(FLOATS)}"
+            )
 
 
-def _check_quantization(checkpoint: Checkpoint, config: dict) -> None:
-    quantization = config.get("quantization")
-    known = isinstance(quantization, dict) and all(
-        isinstance(quantization.get(k), int) for k in ("bits", "group_size")
-    )
-    if not known:
+def _mlx_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    torch_layout = is_torch_layout(checkpoint.tensors)
+    names = {n: rename(n) if torch_layout else n for n in checkpoint.tensors}
+    return {new: checkpoint.tensors[n].dtype for n, new in names.items() if new}
+
+
+def _quantization(checkpoint: Checkpoint, config: dict) -> tuple[int, int]:
+    """(bits, group size) that config.json gives for the language model."""
+    given = config.get("quantization")
+    given = given if isinstance(given, dict) else {}
+    bits, group = given.get("bits"), given.get("group_size")
+    affine = given.get("mode", "affine") == "affine"
+    if not affine or bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128):
         raise InputError(
-            f"{checkpoint.folder} has quantized tensors, but its config.json gives no "
-            'bits and group_size under "quantization"'
+            f"{checkpoint.folder} has quantized tensors, but its config.json gives "
+            f"{bits} bits and group_size {group}; expected 2 to 8 bits in groups of "
+            "32, 64 or 128, mode affine"
         )
-
-
-def _is_scales(name: str) -> bool:
-    return name.startswith("language_model.") and name.endswith(".scales")
+    return bits, group

@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"`, or nothing when no known word is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word.lower(), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str] | None], None]):
-    """Wrap a `main(argv)`: an `InputError` becomes one line on stderr and exit 2.
+    """Wrap a `main(argv)`: `InputError` and `OSError` become one line and exit 2.
 
     A termination signal unwinds like any exit, so that nothing half-written stays.
     """
@@ -38,7 +38,11 @@ def command(main: Callable[[list[str] | None], None]):
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         try:
             main(argv)
         except InputError as error:
@@ -47,6 +51,10 @@ def command(main: Callable[[list[str] | None], None]):
         except BrokenPipeError:
             sys.stderr.close()
             raise SystemExit(141) from None
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 

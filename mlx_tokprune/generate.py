@@ -4,22 +4,26 @@ Streaming, sampling and the cache are mlx-lm's; this file feeds them pruned prom
 keeps the time.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+from PIL import Image
 
 from .demo import CHECKPOINT, PICTURES
 from .errors import InputError, Parser, command
 from .image import load_image
 from .overlay import draw_overlay
 from .pipeline import POSITIONS, Prefill, VisualTokens, assemble, measure_stages, see
-from .pruners import Pruner, get_method, list_pruners
+from .pruners import Pruner, check_seed, get_method, list_pruners
 
 DEFAULT_POSITIONS = "original"
 DEFAULT_METHOD = "norm"
@@ -62,7 +66,9 @@ def stream_generate(
     there are, which the first step finds.
     """
     pruner = pruner or Pruner("none")
-    _check(images, positions, max_tokens, temp, top_p)
+    if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
+        images = [images]
+    _check(images, positions, max_tokens, temp, top_p, seed)
     images = [load_image(image) for image in images]
     processor.prompt(prompt, len(images))
     if seed is not None:
@@ -135,14 +141,16 @@ def _with_positions(model, prefill: Prefill, steps: Iterator) -> Iterator:
         steps.close()
 
 
-def _check(images, positions: str, max_tokens: int, temp: float, top_p: float) -> None:
-    if not images:
+def _check(images, positions, max_tokens, temp, top_p, seed) -> None:
+    if seed is not None:
+        check_seed(seed)
+    if len(images) == 0:
         raise InputError("no picture was given; expected at least one")
     if positions not in POSITIONS:
         raise InputError(f"positions are {' or '.join(POSITIONS)}, not {positions!r}")
-    if max_tokens < 1:
+    if not isinstance(max_tokens, int) or max_tokens < 1:
         raise InputError(f"cannot generate {max_tokens} tokens; the least is 1")
-    if temp < 0 or not 0 <= top_p <= 1:
+    if not (math.isfinite(temp) and temp >= 0 and 0 <= top_p <= 1):
         raise InputError(
             f"temperature {temp:g} and top-p {top_p:g} are out of range; expected a "
             "temperature of at least 0 and a top-p in [0, 1]"
@@ -199,6 +207,7 @@ def make_pruner(method, keep_ratio, keep_tokens, seed: int = 0) -> Pruner:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     pruner = make_pruner(args.method, args.keep_ratio, args.keep_tokens, args.seed)
+    _check_overlay(args.overlay, args.image)
     pictures, prompt = args.image, args.prompt
     if args.model is None:
         pictures = pictures or [PICTURES[0].path]
@@ -206,11 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     if prompt is None:
         raise InputError("no prompt was given; say --prompt TEXT")
     images = [load_image(picture) for picture in pictures]
-    if args.overlay and not Path(args.overlay).resolve().parent.is_dir():
-        raise InputError(f"the folder of --overlay {args.overlay} does not exist")
     from .loading import load
 
-    model, processor = load(args.model or CHECKPOINT)
+    model, processor = load(CHECKPOINT if args.model is None else args.model)
     mx.reset_peak_memory()
     ids, pieces = [], []
     for piece in stream_generate(
@@ -276,7 +283,29 @@ def format_report(record: dict) -> str:
 
 
 def _write_overlay(path: str, images: list, visual: VisualTokens) -> None:
-    draw_overlay(images, visual.selection, visual.grid).save(path, format="PNG")
+    partial = f"{path}.partial"
+    try:
+        draw_overlay(images, visual.selection, visual.grid).save(partial, format="PNG")
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+
+
+def _check_overlay(path: str | None, pictures: list[str]) -> None:
+    """Refuse before any work what could not be written after it."""
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"--overlay {path!r} cannot be written; expected the name of a PNG file in "
+            "an existing folder"
+        )
+    if any(os.path.realpath(path) == os.path.realpath(p) for p in pictures):
+        raise InputError(
+            f"--overlay {path} would overwrite the picture; choose another"
+        )
 
 
 if __name__ == "__main__":

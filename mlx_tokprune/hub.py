@@ -1,5 +1,6 @@
 """A model folder on disk from a path or a hub id."""
 
+import os
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def resolve(path_or_id: str | Path) -> Path:
     Raises `InputError` when it is neither.
     """
     path = Path(path_or_id)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
         raise InputError(

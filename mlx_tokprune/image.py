@@ -1,5 +1,7 @@
 """Pictures: file or array -> pixels (B, S, S, 3). Pillow and NumPy only."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,25 +26,59 @@ def load_image(source: str | Path | np.ndarray | Image.Image) -> Image.Image:
                 f"an array picture is (H, W, 3) uint8; got {source.shape} "
                 f"{source.dtype}"
             )
-        source = Image.fromarray(source)
+        if not source.size:
+            raise InputError(f"a picture of shape {source.shape} has no pixels")
+        return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(source))
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"picture {path} does not exist or is not a file")
-    try:
-        with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
+        return _decode(source, "the picture")
+    if not isinstance(source, (str, os.PathLike)):
         raise InputError(
-            f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, "
+            f"a picture is a file, an array or a PIL image, not {type(source).__name__}"
+        )
+    path = Path(source)
+    if not os.path.isfile(path):
+        raise InputError(
+            f"picture {str(source)!r} does not exist or is not a file; expected a PNG, "
+            "JPEG, WebP or similar file"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _decode(image, f"picture {path}")
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        large = isinstance(error, Image.DecompressionBombError)
+        raise InputError(
+            f"{path} is too large a picture ({error})"
+            if large
+            else f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, "
             "WebP or similar file"
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"picture {path} is damaged or too large ({error})") from None
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{name} is damaged ({error})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says it is shown, as it is when the EXIF is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises whatever parsing the tags runs into
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("its pixels are not all finite")
+        scale = 255 if values.max(initial=0) <= 1 else 1
+        image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float32)
         wide = image.mode.startswith("I;16") or grey.max(initial=0) > 255
@@ -56,7 +92,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
-    """The picture centred on a black square as wide as its longer side."""
+    """The picture centred on a black square as wide as its longer side.
+
+    A side of more than 8192 pixels shrinks to that first.
+    """
+    if max(image.size) > _LONGEST:
+        image = image.copy()
+        image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BICUBIC)
     side = max(image.size)
     if image.width == image.height:
         return image
@@ -78,9 +120,6 @@ def preprocess(images: Sequence[Image.Image], size: int) -> np.ndarray:
 
 
 def _pixels(image: Image.Image, size: int) -> np.ndarray:
-    if max(image.size) > _LONGEST:
-        image = image.copy()
-        image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BICUBIC)
     square = pad_to_square(image)
     if square.width != size:
         square = square.resize((size, size), Image.Resampling.BICUBIC)

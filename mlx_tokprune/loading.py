@@ -68,8 +68,10 @@ def load(
     model.load_weights(list(weights.items()))
     model.eval()
     mx.eval(model.parameters())
+    tokenizer = load_tokenizer(checkpoint.folder, config)
+    _check_vocabulary(tokenizer, model.args.text["vocab_size"], checkpoint.folder)
     processor = Processor(
-        load_tokenizer(checkpoint.folder, config),
+        tokenizer,
         model.image_size,
         model.image_token,
         model.prompt_prefix,
@@ -119,6 +121,15 @@ def load_tokenizer(folder: Path, config: dict):
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
     finally:
         log.setLevel(level)
+
+
+def _check_vocabulary(tokenizer, size: int, folder: Path) -> None:
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= size:
+        raise InputError(
+            f"the tokenizer of {folder} has token id {highest}, but the model only "
+            f"{size} embeddings"
+        )
 
 
 def _optional_json(path: Path) -> dict:

@@ -25,6 +25,12 @@ def place_pictures(text: str, pictures: int, image_token: str) -> str:
     Text without any gets them in front, a line each. Raises `InputError` for an empty
     text, or when it has some but not one per picture.
     """
+    if not isinstance(text, str):
+        raise InputError(f"the prompt is a text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not valid Unicode text") from None
     if not text.replace(image_token, "").strip():
         raise InputError("the prompt is empty; expected a question or an instruction")
     placed = text.count(image_token)

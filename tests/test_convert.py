@@ -108,7 +108,7 @@ def test_only_the_language_model_is_quantized(checkpoint, tmp_path, bits, tiny):
         convert(str(target), str(tmp_path / "again"), quantize=True)
     for wrong in (None, {"bits": bits}):
         edit_config(target, quantization=wrong)
-        with pytest.raises(InputError, match="gives no bits and group_size"):
+        with pytest.raises(InputError, match="bits and group_size None"):
             load(target)
 
 
@@ -344,6 +344,79 @@ def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage, m
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not target.exists()
+
+
+def vision(**changes):
+    config = json.loads((TINY / "config.json").read_text())
+    return {"vision_config": config["vision_config"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size '64'; expected a positive whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0; expected a positive"),
+        ({"num_attention_heads": 5}, "num_attention_heads 5; expected a divisor of 64"),
+        ({"vocab_size": 10**15}, "vocab_size 1000000000000000; expected"),
+        ({"vocab_size": True}, "vocab_size True; expected"),
+        ({"rms_norm_eps": None}, "rms_norm_eps None; expected a positive number"),
+        ({"rope_theta": "x"}, "rope_theta 'x'; expected a positive number"),
+        ({"rope_scaling": {"type": "foo"}}, "does not describe a FastVLM"),
+        ({"text_config": [1]}, r"text_config \[1\]; expected an object"),
+        ({"vision_config": "x"}, "vision_config 'x'; expected an object"),
+        (vision(layers=[1, 1]), "expected 5 values, one per stage"),
+        (vision(embed_dims=[16, 32, 32, 64, "x"]), "expected 5 values"),
+        (vision(head_dim=48), "head_dim 48; expected a divisor of 64"),
+        (vision(image_size=500), "image_size 500; expected a multiple of 64"),
+        (vision(cls_ratio="2"), "cls_ratio '2'; expected a number"),
+        (vision(pos_embs_shapes=[None] * 4 + [[7, 5]]), "expected 5 values"),
+        (vision(token_mixers=["conv"] * 5), "expected 5 values"),
+    ],
+)
+def test_impossible_configs_are_refused(checkpoint, tmp_path, changes, message):
+    edit_config(checkpoint, **changes)
+    for use in (load, lambda folder: convert(str(folder), str(tmp_path / "mlx"))):
+        with pytest.raises(InputError, match=message):
+            use(checkpoint)
+    assert not (tmp_path / "mlx").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w, n: w.update({f"{n}.scales": w[f"{n}.scales"][:, :1]}), "has shape"),
+        (lambda w, n: w.pop(f"{n}.biases"), "lacks tensor"),
+        (
+            lambda w, n: w.update({f"{n}.weight": w[f"{n}.weight"].view(mx.float32)}),
+            "has type F32; expected U32",
+        ),
+        (
+            lambda w, n: w.update({"mm_projector.0.bias": mx.zeros(64, mx.int32)}),
+            "mm_projector.0.bias .* has type I32",
+        ),
+    ],
+    ids=["scales", "biases", "float weight", "integer bias"],
+)
+def test_damaged_quantized_tensors_are_refused(checkpoint, tmp_path, damage, message):
+    target = tmp_path / "q"
+    convert(str(checkpoint), str(target), quantize=True, q_group_size=32)
+    name = "language_model.model.layers.0.mlp.up_proj"
+    edit_weights(target, lambda weights: damage(weights, name))
+    with pytest.raises(InputError, match=message):
+        load(target)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", "not json"])
+def test_a_damaged_tokenizer_is_refused(checkpoint, tmp_path, text):
+    (checkpoint / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match="has no usable tokenizer"):
+        convert(str(checkpoint), str(tmp_path / "mlx"))
+    assert not (tmp_path / "mlx").exists()
+
+
+def test_a_target_inside_the_source_is_refused(checkpoint):
+    with pytest.raises(InputError, match="which is only read; choose a folder"):
+        convert(str(checkpoint), str(checkpoint / "mlx"))
 
 
 def test_an_existing_target_is_kept(checkpoint, tmp_path):

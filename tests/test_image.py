@@ -101,7 +101,7 @@ def test_padding_is_black_and_centred():
         (None, "does not exist or is not a file"),
         (b"", "is not a picture that Pillow can read; expected a PNG, JPEG"),
         (b"hello", "is not a picture that Pillow can read; expected a PNG, JPEG"),
-        ("truncated", "is damaged or too large"),
+        ("truncated", "is damaged"),
     ],
 )
 def test_what_is_no_picture_is_refused(tmp_path, content, message):
@@ -114,6 +114,22 @@ def test_what_is_no_picture_is_refused(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_image(path)
+
+
+def test_a_damaged_exif_is_ignored(tmp_path):
+    two_halves().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff", quality=95)
+    assert load_image(tmp_path / "a.jpg").size == (40, 20)
+
+
+def test_float_pictures_are_scaled(tmp_path):
+    Image.fromarray(np.array([[0, 0.5], [1, 1]], np.float32)).save(tmp_path / "a.tif")
+    assert np.asarray(load_image(tmp_path / "a.tif"))[..., 0].max() == 255
+
+
+@pytest.mark.parametrize("source", [None, 5, [1]])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(InputError, match="a file, an array or a PIL image"):
+        load_image(source)
 
 
 def test_an_array_of_another_type_is_refused():

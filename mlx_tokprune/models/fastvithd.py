@@ -15,6 +15,7 @@ from ..features import Features
 from .layers import DepthwiseConv, PointwiseConv, attend, attention_weights, gelu
 
 BATCH_NORM_EPS = 1e-5
+TOTAL_STRIDE = 64  # pixels per side that a visual token stands for
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,20 @@
 """Choosing which visual tokens stay: `Pruner`, `list_pruners`, and the methods."""
 
 from . import baseline, merging, saliency  # noqa: F401  (importing registers them)
-from .registry import Pruner, count_kept, get_method, list_pruners, register
+from .registry import (
+    Pruner,
+    check_seed,
+    count_kept,
+    get_method,
+    list_pruners,
+    register,
+)
 
-__all__ = ["Pruner", "count_kept", "get_method", "list_pruners", "register"]
+__all__ = [
+    "Pruner",
+    "check_seed",
+    "count_kept",
+    "get_method",
+    "list_pruners",
+    "register",
+]

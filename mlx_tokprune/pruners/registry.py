@@ -73,11 +73,11 @@ def list_pruners() -> list[str]:
 
 def get_method(name: str) -> Method:
     """The method of this name or alias; `InputError` lists the known ones."""
-    if name not in _NAMES:
+    if not isinstance(name, str) or name not in _NAMES:
         known = ", ".join(_METHODS)
         raise InputError(
             f"unknown pruning method {name!r}; known methods are {known}."
-            + nearest(name, _NAMES)
+            + nearest(str(name), _NAMES)
         )
     return _METHODS[_NAMES[name]]
 
@@ -85,6 +85,12 @@ def get_method(name: str) -> Method:
 def count_kept(total: int, keep_ratio: float) -> int:
     """K = max(1, int(N * ratio)), the one place where a ratio becomes a count."""
     return max(1, int(total * keep_ratio))
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` unless MLX takes `seed`."""
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise InputError(f"seed {seed} is out of range; expected 0 to 2**64 - 1")
 
 
 @dataclass(frozen=True)
@@ -106,14 +112,18 @@ class Pruner:
         ratio, tokens = self.keep_ratio, self.keep_tokens
         if ratio is not None and tokens is not None:
             raise InputError("give a keep ratio or a number of tokens, not both")
-        if ratio is not None and not 0 < ratio <= 1:
+        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        if ratio is not None and not (number and 0 < ratio <= 1):
+            shown = f"{ratio:g}" if number else repr(ratio)
             raise InputError(
-                f"keep ratio {ratio:g} is outside (0, 1]; 1 keeps every visual token"
+                f"keep ratio {shown} is outside (0, 1]; 1 keeps every visual token"
             )
-        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+        if tokens is not None and not (whole and tokens >= 1):
             raise InputError(
                 f"cannot keep {tokens} visual tokens; expected a whole number from 1"
             )
+        check_seed(self.seed)
         if self.method == "none" and (ratio or 1) < 1:
             raise InputError(
                 f"method 'none' keeps every visual token, so a keep ratio of "
