@@ -104,9 +104,10 @@ def _polynomial_gelu(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def _polynomial_exp(x: mx.array) -> mx.array:
-    """exp(x) for x <= 0 as exp(x / 32)**32."""
-    root = _evaluate(_exp_terms(), mx.maximum(x, -_EXP_LIMIT) * (2 / _EXP_LIMIT) + 1)
+def _polynomial_exp(x: mx.array, largest: mx.array) -> mx.array:
+    """exp(x - largest) for x <= largest, as exp((x - largest) / 32)**32."""
+    t = mx.maximum(x - largest, -_EXP_LIMIT) * (2 / _EXP_LIMIT) + 1
+    root = _evaluate(_exp_terms(), t)
     for _ in range(5):
         root = root * root
     return root
@@ -121,25 +122,32 @@ def gelu(x: mx.array) -> mx.array:
     )
 
 
-def _softmax(scores: mx.array) -> mx.array:
-    scores = scores - mx.max(scores, axis=-1, keepdims=True)
-    powers = _polynomial_exp(scores)
-    return powers * (1 / mx.sum(powers, axis=-1, keepdims=True))
+def _powers(q: mx.array, k: mx.array, scale: float) -> tuple[mx.array, mx.array]:
+    """exp of the scaled products, up to a factor per row, and the sums of the rows."""
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+
+    def part(start: int, stop: int) -> mx.array:
+        some = scores[:, start:stop]
+        return _polynomial_exp(some, mx.max(some, axis=-1, keepdims=True))
+
+    powers = _on_all_cores(part, scores.shape)
+    return powers, mx.sum(powers, axis=-1, keepdims=True)
 
 
 def attention_weights(q: mx.array, k: mx.array, scale: float) -> mx.array:
     """Softmax of scaled products, (B, heads, N, N), from q and k (B, heads, N, D)."""
-    scores = (q * scale) @ k.swapaxes(-1, -2)
-    if not use_cpu_forms() or scores.dtype != mx.float32:
-        return mx.softmax(scores, axis=-1, precise=True)
-    return _on_all_cores(lambda a, b: _softmax(scores[:, a:b]), scores.shape)
+    if not use_cpu_forms() or q.dtype != mx.float32:
+        return mx.softmax((q * scale) @ k.swapaxes(-1, -2), axis=-1, precise=True)
+    powers, sums = _powers(q, k, scale)
+    return powers / sums
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """Full attention; q, k, v and the result are (B, heads, N, D)."""
-    if use_cpu_forms():
-        return attention_weights(q, k, scale) @ v
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    if not use_cpu_forms() or q.dtype != mx.float32:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    powers, sums = _powers(q, k, scale)
+    return (powers @ v) / sums
 
 
 # Convolutions -----------------------------------------------------------------------
