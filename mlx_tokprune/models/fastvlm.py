@@ -1,7 +1,7 @@
 """FastVLM (arXiv 2412.13303): FastViTHD, a two-layer projector, and Qwen2.
 
 The language model is mlx-lm's. `FastVLM` has `layers` and accepts `input_embeddings`,
-so mlx-lm's caches, generation, quantization and LoRA take it as a model of theirs.
+so mlx-lm's caches, generation and quantization take it as a model of theirs.
 """
 
 import dataclasses
