@@ -152,7 +152,10 @@ def _check_shapes(checkpoint: Checkpoint, found: dict, config: dict) -> None:
         expected[f"{path}.weight"] = (rows, columns * bits // 32)
         expected[f"{path}.scales"] = (rows, columns // group)
         expected[f"{path}.biases"] = (rows, columns // group)
-    check_shapes(found, expected, str(checkpoint.folder))
+    source = str(checkpoint.folder)
+    if is_torch_layout(checkpoint.tensors):
+        source += ", in the MLX layout,"
+    check_shapes(found, expected, source)
     packed = {f"{path}.weight" for path in quantized}
     for name, dtype in dtypes.items():
         right = dtype == "U32" if name in packed else dtype in FLOATS
