@@ -1,7 +1,7 @@
 """FastVLM checkpoints: which layout a folder has, and its tensors in the MLX layout.
 
 Reads Apple's PyTorch layout and the MLX community's; writes the latter, which mlx-vlm
-and mlx-swift-lm load too. Dicts of arrays in, dicts of arrays out.
+loads too. Dicts of arrays in, dicts of arrays out.
 """
 
 import re
