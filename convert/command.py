@@ -12,6 +12,7 @@ from ..hub import resolve
 from . import fastvlm
 from .checkpoint import (
     BYTES,
+    FLOATS,
     Checkpoint,
     copy_companions,
     new_folder,
@@ -115,11 +116,10 @@ def _bytes_to_write(
     checkpoint: Checkpoint, dtype: str | None, quantization: tuple[int, int] | None
 ) -> int:
     """What the tensors will take on the disk."""
-    total = 0.0
+    total, stored = 0.0, fastvlm.mlx_dtypes(checkpoint)
     for name, shape in fastvlm.mlx_shapes(checkpoint).items():
-        tensor = checkpoint.tensors.get(name)
-        stored = BYTES[tensor.dtype] if tensor else 4
-        size = float(DTYPES[dtype].size if dtype else stored)
+        cast = dtype is not None and stored[name] in FLOATS
+        size = float(DTYPES[dtype].size if cast else BYTES[stored[name]])
         if quantization and _can_quantize(name, shape, quantization[0]):
             group, bits = quantization
             size = bits / 8 + 2 * size / group  # weights, and a scale and a bias each

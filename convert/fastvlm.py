@@ -140,15 +140,20 @@ def read_config(checkpoint: Checkpoint) -> dict:
 def _check_shapes(checkpoint: Checkpoint, found: dict, config: dict) -> None:
     expected = expected_shapes(config)
     found = {k: v for k, v in found.items() if not _OPTIONAL.match(k)}
-    dtypes = _mlx_dtypes(checkpoint)
-    quantized = [n.removesuffix(".scales") for n in found if n.endswith(".scales")]
+    dtypes = mlx_dtypes(checkpoint)
+    quantized = [
+        path
+        for path in (n.removesuffix(".scales") for n in found if n.endswith(".scales"))
+        if path.startswith("language_model.")
+        and len(expected.get(f"{path}.weight", ())) == 2
+    ]
     if quantized:
         bits, group = _quantization(checkpoint, config)
     else:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
     for path in quantized:
-        rows, columns = expected.get(f"{path}.weight", (0, 0))
+        rows, columns = expected[f"{path}.weight"]
         expected[f"{path}.weight"] = (rows, columns * bits // 32)
         expected[f"{path}.scales"] = (rows, columns // group)
         expected[f"{path}.biases"] = (rows, columns // group)
@@ -166,7 +171,8 @@ def _check_shapes(checkpoint: Checkpoint, found: dict, config: dict) -> None:
             )
 
 
-def _mlx_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+def mlx_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The stored safetensors type of each tensor, by its MLX-layout name."""
     torch_layout = is_torch_layout(checkpoint.tensors)
     names = {n: rename(n) if torch_layout else n for n in checkpoint.tensors}
     return {new: checkpoint.tensors[n].dtype for n, new in names.items() if new}

@@ -207,13 +207,13 @@ def make_pruner(method, keep_ratio, keep_tokens, seed: int = 0) -> Pruner:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     pruner = make_pruner(args.method, args.keep_ratio, args.keep_tokens, args.seed)
-    _check_overlay(args.overlay, args.image)
     pictures, prompt = args.image, args.prompt
     if args.model is None:
         pictures = pictures or [PICTURES[0].path]
         prompt = PICTURES[0].question if prompt is None else prompt
     if prompt is None:
         raise InputError("no prompt was given; say --prompt TEXT")
+    _check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
     from .loading import load
 

@@ -85,10 +85,8 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _quantize(model: FastVLM, quantization: dict, weights: dict) -> None:
-    def is_quantized(path: str, module: nn.Module):
-        if not model.quant_predicate(path, module) or f"{path}.scales" not in weights:
-            return False
-        return quantization.get(path, True)
+    def is_quantized(path: str, module: nn.Module) -> bool:
+        return model.quant_predicate(path, module) and f"{path}.scales" in weights
 
     nn.quantize(
         model,

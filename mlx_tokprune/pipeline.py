@@ -1,7 +1,7 @@
 """The way of a picture: encode -> prune -> project -> splice -> prefill.
 
 The only place that knows models, pruners and prompts together; every command calls
-these functions. All are lazy: nothing is evaluated unless a `fence` says so.
+these functions. All but `measure_stages` are lazy: they evaluate nothing.
 """
 
 import contextlib

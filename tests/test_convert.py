@@ -11,7 +11,7 @@ from conftest import MANIFESTS, TINY, read_manifest, write_headers
 
 from mlx_tokprune import generate, load
 from mlx_tokprune.convert import checkpoint as folders
-from mlx_tokprune.convert import convert, fastvlm, main
+from mlx_tokprune.convert import command, convert, fastvlm, main
 from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
 from mlx_tokprune.errors import InputError
 
@@ -417,6 +417,44 @@ def test_a_damaged_tokenizer_is_refused(checkpoint, tmp_path, text):
 def test_a_target_inside_the_source_is_refused(checkpoint):
     with pytest.raises(InputError, match="which is only read; choose a folder"):
         convert(str(checkpoint), str(checkpoint / "mlx"))
+
+
+def weights_size(folder) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_disk_space_asked_for_is_what_is_written(
+    checkpoint, tmp_path, monkeypatch, dtype, quantize
+):
+    """From a half-precision source in Apple's layout, as published checkpoints are."""
+
+    def halve(weights):
+        for name, array in weights.items():
+            if mx.issubdtype(array.dtype, mx.floating):
+                weights[name] = array.astype(mx.float16)
+
+    edit_weights(checkpoint, halve)
+    asked = []
+    original = command.write_shards
+
+    def spy(folder, tensors, total_bytes):
+        asked.append(total_bytes)
+        original(folder, tensors, total_bytes)
+
+    monkeypatch.setattr(command, "write_shards", spy)
+    target = convert(str(checkpoint), str(tmp_path / "mlx"), dtype, quantize, 4, 32)
+    header = 40_000  # names and offsets
+    assert asked[0] <= weights_size(target) <= asked[0] + header
+
+
+def test_stray_scales_are_unknown_tensors(checkpoint):
+    edit_weights(
+        checkpoint, lambda w: w.update({"model.norm.scales": mx.zeros((64, 1))})
+    )
+    with pytest.raises(InputError, match=r"unknown tensor .*model\.norm\.scales"):
+        load(checkpoint)
 
 
 def test_an_existing_target_is_kept(checkpoint, tmp_path):

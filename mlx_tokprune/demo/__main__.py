@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..convert import convert
 from ..errors import Parser, command
-from ..generate import device_name, stream_generate
+from ..generate import DEFAULT_POSITIONS, device_name, stream_generate
 from ..image import load_image
 from ..loading import load
 from ..overlay import draw_overlay
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             asked = (images, picture.question)
             pieces = list(stream_generate(model, processor, *asked, pruner=pruner))
             visual = pieces[-1].visual
-            stages = measure_stages(model, processor, *asked, pruner, "original")
+            stages = measure_stages(model, processor, *asked, pruner, DEFAULT_POSITIONS)
             answer = "".join(p.text for p in pieces)
             print(f"  {visual.selection.keep:3} of {visual.total} tokens: {answer}")
             times = ", ".join(f"{k} {v:.1f}" for k, v in vars(stages).items())
