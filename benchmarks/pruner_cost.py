@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import mlx_tokprune
-from mlx_tokprune.generate import device_name, stream_generate
+from mlx_tokprune.commands import device_name
+from mlx_tokprune.generate import stream_generate
 from mlx_tokprune.pipeline import VisualTokens
 from mlx_tokprune.pruners import Pruner, list_pruners
 

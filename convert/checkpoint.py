@@ -39,12 +39,22 @@ class Tensor:
 
 
 class Checkpoint:
-    """An opened folder: `config`, and `tensors` by name, not yet read."""
+    """An opened folder: `config`, and `tensors` by name, not yet read.
 
-    def __init__(self, folder: Path, config: dict, tensors: dict[str, Tensor]):
+    extra: tensors that came from other files and are in memory already.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        tensors: dict[str, Tensor],
+        extra: Mapping[str, mx.array] | None = None,
+    ):
         self.folder = folder
         self.config = config
         self.tensors = tensors
+        self.extra = dict(extra or {})
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
@@ -70,9 +80,10 @@ class Checkpoint:
     def load(self) -> dict[str, mx.array]:
         """All tensors, lazily: nothing is read until it is evaluated."""
         weights: dict[str, mx.array] = {}
-        for file in sorted({t.file for t in self.tensors.values()}):
+        stored = {n: t for n, t in self.tensors.items() if n not in self.extra}
+        for file in sorted({t.file for t in stored.values()}):
             weights.update(mx.load(str(file), format="safetensors"))
-        return weights
+        return {n: weights[n] for n in stored} | self.extra
 
 
 def read_json(path: Path) -> dict:

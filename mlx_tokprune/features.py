@@ -15,12 +15,21 @@ class Features:
     tokens: (B, N, C) visual tokens in raster order.
     grid: (H, W) with H * W = N.
     attention: (B, N) attention that each token receives in the tower's last attention
-        block, mean over heads and queries; only when the pruner asks for it.
+        block, mean over heads and queries (from the class token where there is one).
+    text: (B, T, D) embeddings that follow the visual tokens in the prompt.
+    queries, keys: (B, heads, N, d) of the visual tokens and (B, heads, T, d) of the
+        text, in the language model's first layer, without rotary positions.
+
+    Extras are there only when the pruner asks for them. Prompt-stage pruners get
+    projected tokens, those of all pictures of a sample after each other.
     """
 
     tokens: mx.array
     grid: tuple[int, int]
     attention: mx.array | None = None
+    text: mx.array | None = None
+    queries: mx.array | None = None
+    keys: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -30,10 +39,12 @@ class Selection:
     indices: (B, K) int32, ascending: the kept token, or for a merging method the
         token whose place a merged token takes.
     weights: (B, K, N), rows sum to 1, for methods that merge; `None` for selectors.
+    mask: (B, K) bool, false where a sample keeps fewer than K; `None` when all keep K.
     """
 
     indices: mx.array
     weights: mx.array | None = None
+    mask: mx.array | None = None
 
     @property
     def keep(self) -> int:

@@ -4,7 +4,6 @@ Streaming, sampling and the cache are mlx-lm's; this file feeds them pruned prom
 keeps the time.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,14 +17,21 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .commands import (
+    DEFAULT_POSITIONS,
+    add_budget,
+    check_overlay,
+    describe_methods,
+    device_name,
+    make_pruner,
+    write_overlay,
+)
 from .demo import CHECKPOINT, PICTURES
 from .errors import InputError, Parser, command
 from .image import load_image
-from .overlay import draw_overlay
 from .pipeline import POSITIONS, Prefill, VisualTokens, assemble, measure_stages, see
-from .pruners import Pruner, check_seed, get_method, list_pruners
+from .pruners import Pruner, check_seed
 
-DEFAULT_POSITIONS = "original"
 DEFAULT_METHOD = "norm"
 
 
@@ -69,6 +75,11 @@ def stream_generate(
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
     _check(images, positions, max_tokens, temp, top_p, seed)
+    if pruner.stage != "vision":
+        raise InputError(
+            f"method {pruner.method!r} looks at the prompt, which only policies can do "
+            "here (mlx_tokprune.act); choose another, such as 'norm'"
+        )
     images = [load_image(image) for image in images]
     processor.prompt(prompt, len(images))
     if seed is not None:
@@ -167,21 +178,17 @@ def generate(model, processor, images: Sequence, prompt: str, **options) -> str:
 
 
 def build_parser() -> Parser:
-    methods = "; ".join(f"{m}: {get_method(m).summary}" for m in list_pruners())
     parser = Parser(
         prog="mlx_tokprune.generate",
         description=__doc__.splitlines()[0],
-        epilog=f"Pruning methods. {methods}",
+        epilog=describe_methods(["vision"]),
     )
     add = parser.add_argument
     add("--model", help="folder or hub id (default: the embedded demo model)")
     add("--image", action="append", default=[], help="a picture; repeat for several")
     add("--prompt", help="the question; <image> marks a picture's place")
     add("--method", help="pruning method, see below (default: norm)")
-    keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
-    keep.add_argument("--keep-tokens", type=int, help="visual tokens per picture")
-    add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
+    add_budget(parser)
     add("--max-tokens", type=int, default=256)
     add("--temp", type=float, default=0.0, help="sampling temperature (default: 0)")
     add("--top-p", type=float, default=0.0)
@@ -191,29 +198,19 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_pruner(method, keep_ratio, keep_tokens, seed: int = 0) -> Pruner:
-    """A `Pruner` from command line options; no method means `norm`, or none to keep."""
-    if method is None:
-        full = keep_ratio is None and keep_tokens is None
-        method = "none" if full or keep_ratio == 1 else DEFAULT_METHOD
-    if keep_ratio is None and keep_tokens is None and get_method(method).name != "none":
-        raise InputError(
-            f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
-        )
-    return Pruner(method, keep_ratio, keep_tokens, seed)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    pruner = make_pruner(args.method, args.keep_ratio, args.keep_tokens, args.seed)
+    pruner = make_pruner(
+        args.method, args.keep_ratio, args.keep_tokens, args.seed, DEFAULT_METHOD
+    )
     pictures, prompt = args.image, args.prompt
     if args.model is None:
         pictures = pictures or [PICTURES[0].path]
         prompt = PICTURES[0].question if prompt is None else prompt
     if prompt is None:
         raise InputError("no prompt was given; say --prompt TEXT")
-    _check_overlay(args.overlay, pictures)
+    check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
     from .loading import load
 
@@ -238,31 +235,26 @@ def main(argv: list[str] | None = None) -> None:
     print()
     peak = mx.get_peak_memory() / 1e6
     stages = measure_stages(model, processor, images, prompt, pruner, args.positions)
+    visual = piece.visual
     if args.overlay:
-        _write_overlay(args.overlay, images, piece.visual)
+        write_overlay(args.overlay, images, visual.selection, visual.grid)
     record = {
         "text": "".join(pieces),
         "token_ids": ids,
-        "visual_tokens": piece.visual.total,
-        "kept_indices": piece.visual.selection.indices.tolist(),
+        "visual_tokens": visual.total,
+        "kept_indices": visual.selection.indices.tolist(),
         "stages_ms": dataclasses.asdict(stages),
         "ttft_ms": piece.ttft_ms,
         "decode_tokens_per_second": piece.decode_tokens_per_second,
         "peak_memory_mb": peak,
         "method": pruner.method,
-        "keep": piece.visual.selection.keep,
+        "keep": visual.selection.keep,
         "positions": args.positions,
         "device": device_name(),
     }
     print(format_report(record), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(record))
-
-
-def device_name() -> str:
-    """The device MLX runs on, by name where it has one."""
-    device = mx.default_device()
-    return str(mx.device_info(device).get("device_name", device.type.name))
 
 
 def format_report(record: dict) -> str:
@@ -280,32 +272,6 @@ def format_report(record: dict) -> str:
             f"device          {record['device']}",
         ]
     )
-
-
-def _write_overlay(path: str, images: list, visual: VisualTokens) -> None:
-    partial = f"{path}.partial"
-    try:
-        draw_overlay(images, visual.selection, visual.grid).save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-
-
-def _check_overlay(path: str | None, pictures: list[str]) -> None:
-    """Refuse before any work what could not be written after it."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise InputError(
-            f"--overlay {path!r} cannot be written; expected the name of a PNG file in "
-            "an existing folder"
-        )
-    if any(os.path.realpath(path) == os.path.realpath(p) for p in pictures):
-        raise InputError(
-            f"--overlay {path} would overwrite the picture; choose another"
-        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "dataset_statistics.json",
     "processor_config.json",
     "chat_template.*",
     "LICENSE*",
@@ -25,7 +26,7 @@ COMPANIONS = (
     "*.md",
 )
 
-_PATTERNS = ("*.json", "*.safetensors", *COMPANIONS)
+_PATTERNS = ("*.json", "*.safetensors", "*_checkpoint.pt", *COMPANIONS)
 
 
 def resolve(path_or_id: str | Path) -> Path:

@@ -124,3 +124,32 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
     if square.width != size:
         square = square.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(square, dtype=np.float32) / 255
+
+
+def preprocess_naive(
+    images: Sequence[Image.Image], size: int, crop: float = 1.0
+) -> np.ndarray:
+    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], stretched to a square.
+
+    crop: share of the area that stays, around the middle, as OpenVLA-OFT trains; it
+    is cut after resizing and resized again, bilinearly.
+    """
+    return np.stack([_stretched(image, size, crop) for image in images])
+
+
+def _stretched(image: Image.Image, size: int, crop: float) -> np.ndarray:
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    if crop == 1:
+        return pixels
+    # The corners of the crop map to the corners of the result, as in TensorFlow's
+    # crop_and_resize, which OFT uses.
+    side = np.sqrt(crop)
+    at = (size - 1) * np.linspace((1 - side) / 2, (1 + side) / 2, size)
+    low = np.minimum(at.astype(int), size - 2)
+    share = (at - low).astype(np.float32)
+    rows = pixels[low] + share[:, None, None] * (pixels[low + 1] - pixels[low])
+    across = share[None, :, None]
+    cropped = rows[:, low] + across * (rows[:, low + 1] - rows[:, low])
+    return (np.clip(cropped, 0, 1) * 255).round() / np.float32(255)

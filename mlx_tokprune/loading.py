@@ -10,13 +10,15 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from .convert import fastvlm as layout
+from .actions import Bounds, bin_values, choose_statistics, read_bounds
 from .convert.checkpoint import Checkpoint, read_json
+from .convert.families import identify
 from .errors import InputError
 from .hub import resolve
-from .image import preprocess
-from .models.fastvlm import FastVLM, ModelArgs
-from .prompt import Prompt, place_pictures, tokenize
+from .image import preprocess, preprocess_naive
+from .models.fastvlm import FastVLM
+from .models.openvla import OpenVLA
+from .prompt import Prompt, action_prompt, place_pictures, tokenize
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,54 @@ class Processor:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
+@dataclass(frozen=True)
+class ActionProcessor:
+    """Pictures, instructions and robot states to what a policy takes, and back.
+
+    limit: the most tokens that an instruction's prompt may have. norm_stats: of each
+    data set, by unnorm key. crop: share of the picture's area that is looked at.
+    """
+
+    tokenizer: object
+    image_size: int
+    vocabulary: int
+    bins: int
+    empty_token_id: int
+    limit: int
+    norm_stats: dict
+    rule: str = "bounds_q99"
+    crop: float = 1.0
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], resized without padding."""
+        return preprocess_naive(images, self.image_size, self.crop)
+
+    def prompt(self, instruction: str) -> tuple[int, tuple[int, ...]]:
+        """The id that opens the sequence, and the ids that follow the pictures.
+
+        Raises `InputError` for an empty instruction or one that does not fit.
+        """
+        text = action_prompt(instruction)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if ids[-1:] != [self.empty_token_id]:
+            ids = [*ids, self.empty_token_id]
+        if len(ids) > self.limit:
+            raise InputError(
+                f"the instruction is too long: with its prompt it has {len(ids)} "
+                f"tokens, and the most is {self.limit}"
+            )
+        return self.tokenizer.bos_token_id, tuple(ids)
+
+    def bounds(self, part: str, unnorm_key: str | None) -> Bounds:
+        """The range of `action` or `proprio` in one data set."""
+        statistics = choose_statistics(self.norm_stats, unnorm_key)
+        return read_bounds(statistics, part, self.rule)
+
+    def values(self, ids: np.ndarray) -> np.ndarray:
+        """(..., A) action token ids -> values in [-1, 1]."""
+        return bin_values(ids, self.vocabulary, self.bins)
+
+
 def default_dtype() -> mx.Dtype | None:
     """float32 on MLX's CPU backend, whose half precision is slow; else as stored."""
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
@@ -50,16 +100,17 @@ def default_dtype() -> mx.Dtype | None:
 
 def load(
     path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None
-) -> tuple[FastVLM, Processor]:
-    """Load a FastVLM checkpoint, converted or original, from a folder or the hub.
+) -> tuple[FastVLM | OpenVLA, Processor | ActionProcessor]:
+    """Load a checkpoint, converted or original, from a folder or the hub.
 
-    dtype: of float weights; `default_dtype()` when `None`. Raises `InputError` when
-    the folder cannot be used.
+    dtype: of float weights; `default_dtype()` when `None`. A FastVLM comes with a
+    `Processor`, an OpenVLA with an `ActionProcessor`. Raises `InputError` when the
+    folder cannot be used.
     """
-    checkpoint = Checkpoint.open(resolve(path_or_hf_repo))
-    config = layout.read_config(checkpoint)
-    model = FastVLM(ModelArgs.from_dict(config))
-    weights = model.sanitize(layout.to_mlx_layout(checkpoint.load()))
+    family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
+    config = family.read_config(checkpoint)
+    model = family.build(config, True)
+    weights = model.sanitize(family.to_mlx_layout(checkpoint.load()))
     if config.get("quantization"):
         _quantize(model, config["quantization"], weights)
     dtype = dtype or default_dtype()
@@ -70,6 +121,8 @@ def load(
     mx.eval(model.parameters())
     tokenizer = load_tokenizer(checkpoint.folder, config)
     _check_vocabulary(tokenizer, model.args.text["vocab_size"], checkpoint.folder)
+    if isinstance(model, OpenVLA):
+        return model, _action_processor(model, tokenizer, config)
     processor = Processor(
         tokenizer,
         model.image_size,
@@ -80,11 +133,33 @@ def load(
     return model, processor
 
 
+def _action_processor(model: OpenVLA, tokenizer, config: dict) -> ActionProcessor:
+    args = model.args
+    if tokenizer.bos_token_id is None:
+        raise InputError(
+            "the tokenizer has no token that opens a sequence; expected <s>"
+        )
+    longest = args.text.get("max_position_embeddings", 2048)
+    tokens = args.towers[0].side ** 2 * (args.oft.pictures if args.oft else 1)
+    actions = args.oft.slots if args.oft else 32
+    return ActionProcessor(
+        tokenizer,
+        model.image_size,
+        args.vocabulary,
+        args.bins,
+        args.empty_token_id,
+        max(1, longest - tokens - actions - 3),
+        config["norm_stats"],
+        args.oft.rule if args.oft else "bounds_q99",
+        args.oft.crop if args.oft else 1.0,
+    )
+
+
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def _quantize(model: FastVLM, quantization: dict, weights: dict) -> None:
+def _quantize(model: nn.Module, quantization: dict, weights: dict) -> None:
     def is_quantized(path: str, module: nn.Module) -> bool:
         return model.quant_predicate(path, module) and f"{path}.scales" in weights
 

@@ -16,18 +16,25 @@ _GAP = 8
 
 
 def draw_overlay(
-    images: Sequence[Image.Image], selection: Selection, grid: tuple[int, int]
+    images: Sequence[Image.Image],
+    selection: Selection | Sequence[np.ndarray],
+    grid: tuple[int, int],
+    padded: bool = True,
 ) -> Image.Image:
     """The pictures side by side, without their padding, patches shaded.
+
+    selection: of all pictures, or the kept tokens of each. padded: whether the model
+    saw them padded to a square, else stretched to one.
 
     Selectors: dropped patches are dimmed. Merging methods: patches that went to the
     same kept token share a colour, and a ring marks where that token sits.
     """
-    kept = np.array(selection.indices)
-    assignment = selection.assignment()
-    groups = None if assignment is None else np.array(assignment)
+    kept, groups = selection, None
+    if isinstance(selection, Selection):
+        kept, assignment = np.array(selection.indices), selection.assignment()
+        groups = None if assignment is None else np.array(assignment)
     panels = [
-        _panel(image, kept[i], None if groups is None else groups[i], grid)
+        _panel(image, kept[i], None if groups is None else groups[i], grid, padded)
         for i, image in enumerate(images)
     ]
     width = sum(p.width for p in panels) + _GAP * (len(panels) - 1)
@@ -39,8 +46,11 @@ def draw_overlay(
     return sheet
 
 
-def _panel(image: Image.Image, kept, groups, grid: tuple[int, int]) -> Image.Image:
-    square = pad_to_square(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+def _panel(
+    image: Image.Image, kept, groups, grid: tuple[int, int], padded: bool
+) -> Image.Image:
+    square = pad_to_square(image) if padded else image
+    square = square.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
     pixels = np.asarray(square, dtype=np.float32)
     if groups is None:
         mask = np.full(grid[0] * grid[1], _DIM, np.float32)
@@ -52,7 +62,10 @@ def _panel(image: Image.Image, kept, groups, grid: tuple[int, int]) -> Image.Ima
     panel = Image.fromarray(shaded.round().astype(np.uint8))
     if groups is not None:
         _mark(panel, kept, grid)
-    return panel.crop(_content(image.size))
+    if padded:
+        return panel.crop(_content(image.size))
+    scale = _SIDE / max(image.size)
+    return panel.resize([max(1, round(scale * v)) for v in image.size])
 
 
 def _stretch(cells: np.ndarray) -> np.ndarray:

@@ -85,7 +85,7 @@ def first_logits(
     return logits[:, -1]
 
 
-class _Clock:
+class Clock:
     """Milliseconds of named stages, each between evaluated results."""
 
     def __init__(self):
@@ -114,7 +114,7 @@ def measure_stages(
     On a warm model the sum is a little larger than the time to first token without
     fences; the first run of a process is slower than both.
     """
-    clock = _Clock()
+    clock = Clock()
     with clock.stage("preprocess") as done:
         pixels = mx.array(processor.pixels(images))
         prompt = processor.prompt(text, len(images))

@@ -25,12 +25,7 @@ def place_pictures(text: str, pictures: int, image_token: str) -> str:
     Text without any gets them in front, a line each. Raises `InputError` for an empty
     text, or when it has some but not one per picture.
     """
-    if not isinstance(text, str):
-        raise InputError(f"the prompt is a text, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError("the prompt is not valid Unicode text") from None
+    check_text(text, "the prompt")
     if not text.replace(image_token, "").strip():
         raise InputError("the prompt is empty; expected a question or an instruction")
     placed = text.count(image_token)
@@ -43,6 +38,26 @@ def place_pictures(text: str, pictures: int, image_token: str) -> str:
             f"write one {image_token} per picture, or none to put them in front"
         )
     return text
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise `InputError` unless `text` can be given to a tokenizer."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is a text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is not valid Unicode text") from None
+
+
+def action_prompt(instruction: str) -> str:
+    """OpenVLA's question for an instruction, which its scripts write in lower case."""
+    check_text(instruction, "the instruction")
+    if not instruction.strip():
+        raise InputError("the instruction is empty; expected what the robot should do")
+    return (
+        f"In: What action should the robot take to {instruction.strip().lower()}?\nOut:"
+    )
 
 
 def tokenize(text: str, image_token: str, encode: Callable[[str], list[int]]) -> Prompt:

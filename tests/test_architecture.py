@@ -10,11 +10,15 @@ PACKAGE = "mlx_tokprune"
 
 # Lower floors first; a module may import from its own floor or lower ones.
 FLOORS = (
-    ("errors", "blas", "features", "image", "prompt"),
+    ("errors", "blas", "features", "image", "prompt", "actions"),
     ("models", "pruners", "overlay", "hub", "demo", "convert.checkpoint"),
-    ("convert.fastvlm",),
-    ("loading", "pipeline"),
-    ("generate", "train", "convert.command", "convert.__main__", "demo.__main__"),
+    ("convert.family", "convert.sidefiles"),
+    ("convert.fastvlm", "convert.openvla"),
+    ("convert.families",),
+    ("loading", "pipeline", "control"),
+    ("commands",),
+    ("generate", "act", "train", "convert.command", "convert.__main__"),
+    ("demo.__main__",),
     ("__init__", "convert.__init__"),
 )
 LATE = ("coremltools", "matplotlib", "torch", "mlx_lm", "transformers", "tokenizers")

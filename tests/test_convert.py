@@ -11,8 +11,9 @@ from conftest import MANIFESTS, TINY, read_manifest, write_headers
 
 from mlx_tokprune import generate, load
 from mlx_tokprune.convert import checkpoint as folders
-from mlx_tokprune.convert import command, convert, fastvlm, main
+from mlx_tokprune.convert import command, convert, main
 from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
+from mlx_tokprune.convert.fastvlm import FASTVLM
 from mlx_tokprune.errors import InputError
 
 IDS = mx.array([[1, 2, 3, 4]])
@@ -69,12 +70,12 @@ def test_full_size_manifests_convert_structurally(path, tmp_path):
     manifest = read_manifest(path)
     write_headers(tmp_path / "full", manifest["tensors"], manifest["config"])
     opened = Checkpoint.open(tmp_path / "full")
-    config = fastvlm.read_config(opened)
-    shapes = fastvlm.mlx_shapes(opened)
-    dropped = [n for n in manifest["tensors"] if fastvlm.rename(n) is None]
+    config = FASTVLM.read_config(opened)
+    shapes = FASTVLM.shapes(opened)
+    dropped = [n for n in manifest["tensors"] if FASTVLM.rename(n) is None]
     assert all(n.endswith("num_batches_tracked") for n in dropped)
     assert len(shapes) + len(dropped) == len(manifest["tensors"])
-    unused = shapes.keys() - fastvlm.expected_shapes(config).keys()
+    unused = shapes.keys() - FASTVLM.expected_shapes(config).keys()
     assert unused == {"vision_tower.vision_model.head.proj"}
 
 
@@ -85,7 +86,7 @@ def test_a_manifest_with_one_tensor_renamed_is_refused(tmp_path):
     write_headers(tmp_path / "full", tensors, manifest["config"])
     opened = Checkpoint.open(tmp_path / "full")
     with pytest.raises(InputError, match=r"lacks tensor language_model\.model\.norm"):
-        fastvlm.read_config(opened)
+        FASTVLM.read_config(opened)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -322,8 +323,8 @@ REFUSED = [
     (extra_tensor, "has the unknown tensor language_model.model.extra"),
     (apple_mlx_export, "vision tower is a Core ML package; this reads FastVLM as"),
     (transformers_layout, "a transformers fast_vlm checkpoint.*; this reads"),
-    (language_model_only, "model type 'qwen2' without a FastViTHD tower; this reads"),
-    (openvla, r"a Prismatic \(OpenVLA\) checkpoint; this reads"),
+    (language_model_only, "model type 'qwen2' without a vision tower .*; this reads"),
+    (openvla, r"config.json says timm_model_ids None; expected a list of 1"),
     (wrong_sizes, "mm_hidden_size 3072, but the tower .* has features of size 256"),
     (no_sizes, "config.json does not say hidden_size"),
 ]

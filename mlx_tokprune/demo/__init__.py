@@ -9,6 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"
+POLICY = FOLDER / "policy"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Picture:
     answer: str
 
 
+POLICY_FRAME = Picture(FOLDER / "frame.png", "open the drawer", "")
 PICTURES = (
     Picture(FOLDER / "scene_0.png", "What does the sign say?", "EAST"),
     Picture(FOLDER / "scene_1.png", "Is the blue square above the cross?", "yes"),

@@ -3,9 +3,10 @@
 import tempfile
 from pathlib import Path
 
+from ..commands import DEFAULT_POSITIONS, device_name
 from ..convert import convert
 from ..errors import Parser, command
-from ..generate import DEFAULT_POSITIONS, device_name, stream_generate
+from ..generate import stream_generate
 from ..image import load_image
 from ..loading import load
 from ..overlay import draw_overlay

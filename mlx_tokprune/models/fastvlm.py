@@ -5,7 +5,6 @@ so mlx-lm's caches, generation and quantization take it as a model of theirs.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,19 +14,10 @@ import mlx.nn as nn
 
 from ..errors import InputError
 from ..features import Features
+from .checks import check_language, expect, is_size, object_of
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, fold_batch_norms
 from .layers import gelu
 from .positions import Positions, use_positions
-
-_LANGUAGE_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-_LIMIT = 1 << 20  # larger sizes are mistakes, and would take the memory to prove it
 
 
 @dataclass(frozen=True)
@@ -41,22 +31,10 @@ class ModelArgs:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
         """Raises `InputError` when sizes are missing, impossible or disagree."""
-        text = dict(_object(config, "text_config") or config)
-        missing = [n for n in (*_LANGUAGE_SIZES, "rms_norm_eps") if n not in text]
-        if missing:
-            raise InputError(f"config.json does not say {', '.join(missing)}")
-        for name in _LANGUAGE_SIZES:
-            _expect(_is_size(text[name]), name, text[name], "a positive whole number")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = text.get(name, 1.0)
-            right = isinstance(value, (int, float)) and 0 < value < math.inf
-            _expect(right, name, value, "a positive number")
-        heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
-        divide = text["hidden_size"] % heads == 0 and heads % shared == 0
-        expected = f"a divisor of {text['hidden_size']}, in groups of {shared}"
-        _expect(divide, "num_attention_heads", heads, expected)
+        text = dict(object_of(config, "text_config") or config)
+        check_language(text)
         known = {f.name for f in dataclasses.fields(VisionConfig)}
-        sizes = _object(config, "vision_config")
+        sizes = object_of(config, "vision_config")
         vision = VisionConfig(**{k: _tuple(v) for k, v in sizes.items() if k in known})
         _check_vision(vision)
         features = config.get("mm_hidden_size", vision.output_dim)
@@ -69,33 +47,17 @@ class ModelArgs:
         return cls(text, vision, features)
 
 
-def _object(config: Mapping[str, Any], name: str) -> dict:
-    value = config.get(name) or {}
-    _expect(isinstance(value, dict), name, value, "an object")
-    return value
-
-
-def _expect(right: bool, name: str, value, expected: str) -> None:
-    if not right:
-        raise InputError(f"config.json says {name} {value!r}; expected {expected}")
-
-
-def _is_size(value) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and 0 < value < _LIMIT
-
-
 def _check_vision(vision: VisionConfig) -> None:
     for name in ("image_size", "head_dim"):
         value = getattr(vision, name)
-        _expect(_is_size(value), name, value, "a positive whole number")
+        expect(is_size(value), name, value, "a positive whole number")
     right = vision.image_size % TOTAL_STRIDE == 0
-    _expect(right, "image_size", vision.image_size, f"a multiple of {TOTAL_STRIDE}")
+    expect(right, "image_size", vision.image_size, f"a multiple of {TOTAL_STRIDE}")
     right = isinstance(vision.cls_ratio, (int, float)) and 0 < vision.cls_ratio <= 16
-    _expect(right, "cls_ratio", vision.cls_ratio, "a number up to 16")
+    expect(right, "cls_ratio", vision.cls_ratio, "a number up to 16")
     checks = {
-        "layers": _is_size,
-        "embed_dims": _is_size,
+        "layers": is_size,
+        "embed_dims": is_size,
         "mlp_ratios": lambda v: isinstance(v, (int, float)) and 0 < v <= 64,
         "token_mixers": lambda v: v in ("repmixer", "attention"),
         "pos_embs_shapes": lambda v: v in (None, (7, 7)),
@@ -103,10 +65,10 @@ def _check_vision(vision: VisionConfig) -> None:
     for name, right in checks.items():
         value = getattr(vision, name)
         five = isinstance(value, tuple) and len(value) == 5
-        _expect(five and all(map(right, value)), name, value, "5 values, one per stage")
+        expect(five and all(map(right, value)), name, value, "5 values, one per stage")
     for dim, mixer in zip(vision.embed_dims, vision.token_mixers, strict=True):
         right = mixer != "attention" or dim % vision.head_dim == 0
-        _expect(right, "head_dim", vision.head_dim, f"a divisor of {dim}")
+        expect(right, "head_dim", vision.head_dim, f"a divisor of {dim}")
 
 
 def _tuple(value):

@@ -1,6 +1,6 @@
 """Choosing which visual tokens stay: `Pruner`, `list_pruners`, and the methods."""
 
-from . import baseline, merging, saliency  # noqa: F401  (importing registers them)
+from . import baseline, merging, saliency, text  # noqa: F401  (registers them)
 from .registry import (
     Pruner,
     check_seed,

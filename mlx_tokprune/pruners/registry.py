@@ -1,13 +1,15 @@
 """Pruners by name, and `Pruner`: a method with its budget, ready to call.
 
 A pruner is a pure function `(Features, *, keep, **options) -> Selection`. `keep` is a
-Python int, so every shape is static. Registering one makes it known to every command.
+Python int, so every shape is static; only prompt-stage methods that choose a count per
+sample get `None`. Registering one makes it known to every command.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -19,12 +21,25 @@ PruneFunction = Callable[..., Selection]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: `needs` names the extras of `Features` that it reads."""
+    """A registered method: `needs` names the extras of `Features` that it reads.
+
+    stage: `vision` before the projector, `prompt` at the language model's input.
+    counts: who says how many tokens stay: the `budget`, the method's `own` rule, or
+    the budget when there is one (`either`).
+    """
 
     name: str
     function: PruneFunction
     needs: tuple[str, ...] = ()
     seeded: bool = False
+    stage: str = "vision"
+    counts: str = "budget"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options that the method takes besides its budget."""
+        parameters = inspect.signature(self.function).parameters
+        return tuple(p for p in parameters if p not in ("features", "keep", "seed"))
 
     @property
     def summary(self) -> str:
@@ -41,6 +56,8 @@ def register(
     needs: tuple[str, ...] = (),
     aliases: tuple[str, ...] = (),
     seeded: bool = False,
+    stage: str = "vision",
+    counts: str = "budget",
 ) -> Callable[[PruneFunction], PruneFunction]:
     """Register a pruner function under `name`; raises `ValueError` on a known name."""
 
@@ -48,7 +65,7 @@ def register(
         for word in (name, *aliases):
             if word in _NAMES:
                 raise ValueError(f"pruner name {word!r} is already registered")
-        _METHODS[name] = Method(name, function, needs, seeded)
+        _METHODS[name] = Method(name, function, needs, seeded, stage, counts)
         _NAMES.update({word: name for word in (name, *aliases)})
         return function
 
@@ -98,17 +115,20 @@ class Pruner:
     """A method and its budget: `Pruner("norm", keep_ratio=0.5)(features)`.
 
     Give `keep_ratio` in (0, 1] or `keep_tokens` (at least 1), not both; neither keeps
-    every token. `seed` is read by seeded methods only. Raises `InputError` for an
-    unknown method, a budget out of range, or more tokens than there are.
+    every token, or as many as a method with a rule of its own says. `seed` is read by
+    seeded methods only; `options` are the method's own. Raises `InputError` for an
+    unknown method or option, a budget out of range, or more tokens than there are.
     """
 
     method: str = "norm"
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     seed: int = 0
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "method", get_method(self.method).name)
+        self._check_options()
         ratio, tokens = self.keep_ratio, self.keep_tokens
         if ratio is not None and tokens is not None:
             raise InputError("give a keep ratio or a number of tokens, not both")
@@ -130,6 +150,33 @@ class Pruner:
                 f"{ratio:g} needs another method, such as 'norm'"
             )
 
+    def _check_options(self) -> None:
+        known = get_method(self.method).options
+        for name in self.options:
+            if name not in known:
+                takes = f"takes {', '.join(known)}" if known else "takes no options"
+                raise InputError(
+                    f"method {self.method!r} {takes}, not {name!r}."
+                    + nearest(name, known)
+                )
+        budget = self.keep_ratio is not None or self.keep_tokens is not None
+        if budget and get_method(self.method).counts == "own":
+            raise InputError(
+                f"method {self.method!r} decides itself how many visual tokens to keep;"
+                " leave out the keep ratio, or use 'trimvla', which takes one"
+            )
+
+    @property
+    def stage(self) -> str:
+        """`vision` or `prompt`: where in the pipeline this pruner runs."""
+        return "vision" if self.keeps_all else get_method(self.method).stage
+
+    @property
+    def has_own_count(self) -> bool:
+        """Whether the method, not a budget, says how many tokens stay."""
+        unset = self.keep_ratio is None and self.keep_tokens is None
+        return unset and get_method(self.method).counts != "budget"
+
     @property
     def needs(self) -> tuple[str, ...]:
         """The extras of `Features` this pruner reads, none when it keeps everything."""
@@ -137,6 +184,8 @@ class Pruner:
 
     @property
     def keeps_all(self) -> bool:
+        if self.has_own_count:
+            return False
         ratio_is_full = self.keep_ratio is None or self.keep_ratio == 1
         return self.method == "none" or (ratio_is_full and self.keep_tokens is None)
 
@@ -159,7 +208,7 @@ class Pruner:
     def __call__(self, features: Features) -> Selection:
         method = get_method(self.method)
         total = features.tokens.shape[1]
-        keep = self.count(total)
+        keep = None if self.has_own_count else self.count(total)
         if keep == total:
             method = get_method("none")
         missing = [name for name in method.needs if getattr(features, name) is None]
@@ -167,6 +216,8 @@ class Pruner:
             raise ValueError(f"{method.name} needs features with {missing}")
         if method.seeded:
             return method.function(features, keep=keep, seed=self.seed)
+        if method.stage == "prompt":
+            return method.function(features, keep=keep, **self.options)
         return _compiled(method.name, method.function, keep, features.grid)(features)
 
 

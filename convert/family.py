@@ -1,0 +1,165 @@
+"""What the converter and the loader know of a model family: names, axes, and a model.
+
+One `Family` per file of key tables; `families.py` picks the one of a checkpoint.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import InputError
+from .checkpoint import FLOATS, Checkpoint, check_shapes
+
+Shape = tuple[int, ...]
+# What building a model from an impossible config runs into.
+_MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family and its layouts on disk.
+
+    reads: what can be read, for people. is_mlx: whether names and shapes are those of
+    the MLX layout, else the original one. keys: original names -> MLX names, tried in
+    order; `None` drops the tensor. axes: how an original tensor is transposed, by its
+    MLX name. optional: tensors carried along that no visual token needs. build: the
+    model of a config; with `inference` false its parameters are the MLX layout.
+    complete: the config with what the tensors say.
+    """
+
+    name: str
+    reads: str
+    is_mlx: Callable[[Mapping[str, Shape]], bool]
+    keys: tuple[tuple[str, str | None], ...]
+    axes: Callable[[str, int], tuple[int, ...] | None]
+    build: Callable[[dict, bool], nn.Module]
+    complete: Callable[[Checkpoint, dict[str, Shape]], dict]
+    optional: re.Pattern = re.compile(r"(?!)")
+
+    def rename(self, name: str) -> str | None:
+        """An original name in the MLX layout; `None` for tensors that are dropped."""
+        for pattern, replacement in self.keys:
+            if re.match(pattern, name):
+                if replacement is None:
+                    return None
+                return re.sub(pattern, replacement, name)
+        return name
+
+    def is_original(self, checkpoint: Checkpoint) -> bool:
+        return not self.is_mlx({n: t.shape for n, t in checkpoint.tensors.items()})
+
+    def shapes(self, checkpoint: Checkpoint) -> dict[str, Shape]:
+        """Names and shapes that `to_mlx_layout` will give, from the headers alone."""
+        original, shapes = self.is_original(checkpoint), {}
+        for name, tensor in checkpoint.tensors.items():
+            new = self.rename(name) if original else name
+            if new is None:
+                continue
+            axes = self.axes(new, len(tensor.shape)) if original else None
+            shapes[new] = tuple(tensor.shape[a] for a in axes) if axes else tensor.shape
+        return shapes
+
+    def dtypes(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """The stored safetensors type of each tensor, by its MLX-layout name."""
+        original = self.is_original(checkpoint)
+        names = {n: self.rename(n) if original else n for n in checkpoint.tensors}
+        return {new: checkpoint.tensors[n].dtype for n, new in names.items() if new}
+
+    def to_mlx_layout(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Tensors of either layout -> the MLX layout. Lazy and idempotent."""
+        if self.is_mlx({n: array.shape for n, array in weights.items()}):
+            return weights
+        renamed = {}
+        for name, array in weights.items():
+            new = self.rename(name)
+            if new is not None:
+                axes = self.axes(new, array.ndim)
+                renamed[new] = array.transpose(*axes) if axes else array
+        return renamed
+
+    def expected_shapes(self, config: dict) -> dict[str, Shape]:
+        """Every tensor of the MLX layout for this config, with its shape."""
+        try:
+            model = self.build(config, False)
+        except InputError:
+            raise
+        except (
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+        ) as e:
+            raise InputError(
+                f"config.json does not describe a {self.name} model ({e})"
+            ) from None
+        return {name: array.shape for name, array in tree_flatten(model.parameters())}
+
+    def read_config(self, checkpoint: Checkpoint) -> dict:
+        """The config, with what the tensors say where published configs are wrong.
+
+        Raises `InputError` unless every tensor is there once, with its shape.
+        """
+        shapes = self.shapes(checkpoint)
+        config = self.complete(checkpoint, shapes)
+        self._check(checkpoint, shapes, config)
+        return config
+
+    def _check(self, checkpoint: Checkpoint, found: dict, config: dict) -> None:
+        expected = self.expected_shapes(config)
+        found = {k: v for k, v in found.items() if not self.optional.match(k)}
+        quantized = _quantized_paths(found, expected)
+        if quantized:
+            bits, group = _quantization(checkpoint, config)
+        else:
+            config.pop("quantization", None)
+            config.pop("quantization_config", None)
+        for path in quantized:
+            rows, columns = expected[f"{path}.weight"]
+            expected[f"{path}.weight"] = (rows, columns * bits // 32)
+            expected[f"{path}.scales"] = (rows, columns // group)
+            expected[f"{path}.biases"] = (rows, columns // group)
+        source = str(checkpoint.folder)
+        if self.is_original(checkpoint):
+            source += ", in the MLX layout,"
+        check_shapes(found, expected, source)
+        packed = {f"{path}.weight" for path in quantized}
+        for name, dtype in self.dtypes(checkpoint).items():
+            right = dtype == "U32" if name in packed else dtype in FLOATS
+            if not right:
+                wanted = "U32, as it is quantized" if name in packed else FLOATS
+                wanted = wanted if isinstance(wanted, str) else ", ".join(wanted)
+                raise InputError(
+                    f"tensor {name} of {checkpoint.folder} has type {dtype}; expected "
+                    f"{wanted}"
+                )
+
+
+def _quantized_paths(found: Mapping, expected: Mapping) -> list[str]:
+    """Matrices of the language model that come with scales."""
+    paths = (n.removesuffix(".scales") for n in found if n.endswith(".scales"))
+    return [
+        path
+        for path in paths
+        if path.startswith("language_model.")
+        and len(expected.get(f"{path}.weight", ())) == 2
+    ]
+
+
+def _quantization(checkpoint: Checkpoint, config: dict) -> tuple[int, int]:
+    """(bits, group size) that config.json gives for the language model."""
+    given = config.get("quantization")
+    given = given if isinstance(given, dict) else {}
+    bits, group = given.get("bits"), given.get("group_size")
+    affine = given.get("mode", "affine") == "affine"
+    if not affine or bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128):
+        raise InputError(
+            f"{checkpoint.folder} has quantized tensors, but its config.json gives "
+            f"{bits} bits and group_size {group}; expected 2 to 8 bits in groups of "
+            "32, 64 or 128, mode affine"
+        )
+    return bits, group

@@ -1,0 +1,103 @@
+"""OpenVLA and Prismatic checkpoints: their key table, statistics and side files.
+
+The MLX layout keeps the reference names; convolutions are channels-last and SigLIP's
+pooling, which no feature comes from, is left out. There was no MLX layout before.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ..errors import InputError
+from ..models.openvla import ModelArgs, OpenVLA
+from .checkpoint import Checkpoint, read_json
+from .family import Family, Shape
+from .sidefiles import add_side_files
+
+# Prismatic names -> MLX names.
+_KEYS: tuple[tuple[str, str | None], ...] = (
+    (r".*\.rotary_emb\.inv_freq$", None),
+    (r"^vision_backbone\.(fused_)?featurizer\.attn_pool\.", None),
+    (r"^module\.", ""),
+)
+_PATCHES = re.compile(
+    r"^vision_backbone\.(fused_)?featurizer\.patch_embed\.proj\.weight$"
+)
+
+# Actions per forward, pictures and normalisation of OFT's robots; its checkpoints do
+# not say. From prismatic/vla/constants.py of github.com/moojink/openvla-oft.
+_ROBOTS = {
+    "libero": {"chunk": 8, "pictures": 2, "rule": "bounds_q99"},
+    "aloha": {"chunk": 25, "pictures": 3, "rule": "bounds"},
+    "bridge": {"chunk": 5, "pictures": 1, "rule": "bounds_q99"},
+}
+
+
+def is_prismatic(names: Iterable[str]) -> bool:
+    return any(n.startswith("vision_backbone.featurizer.") for n in names)
+
+
+def gather(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors of OpenVLA-OFT's side files, where it has any."""
+    return add_side_files(checkpoint)
+
+
+def _is_mlx(shapes: Mapping[str, Shape]) -> bool:
+    patches = [s for n, s in shapes.items() if _PATCHES.match(n)]
+    return all(len(s) == 4 and s[3] == 3 and s[1] != 3 for s in patches)
+
+
+def _axes(name: str, ndim: int) -> tuple[int, ...] | None:
+    return (0, 2, 3, 1) if _PATCHES.match(name) and ndim == 4 else None
+
+
+def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
+    config = dict(checkpoint.config)
+    folder = checkpoint.folder
+    if (folder / "preprocessor_config.json").exists():
+        config["preprocessor"] = read_json(folder / "preprocessor_config.json")
+    if (folder / "dataset_statistics.json").exists():
+        config["norm_stats"] = read_json(folder / "dataset_statistics.json")
+    stats = config.setdefault("norm_stats", {})
+    if not isinstance(stats, dict):
+        raise InputError(f"norm_stats of {folder} are no object of data sets")
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        tied = "language_model.lm_head.weight" not in shapes
+        config["text_config"] = text | {"tie_word_embeddings": tied}
+    if "action_head.model.fc2.weight" in shapes:
+        config["oft"] = _oft(checkpoint, config, shapes)
+    return config
+
+
+def _oft(checkpoint: Checkpoint, config: dict, shapes: dict[str, Shape]) -> dict:
+    """What the tensors say of an OFT policy, and its robot's habits for the rest."""
+    action_dim = shapes["action_head.model.fc2.weight"][0]
+    words = " ".join([checkpoint.folder.name, *config["norm_stats"]]).lower()
+    named = [robot for robot in _ROBOTS if robot in words]
+    robot = named[0] if named else "aloha" if action_dim == 14 else "libero"
+    proprio = shapes.get("proprio_projector.fc1.weight", (0, 0))[1]
+    film = "vision_backbone.featurizer.blocks.0.scale.weight" in shapes
+    guessed = _ROBOTS[robot] | {"crop": 0.9}
+    return (
+        guessed
+        | (config.get("oft") or {})
+        | {
+            "action_dim": action_dim,
+            "proprio_dim": proprio,
+            "film": film,
+        }
+    )
+
+
+OPENVLA = Family(
+    name="OpenVLA",
+    reads=(
+        "OpenVLA, OpenVLA-OFT and Prismatic checkpoints with one or two vision towers "
+        "(such as openvla/openvla-7b)"
+    ),
+    is_mlx=_is_mlx,
+    keys=_KEYS,
+    axes=_axes,
+    build=lambda config, inference: OpenVLA(ModelArgs.from_dict(config), inference),
+    complete=_complete,
+)

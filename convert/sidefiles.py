@@ -1,0 +1,137 @@
+"""OpenVLA-OFT's side files: torch pickles beside the shards.
+
+Read with `weights_only=True`, so that a pickle can hold tensors and nothing else. Needs
+torch (the extra `oft`), and only to convert.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import InputError
+from .checkpoint import Checkpoint, Tensor
+
+_FILE = re.compile(
+    r"(action_head|proprio_projector|vision_backbone|noisy_action_projector)"
+    r"--.*checkpoint\.pt$"
+)
+_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+def find_side_files(folder: Path) -> dict[str, Path]:
+    """The side file of each part. Raises `InputError` when a part has two."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.pt")):
+        match = _FILE.match(path.name)
+        if not match:
+            continue
+        if match[1] in found:
+            raise InputError(
+                f"{folder} has both {found[match[1]].name} and {path.name}; expected "
+                f"one {match[1]} file, so move the others away"
+            )
+        found[match[1]] = path
+    return found
+
+
+def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the side files' tensors under their part's name."""
+    files = find_side_files(checkpoint.folder)
+    if not files:
+        return checkpoint
+    if "noisy_action_projector" in files:
+        raise InputError(
+            f"{checkpoint.folder} has {files['noisy_action_projector'].name}, so it is "
+            "a diffusion policy; expected an OpenVLA-OFT policy with L1 regression"
+        )
+    if "action_head" not in files:
+        names = ", ".join(path.name for path in files.values())
+        raise InputError(
+            f"{checkpoint.folder} has {names} but no action_head--*_checkpoint.pt; "
+            "expected both, as OpenVLA-OFT saves them"
+        )
+    extra: dict[str, mx.array] = {}
+    sources: dict[str, Path] = {}
+    for part, path in files.items():
+        for name, array in _read(path).items():
+            whole = name if name.startswith(f"{part}.") else f"{part}.{name}"
+            extra[whole] = array
+            sources[whole] = path
+    extra = _merge_lora({_plain(k): v for k, v in extra.items()})
+    tensors = dict(checkpoint.tensors)
+    if "vision_backbone" in files:
+        # The FiLM backbone replaces the one in the shards.
+        tensors = {n: t for n, t in tensors.items() if not _is_tower(n)}
+    for name, array in extra.items():
+        kind = _TYPES.get(array.dtype, "F32")
+        tensors[name] = Tensor(sources.get(name, checkpoint.folder), kind, array.shape)
+    return Checkpoint(checkpoint.folder, checkpoint.config, tensors, extra)
+
+
+def _is_tower(name: str) -> bool:
+    return name.startswith("vision_backbone.")
+
+
+def _plain(name: str) -> str:
+    """Without the wrappers of data parallelism and FiLM."""
+    name = name.replace(".module.", ".")
+    name = name.replace("vision_backbone.vision_backbone.", "vision_backbone.")
+    return re.sub(r"(\.blocks\.\d+)\.block\.", r"\1.", name)
+
+
+def _merge_lora(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Adapters that were left in a FiLM backbone, added to their matrices.
+
+    OpenVLA-OFT trains with rank r and alpha min(r, 16).
+    """
+    merged = {}
+    for name, array in tensors.items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." not in name:
+            merged[name] = array
+            continue
+        path, _, kind = name.rpartition(".base_layer.")
+        down, up = (tensors.get(f"{path}.lora_{x}.default.weight") for x in "AB")
+        if kind == "weight" and down is not None and up is not None:
+            rank = down.shape[0]
+            delta = up.astype(mx.float32) @ down.astype(mx.float32).reshape(rank, -1)
+            delta = delta.reshape(array.shape) * (min(rank, 16) / rank)
+            array = (array.astype(mx.float32) + delta).astype(array.dtype)
+        merged[f"{path}.{kind}"] = array
+    return merged
+
+
+def _read(path: Path) -> dict[str, mx.array]:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{path.name} is a torch pickle and torch is not installed; install it "
+            "with pip install 'mlx-tokprune[oft]'"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{path} does not hold plain tensors and is refused ({reason})"
+        ) from None
+    plain = isinstance(state, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    )
+    if not plain:
+        raise InputError(f"{path} does not hold a flat table of tensors and is refused")
+    return {
+        name.removeprefix("module."): _to_mlx(tensor) for name, tensor in state.items()
+    }
+
+
+def _to_mlx(tensor) -> mx.array:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return mx.array(tensor.float().numpy()).astype(mx.bfloat16)
+    return mx.array(tensor.numpy())

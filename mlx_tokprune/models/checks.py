@@ -1,0 +1,52 @@
+"""Checks that every family's `ModelArgs.from_dict` makes of a config."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError
+
+_LANGUAGE_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_LIMIT = 1 << 20  # larger sizes are mistakes, and would take the memory to prove it
+
+
+def object_of(config: Mapping[str, Any], name: str) -> dict:
+    """The object under `name`, empty when there is none."""
+    value = config.get(name) or {}
+    expect(isinstance(value, dict), name, value, "an object")
+    return value
+
+
+def expect(right: bool, name: str, value, expected: str) -> None:
+    """Raise `InputError` unless `right`."""
+    if not right:
+        raise InputError(f"config.json says {name} {value!r}; expected {expected}")
+
+
+def is_size(value) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and 0 < value < _LIMIT
+
+
+def check_language(text: Mapping[str, Any]) -> None:
+    """Sizes of a Llama-like language model are there and fit together."""
+    missing = [n for n in (*_LANGUAGE_SIZES, "rms_norm_eps") if n not in text]
+    if missing:
+        raise InputError(f"config.json does not say {', '.join(missing)}")
+    for name in _LANGUAGE_SIZES:
+        expect(is_size(text[name]), name, text[name], "a positive whole number")
+    for name in ("rms_norm_eps", "rope_theta"):
+        value = text.get(name, 1.0)
+        right = isinstance(value, (int, float)) and 0 < value < math.inf
+        expect(right, name, value, "a positive number")
+    heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
+    divide = text["hidden_size"] % heads == 0 and heads % shared == 0
+    expected = f"a divisor of {text['hidden_size']}, in groups of {shared}"
+    expect(divide, "num_attention_heads", heads, expected)

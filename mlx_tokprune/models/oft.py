@@ -1,0 +1,111 @@
+"""What OpenVLA-OFT (arXiv 2502.19645) adds: an action head and a state projector.
+
+Attribute names equal the keys of its side files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InputError
+from .layers import gelu
+
+
+@dataclass(frozen=True)
+class OFTConfig:
+    """How an OFT policy acts.
+
+    chunk: actions per forward. action_dim: numbers per action. pictures: per
+    observation. proprio_dim: numbers of robot state, 0 for none. film: whether the
+    towers are conditioned on the prompt. rule: `bounds_q99` or `bounds`. crop: share of
+    the picture's area that is looked at.
+    """
+
+    chunk: int = 8
+    action_dim: int = 7
+    pictures: int = 2
+    proprio_dim: int = 8
+    film: bool = False
+    rule: str = "bounds_q99"
+    crop: float = 0.9
+
+    @classmethod
+    def from_dict(cls, config: Mapping) -> "OFTConfig":
+        """Raises `InputError` for sizes that cannot be."""
+        known = cls.__dataclass_fields__
+        values = {k: v for k, v in config.items() if k in known}
+        for name in ("chunk", "action_dim", "pictures", "proprio_dim"):
+            value, least = values.get(name, 1), int(name != "proprio_dim")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not least <= value < 1 << 12:
+                raise InputError(
+                    f"config.json says oft {name} {value!r}; expected a whole number "
+                    f"from {least}"
+                )
+        if values.get("rule", "bounds") not in ("bounds", "bounds_q99"):
+            raise InputError(
+                f"config.json says oft rule {values['rule']!r}; expected bounds or "
+                "bounds_q99"
+            )
+        crop = values.get("crop", 1.0)
+        if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
+            raise InputError(f"config.json says oft crop {crop!r}; expected (0, 1]")
+        return cls(**values)
+
+    @property
+    def slots(self) -> int:
+        """Action slots in the sequence, one per number of the chunk."""
+        return self.chunk * self.action_dim
+
+
+class _Residual(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ffn = [nn.LayerNorm(dim), nn.Linear(dim, dim)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        norm, linear = self.ffn
+        return x + nn.relu(linear(norm(x)))
+
+
+class _MLPResNet(nn.Module):
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(inputs)
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.mlp_resnet_blocks = [_Residual(hidden) for _ in range(2)]
+        self.layer_norm2 = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = nn.relu(self.fc1(self.layer_norm1(x)))
+        for block in self.mlp_resnet_blocks:
+            x = block(x)
+        return self.fc2(self.layer_norm2(x))
+
+
+class ActionHead(nn.Module):
+    """Hidden states of the action slots -> normalised actions."""
+
+    def __init__(self, config: OFTConfig, hidden: int):
+        super().__init__()
+        self._chunk = config.chunk
+        self.model = _MLPResNet(hidden * config.action_dim, hidden, config.action_dim)
+
+    def __call__(self, states: mx.array) -> mx.array:
+        """(B, chunk * A, D) -> (B, chunk, A)."""
+        return self.model(states.reshape(states.shape[0], self._chunk, -1))
+
+
+class ProprioProjector(nn.Module):
+    """Normalised robot state (B, P) -> one token (B, D)."""
+
+    def __init__(self, inputs: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def __call__(self, state: mx.array) -> mx.array:
+        return self.fc2(gelu(self.fc1(state)[None])[0])

@@ -1,0 +1,317 @@
+"""OpenVLA (arXiv 2406.09246) and Prismatic models: ViT towers, projector, Llama-2.
+
+The language model is mlx-lm's. `OpenVLA` has `layers` and accepts `input_embeddings`,
+so mlx-lm's caches, generation and quantization take it as a model of theirs. With `oft`
+in its config it is an OpenVLA-OFT policy (`oft.py`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InputError
+from ..features import Features
+from .checks import check_language, expect, is_size, object_of
+from .layers import gelu
+from .oft import ActionHead, OFTConfig, ProprioProjector
+from .positions import Positions, use_positions
+from .vit import ViT, ViTConfig, tower_config
+
+TOWERS = ("featurizer", "fused_featurizer")
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What `config.json` says of a Prismatic model or policy.
+
+    text: goes to mlx-lm's Llama as it is. towers: one or two. means, stds: of the
+    pixels in [0, 1], per tower. bins: action bins. padding: unused rows at the end of
+    the vocabulary.
+    """
+
+    text: dict
+    towers: tuple[ViTConfig, ...]
+    means: tuple[tuple[float, ...], ...]
+    stds: tuple[tuple[float, ...], ...]
+    bins: int = 256
+    padding: int = 64
+    empty_token_id: int = 29871
+    oft: OFTConfig | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
+        """Raises `InputError` when sizes are missing, impossible or disagree.
+
+        `config` holds `preprocessor`, the content of preprocessor_config.json.
+        """
+        text = dict(object_of(config, "text_config"))
+        model_type = text.setdefault("model_type", "llama")
+        expect(model_type == "llama", "text_config.model_type", model_type, "'llama'")
+        text = {**_LLAMA_2_7B, **text} if _is_openvla_7b(text) else text
+        text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
+        text.setdefault("rms_norm_eps", 1e-6)
+        text.setdefault("tie_word_embeddings", False)
+        check_language(text)
+        towers = _towers(config)
+        means, stds = _normalization(config, len(towers))
+        numbers = {
+            "n_action_bins": config.get("n_action_bins", 256),
+            "pad_to_multiple_of": config.get("pad_to_multiple_of", 64),
+            "empty_token_id": config.get("empty_token_id", 29871),
+        }
+        for name, value in numbers.items():
+            expect(is_size(value), name, value, "a positive whole number")
+        oft = object_of(config, "oft")
+        return cls(
+            text,
+            towers,
+            means,
+            stds,
+            numbers["n_action_bins"],
+            numbers["pad_to_multiple_of"],
+            numbers["empty_token_id"],
+            OFTConfig.from_dict(oft) if oft else None,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens without the padding; the last `bins` of them are actions."""
+        return self.text["vocab_size"] - self.padding
+
+
+# The published config.json leaves out what equals Llama-2-7B.
+_LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 32064,
+}
+
+
+def _is_openvla_7b(text: Mapping) -> bool:
+    return "hidden_size" not in text
+
+
+def _towers(config: Mapping) -> tuple[ViTConfig, ...]:
+    ids, sizes = config.get("timm_model_ids"), config.get("image_sizes")
+    fused = config.get("use_fused_vision_backbone")
+    expected = 2 if fused else 1
+    for name, value in (("timm_model_ids", ids), ("image_sizes", sizes)):
+        right = isinstance(value, list) and len(value) == expected
+        expect(right, name, value, f"a list of {expected}, one per tower")
+    acts = config.get("timm_override_act_layers") or [None] * expected
+    right = isinstance(acts, list) and len(acts) == expected
+    expect(right, "timm_override_act_layers", acts, f"a list of {expected}")
+    given = object_of(config, "vision_config")
+    towers = tuple(
+        tower_config(ids[i], sizes[i], acts[i], given.get(TOWERS[i]))
+        for i in range(expected)
+    )
+    sides = {tower.side for tower in towers} | {tower.image_size for tower in towers}
+    right = len({(t.side, t.image_size) for t in towers}) == 1
+    expect(right, "image_sizes", sizes, f"the same picture for both towers ({sides})")
+    return towers
+
+
+def _normalization(config: Mapping, towers: int) -> tuple:
+    preprocessor = config.get("preprocessor")
+    if not isinstance(preprocessor, dict):
+        raise InputError(
+            "the checkpoint has no preprocessor_config.json, which gives the mean and "
+            "std of the pixels; copy it from the original"
+        )
+    found = []
+    for name in ("means", "stds"):
+        values = preprocessor.get(name)
+        lists = isinstance(values, list) and len(values) == towers
+        right = lists and all(_is_color(value) for value in values)
+        if not right:
+            raise InputError(
+                f"preprocessor_config.json says {name} {values!r}; expected three "
+                f"numbers for each of {towers} tower{'s' * (towers > 1)}"
+            )
+        found.append(tuple(tuple(map(float, value)) for value in values))
+    strategy = preprocessor.get("image_resize_strategy", "resize-naive")
+    expect(
+        strategy == "resize-naive",
+        "image_resize_strategy",
+        strategy,
+        "'resize-naive', the only one that is read here",
+    )
+    if not all(all(v > 0 for v in std) for std in found[1]):
+        raise InputError("preprocessor_config.json has a std that is not positive")
+    return found
+
+
+def _is_color(value) -> bool:
+    three = isinstance(value, list) and len(value) == 3
+    return three and all(isinstance(v, (int, float)) for v in value)
+
+
+class VisionBackbone(nn.Module):
+    """One ViT, or two whose channels are joined."""
+
+    def __init__(self, args: ModelArgs, complete: bool):
+        super().__init__()
+        film = args.text["hidden_size"] if args.oft and args.oft.film else None
+        for name, tower in zip(TOWERS, args.towers, strict=False):
+            setattr(self, name, ViT(tower, film, complete))
+        self._means = [mx.array(mean) for mean in args.means]
+        self._stds = [mx.array(std) for std in args.stds]
+        self._count = len(args.towers)
+
+    def __call__(
+        self,
+        pixels: mx.array,
+        needs: tuple[str, ...] = (),
+        language: mx.array | None = None,
+    ) -> Features:
+        """(B, S, S, 3) pixels in [0, 1] -> features of C1 + C2 channels.
+
+        Attention is that of the first tower that has a class token, else of the first.
+        """
+        towers = [getattr(self, name) for name in TOWERS[: self._count]]
+        with_class = [i for i, t in enumerate(towers) if t.config.class_token]
+        asked = (with_class or [0])[0] if "attention" in needs else None
+        tokens, attention = [], None
+        for i, tower in enumerate(towers):
+            dtype = tower.pos_embed.dtype
+            normal = ((pixels - self._means[i]) / self._stds[i]).astype(dtype)
+            some, received = tower(normal, language, with_attention=i == asked)
+            tokens.append(some)
+            attention = received if i == asked else attention
+        side = towers[0].config.side
+        return Features(mx.concatenate(tokens, axis=-1), (side, side), attention)
+
+
+class Projector(nn.Module):
+    """Three layers behind two towers, two behind one."""
+
+    def __init__(self, inputs: int, hidden: int, fused: bool):
+        super().__init__()
+        if fused:
+            self.fc1 = nn.Linear(inputs, 4 * inputs)
+            self.fc2 = nn.Linear(4 * inputs, hidden)
+            self.fc3 = nn.Linear(hidden, hidden)
+        else:
+            self.fc1 = nn.Linear(inputs, hidden)
+            self.fc2 = nn.Linear(hidden, hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.fc2(gelu(self.fc1(x)))
+        return self.fc3(gelu(x)) if "fc3" in self else x
+
+
+class OpenVLA(nn.Module):
+    """`encode` and `project` for pictures; calling it is the language model.
+
+    With `inference=False` its parameters are exactly the tensors of the MLX layout.
+    """
+
+    def __init__(self, args: ModelArgs, inference: bool = True):
+        super().__init__()
+        from mlx_lm.models import llama
+
+        self.args = args
+        hidden = args.text["hidden_size"]
+        channels = sum(tower.embed_dim for tower in args.towers)
+        self.vision_backbone = VisionBackbone(args, complete=not inference)
+        self.projector = Projector(channels, hidden, len(args.towers) > 1)
+        self.language_model = llama.Model(llama.ModelArgs.from_dict(args.text))
+        if args.oft:
+            self.action_head = ActionHead(args.oft, hidden)
+            if args.oft.proprio_dim:
+                self.proprio_projector = ProprioProjector(args.oft.proprio_dim, hidden)
+        self._positions = Positions()
+        use_positions(self.layers, self._positions)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the square picture that the towers were trained on."""
+        return self.args.towers[0].image_size
+
+    @property
+    def layers(self) -> list:
+        return self.language_model.layers
+
+    @property
+    def positions(self) -> Positions:
+        """Where the rotary positions of a pruned prompt are set."""
+        return self._positions
+
+    def encode(
+        self,
+        pixels: mx.array,
+        needs: tuple[str, ...] = (),
+        language: mx.array | None = None,
+    ) -> Features:
+        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector.
+
+        language: (B, D) mean prompt embedding, read by policies with FiLM.
+        """
+        return self.vision_backbone(pixels, needs, language)
+
+    def project(self, tokens: mx.array) -> mx.array:
+        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
+        return self.projector(tokens)
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """(B, T) token ids -> (B, T, D)."""
+        return self.language_model.model.embed_tokens(token_ids)
+
+    def first_layer(
+        self, visual: mx.array, text: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Queries of (B, N, D) visual tokens and keys of (B, T, D) text.
+
+        Of the first layer, without rotary positions and on parameter-free RMS norms, as
+        TrimVLA scores: (B, heads, N, d) and (B, heads, T, d).
+        """
+        attention = self.layers[0].self_attn
+
+        def heads(project: nn.Module, x: mx.array, count: int) -> mx.array:
+            x = project(mx.fast.rms_norm(x, None, 1e-6))
+            return x.reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
+
+        queries = heads(attention.q_proj, visual, attention.n_heads)
+        keys = heads(attention.k_proj, text, attention.n_kv_heads)
+        groups = attention.n_heads // attention.n_kv_heads
+        return queries, mx.repeat(keys, groups, axis=1)
+
+    def hidden_states(
+        self, embeddings: mx.array, mask: mx.array | str | None, cache: list | None
+    ) -> mx.array:
+        """(B, T, D) -> (B, T, D) after the final norm, under a mask of our own.
+
+        mask: boolean or additive, "causal", or `None` for full attention.
+        """
+        h = embeddings
+        for layer, part in zip(self.layers, cache or [None] * 1000, strict=False):
+            h = layer(h, mask, part)
+        return self.language_model.model.norm(h)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(B, T, D) hidden states -> (B, T, V)."""
+        return self.language_model.lm_head(hidden)
+
+    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
+        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
+        return self.language_model(inputs, cache, input_embeddings)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """MLX-layout tensors -> what the inference form holds. Idempotent."""
+        skipped = []
+        for name, tower in zip(TOWERS, self.args.towers, strict=False):
+            prefix = f"vision_backbone.{name}"
+            skipped += [f"{prefix}.norm.", f"{prefix}.blocks.{tower.depth - 1}."]
+        return {k: v for k, v in weights.items() if not k.startswith(tuple(skipped))}
+
+    @staticmethod
+    def quant_predicate(path: str, module: nn.Module) -> bool:
+        """Only the language model is quantized; towers and projector stay float."""
+        return path.startswith("language_model.") and hasattr(module, "to_quantized")

@@ -1,0 +1,285 @@
+"""Vision transformers as timm names them: DINOv2, SigLIP and CLIP, up to the features.
+
+Attribute names equal the checkpoint's keys. Prismatic models take the patch tokens of
+the second to last block, without prefix tokens and without the final norm, so the last
+block, the norm and SigLIP's pooling are never built here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InputError, nearest
+from .layers import attend, attention_weights, gelu
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of one tower.
+
+    class_token, reg_tokens: prefix tokens. embeds_class: the position embedding has a
+    row for the class token (CLIP). layer_scale: DINOv2's. pre_norm: CLIP's, which also
+    has no bias in the patch embedding.
+    """
+
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    class_token: bool = False
+    reg_tokens: int = 0
+    embeds_class: bool = False
+    layer_scale: bool = False
+    pre_norm: bool = False
+    quick_gelu: bool = False
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def prefix(self) -> int:
+        return int(self.class_token) + self.reg_tokens
+
+    @property
+    def hidden(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+
+_DINOV2 = {"patch_size": 14, "class_token": True, "layer_scale": True}
+_SIGLIP = {"patch_size": 14, "embed_dim": 1152, "depth": 27, "num_heads": 16}
+_CLIP = {"patch_size": 14, "class_token": True, "embeds_class": True, "pre_norm": True}
+_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_KNOWN: dict[str, dict] = {
+    "vit_large_patch14_reg4_dinov2": _DINOV2 | _LARGE | {"reg_tokens": 4},
+    "vit_large_patch14_dinov2": _DINOV2 | _LARGE | {"embeds_class": True},
+    "vit_so400m_patch14_siglip_224": _SIGLIP | {"mlp_ratio": 3.7362},
+    "vit_so400m_patch14_siglip_384": _SIGLIP | {"mlp_ratio": 3.7362},
+    "vit_base_patch16_siglip_224": {
+        **{"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    },
+    "vit_large_patch14_clip_224": _CLIP | _LARGE,
+    "vit_large_patch14_clip_336": _CLIP | _LARGE,
+}
+
+
+def tower_config(
+    timm_id: str, image_size: int, act_layer: str | None, sizes: Mapping | None
+) -> ViTConfig:
+    """The tower that timm builds for this id; `sizes` overrides what the id says.
+
+    Raises `InputError` for an unknown id without sizes, or impossible sizes.
+    """
+    name = str(timm_id).split(".")[0]
+    if sizes is None and name not in _KNOWN:
+        raise InputError(
+            f"config.json names the vision tower {timm_id!r}, which is not known here; "
+            f"known towers are {', '.join(_KNOWN)}.{nearest(name, _KNOWN)}"
+        )
+    if act_layer not in (None, "gelu", "quick_gelu"):
+        raise InputError(
+            f"config.json gives a vision tower the activation {act_layer!r}; expected "
+            "gelu or quick_gelu"
+        )
+    fields = ViTConfig.__dataclass_fields__.keys() - {"image_size", "quick_gelu"}
+    given = dict(_KNOWN.get(name, {})) | {
+        k: v for k, v in (sizes or {}).items() if k in fields
+    }
+    quick = act_layer == "quick_gelu"
+    try:
+        config = ViTConfig(image_size=image_size, quick_gelu=quick, **given)
+    except TypeError as error:
+        raise InputError(f"config.json does not describe a tower ({error})") from None
+    _check(config)
+    return config
+
+
+def _check(config: ViTConfig) -> None:
+    for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads"):
+        value = getattr(config, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not 0 < value < 1 << 16:
+            raise InputError(
+                f"config.json gives a vision tower {name} {value!r}; expected a "
+                "positive whole number"
+            )
+    ratio, extra = config.mlp_ratio, config.reg_tokens
+    if not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
+        raise InputError(f"config.json gives a vision tower mlp_ratio {ratio!r}")
+    if not isinstance(extra, int) or not 0 <= extra < 1 << 10:
+        raise InputError(f"config.json gives a vision tower reg_tokens {extra!r}")
+    if config.depth < 2:
+        raise InputError(
+            f"config.json gives a vision tower of depth {config.depth}; expected at "
+            "least 2, since features come from the second to last block"
+        )
+    if config.embed_dim % config.num_heads:
+        raise InputError(
+            f"config.json gives a vision tower embed_dim {config.embed_dim}; expected "
+            f"a multiple of num_heads {config.num_heads}"
+        )
+    if config.image_size % config.patch_size:
+        raise InputError(
+            f"config.json gives a vision tower image size {config.image_size}; "
+            f"expected a multiple of patch_size {config.patch_size}"
+        )
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches as one matmul; `proj.weight` (C, p, p, 3) as on disk."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        size = config.patch_size
+        self.proj = nn.Conv2d(3, config.embed_dim, size, size, bias=not config.pre_norm)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """(B, S, S, 3) -> (B, N, C)."""
+        weight = self.proj.weight
+        channels, size = weight.shape[:2]
+        batch, height, width, _ = pixels.shape
+        rows, columns = height // size, width // size
+        patches = pixels.reshape(batch, rows, size, columns, size, 3).swapaxes(2, 3)
+        patches = patches.reshape(batch, rows * columns, size * size * 3)
+        tokens = patches @ weight.reshape(channels, -1).T
+        return tokens + self.proj.bias if "bias" in self.proj else tokens
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def heads(self, x: mx.array) -> list[mx.array]:
+        """(B, T, C) -> q, k and v, each (B, heads, T, D)."""
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, -1)
+        return [qkv[:, :, i].swapaxes(1, 2) for i in range(3)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k, v = self.heads(x)
+        y = attend(q, k, v, q.shape[-1] ** -0.5)
+        return self.proj(y.swapaxes(1, 2).reshape(x.shape))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.embed_dim)
+        self._quick = config.quick_gelu
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.fc1(x)
+        return self.fc2(x * mx.sigmoid(1.702 * x) if self._quick else gelu(x))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel; OpenVLA saves it as `scale_factor`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale_factor = mx.ones((dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x * self.scale_factor
+
+
+class Block(nn.Module):
+    """A pre-norm block; `scale` and `shift` are OpenVLA-OFT's FiLM, where it has it."""
+
+    def __init__(self, config: ViTConfig, film_dim: int | None):
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.attn, self.mlp = Attention(config), Mlp(config)
+        if config.layer_scale:
+            self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
+        if film_dim:
+            self.scale, self.shift = (nn.Linear(film_dim, dim) for _ in range(2))
+
+    def __call__(self, x: mx.array, language: mx.array | None = None) -> mx.array:
+        """(B, T, C) -> the same; language: (B, D), the mean prompt embedding."""
+        y = self.attn(self.norm1(x))
+        x = x + (self.ls1(y) if "ls1" in self else y)
+        if "scale" in self:
+            x = x * (1 + self.scale(language)[:, None]) + self.shift(language)[:, None]
+        y = self.mlp(self.norm2(x))
+        return x + (self.ls2(y) if "ls2" in self else y)
+
+    def attention_received(self, x: mx.array, prefix: int, from_class: bool):
+        """(B, N): attention each patch receives, mean over heads.
+
+        From the class token where there is one, else mean over the patches.
+        """
+        q, k, _ = self.attn.heads(self.norm1(x))
+        q = q[:, :, :1] if from_class else q[:, :, prefix:]
+        weights = attention_weights(q, k, q.shape[-1] ** -0.5)
+        return mx.mean(weights[..., prefix:], axis=(1, 2))
+
+
+class ViT(nn.Module):
+    """A tower up to its second to last block; `complete` adds what else is stored."""
+
+    def __init__(
+        self, config: ViTConfig, film_dim: int | None = None, complete: bool = False
+    ):
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        rows = config.side**2 + int(config.embeds_class)
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = mx.zeros((1, rows, dim))
+        if config.class_token:
+            self.cls_token = mx.zeros((1, 1, dim))
+        if config.reg_tokens:
+            self.reg_token = mx.zeros((1, config.reg_tokens, dim))
+        if config.pre_norm:
+            self.norm_pre = nn.LayerNorm(dim, eps=1e-6)
+        depth = config.depth if complete else config.depth - 1
+        self.blocks = [Block(config, film_dim) for _ in range(depth)]
+        if complete:
+            self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def _embed(self, pixels: mx.array) -> mx.array:
+        """(B, S, S, 3) -> (B, prefix + N, C), positions added."""
+        x = self.patch_embed(pixels)
+
+        def of_batch(token: mx.array) -> mx.array:
+            return mx.broadcast_to(token, (x.shape[0], *token.shape[1:]))
+
+        first = [of_batch(self.cls_token)] if self.config.class_token else []
+        registers = [of_batch(self.reg_token)] if self.config.reg_tokens else []
+        if self.config.embeds_class:
+            x = mx.concatenate([*first, x], axis=1) + self.pos_embed
+            x = mx.concatenate([x[:, :1], *registers, x[:, 1:]], axis=1)
+        else:
+            x = mx.concatenate([*first, *registers, x + self.pos_embed], axis=1)
+        return self.norm_pre(x) if "norm_pre" in self else x
+
+    def __call__(
+        self,
+        pixels: mx.array,
+        language: mx.array | None = None,
+        with_attention: bool = False,
+    ) -> tuple[mx.array, mx.array | None]:
+        """(B, S, S, 3) normalised pixels -> patch tokens (B, N, C), attention (B, N).
+
+        The attention is that of the last block that runs; `None` unless asked for.
+        """
+        x, received = self._embed(pixels), None
+        last = self.config.depth - 2
+        for number, block in enumerate(self.blocks[: last + 1]):
+            if with_attention and number == last:
+                received = block.attention_received(
+                    x, self.config.prefix, self.config.class_token
+                )
+            x = block(x, language)
+        return x[:, self.config.prefix :], received

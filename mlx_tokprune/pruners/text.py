@@ -1,0 +1,92 @@
+"""Prompt-stage pruners: which visual tokens does the instruction ask for?
+
+They run at the language model's input, on projected tokens, so they cost a projection
+of every token. Both may keep another number in each sample of a batch.
+"""
+
+import math
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..features import Features, Selection
+from .registry import register
+from .saliency import keep_highest
+
+
+def rms_normalize(x: mx.array) -> mx.array:
+    """(..., D) divided by its root mean square, in float32, without weights."""
+    return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6)
+
+
+@register("trimvla", needs=("queries", "keys"), stage="prompt", counts="either")
+def trimvla(
+    features: Features,
+    *,
+    keep: int | None,
+    coverage: float = 0.15,
+    min_keep_ratio: float = 0.1,
+    temperature: float = 1.0,
+) -> Selection:
+    """Keep the tokens whose first-layer queries meet the prompt's keys best.
+
+    The score of a token is the log-sum-exp of its scaled products over the prompt, mean
+    over heads. Without a budget each sample keeps the fewest tokens whose softmax
+    reaches `coverage`, and at least `min_keep_ratio` of all. TrimVLA
+    (github.com/grisha0057/TrimVLA); `temperature` is that of the log-sum-exp.
+    """
+    for name, value in (("coverage", coverage), ("min_keep_ratio", min_keep_ratio)):
+        if not 0 < value <= 1:
+            raise InputError(f"{name} {value:g} is outside (0, 1]")
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature {temperature:g} is out of range; expected > 0")
+    scores = prompt_scores(features.queries, features.keys, temperature)
+    if keep is not None:
+        return keep_highest(scores, keep)
+    order = mx.argsort(-scores, axis=1)
+    ranked = mx.take_along_axis(mx.softmax(scores, axis=1, precise=True), order, axis=1)
+    reached = mx.cumsum(ranked, axis=1)
+    counts = mx.sum(reached < coverage, axis=1) + 1
+    total = scores.shape[1]
+    counts = mx.clip(counts, max(1, int(total * min_keep_ratio)), total)
+    rank = mx.argsort(order, axis=1)
+    return keep_marked(rank < counts[:, None])
+
+
+def prompt_scores(queries: mx.array, keys: mx.array, temperature: float) -> mx.array:
+    """(B, heads, N, d) and (B, heads, T, d) -> (B, N) in float32."""
+    queries, keys = queries.astype(mx.float32), keys.astype(mx.float32)
+    products = queries @ keys.swapaxes(-1, -2) * queries.shape[-1] ** -0.5
+    joined = mx.logsumexp(products / temperature, axis=-1) * temperature
+    return mx.mean(joined, axis=1)
+
+
+@register("lightvla", needs=("text",), stage="prompt", counts="own")
+def lightvla(features: Features, *, keep: int | None = None) -> Selection:
+    """Keep every token that is the best match of some token's query to the prompt.
+
+    Each visual token asks the prompt by attention without parameters; the answer votes
+    for the visual token closest to it. LightVLA (arXiv 2509.12594), without its
+    training noise. It decides itself how many tokens stay.
+    """
+    tokens, text = rms_normalize(features.tokens), rms_normalize(features.text)
+    scale = tokens.shape[-1] ** -0.5
+    attention = mx.softmax(tokens @ text.swapaxes(-1, -2) * scale, axis=-1)
+    queries = rms_normalize(attention @ text)
+    votes = mx.argmax(queries @ tokens.swapaxes(-1, -2), axis=-1)
+    positions = mx.arange(tokens.shape[1])
+    return keep_marked(mx.any(votes[:, :, None] == positions, axis=1))
+
+
+def keep_marked(marked: mx.array) -> Selection:
+    """(B, N) bool -> the marked tokens, padded to the largest count of the batch.
+
+    The count has to be known on the host, so this evaluates.
+    """
+    total = marked.shape[1]
+    counts = mx.sum(marked, axis=1)
+    keep = int(mx.max(counts).item())
+    where = mx.sort(mx.where(marked, mx.arange(total), total), axis=1)[:, :keep]
+    mask = where < total
+    indices = mx.minimum(where, total - 1).astype(mx.int32)
+    return Selection(indices, mask=None if marked.shape[0] == 1 else mask)

@@ -1,0 +1,135 @@
+"""Meta-World tasks that a policy is told apart by picture and instruction only.
+
+What is here: the tasks, their instructions and their opposites; one `World` per
+task that renders, asks the scripted expert and steps. What is not: policies.
+
+Tasks and experts are Meta-World's (Yu et al., 2019, arXiv:1910.10897; McLean et
+al., 2025, arXiv:2505.11289). Needs the extra `sim` and a software renderer
+(`MUJOCO_GL=egl` or `osmesa` on Linux).
+"""
+
+import os
+import platform
+from dataclasses import dataclass
+
+import numpy as np
+
+SIZE = 112  # pixels; 8 x 8 patches of 14
+REPEAT = 3  # simulator steps for which one action is held
+HORIZON = 50  # policy steps of an episode
+ACTION_DIM = 4  # x, y, z and the gripper, each in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A Meta-World task, said in words.
+
+    `joint` is the joint that starts half way between `closed` and `opened`, so
+    that the picture alone does not say what is wanted. `noise` is the largest
+    standard deviation that the expert still copes with. `gain` slows experts that
+    would overshoot when an action is held, and then swing about their goal.
+    """
+
+    name: str
+    instruction: str
+    opposite: str | None = None
+    joint: str | None = None
+    closed: float = 0.0
+    opened: float = 0.0
+    noise: float = 0.6
+    gain: float = 1.0
+
+
+_DRAWER = {"joint": "goal_slidey", "closed": 0.0, "opened": -0.16}
+_WINDOW = {"joint": "window_slide", "closed": 0.0, "opened": 0.2, "gain": 0.5}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("drawer-open", "open the drawer", "drawer-close", **_DRAWER),
+        Task("drawer-close", "close the drawer", "drawer-open", **_DRAWER),
+        Task("window-open", "open the window", "window-close", **_WINDOW),
+        Task("window-close", "close the window", "window-open", **_WINDOW),
+        Task("faucet-open", "turn the faucet on", "faucet-close", gain=0.5),
+        Task("faucet-close", "turn the faucet off", "faucet-open", gain=0.5),
+        Task("button-press-topdown", "press the button", gain=0.5),
+        Task("handle-press", "push the handle down", noise=0.3, gain=0.5),
+        Task("hammer", "pick up the hammer and hit the nail", noise=0.25),
+    )
+}
+
+
+class World:
+    """One task with its simulator, camera and expert.
+
+    Keep every world alive until the last frame is taken: with OSMesa, closing
+    one renderer spoils the frames of the others.
+    """
+
+    def __init__(self, name: str):
+        mujoco = _mujoco()
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self.task = TASKS[name]
+        self._mujoco = mujoco
+        self._expert = ENV_POLICY_MAP[f"{name}-v3"]()
+        self._env = env = ALL_V3_ENVIRONMENTS[f"{name}-v3"]()
+        # Together these make `seed(n); reset()` reproducible.
+        env._freeze_rand_vec = False
+        env.seeded_rand_vec = True
+        env._set_task_called = True
+        env._partially_observable = False
+        env.model.vis.quality.offsamples = 0
+        camera = env.model.camera("corner2").id
+        env.model.cam_pos[camera] = [0.75, 0.075, 0.7]
+        env.model.cam_fovy[camera] = 45
+        # Goal markers would say what the instruction should.
+        env.model.site_rgba[:, 3] = 0
+        self._renderer = mujoco.Renderer(env.model, SIZE, SIZE)
+        self.success = False
+
+    def reset(self, seed: int) -> None:
+        """Starts the episode that belongs to `seed`."""
+        env, task = self._env, self.task
+        env.seed(seed)
+        self._state, _ = env.reset()
+        self.success = False
+        if task.joint:
+            share = np.random.default_rng(seed).uniform(0.35, 0.65)
+            start = task.closed + share * (task.opened - task.closed)
+            env.data.joint(task.joint).qpos = start
+            self._mujoco.mj_forward(env.model, env.data)
+            self._state = env._get_obs()
+
+    def frame(self) -> np.ndarray:
+        """What the camera sees: `(112, 112, 3)` uint8."""
+        renderer, mujoco = self._renderer, self._mujoco
+        renderer.update_scene(self._env.data, camera="corner2")
+        for flag in (
+            mujoco.mjtRndFlag.mjRND_SHADOW,
+            mujoco.mjtRndFlag.mjRND_REFLECTION,
+        ):
+            renderer.scene.flags[flag] = 0
+        return renderer.render()[::-1].copy()
+
+    def expert(self) -> np.ndarray:
+        """The scripted expert's action in the present state: `(4,)` in [-1, 1]."""
+        action = np.array(self._expert.get_action(self._state), dtype=np.float32)
+        action[:3] *= self.task.gain
+        return np.clip(action, -1, 1)
+
+    def step(self, action: np.ndarray) -> bool:
+        """Holds `action` for three simulator steps; returns whether it is done."""
+        action = np.clip(np.asarray(action, dtype=np.float32), -1, 1)
+        for _ in range(REPEAT):
+            self._state, _, _, _, info = self._env.step(action)
+            self.success = self.success or bool(info["success"])
+        return self.success
+
+
+def _mujoco():
+    if platform.system() == "Linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    import mujoco
+
+    return mujoco
