@@ -40,7 +40,7 @@ def main() -> None:
     image = [processor.pixels([mlx_tokprune.image.load_image(picture)])]
     features = model.encode(mx.array(image[0]), ("attention",))
     mx.eval(features.tokens, features.attention)
-    pruners = [Pruner(m, args.ratio) for m in list_pruners() if m != "none"]
+    pruners = [Pruner(m, args.ratio) for m in list_pruners("vision") if m != "none"]
 
     def prune(pruner: Pruner):
         selection = pruner(features)

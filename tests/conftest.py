@@ -14,6 +14,7 @@ import pytest  # isort: skip
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "fastvlm-tiny"
+TINY_POLICY = DATA / "openvla-tiny"
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,77 @@ def tiny():
 def expected():
     """What the reference implementation computed for the tiny checkpoint."""
     return mx.load(str(TINY / "expected.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def tiny_policy():
+    """(model, processor) of the tiny golden policy, in its original layout."""
+    return mlx_tokprune.load(TINY_POLICY)
+
+
+@pytest.fixture
+def policy_checkpoint(tmp_path):
+    """A writable copy of the tiny policy."""
+    return copy_policy(tmp_path / "policy")
+
+
+def copy_policy(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copyfile(TINY_POLICY / name, folder / name)
+    for path in TINY_POLICY.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+OFT = {"chunk": 3, "pictures": 2, "rule": "bounds_q99", "crop": 0.9}
+
+
+def side_tensors(proprio: int = 5, hidden: int = 96, actions: int = 7) -> dict:
+    """Random tensors under the names of OpenVLA-OFT's side files."""
+    shapes = {
+        "layer_norm1": hidden * actions,
+        "layer_norm2": hidden,
+        "fc1": (hidden, hidden * actions),
+        "fc2": (actions, hidden),
+        "mlp_resnet_blocks.0.ffn.0": hidden,
+        "mlp_resnet_blocks.0.ffn.1": (hidden, hidden),
+        "mlp_resnet_blocks.1.ffn.0": hidden,
+        "mlp_resnet_blocks.1.ffn.1": (hidden, hidden),
+    }
+    shapes = {f"action_head.model.{name}": shape for name, shape in shapes.items()}
+    shapes["proprio_projector.fc1"] = (hidden, proprio)
+    shapes["proprio_projector.fc2"] = (hidden, hidden)
+    tensors = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        key, matrix = mx.random.key(number), isinstance(shape, tuple)
+        rows = shape[0] if matrix else shape
+        weight = mx.random.normal(shape if matrix else (shape,), key=key)
+        scale = 1 / shape[1] ** 0.5 if matrix else 0.1
+        tensors[f"{name}.weight"] = weight * scale + (0 if matrix else 1)
+        tensors[f"{name}.bias"] = 0.1 * mx.random.normal((rows,), key=key)
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def oft_folder(tmp_path_factory):
+    """The tiny policy as an OpenVLA-OFT one with random heads, in one safetensors."""
+    folder = copy_policy(tmp_path_factory.mktemp("oft") / "policy")
+    weights = mx.load(str(folder / "model.safetensors")) | side_tensors()
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    config = json.loads((folder / "config.json").read_text()) | {"oft": OFT}
+    (folder / "config.json").write_text(json.dumps(config))
+    action = config["norm_stats"]["toy_robot"]["action"]
+    proprio = {"q01": [-1.0] * 5, "q99": [2.0] * 5, "mask": [True] * 5}
+    stats = {"toy_robot": {"action": action, "proprio": proprio}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oft_policy(oft_folder):
+    return mlx_tokprune.load(oft_folder)
 
 
 @pytest.fixture
@@ -44,7 +116,7 @@ def read_manifest(path: Path) -> dict:
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
-MANIFESTS = sorted((DATA / "manifests").glob("*.json.gz"))
+MANIFESTS = sorted((DATA / "manifests").glob("FastVLM*.json.gz"))
 
 
 def write_headers(folder: Path, tensors: dict, config: dict, shards: int = 2) -> None:

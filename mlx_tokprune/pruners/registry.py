@@ -83,9 +83,9 @@ def temporary(name: str, **options) -> Iterator[Callable]:
         _METHODS.pop(name, None)
 
 
-def list_pruners() -> list[str]:
-    """Names of all methods, in the order of registration."""
-    return list(_METHODS)
+def list_pruners(stage: str | None = None) -> list[str]:
+    """Names of the methods (of one stage), in the order of registration."""
+    return [m.name for m in _METHODS.values() if stage in (None, m.stage)]
 
 
 def get_method(name: str) -> Method:

@@ -39,7 +39,7 @@ def held_out(pictures: int) -> Iterator[tuple[mx.array, list[list[Question | Non
 
 def rows(ratios: Sequence[float] = RATIOS) -> list[Pruner]:
     """Every method at every ratio below 1, after the unpruned model."""
-    methods = [m for m in list_pruners() if m != "none"]
+    methods = [m for m in list_pruners("vision") if m != "none"]
     budgets = [r for r in ratios if r < 1]
     return [Pruner("none"), *(Pruner(m, r) for r in budgets for m in methods)]
 

@@ -1,0 +1,325 @@
+"""OpenVLA-OFT: one bidirectional forward, slots counted from the kept tokens."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import OFT, TINY_POLICY, copy_policy, side_tensors
+
+from mlx_tokprune import control, load
+from mlx_tokprune.act import Policy, main, predict_action
+from mlx_tokprune.convert import convert, sidefiles
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.image import load_image, preprocess_naive
+from mlx_tokprune.pruners import Pruner
+
+PICTURE = load_image(TINY_POLICY / "image_0.png")
+PICTURES = [PICTURE, PICTURE.rotate(90)]
+STATE = [0.5, -1.0, 2.0, 0.0, 1.0]
+OWN_COUNT = ("trimvla", "lightvla")
+INSTRUCTION = "pick up the cup"
+
+
+def see(policy, pruner: Pruner):
+    model, processor = policy
+    state = mx.array([[0.1, -0.4, 0.9, 0.0, 0.3]])
+    observation = control.observe(processor, PICTURES, INSTRUCTION, state)
+    features = control.encode(model, observation)
+    return observation, control.see(model, observation, pruner, features)
+
+
+def linear(weights, name, x):
+    return x @ np.array(weights[f"{name}.weight"]).T + np.array(weights[f"{name}.bias"])
+
+
+def layer_norm(weights, name, x):
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return scaled * np.array(weights[f"{name}.weight"]) + np.array(
+        weights[f"{name}.bias"]
+    )
+
+
+def plain_head(states: np.ndarray) -> np.ndarray:
+    """The action head in NumPy: (slots, D) -> (chunk, A)."""
+    prefix = "action_head.model"
+    weights = {
+        k.removeprefix(f"{prefix}."): v
+        for k, v in side_tensors().items()
+        if k.startswith(prefix)
+    }
+    x = layer_norm(weights, "layer_norm1", states.reshape(OFT["chunk"], -1))
+    x = np.maximum(linear(weights, "fc1", x), 0)
+    for i in range(2):
+        name = f"mlp_resnet_blocks.{i}.ffn"
+        normed = layer_norm(weights, f"{name}.0", x)
+        x = x + np.maximum(linear(weights, f"{name}.1", normed), 0)
+    return linear(weights, "fc2", layer_norm(weights, "layer_norm2", x))
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        Pruner(),
+        Pruner("norm", 0.5),
+        Pruner("norm", 0.1),
+        Pruner("trimvla"),
+        Pruner("lightvla"),
+    ],
+    ids=str,
+)
+def test_actions_come_from_the_slots(oft_policy, pruner, positions):
+    """The slots are found by their zero embeddings, not by counting."""
+    model, _ = oft_policy
+    observation, patches = see(oft_policy, pruner)
+    sequence = control.assemble(model, observation, patches, positions)
+    zero = np.abs(np.array(sequence.embeddings[0])).sum(-1) == 0
+    slots = np.nonzero(zero)[0]
+    assert len(slots) == 21
+    with model.positions.using(sequence.positions):
+        hidden = np.array(model.hidden_states(sequence.embeddings, None, None)[0])
+    # Each action is read from the state before its slot.
+    expected = plain_head(hidden[slots - 1])
+    ours = np.array(control.regress(model, sequence)[0])
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pruner", [Pruner("norm", 0.25), Pruner("trimvla", 0.25)], ids=str
+)
+def test_pruned_forward_equals_a_mask_over_the_whole_one(oft_policy, pruner):
+    model, _ = oft_policy
+    observation, patches = see(oft_policy, pruner)
+    sequence = control.assemble(model, observation, patches, "original")
+    _, whole = see(oft_policy, Pruner())
+    full = control.assemble(model, observation, whole, "original")
+    keep = np.ones(full.embeddings.shape[1], bool)
+    keep[1 : 1 + whole.total] = False
+    keep[1 + np.array(patches.indices[0])] = True
+    hidden = model.hidden_states(
+        full.embeddings, mx.array(keep)[None, None, None], None
+    )
+    start = control.first_slot(full, 21)
+    expected = model.action_head(hidden[:, start : start + 21])
+    ours = control.regress(model, sequence)
+    np.testing.assert_allclose(np.array(ours), np.array(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_a_prompt_stage_pruner_chooses_among_both_pictures(oft_policy):
+    _, patches = see(oft_policy, Pruner("trimvla", 0.25))
+    assert patches.total == 128
+    assert patches.indices.shape == (1, 32)
+    _, each = see(oft_policy, Pruner("norm", 0.25))
+    indices = np.array(each.indices[0])
+    assert (indices < 64).sum() == (indices >= 64).sum() == 16
+    assert (np.diff(indices) > 0).all()
+
+
+def test_attention_is_bidirectional(oft_policy):
+    """The last prompt token moves the state of the first visual token."""
+    model, _ = oft_policy
+    observation, patches = see(oft_policy, Pruner())
+    sequence = control.assemble(model, observation, patches, "original")
+    before = control.regress(model, sequence)
+    changed = np.array(sequence.embeddings)
+    changed[0, -1] += 1  # the stop token comes after every slot
+    moved = control.Sequence(mx.array(changed), None, None)
+    assert mx.abs(control.regress(model, moved) - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("method", ["norm", "trimvla", "lightvla"])
+def test_policy_and_predict_action_agree(oft_policy, method):
+    pruner = Pruner(method, 0.5 if method == "norm" else None)
+    asked = {"proprio": STATE, "pruner": pruner}
+    action = predict_action(*oft_policy, PICTURES, INSTRUCTION, **asked)
+    assert action.values.shape == (3, 7)
+    assert action.token_ids is None
+    policy = Policy(*oft_policy, pruner=pruner, compile=False)
+    again = policy(PICTURES, INSTRUCTION, STATE)
+    np.testing.assert_allclose(again, action.values, rtol=1e-4, atol=1e-5)
+    batch = policy.act_on_batch([PICTURES, PICTURES[::-1]], INSTRUCTION, [STATE, STATE])
+    np.testing.assert_allclose(batch[0], action.values, rtol=1e-4, atol=1e-5)
+    other = predict_action(*oft_policy, PICTURES[::-1], INSTRUCTION, **asked)
+    np.testing.assert_allclose(batch[1], other.values, rtol=1e-4, atol=1e-5)
+
+
+def test_robot_state_is_scaled_by_its_statistics(oft_policy):
+    bounds = oft_policy[1].bounds("proprio", None)
+    scaled = bounds.from_units(np.array([-1.0, 2.0, 0.5, 9.0, -9.0]))
+    np.testing.assert_allclose(scaled, [-1, 1, 0, 1, -1], atol=1e-6)
+
+
+def test_converts_with_side_files(oft_folder, tmp_path, monkeypatch):
+    """Shards and pickles become one folder that acts the same without pickles."""
+    source = copy_policy(tmp_path / "libero-oft")
+    stats = (oft_folder / "dataset_statistics.json").read_text()
+    (source / "dataset_statistics.json").write_text(stats)
+    tensors = side_tensors()
+    for part in ("action_head", "proprio_projector"):
+        (source / f"{part}--150000_checkpoint.pt").write_bytes(b"")
+
+    def read(path):
+        part = path.name.split("--")[0]
+        names = {k: v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        return {k.removeprefix(f"{part}."): v for k, v in names.items()}
+
+    monkeypatch.setattr(sidefiles, "_read", read)
+    target = convert(str(source), str(tmp_path / "mlx"), actions_per_chunk=3)
+    monkeypatch.undo()
+    assert not list(target.glob("*.pt"))
+    config = json.loads((target / "config.json").read_text())
+    assert config["oft"] == OFT | {"action_dim": 7, "proprio_dim": 5, "film": False}
+    policy = load(target)
+    ours = predict_action(*policy, PICTURES, INSTRUCTION, proprio=STATE)
+    reference = predict_action(*load(oft_folder), PICTURES, INSTRUCTION, proprio=STATE)
+    np.testing.assert_allclose(ours.values, reference.values, rtol=1e-5, atol=1e-6)
+
+
+def test_film_conditions_the_towers_on_the_prompt(oft_folder, tmp_path):
+    folder = tmp_path / "film"
+    folder.mkdir()
+    for path in oft_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    for tower, dim in (("featurizer", 48), ("fused_featurizer", 64)):
+        for i in range(4):
+            name = f"vision_backbone.{tower}.blocks.{i}"
+            for part in ("scale", "shift"):
+                key = mx.random.key(i)
+                weights[f"{name}.{part}.weight"] = mx.random.normal((dim, 96), key=key)
+                weights[f"{name}.{part}.bias"] = mx.zeros((dim,))
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    model, processor = load(folder)
+    assert model.args.oft.film
+    asked = {"proprio": STATE}
+    cup = control.observe(processor, PICTURES, INSTRUCTION)
+    lid = control.observe(processor, PICTURES, "close the lid")
+    assert not mx.allclose(
+        control.encode(model, cup).tokens, control.encode(model, lid).tokens
+    )
+    # x <- x (1 + scale) + shift between attention and MLP, from the mean embedding.
+    block = model.vision_backbone.featurizer.blocks[0]
+    x = mx.random.normal((1, 6, 48), key=mx.random.key(1))
+    language = mx.random.normal((1, 96), key=mx.random.key(2))
+    y = x + block.ls1(block.attn(block.norm1(x)))
+    y = y * (1 + block.scale(language)) + block.shift(language)
+    y = y + block.ls2(block.mlp(block.norm2(y)))
+    assert mx.allclose(block(x, language), y, rtol=1e-4, atol=1e-4)
+    plain = predict_action(model, processor, PICTURES, INSTRUCTION, **asked)
+    policy = Policy(model, processor)
+    compiled = policy(PICTURES, INSTRUCTION, STATE)
+    np.testing.assert_allclose(plain.values, compiled, rtol=1e-3, atol=1e-3)
+
+
+def test_film_backbones_come_unwrapped_and_merged(tmp_path, monkeypatch):
+    source = copy_policy(tmp_path / "film")
+    for part in ("action_head", "vision_backbone"):
+        (source / f"{part}--1_checkpoint.pt").write_bytes(b"")
+    name = "featurizer.blocks.0.block.attn.qkv"
+    rank = 4
+    weight = mx.random.normal((144, 48), key=mx.random.key(0))
+    down = mx.random.normal((rank, 48), key=mx.random.key(1))
+    up = mx.random.normal((144, rank), key=mx.random.key(2))
+    backbone = {
+        f"vision_backbone.{name}.base_layer.weight": weight,
+        f"vision_backbone.{name}.base_layer.bias": mx.zeros((144,)),
+        f"vision_backbone.{name}.lora_A.default.weight": down,
+        f"vision_backbone.{name}.lora_B.default.weight": up,
+        "vision_backbone.featurizer.blocks.0.scale.weight": mx.zeros((48, 96)),
+    }
+    monkeypatch.setattr(
+        sidefiles,
+        "_read",
+        lambda path: backbone if "vision" in path.name else {"model.fc2.bias": down},
+    )
+    from mlx_tokprune.convert.checkpoint import Checkpoint
+
+    found = sidefiles.add_side_files(Checkpoint.open(source))
+    merged = found.extra["vision_backbone.featurizer.blocks.0.attn.qkv.weight"]
+    assert mx.allclose(merged, weight + up @ down, rtol=1e-5, atol=1e-5)
+    assert "vision_backbone.featurizer.blocks.0.scale.weight" in found.tensors
+    assert not any("lora" in n or ".block." in n for n in found.tensors)
+    # Nothing of the shards' backbone stays beside the one that replaces it.
+    assert "vision_backbone.featurizer.cls_token" not in found.tensors
+
+
+def touch(*names):
+    def make(folder):
+        for name in names:
+            (folder / name).write_bytes(b"not a pickle")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ("action_head--1_checkpoint.pt", "action_head--2_checkpoint.pt"),
+            "both action_head--1_checkpoint.pt and action_head--2_checkpoint.pt",
+        ),
+        (("proprio_projector--1_checkpoint.pt",), "but no action_head--"),
+        (
+            ("action_head--1_checkpoint.pt", "noisy_action_projector--1_checkpoint.pt"),
+            "a diffusion policy",
+        ),
+        (("action_head--1_checkpoint.pt",), "torch is not installed|is refused"),
+    ],
+)
+def test_wrong_side_files_are_named(policy_checkpoint, files, message):
+    touch(*files)(policy_checkpoint)
+    with pytest.raises(InputError, match=message):
+        load(policy_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": PICTURES[:1]}, "looks at 2 pictures; 1 given"),
+        ({"proprio": None}, "give proprio, 5 numbers"),
+        ({"proprio": STATE[:3]}, "proprio is 5 finite numbers .* got 3"),
+        ({"proprio": [float("nan")] * 5}, "finite"),
+        ({"proprio": ["a"] * 5}, "no list of numbers"),
+    ],
+)
+def test_observations_that_do_not_fit_are_refused(oft_policy, arguments, message):
+    given = {"images": PICTURES, "instruction": INSTRUCTION, "proprio": STATE}
+    with pytest.raises(InputError, match=message):
+        predict_action(*oft_policy, **(given | arguments))
+
+
+def test_command_prints_the_chunk(oft_folder, tmp_path, capsys):
+    file, overlay = tmp_path / "a.png", tmp_path / "kept.png"
+    PICTURE.save(file)
+    main(
+        [
+            *("--model", str(oft_folder), "--image", str(file), "--image", str(file)),
+            *("--instruction", INSTRUCTION, "--proprio", *map(str, STATE)),
+            *(
+                "--method",
+                "trimvla",
+                "--overlay",
+                str(overlay),
+                "--runs",
+                "1",
+                "--json",
+            ),
+        ]
+    )
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert np.array(record["action"]).shape == (3, 7)
+    assert record["token_ids"] is None
+    assert record["visual_tokens"] == 128
+    assert overlay.exists()
+
+
+def test_center_crop_maps_corners_to_corners():
+    """A linear ramp stays linear: its ends are those of the cropped rectangle."""
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))
+    row = preprocess_naive([load_image(ramp)], 200, 0.81)[0, 100, :, 0] * 255
+    assert abs(row[0] - 199 * 0.05) <= 0.5
+    assert abs(row[-1] - 199 * 0.95) <= 0.5
+    assert (np.diff(row) >= 0).all()

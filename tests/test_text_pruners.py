@@ -1,0 +1,145 @@
+"""Prompt-stage pruners against plain NumPy written from their descriptions."""
+
+import numpy as np
+import pytest
+
+import mlx.core as mx  # isort: skip
+
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.features import Features
+from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.pruners.text import prompt_scores
+
+
+def drawn(batch: int = 3, tokens: int = 30, words: int = 6, seed: int = 0) -> Features:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return mx.array(rng.normal(size=shape).astype(np.float32))
+
+    return Features(
+        draw(batch, tokens, 16),
+        (5, 6),
+        text=draw(batch, words, 16),
+        queries=2 * draw(batch, 4, tokens, 8),
+        keys=2 * draw(batch, 4, words, 8),
+    )
+
+
+def plain_scores(queries, keys, temperature: float) -> np.ndarray:
+    scores = np.zeros(queries.shape[1])
+    for head in range(queries.shape[0]):
+        for n in range(queries.shape[1]):
+            products = [
+                queries[head, n] @ key / np.sqrt(len(key)) for key in keys[head]
+            ]
+            total = sum(np.exp(np.float64(p) / temperature) for p in products)
+            scores[n] += temperature * np.log(total) / queries.shape[0]
+    return scores
+
+
+def plain_coverage(scores, coverage: float, least: int) -> list[int]:
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    kept, reached = [], 0.0
+    for n in np.argsort(-scores, kind="stable"):
+        if len(kept) >= least and reached >= coverage:
+            break
+        kept.append(int(n))
+        reached += shares[n]
+    return sorted(kept)
+
+
+def plain_lightvla(tokens, text) -> list[int]:
+    def norm(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    tokens, text = norm(tokens), norm(text)
+    kept = set()
+    for token in tokens:
+        logits = text @ token / np.sqrt(len(token))
+        weights = np.exp(logits - logits.max())
+        query = norm((weights / weights.sum()) @ text)
+        kept.add(int(np.argmax(tokens @ query)))
+    return sorted(kept)
+
+
+def kept(selection, sample: int) -> list[int]:
+    indices = np.array(selection.indices)[sample]
+    if selection.mask is None:
+        return indices.tolist()
+    return indices[np.array(selection.mask)[sample]].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_trimvla_scores(temperature):
+    given = drawn()
+    scores = np.array(prompt_scores(given.queries, given.keys, temperature))
+    for i in range(3):
+        plain = plain_scores(
+            np.array(given.queries[i]), np.array(given.keys[i]), temperature
+        )
+        np.testing.assert_allclose(scores[i], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("coverage", "least"), [(0.15, 0.1), (0.5, 0.1), (0.9, 0.02)])
+def test_trimvla_keeps_the_smallest_set_that_covers(coverage, least):
+    given = drawn(batch=4)
+    options = {"coverage": coverage, "min_keep_ratio": least}
+    selection = Pruner("trimvla", options=options)(given)
+    sizes = set()
+    for i in range(4):
+        scores = plain_scores(np.array(given.queries[i]), np.array(given.keys[i]), 1.0)
+        expected = plain_coverage(scores, coverage, max(1, int(30 * least)))
+        assert kept(selection, i) == expected
+        sizes.add(len(expected))
+    assert len(sizes) > 1 or coverage < 0.5  # samples of a batch differ in count
+
+
+def test_trimvla_with_a_budget_keeps_that_many():
+    given = drawn()
+    selection = Pruner("trimvla", keep_tokens=7)(given)
+    for i in range(3):
+        scores = plain_scores(np.array(given.queries[i]), np.array(given.keys[i]), 1.0)
+        assert kept(selection, i) == sorted(np.argsort(-scores)[:7].tolist())
+
+
+def test_lightvla_keeps_the_union_of_votes():
+    given = drawn(batch=4, tokens=30)
+    selection = Pruner("lightvla")(given)
+    for i in range(4):
+        plain = plain_lightvla(np.array(given.tokens[i]), np.array(given.text[i]))
+        assert kept(selection, i) == plain
+
+
+@pytest.mark.parametrize("method", ["trimvla", "lightvla"])
+def test_one_sample_of_a_batch_alone_keeps_the_same(method):
+    given = drawn(batch=3)
+    together = Pruner(method)(given)
+    for i in range(3):
+        parts = {
+            name: getattr(given, name)[i : i + 1]
+            for name in ("tokens", "text", "queries", "keys")
+        }
+        alone = Pruner(method)(Features(grid=given.grid, **parts))
+        assert alone.mask is None
+        assert kept(alone, 0) == kept(together, i)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "lightvla", "keep_ratio": 0.5}, "decides itself"),
+        ({"method": "trimvla", "options": {"coverag": 1}}, "Did you mean 'coverage'"),
+        ({"method": "norm", "keep_ratio": 0.5, "options": {"coverage": 1}}, "takes no"),
+    ],
+)
+def test_wrong_options_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Pruner(**arguments)
+
+
+@pytest.mark.parametrize("coverage", [0, 1.5])
+def test_coverage_out_of_range_is_refused(coverage):
+    with pytest.raises(InputError, match=r"outside \(0, 1\]"):
+        Pruner("trimvla", options={"coverage": coverage})(drawn())
