@@ -112,7 +112,8 @@ class Policy:
 
     Holds model, pruner and data set. Each shape is compiled once, so that the second
     call is fast. Nothing of one observation reaches the next; `reset` between episodes
-    forgets the tokens of past instructions, the only thing that is kept.
+    forgets the tokens of past instructions, the only thing that is kept. `kept` is how
+    many visual tokens the last call had per robot, on average.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Policy:
         self._whole = wrap(self._act_on_pixels)
         self._features = wrap(self._encode)
         self._rest = wrap(self._act_on_patches)
+        self.kept = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -163,11 +165,12 @@ class Policy:
         state = _normalize_state(self.model, self.processor, proprio, key, len(batch))
         args = (pixels, mx.array([start]), mx.array(prompt))
         args += () if state is None else (state,)
+        self._pictures = len(batch[0])
         if self.pruner.has_own_count:
-            result = self._act_with_own_count(len(batch[0]), args)
+            result = self._act_with_own_count(args)
         else:
-            self._pictures = len(batch[0])
-            result = self._whole(*args)
+            result, indices = self._whole(*args)
+            self.kept = indices.shape[1]
         normalized = self._normalized(result)
         return self.bounds.to_units(normalized)
 
@@ -186,11 +189,11 @@ class Policy:
         steps = len(self.bounds.low)
         return mx.stack(control.decode(self.model, sequence, steps), axis=1)
 
-    def _act_on_pixels(self, *args) -> mx.array:
+    def _act_on_pixels(self, *args) -> tuple[mx.array, mx.array]:
         observation = self._observation(*args)
         features = control.encode(self.model, observation, self.pruner.needs)
         patches = control.see(self.model, observation, self.pruner, features)
-        return self._finish(observation, patches)
+        return self._finish(observation, patches), patches.indices
 
     def _encode(self, *args) -> mx.array:
         return control.encode(self.model, self._observation(*args)).tokens
@@ -202,13 +205,15 @@ class Policy:
         patches = Patches(embeddings, indices, mask, total, (side, side), selection)
         return self._finish(self._observation(*args), patches)
 
-    def _act_with_own_count(self, pictures: int, args: tuple) -> mx.array:
+    def _act_with_own_count(self, args: tuple) -> mx.array:
         """The count is only known once the pruner has run: compile around it."""
-        self._pictures = pictures
         observation = self._observation(*args)
         side = self.model.args.towers[0].side
         features = Features(self._features(*args), (side, side))
         patches = control.see(self.model, observation, self.pruner, features)
+        self.kept = patches.indices.shape[1]
+        if patches.mask is not None:
+            self.kept = mx.mean(mx.sum(patches.mask, axis=1)).item()
         return self._rest(*_padded(patches), *args)
 
 

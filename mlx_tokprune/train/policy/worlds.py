@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...errors import InputError
+
 SIZE = 112  # pixels; 8 x 8 patches of 14
 REPEAT = 3  # simulator steps for which one action is held
 HORIZON = 50  # policy steps of an episode
@@ -66,7 +68,7 @@ class World:
     """
 
     def __init__(self, name: str):
-        mujoco = _mujoco()
+        mujoco = import_simulator()
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
@@ -154,9 +156,15 @@ def _grasp_and_hit(state: np.ndarray) -> np.ndarray:
     return np.append(10 * (target - hand), 1 if close else -1).astype(np.float32)
 
 
-def _mujoco():
+def import_simulator():
+    """MuJoCo with a software renderer; `InputError` when Meta-World is missing."""
     if platform.system() == "Linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    import mujoco
-
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when it is first imported
+    try:
+        import metaworld  # noqa: F401
+        import mujoco
+    except ImportError:
+        raise InputError(
+            "the tasks come from Meta-World; pip install 'mlx-tokprune[sim]'"
+        ) from None
     return mujoco

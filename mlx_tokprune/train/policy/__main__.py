@@ -1,0 +1,114 @@
+"""Train the demo policy or measure one: `python -m mlx_tokprune.train.policy`."""
+
+import statistics
+from pathlib import Path
+
+from ...demo import POLICY
+from ...errors import InputError, Parser, command, nearest
+from .worlds import TASKS, import_simulator
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mlx_tokprune.train.policy", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train, resuming what is in the folder")
+    run.add_argument("--folder", required=True, help="where training state is kept")
+    run.add_argument("--output", required=True, help="checkpoint folder to write")
+    run.add_argument("--scale", type=float, default=1.0, help="of the plan (default 1)")
+    success = commands.add_parser("success", help="measure in closed loop")
+    success.add_argument("--model", default=str(POLICY))
+    success.add_argument("--episodes", type=int, default=25, help="of each task")
+    success.add_argument("--tasks", nargs="+", default=list(TASKS))
+    success.add_argument("--methods", nargs="+", help="default: all")
+    success.add_argument("--log", required=True, help="JSON lines, added to")
+    table = commands.add_parser("table", help="the table of one or more logs")
+    table.add_argument("logs", nargs="+")
+    table.add_argument("--model", default=str(POLICY))
+    table.add_argument("--runs", type=int, default=15, help="for TTFT, each row")
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.command == "table":
+        _print_table(args)
+        return
+    import_simulator()
+    if args.command == "run":
+        _train(args)
+    else:
+        _measure(args)
+
+
+def _train(args) -> None:
+    from .cloning import Plan, Trainer
+    from .student import write_checkpoint
+
+    if Path(args.output).exists():
+        raise InputError(f"{args.output} already exists; choose a new folder")
+    if not args.scale > 0:
+        raise InputError(f"scale {args.scale:g} is out of range; expected > 0")
+    trainer = Trainer(Path(args.folder), Plan().scaled(args.scale))
+    trainer.run()
+    write_checkpoint(trainer.averaged(), Path(args.output))
+    print(f"wrote {args.output}")
+
+
+def _measure(args) -> None:
+    from ...loading import load
+    from .success import measure, rows
+
+    for task in args.tasks:
+        if task not in TASKS:
+            known = ", ".join(TASKS)
+            raise InputError(
+                f"unknown task {task!r}; the tasks are {known}.{nearest(task, TASKS)}"
+            )
+    if args.episodes < 1:
+        raise InputError(f"cannot run {args.episodes} episodes; the least is 1")
+    chosen = rows(args.methods)
+    log = Path(args.log)
+    measure(*load(args.model), args.episodes, args.tasks, chosen, log)
+    print(f"wrote {log}")
+
+
+def _print_table(args) -> None:
+    from .success import markdown, read_log
+
+    lines = []
+    for log in map(Path, args.logs):
+        if not log.exists():
+            raise InputError(f"{log} does not exist; expected a log of `success`")
+        lines += read_log(log)
+    print(markdown(lines, _time_saved(args.model, args.runs)))
+
+
+def _time_saved(folder: str, runs: int) -> dict[str, float]:
+    """The share of TTFT that each row saves, medians of interleaved warm runs."""
+    from ...act import predict_action
+    from ...demo import POLICY_FRAME
+    from ...image import load_image
+    from ...loading import load
+    from .success import CONTROLS, rows
+
+    model, processor = load(folder)
+    image, asked = load_image(POLICY_FRAME.path), POLICY_FRAME.question
+    chosen = [row for row in rows() if row.label not in CONTROLS]
+    times: dict[str, list[float]] = {row.label: [] for row in chosen}
+    for number in range(runs + 2):
+        for row in chosen:
+            options = {"pruner": row.pruner, "positions": row.positions}
+            action = predict_action(model, processor, [image], asked, **options)
+            if number >= 2:
+                times[row.label].append(action.ttft_ms)
+    whole = statistics.median(times["none"])
+    return {
+        label: 1 - statistics.median(values) / whole
+        for label, values in times.items()
+        if label != "none"
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""How the demo policy is trained: demonstrations, cloning, and DAgger rounds.
+
+Visual tokens are dropped in most batches, at random or by noisy trimvla scores, so that
+one policy serves several budgets. Every batch and every episode has its own seed and
+state is saved as it goes, so a run that is stopped goes on where it was.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from tqdm import tqdm
+
+from ...act import Policy
+from ...pruners import Pruner
+from .demonstrations import (
+    CORRECTION_SEEDS,
+    DEMONSTRATION_SEEDS,
+    Episodes,
+    demonstrate,
+    join,
+    record,
+)
+from .student import (
+    PAD,
+    Batch,
+    action_classes,
+    build_policy,
+    build_processor,
+    losses,
+    prompt_ids,
+)
+from .worlds import SIZE, TASKS, World
+
+_KEEP = (64, 40, 24, 16, 8)  # visual tokens that stay in a batch
+_KEEP_SHARES = (0.4, 0.2, 0.18, 0.12, 0.1)
+_SHIFT = 3  # pixels by which a frame is moved at most
+_SAVE_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. The expert acts in `mixed` of the steps of a round."""
+
+    demonstrations: int = 140  # episodes of each task
+    steps: int = 9000
+    batch: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    round_every: int = 450  # steps between rounds of corrections
+    first_round: int = 1800
+    corrections: int = 12  # episodes of each task in a round
+    mixed: float = 0.1
+    scores_weight: float = 0.1
+
+    def scaled(self, scale: float) -> "Plan":
+        """The same plan in small, to try it."""
+
+        def of(value: int) -> int:
+            return max(1, int(value * scale))
+
+        return Plan(
+            of(self.demonstrations),
+            of(self.steps),
+            self.batch,
+            round_every=of(self.round_every),
+            first_round=of(self.first_round),
+            corrections=of(self.corrections),
+        )
+
+
+class Trainer:
+    """Trains a policy in `folder`, which also holds the episodes."""
+
+    def __init__(self, folder: Path, plan: Plan):
+        self.folder, self.plan = folder, plan
+        self.data = folder / "episodes"
+        self.data.mkdir(parents=True, exist_ok=True)
+        mx.random.seed(0)
+        self.policy = build_policy()
+        self.average = dict(tree_flatten(self.policy.parameters()))
+        self.optimizer = optim.AdamW(
+            plan.learning_rate, betas=[0.9, 0.98], weight_decay=plan.weight_decay
+        )
+        self.step = 0
+        self._worlds: dict[str, World] = {}
+        prompts = [prompt_ids(task.instruction) for task in TASKS.values()]
+        longest = max(map(len, prompts))
+        self._lengths = np.array([len(p) for p in prompts], dtype=np.int32)
+        self._prompts = np.array([p + [PAD] * (longest - len(p)) for p in prompts])
+        self._restore()
+
+    def run(self) -> None:
+        """Goes on from what the folder holds to the end of the plan."""
+        self._demonstrate()
+        update = self._compile()
+        plan, episodes = self.plan, self._load()
+        steps = range(self.step, plan.steps)
+        for step in tqdm(steps, desc="cloning", unit="step", disable=None):
+            past = step - plan.first_round
+            if past >= 0 and past % plan.round_every == 0:
+                self._correct(step)
+                episodes = self._load()
+            self.optimizer.learning_rate = self._rate(step)
+            update(self._draw(step, episodes))
+            mx.eval(self.policy.parameters(), self.optimizer.state)
+            self._follow(step)
+            self.step = step + 1
+            if self.step % _SAVE_EVERY == 0 or self.step == plan.steps:
+                self._save()
+
+    def averaged(self) -> dict[str, mx.array]:
+        """The running average of the weights, which is what is shipped."""
+        return self.average
+
+    # Learning -----------------------------------------------------------------------
+
+    def _compile(self):
+        weight = self.plan.scores_weight
+
+        def total(batch: Batch) -> mx.array:
+            loss, off = losses(self.policy, batch)
+            return loss + weight * off
+
+        gradient = nn.value_and_grad(self.policy, total)
+
+        def update(batch: Batch) -> mx.array:
+            loss, grads = gradient(batch)
+            grads, _ = optim.clip_grad_norm(grads, 1.0)
+            self.optimizer.update(self.policy, grads)
+            return loss
+
+        return update
+
+    def _rate(self, step: int) -> float:
+        """Warm-up, then half a cosine to nothing."""
+        done = step / self.plan.steps
+        warm = min(1.0, (step + 1) / 300)
+        return self.plan.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _follow(self, step: int) -> None:
+        """Moves the average towards the weights."""
+        share = 1 - min(0.999, (step + 1) / (step + 51))
+        weights = dict(tree_flatten(self.policy.parameters()))
+        self.average = {
+            name: array + share * (weights[name] - array)
+            for name, array in self.average.items()
+        }
+        mx.eval(self.average)
+
+    def _draw(self, step: int, episodes: list[tuple[Episodes, list]]) -> Batch:
+        """A batch: a task, an episode folder by its length, and a frame at random."""
+        rng = np.random.default_rng((1, step))
+        size = self.plan.batch
+        frames = np.empty((size, SIZE, SIZE, 3), np.float32)
+        actions = np.empty((size, 4), np.float32)
+        tasks = rng.integers(len(TASKS), size=size)
+        for row, task in enumerate(tasks):
+            lengths = np.array([len(rows[task]) for _, rows in episodes], float)
+            number = rng.choice(len(episodes), p=lengths / lengths.sum())
+            some, rows = episodes[number]
+            frame = rows[task][rng.integers(len(rows[task]))]
+            frames[row] = _shifted(some.frames[frame], rng)
+            actions[row] = some.actions[frame]
+        keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
+        return Batch(
+            mx.array(frames / 255),
+            mx.array(self._prompts[tasks]),
+            mx.array(self._lengths[tasks]),
+            mx.array(action_classes(actions)),
+            keep,
+            mx.array(rng.gumbel(size=(size, _KEEP[0])).astype(np.float32)),
+            bool(rng.random() < 0.6),
+        )
+
+    # Episodes -----------------------------------------------------------------------
+
+    def _world(self, name: str) -> World:
+        if name not in self._worlds:
+            self._worlds[name] = World(name)
+        return self._worlds[name]
+
+    def _demonstrate(self) -> None:
+        for number, name in enumerate(TASKS):
+            folder = self.data / f"demonstrations-{name}"
+            if folder.exists():
+                continue
+            first = DEMONSTRATION_SEEDS + 10_000 * number
+            seeds = range(first, first + self.plan.demonstrations)
+            shown = tqdm(seeds, desc=name, unit="episode", disable=None)
+            join([demonstrate(self._world(name), s) for s in shown]).save(folder)
+
+    def _correct(self, step: int) -> None:
+        """A round of DAgger with the averaged weights and several budgets."""
+        folder = self.data / f"corrections-{step:06d}"
+        if folder.exists():
+            return
+        weights = tree_flatten(self.policy.parameters())
+        self.policy.update(tree_unflatten(list(self.average.items())))
+        parts = []
+        for number, name in enumerate(TASKS):
+            first = CORRECTION_SEEDS + 1_000_000 * number + step * 16
+            for seed in range(first, first + self.plan.corrections):
+                parts.append(self._corrected(name, seed))
+        join(parts).save(folder)
+        self.policy.update(tree_unflatten(weights))
+
+    def _corrected(self, name: str, seed: int) -> Episodes:
+        rng = np.random.default_rng(seed)
+        keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
+        method = "trimvla" if rng.random() < 0.7 else "random"
+        pruner = Pruner(method, keep_tokens=keep, seed=seed)
+        policy = Policy(self.policy, build_processor(), pruner=pruner, compile=False)
+
+        def act(frame: np.ndarray, expert: np.ndarray) -> np.ndarray:
+            if rng.random() < self.plan.mixed:
+                return expert
+            return policy([frame], TASKS[name].instruction)
+
+        return record(self._world(name), seed, act)
+
+    def _load(self) -> list[tuple[Episodes, list]]:
+        """Every folder of episodes, with the rows of each task."""
+        found = []
+        for folder in sorted(self.data.iterdir()):
+            if ".partial" not in folder.name:
+                some = Episodes.open(folder)
+                tasks = np.array(some.tasks)
+                rows = [np.flatnonzero(tasks == n) for n in range(len(TASKS))]
+                found.append((some, rows))
+        return found
+
+    # State --------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state = {
+            **_prefixed("policy", self.policy.parameters()),
+            **{f"average.{name}": array for name, array in self.average.items()},
+            **_prefixed("optimizer", self.optimizer.state),
+        }
+        partial = self.folder / "partial.safetensors"
+        mx.save_safetensors(str(partial), state, metadata={"step": str(self.step)})
+        partial.rename(self.folder / "state.safetensors")
+
+    def _restore(self) -> None:
+        file = self.folder / "state.safetensors"
+        if not file.exists():
+            return
+        state, metadata = mx.load(str(file), return_metadata=True)
+        self.step = int(metadata["step"])
+        parts: dict[str, list] = {"policy": [], "average": [], "optimizer": []}
+        for name, array in state.items():
+            part, _, rest = name.partition(".")
+            parts[part].append((rest, array))
+        self.policy.update(tree_unflatten(parts["policy"]))
+        self.average = dict(parts["average"])
+        self.optimizer.state = tree_unflatten(parts["optimizer"])
+
+
+def _prefixed(part: str, tree) -> dict[str, mx.array]:
+    return {f"{part}.{name}": array for name, array in tree_flatten(tree)}
+
+
+def _shifted(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The frame moved by a few pixels; its edge is repeated."""
+    down, right = rng.integers(2 * _SHIFT + 1, size=2)
+    edge = ((_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
+    padded = np.pad(frame, edge, mode="edge")
+    return padded[down : down + SIZE, right : right + SIZE]

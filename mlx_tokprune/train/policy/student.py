@@ -1,0 +1,318 @@
+"""The demo policy: its sizes, its tokenizer, its losses, and its checkpoint.
+
+A small OpenVLA of the real architecture: two ViTs joined on channels, a three-layer
+projector, and a Llama whose last 256 tokens are action bins.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ...convert.checkpoint import new_folder, write_config
+from ...loading import ActionProcessor
+from ...models.openvla import ModelArgs, OpenVLA
+from ...prompt import action_prompt
+from .worlds import ACTION_DIM, SIZE, TASKS
+
+BINS = 256
+TEXT_TOKENS = 64  # words and specials; the action bins follow
+PADDING = 64
+SPECIAL = ("<unk>", "<s>", "</s>", "<PAD>", "\u2581")
+START, STOP, PAD, EMPTY = 1, 2, 3, 4
+_WORDS = r"\w+|\n|[^\w\s]"
+_SPREAD = 2.5  # bins by which a label is blurred, since neighbours are nearly right
+
+_TOWER = {"patch_size": 14, "embed_dim": 128, "depth": 4, "num_heads": 4}
+_DINOV2 = {"class_token": True, "reg_tokens": 4, "layer_scale": True}
+CONFIG = {
+    "architectures": ["OpenVLAForActionPrediction"],
+    "model_type": "openvla",
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "use_fused_vision_backbone": True,
+    "image_resize_strategy": "resize-naive",
+    "image_sizes": [SIZE, SIZE],
+    "n_action_bins": BINS,
+    "pad_to_multiple_of": PADDING,
+    "pad_token_id": PAD,
+    "empty_token_id": EMPTY,
+    "timm_model_ids": ["vit_demo_dinov2", "vit_demo_siglip"],
+    "timm_override_act_layers": [None, None],
+    "vision_config": {"featurizer": _TOWER | _DINOV2, "fused_featurizer": _TOWER},
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": TEXT_TOKENS + BINS + PADDING,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+        "bos_token_id": START,
+        "eos_token_id": STOP,
+        "pad_token_id": PAD,
+    },
+    "torch_dtype": "float16",
+    "norm_stats": {
+        "metaworld": {
+            "action": {
+                "q01": [-1.0] * ACTION_DIM,
+                "q99": [1.0] * ACTION_DIM,
+                "mask": [True] * ACTION_DIM,
+            }
+        }
+    },
+}
+PREPROCESSOR = {
+    "image_resize_strategy": "resize-naive",
+    "input_sizes": [[3, SIZE, SIZE]] * 2,
+    "interpolations": ["bicubic"] * 2,
+    "means": [[0.485, 0.456, 0.406], [0.5, 0.5, 0.5]],
+    "stds": [[0.229, 0.224, 0.225], [0.5, 0.5, 0.5]],
+    "use_fused_vision_backbone": True,
+}
+
+
+def vocabulary() -> dict[str, int]:
+    """Specials, then the words of every instruction's prompt in order of appearance."""
+    words = list(SPECIAL)
+    for task in TASKS.values():
+        for word in re.findall(_WORDS, action_prompt(task.instruction)):
+            if word not in words:
+                words.append(word)
+    assert len(words) <= TEXT_TOKENS
+    return {word: number for number, word in enumerate(words)}
+
+
+def prompt_ids(instruction: str) -> list[int]:
+    """The ids that follow the pictures, as the tokenizer gives them."""
+    return [*Words().encode(action_prompt(instruction)), EMPTY]
+
+
+class Words:
+    """The demo policy's tokenizer without the tokenizers package."""
+
+    bos_token_id = START
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        known = vocabulary()
+        return [known.get(word, 0) for word in re.findall(_WORDS, text)]
+
+
+def build_processor() -> ActionProcessor:
+    """What `load` would give for the demo policy's checkpoint."""
+    return ActionProcessor(
+        Words(), SIZE, TEXT_TOKENS + BINS, BINS, EMPTY, 256, CONFIG["norm_stats"]
+    )
+
+
+def action_classes(actions: np.ndarray) -> np.ndarray:
+    """(..., A) in [-1, 1] -> bins 0..254, the lowest action first."""
+    edges = np.linspace(-1, 1, BINS)
+    return np.clip(np.digitize(np.clip(actions, -1, 1), edges) - 1, 0, BINS - 2)
+
+
+def action_ids(classes: np.ndarray) -> np.ndarray:
+    """Bins -> token ids: the last tokens of the vocabulary, in reverse."""
+    return TEXT_TOKENS + BINS - 1 - classes
+
+
+def build_policy() -> OpenVLA:
+    """A policy with random weights that holds every tensor of its checkpoint."""
+    args = ModelArgs.from_dict(CONFIG | {"preprocessor": PREPROCESSOR})
+    policy = OpenVLA(args, inference=False)
+
+    def draw(name: str, array: mx.array) -> mx.array:
+        if array.ndim < 2 or "norm" in name:
+            return array
+        fan_in = math.prod(array.shape[1:])
+        scale = 0.02 if "embed" in name or "token" in name else fan_in**-0.5
+        return min(scale, 0.05) * mx.random.truncated_normal(-2, 2, array.shape)
+
+    def start(name: str, array: mx.array) -> mx.array:
+        if name.endswith("scale_factor"):
+            return mx.full(array.shape, 0.5)
+        return mx.zeros(array.shape) if name.endswith("bias") else draw(name, array)
+
+    flat = tree_flatten(policy.parameters())
+    policy.update(tree_unflatten([(name, start(name, array)) for name, array in flat]))
+    return policy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B frames with the expert's actions.
+
+    pixels: (B, S, S, 3) in [0, 1]. prompts: (B, P) ids, padded behind. lengths: (B,).
+    classes: (B, A) bins. keep: visual tokens that stay. noise: (B, N) Gumbel noise
+    that chooses them. scored: whether trimvla's scores choose too.
+    """
+
+    pixels: mx.array
+    prompts: mx.array
+    lengths: mx.array
+    classes: mx.array
+    keep: int
+    noise: mx.array
+    scored: bool
+
+
+def losses(policy: OpenVLA, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Cross-entropy of the action bins, and how far trimvla's scores are off.
+
+    The second teaches the first layer's queries and keys, which a causal model never
+    uses from picture to prompt, to tell what the action tokens attend to.
+    """
+    features = policy.encode(batch.pixels).tokens
+    indices = _choose(policy, features, batch)
+    kept = mx.take_along_axis(features, indices[..., None], axis=1)
+    visual = policy.project(kept)
+    ids = _with_actions(batch)
+    total = features.shape[1]
+    embeddings = mx.concatenate(
+        [policy.embed(mx.full((len(ids), 1), START)), visual, policy.embed(ids)], axis=1
+    )
+    start = mx.zeros((len(ids), 1), mx.int32)
+    rest = mx.broadcast_to(1 + total + mx.arange(ids.shape[1]), ids.shape)
+    positions = mx.concatenate([start, 1 + indices, rest], axis=1).astype(mx.int32)
+    rows = batch.keep + batch.lengths[:, None] + mx.arange(ACTION_DIM)
+    with policy.positions.using(positions):
+        hidden, received = _forward(policy, embeddings, rows)
+    at_rows = mx.take_along_axis(hidden, rows[..., None], axis=1)
+    logits = policy.logits(at_rows)[..., TEXT_TOKENS + 1 : TEXT_TOKENS + BINS]
+    log_shares = nn.log_softmax(logits[..., ::-1].astype(mx.float32), axis=-1)
+    loss = -mx.mean(mx.sum(_blurred(batch.classes) * log_shares, axis=-1))
+    seen = received[..., 1 : 1 + batch.keep]
+    target = mx.stop_gradient(seen / mx.sum(seen, axis=-1, keepdims=True))
+    scores = _scores(policy, mx.stop_gradient(visual), batch)
+    alike = target * (
+        mx.log(mx.maximum(target, 1e-9)) - nn.log_softmax(scores, axis=-1)
+    )
+    return loss, mx.mean(mx.sum(alike, axis=-1))
+
+
+def _scores(policy: OpenVLA, visual: mx.array, batch: Batch) -> mx.array:
+    """trimvla's scores (B, K), with padding of the prompts left out."""
+    text = mx.stop_gradient(policy.embed(batch.prompts))
+    queries, keys = policy.first_layer(visual, text)
+    # A key of padding must not count: one that no query likes does not.
+    inside = mx.arange(text.shape[1]) < batch.lengths[:, None]
+    products = queries @ keys.swapaxes(-1, -2) * queries.shape[-1] ** -0.5
+    products = mx.where(inside[:, None, None], products, -1e9)
+    return mx.mean(mx.logsumexp(products, axis=-1), axis=1)
+
+
+def _choose(policy: OpenVLA, features: mx.array, batch: Batch) -> mx.array:
+    """(B, K) visual tokens that stay: at random, or by noisy scores."""
+    total = features.shape[1]
+    if batch.keep == total:
+        return mx.broadcast_to(mx.arange(total), features.shape[:2])
+    scores = batch.noise
+    if batch.scored:
+        found = _scores(policy, policy.project(features), batch)
+        scores = mx.stop_gradient(found) + 0.5 * batch.noise
+    order = mx.argsort(-scores, axis=1)[:, : batch.keep]
+    return mx.sort(order, axis=1)
+
+
+def _with_actions(batch: Batch) -> mx.array:
+    """(B, P + A - 1): each prompt, followed at once by its first actions."""
+    ids = TEXT_TOKENS + BINS - 1 - batch.classes[:, : ACTION_DIM - 1]
+    room = mx.full((len(ids), ACTION_DIM - 1), PAD)
+    whole = mx.concatenate([batch.prompts, room], axis=1)
+    where = batch.lengths[:, None] + mx.arange(ACTION_DIM - 1)
+    return mx.put_along_axis(whole, where, ids.astype(whole.dtype), axis=1)
+
+
+def _forward(policy: OpenVLA, embeddings: mx.array, rows: mx.array):
+    """Hidden states, and what tokens receive from `rows`, mean of layers and heads."""
+    length = embeddings.shape[1]
+    mask = mx.tril(mx.ones((length, length), mx.bool_))
+    h, received = embeddings, 0
+    for number, layer in enumerate(policy.layers):
+        normed = layer.input_layernorm(h)
+        if number:
+            received = received + _received(layer.self_attn, normed, rows)
+        h = h + layer.self_attn(normed, mask, None)
+        h = h + layer.mlp(layer.post_attention_layernorm(h))
+    return policy.language_model.model.norm(h), received / (number or 1)
+
+
+def _received(attention: nn.Module, x: mx.array, rows: mx.array) -> mx.array:
+    """(B, T) attention that tokens receive from `rows`, without gradient."""
+    batch, length, _ = x.shape
+    x = mx.stop_gradient(x)
+
+    def heads(project, count):
+        return project(x).reshape(batch, length, count, -1).swapaxes(1, 2)
+
+    queries = attention.rope(heads(attention.q_proj, attention.n_heads))
+    keys = attention.rope(heads(attention.k_proj, attention.n_kv_heads))
+    queries = mx.take_along_axis(queries, rows[:, None, :, None], axis=2)
+    products = queries @ keys.swapaxes(-1, -2) * attention.scale
+    future = mx.arange(length) > rows[:, None, :, None]
+    weights = mx.softmax(mx.where(future, -1e9, products), axis=-1)
+    return mx.mean(weights, axis=(1, 2))
+
+
+def _blurred(classes: mx.array) -> mx.array:
+    """(B, A) bins -> (B, A, 255) shares, a bell around each label."""
+    distance = (mx.arange(BINS - 1) - classes[..., None]) / _SPREAD
+    return mx.softmax(-0.5 * mx.square(distance), axis=-1)
+
+
+def export(policy: OpenVLA, folder: Path) -> None:
+    """Write the policy in the reference layout to the new `folder`, in float16."""
+    weights = dict(tree_flatten(policy.parameters()))
+    if not all(np.isfinite(np.array(array)).all() for array in weights.values()):
+        raise ValueError("the policy has weights that are not finite")
+    write_checkpoint(weights, folder)
+
+
+def write_checkpoint(weights: dict[str, mx.array], folder: Path) -> None:
+    """MLX-layout tensors and the tokenizer, as OpenVLA is published."""
+    with new_folder(folder) as partial:
+        tensors = {}
+        for name, array in weights.items():
+            if name.endswith("patch_embed.proj.weight"):
+                array = array.transpose(0, 3, 1, 2)
+            tensors[name] = mx.contiguous(array.astype(mx.float16))
+        file = str(partial / "model.safetensors")
+        mx.save_safetensors(file, tensors, metadata={"format": "pt"})
+        write_config(partial, CONFIG)
+        named = {
+            "preprocessor_config.json": PREPROCESSOR,
+            "tokenizer_config.json": _TOKENIZER_CONFIG,
+        }
+        for name, content in named.items():
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        build_tokenizer().save(str(partial / "tokenizer.json"))
+
+
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": 512,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<PAD>",
+}
+
+
+def build_tokenizer():
+    """One token a word: a closed list, as the instructions are."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(_WORDS), behavior="removed", invert=True
+    )
+    tokenizer.add_special_tokens([AddedToken(s, special=True) for s in SPECIAL[:4]])
+    return tokenizer

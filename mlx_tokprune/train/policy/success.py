@@ -1,0 +1,154 @@
+"""Closed-loop success of a policy, by method, budget and task, with intervals.
+
+Seeds are never those of training. All methods meet the same episodes. Rows for random
+actions, a grey picture and the opposite instruction say what success needs.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ...act import Policy
+from ...pruners import Pruner, get_method, list_pruners
+from .worlds import HORIZON, TASKS, World
+
+TEST_SEEDS = 9_000_000  # first seed of the held-out episodes
+BUDGETS = (0.75, 0.5, 0.25, 0.1)
+CONTROLS = ("random actions", "grey picture", "opposite instruction")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a pruner and positions, or a control."""
+
+    label: str
+    pruner: Pruner
+    positions: str = "original"
+
+
+def rows(methods: Iterable[str] | None = None, budgets=BUDGETS) -> list[Row]:
+    """The unpruned policy, every method at every budget, and the controls."""
+    chosen = [m for m in methods or list_pruners() if m != "none"]
+    found = [Row("none", Pruner())]
+    for name in chosen:
+        if get_method(name).counts != "budget":
+            found.append(Row(f"{name} own count", Pruner(name)))
+        if get_method(name).counts != "own":
+            found += [Row(f"{name} {b:g}", Pruner(name, b)) for b in budgets]
+    for budget in (0.5, 0.25):
+        label = f"trimvla {budget:g} contiguous"
+        found.append(Row(label, Pruner("trimvla", budget), "contiguous"))
+    return found + [Row(control, Pruner()) for control in CONTROLS]
+
+
+def measure(
+    model, processor, episodes: int, tasks: Iterable[str], chosen: list[Row], log: Path
+) -> None:
+    """Run `episodes` of each task for each row, a line of JSON in `log` for each.
+
+    Lines that are there already are not measured again.
+    """
+    done = {(line["row"], line["task"]) for line in read_log(log)}
+    for task in tasks:
+        todo = [row for row in chosen if (row.label, task) not in done]
+        worlds = [World(task) for _ in range(episodes)] if todo else []
+        for row in tqdm(todo, desc=task, unit="row", disable=None):
+            result = _run(model, processor, worlds, row)
+            line = {"row": row.label, "task": task, **result}
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _run(model, processor, worlds: list[World], row: Row) -> dict:
+    """All episodes of a task side by side, those that are done left out."""
+    name = worlds[0].task.name
+    first = TEST_SEEDS + 10_000 * list(TASKS).index(name)
+    for number, world in enumerate(worlds):
+        world.reset(first + number)
+    act = _actor(model, processor, row, name)
+    live, steps, kept = worlds, 0, []
+    for _ in range(HORIZON):
+        actions, count = act(np.stack([world.frame() for world in live]))
+        kept.append(count)
+        steps += len(live)
+        still = [not w.step(a) for w, a in zip(live, actions, strict=True)]
+        live = [world for world, alive in zip(live, still, strict=True) if alive]
+        if not live:
+            break
+    return {
+        "success": [bool(world.success) for world in worlds],
+        "steps": steps,
+        "kept": float(np.mean(kept)),
+    }
+
+
+def _actor(model, processor, row: Row, task: str) -> Callable:
+    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that were kept."""
+    if row.label == "random actions":
+        rng = np.random.default_rng(0)
+        return lambda frames: (rng.uniform(-1, 1, (len(frames), 4)), 0)
+    policy = Policy(
+        model, processor, pruner=row.pruner, positions=row.positions, compile=False
+    )
+    instruction = TASKS[task].instruction
+    if row.label == "opposite instruction":
+        other = TASKS[task].opposite or _another(task)
+        instruction = TASKS[other].instruction
+
+    def act(frames: np.ndarray):
+        if row.label == "grey picture":
+            frames = np.full_like(frames, 128)
+        actions = policy.act_on_batch([[frame] for frame in frames], instruction)
+        return actions, policy.kept
+
+    return act
+
+
+def _another(task: str) -> str:
+    """The task that follows, for those without an opposite."""
+    names = list(TASKS)
+    return names[(names.index(task) + 1) % len(names)]
+
+
+def read_log(log: Path) -> list[dict]:
+    """What was measured so far."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def interval(right: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, share = 1.96, right / total
+    centre = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
+    scale = 1 + z * z / total
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def markdown(lines: list[dict], saved: dict[str, float]) -> str:
+    """The table for people: success in percent; `saved`: share of TTFT, by row."""
+    tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
+    head = "| | kept | success (95 %) | TTFT saved | " + " | ".join(tasks) + " |"
+    table = [head, "|---|---:|---:|---:|" + "---:|" * len(tasks)]
+    for label in dict.fromkeys(line["row"] for line in lines):
+        mine = {line["task"]: line for line in lines if line["row"] == label}
+        flat = [won for line in mine.values() for won in line["success"]]
+        low, high = interval(sum(flat), len(flat))
+        kept = np.mean([line["kept"] for line in mine.values()])
+        cells = [
+            f"{100 * np.mean(mine[task]['success']):.0f}" if task in mine else ""
+            for task in tasks
+        ]
+        share = f"{100 * saved[label]:.0f} %" if label in saved else ""
+        total = f"{100 * np.mean(flat):.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        kept_text = f"{kept:.0f}" if kept else ""
+        table.append(
+            f"| {label} | {kept_text} | {total} | {share} | {' | '.join(cells)} |"
+        )
+    return "\n".join(table)
