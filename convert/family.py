@@ -87,13 +87,7 @@ class Family:
             model = self.build(config, False)
         except InputError:
             raise
-        except (
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-        ) as e:
+        except _MISFITS as e:
             raise InputError(
                 f"config.json does not describe a {self.name} model ({e})"
             ) from None

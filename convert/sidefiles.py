@@ -114,16 +114,19 @@ def _read(path: Path) -> dict[str, mx.array]:
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
         raise InputError(
-            f"{path} does not hold plain tensors and is refused ({reason})"
+            f"{path} is damaged or holds more than tensors, and is refused; expected "
+            "what torch.save makes of a state_dict"
         ) from None
     plain = isinstance(state, dict) and all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     )
     if not plain:
-        raise InputError(f"{path} does not hold a flat table of tensors and is refused")
+        raise InputError(
+            f"{path} does not hold a flat table of tensors and is refused; expected "
+            "what torch.save makes of a state_dict"
+        )
     return {
         name.removeprefix("module."): _to_mlx(tensor) for name, tensor in state.items()
     }

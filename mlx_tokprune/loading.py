@@ -188,7 +188,9 @@ def load_tokenizer(folder: Path, config: dict):
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        return load_mlx_lm_tokenizer(folder, eos_token_ids=stops)
+        # Otherwise transformers asks on the terminal whether to run the checkpoint's code.
+        safe = {"trust_remote_code": False}
+        return load_mlx_lm_tokenizer(folder, safe, eos_token_ids=stops)
     except Exception as error:  # tokenizers raises bare Exception on a bad file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None

@@ -36,6 +36,7 @@ class ViTConfig:
     layer_scale: bool = False
     pre_norm: bool = False
     quick_gelu: bool = False
+    norm_eps: float = 1e-6
 
     @property
     def side(self) -> int:
@@ -53,7 +54,10 @@ class ViTConfig:
 
 _DINOV2 = {"patch_size": 14, "class_token": True, "layer_scale": True}
 _SIGLIP = {"patch_size": 14, "embed_dim": 1152, "depth": 27, "num_heads": 16}
-_CLIP = {"patch_size": 14, "class_token": True, "embeds_class": True, "pre_norm": True}
+_CLIP = {
+    **{"patch_size": 14, "class_token": True, "embeds_class": True, "pre_norm": True},
+    "norm_eps": 1e-5,
+}
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _KNOWN: dict[str, dict] = {
     "vit_large_patch14_reg4_dinov2": _DINOV2 | _LARGE | {"reg_tokens": 4},
@@ -113,6 +117,10 @@ def _check(config: ViTConfig) -> None:
         raise InputError(f"config.json gives a vision tower mlp_ratio {ratio!r}")
     if not isinstance(extra, int) or not 0 <= extra < 1 << 10:
         raise InputError(f"config.json gives a vision tower reg_tokens {extra!r}")
+    if not isinstance(config.norm_eps, float) or not 0 < config.norm_eps < 1:
+        raise InputError(
+            f"config.json gives a vision tower norm_eps {config.norm_eps!r}"
+        )
     if config.depth < 2:
         raise InputError(
             f"config.json gives a vision tower of depth {config.depth}; expected at "
@@ -197,8 +205,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig, film_dim: int | None):
         super().__init__()
-        dim = config.embed_dim
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        dim, eps = config.embed_dim, config.norm_eps
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=eps) for _ in range(2))
         self.attn, self.mlp = Attention(config), Mlp(config)
         if config.layer_scale:
             self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
@@ -242,11 +250,11 @@ class ViT(nn.Module):
         if config.reg_tokens:
             self.reg_token = mx.zeros((1, config.reg_tokens, dim))
         if config.pre_norm:
-            self.norm_pre = nn.LayerNorm(dim, eps=1e-6)
+            self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps)
         depth = config.depth if complete else config.depth - 1
         self.blocks = [Block(config, film_dim) for _ in range(depth)]
         if complete:
-            self.norm = nn.LayerNorm(dim, eps=1e-6)
+            self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
 
     def _embed(self, pixels: mx.array) -> mx.array:
         """(B, S, S, 3) -> (B, prefix + N, C), positions added."""

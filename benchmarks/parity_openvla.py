@@ -1,0 +1,563 @@
+"""OpenVLA, OpenVLA-OFT and Prismatic beside timm, transformers and torch.
+
+    pip install torch transformers -e .
+    pip install --no-deps timm torchvision
+    python benchmarks/parity_openvla.py [--layers 4] [--hidden 512] [--heads 8]
+
+Towers of full size, a smaller Llama, random weights, one picture. The torch side makes
+its own pixels, features, sequence and actions; only the token ids of the prompt, OFT's
+pixels and what `trimvla` keeps are ours. Prints the largest difference of each stage
+relative to the largest value; exits 1 when one exceeds 1e-3 or ids differ. Needs 8 GB.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import mlx_tokprune
+from mlx_tokprune import InputError, Pruner, control
+from mlx_tokprune.act import predict_action
+from mlx_tokprune.convert import convert
+from mlx_tokprune.image import load_image, preprocess_naive
+
+import mlx.core as mx  # isort: skip
+
+DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
+DINO = "vit_large_patch14_reg4_dinov2"
+SIGLIP = "vit_so400m_patch14_siglip_224"
+CLIP = "vit_large_patch14_clip_224"
+INSTRUCTION = "put the carrot on the plate"
+PATCHES, CHUNK, NUMBERS, STATE, STOP = 256, 8, 7, 8, 2
+SLOTS = CHUNK * NUMBERS
+LIMIT = 1e-3
+
+
+class Report:
+    """Prints comparisons and counts those that failed."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def line(self, name: str, right: bool, result: str) -> None:
+        self.failed += not right
+        print(f"{name:<42} {result}{'' if right else '   FAILED'}", flush=True)
+
+    def close(self, name: str, ours, theirs) -> None:
+        """max |a - b| / max |b|"""
+        ours, theirs = (np.array(x).astype(np.float64) for x in (ours, theirs))
+        same = ours.shape == theirs.shape
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max() if same else np.nan
+        self.line(name, error <= LIMIT, f"{error:.1e}")
+
+    def equal(self, name: str, ours, theirs) -> None:
+        ours, theirs = (
+            x if isinstance(x, list) else list(map(int, x)) for x in (ours, theirs)
+        )
+        shown = f" {ours}" if len(str(ours)) < 60 else ""
+        self.line(
+            name, ours == theirs, f"{'equal' if ours == theirs else 'differ'}{shown}"
+        )
+
+
+# The torch side ---------------------------------------------------------------------
+
+
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def repair_torchvision() -> None:
+    """Declare the operators that a torchvision built for another torch lacks.
+
+    They are never called; without them neither timm nor transformers can be imported.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            types = "Tensor dets, Tensor scores, float iou_threshold"
+            _LIBRARY.define(f"{name}({types}) -> Tensor")
+
+
+def randomize(module: nn.Module, seed: int) -> nn.Module:
+    """Random parameters whose activations stay near 1, and in the embeddings near 0.02.
+
+    Those are small as in trained models, so that the epsilon of each norm shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("gamma"):
+            value = 0.1 + 0.9 * value.abs().clamp(max=1)
+        elif parameter.ndim == 1:
+            value = 1 + 0.1 * value if name.endswith("weight") else 0.02 * value
+        elif "proj" in name or "fc" in name or "qkv" in name or "lm_head" in name:
+            value /= parameter[0].numel() ** 0.5
+        if "embed" in name or "token" in name:
+            value *= 0.02
+        parameter.copy_(value)
+    return module.eval()
+
+
+class Tower:
+    """A tower of timm with Prismatic's normalisation; `act`: its activation."""
+
+    def __init__(self, timm_id: str, mean: list, std: list, act: str | None = None):
+        import timm
+
+        extra = {"act_layer": act} if act else {}
+        sizes = {"img_size": 224, "num_classes": 0}
+        model = timm.create_model(timm_id, **sizes, **extra)
+        self.model, self.id, self.act = randomize(model, len(timm_id)), timm_id, act
+        self.mean, self.std = mean, std
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) in [0, 1] -> normalised."""
+        from torchvision.transforms import functional
+
+        return functional.normalize(pixels, self.mean, self.std)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Patch tokens of the second to last block, without the final norm."""
+        last = len(self.model.blocks) - 2
+        pixels = self.normalize(pixels)
+        return self.model.get_intermediate_layers(pixels, n={last})[0]
+
+
+class Projector(nn.Module):
+    def __init__(self, inputs: int, hidden: int, fused: bool):
+        super().__init__()
+        sizes = [inputs, *([4 * inputs] if fused else []), hidden, hidden]
+        for i, (before, after) in enumerate(pairwise(sizes)):
+            setattr(self, f"fc{i + 1}", nn.Linear(before, after))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, *rest = self.children()
+        x = first(x)
+        for layer in rest:
+            x = layer(nn.functional.gelu(x))
+        return x
+
+
+class Residual(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.ffn(x)
+
+
+class MLPResNet(nn.Module):
+    """OpenVLA-OFT's action head."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(NUMBERS * hidden)
+        self.fc1 = nn.Linear(NUMBERS * hidden, hidden)
+        self.mlp_resnet_blocks = nn.ModuleList([Residual(hidden), Residual(hidden)])
+        self.layer_norm2 = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, NUMBERS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.fc1(self.layer_norm1(x)))
+        for block in self.mlp_resnet_blocks:
+            x = block(x)
+        return self.fc2(self.layer_norm2(x))
+
+
+def make_language(args: argparse.Namespace) -> nn.Module:
+    """A Llama that prefers action tokens, the last 256 before the padding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 43 // 16,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads,
+        attn_implementation="eager",
+    )
+    language = randomize(LlamaForCausalLM(config), 1)
+    language.lm_head.weight[31744:32000] *= 2
+    return language
+
+
+def hidden_states(language, embeddings, positions, full: bool) -> torch.Tensor:
+    """(1, T, D) after the final norm; full: without a causal mask."""
+    size = embeddings.shape[1]
+    # Without any mask, transformers takes gaps in the positions for packed sequences.
+    mask = torch.zeros(1, 1, size, size) if full else torch.ones(1, size)
+    return language.model(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        position_ids=positions[None],
+        use_cache=False,
+    ).last_hidden_state
+
+
+def places(kept: torch.Tensor, total: int, after: int) -> torch.Tensor:
+    """Positions of `<s>`, the kept tokens of `total`, and `after` tokens more."""
+    return torch.cat([torch.zeros(1).long(), 1 + kept, 1 + total + torch.arange(after)])
+
+
+def embed(language, ids) -> torch.Tensor:
+    return language.model.embed_tokens(torch.tensor([list(ids)]))
+
+
+def act(language, start: int, prompt, visual, kept) -> tuple[torch.Tensor, list[int]]:
+    """Logits after the prompt and seven greedy ids, without a cache."""
+    ids, logits = [], None
+    for _ in range(NUMBERS):
+        after = embed(language, [*prompt, *ids])
+        x = torch.cat([embed(language, [start]), visual[:, kept], after], dim=1)
+        positions = places(kept, PATCHES, after.shape[1])
+        state = hidden_states(language, x, positions, full=False)[:, -1]
+        scores = language.lm_head(state)
+        logits = scores if logits is None else logits
+        ids.append(int(scores.argmax()))
+    return logits, ids
+
+
+def regress(language, head, start: int, prompt, visual, kept, state) -> torch.Tensor:
+    """OpenVLA-OFT's chunk (8, 7) of normalised actions; `state` is one token."""
+    prompt, stop = embed(language, prompt), embed(language, [STOP])
+    slots = torch.zeros(1, SLOTS, prompt.shape[-1])
+    tail = torch.cat([state[:, None], prompt, slots, stop], dim=1)
+    x = torch.cat([embed(language, [start]), visual[:, kept], tail], dim=1)
+    positions = places(kept, visual.shape[1], tail.shape[1])
+    states = hidden_states(language, x, positions, full=True)
+    first = 1 + len(kept) + 1 + prompt.shape[1] - 1  # one before the first slot
+    return head(states[:, first : first + SLOTS].reshape(CHUNK, -1))
+
+
+def largest(features: torch.Tensor, keep: int) -> torch.Tensor:
+    """(n, N, C) -> the `keep` tokens of largest norm of each picture, in order."""
+    chosen = features.norm(dim=-1).topk(keep).indices.sort().values
+    return (chosen + features.shape[1] * torch.arange(len(features))[:, None]).ravel()
+
+
+def to_units(values, entry: dict, epsilon: float = 0) -> np.ndarray:
+    low, high = np.array(entry["q01"]), np.array(entry["q99"])
+    scaled = 0.5 * (values + 1) * (high - low + epsilon) + low
+    return np.where(entry["mask"], scaled, values)
+
+
+def bins(ids: list[int]) -> np.ndarray:
+    """OpenVLA's action tokens -> [-1, 1]."""
+    edges = np.linspace(-1, 1, 256)
+    centers = (edges[:-1] + edges[1:]) / 2
+    return centers[np.clip(32000 - np.array(ids) - 1, 0, 254)]
+
+
+# Checkpoints ------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    report: Report, folder: Path, towers: list[Tower], projector, language
+) -> dict:
+    """A checkpoint in OpenVLA's layout; returns its config."""
+    with gzip.open(DATA / "manifests" / "OpenVLA-7B.json.gz") as file:
+        manifest = json.load(file)
+    text = language.config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    config = manifest["config"] | {
+        "use_fused_vision_backbone": len(towers) > 1,
+        "image_sizes": [224] * len(towers),
+        "timm_model_ids": [tower.id for tower in towers],
+        "timm_override_act_layers": [tower.act for tower in towers],
+        "empty_token_id": 5,
+        "text_config": manifest["config"]["text_config"]
+        | {name: getattr(text, name) for name in names},
+    }
+    means, stds = [t.mean for t in towers], [t.std for t in towers]
+    tensors = {f"language_model.{k}": v for k, v in language.state_dict().items()}
+    tensors |= {f"projector.{k}": v for k, v in projector.state_dict().items()}
+    parts = ("featurizer", "fused_featurizer")
+    for part, tower in zip(parts, towers, strict=False):
+        for name, tensor in tower.model.state_dict().items():
+            name = name.replace(".gamma", ".scale_factor")
+            tensors[f"vision_backbone.{part}.{name}"] = tensor
+    if len(towers) > 1:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        ours, theirs = _vision(shapes), _vision(manifest["tensors"])
+        report.equal("names and shapes of the towers", ours, theirs)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    preprocessor = {
+        "means": means,
+        "stds": stds,
+        "image_resize_strategy": "resize-naive",
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DATA / "openvla-tiny" / name, folder)
+    return config
+
+
+def _vision(tensors: dict) -> list:
+    return sorted(item for item in tensors.items() if item[0].startswith("vision"))
+
+
+def write_oft(folder: Path, source: Path, head, state_projector) -> dict:
+    """The policy of `source` as an OpenVLA-OFT one; returns its statistics."""
+    folder.mkdir()
+    for path in source.iterdir():
+        os.link(path, folder / path.name)
+    for part, module in {
+        "action_head": {f"model.{k}": v for k, v in head.state_dict().items()},
+        "proprio_projector": state_projector.state_dict(),
+    }.items():
+        state = {f"module.{name}": tensor for name, tensor in module.items()}
+        torch.save(state, folder / f"{part}--1_checkpoint.pt")
+    random = np.random.default_rng(2)
+    statistics = {}
+    for part, size in (("action", NUMBERS), ("proprio", STATE)):
+        low = random.uniform(-1, 0, size)
+        high = low + random.uniform(0.5, 1, size)
+        mask = [True] * (size - 1) + [part == "proprio"]
+        entry = {"q01": low.tolist(), "q99": high.tolist(), "mask": mask}
+        statistics[part] = entry
+    everything = {"libero_spatial_no_noops": statistics}
+    (folder / "dataset_statistics.json").write_text(json.dumps(everything))
+    return statistics
+
+
+# Comparisons ------------------------------------------------------------------------
+
+
+def compare_policy(
+    report: Report, label: str, folder: Path, towers: list[Tower], language, seed: int
+):
+    """One OpenVLA or Prismatic checkpoint; the towers are emptied after their turn.
+
+    Returns the projector and the features of OFT's two pictures, for fused towers.
+    """
+    from torchvision.transforms import functional
+
+    picture = make_picture(seed)
+    resized = functional.resize(
+        Image.fromarray(picture), [224, 224], functional.InterpolationMode.BICUBIC
+    )
+    pixels = functional.to_tensor(resized)[None]
+    normalized = [tower.normalize(pixels) for tower in towers]
+    features = [tower(pixels) for tower in towers]
+    oft = None
+    if len(towers) > 1:
+        some = torch.from_numpy(oft_pixels()).permute(0, 3, 1, 2)
+        oft = torch.cat([tower(some) for tower in towers], dim=-1)
+    channels = sum(part.shape[-1] for part in features)
+    hidden = language.config.hidden_size
+    projector = randomize(Projector(channels, hidden, len(towers) > 1), 3)
+    config = write_checkpoint(report, folder, towers, projector, language)
+    names = [tower.id for tower in towers]
+    towers.clear()  # half of the memory
+
+    model, processor = mlx_tokprune.load(folder, dtype=mx.float32)
+    start, prompt = processor.prompt(INSTRUCTION)
+    observation = control.observe(processor, [load_image(picture)], INSTRUCTION)
+    seen = control.encode(model, observation)
+    at = 0
+    for i, name in enumerate(names):
+        ours = (observation.pixels - mx.array(model.args.means[i])) / mx.array(
+            model.args.stds[i]
+        )
+        report.close(f"{label} pixels {name}", ours, normalized[i].permute(0, 2, 3, 1))
+        size = features[i].shape[-1]
+        ours = seen.tokens[..., at : at + size]
+        report.close(f"{label} features {name}", ours, features[i])
+        at += size
+    features = torch.cat(features, dim=-1)
+    visual = projector(features)
+    report.close(f"{label} projected", model.project(seen.tokens), visual)
+
+    entry = config["norm_stats"]["bridge_orig"]["action"]
+    everything = torch.arange(PATCHES)
+    cases = {"all": (Pruner("none"), everything)}
+    cases["norm 0.5"] = (
+        Pruner("norm", keep_ratio=0.5),
+        largest(features, PATCHES // 2),
+    )
+    theirs = {}
+    for case, (pruner, kept) in cases.items():
+        theirs[case] = act(language, start, prompt, visual, kept)
+        logits, ids = theirs[case]
+        patches = control.see(model, observation, pruner, seen)
+        report.equal(f"{label} {case} kept", patches.indices[0], kept)
+        sequence = control.assemble(model, observation, patches, "original")
+        with model.positions.using(sequence.positions):
+            states = model.hidden_states(sequence.embeddings, "causal", None)
+        ours = model.logits(states[:, -1])
+        report.close(f"{label} {case} logits", ours, logits)
+        asked = {"pruner": pruner, "positions": "original"}
+        action = predict_action(model, processor, [picture], INSTRUCTION, **asked)
+        report.equal(f"{label} {case} ids", action.token_ids, ids)
+        report.close(
+            f"{label} {case} action", action.values, to_units(bins(ids), entry)
+        )
+    del model, seen, patches, sequence, states, ours, action
+    if len(names) > 1:
+        compare_converted(report, label, folder, picture, theirs["all"], entry)
+    return projector, oft
+
+
+def compare_converted(report, label, folder, picture, theirs, entry) -> None:
+    """The same through `convert`, unpruned."""
+    mx.clear_cache()
+    target = convert(str(folder), str(folder.with_name("converted")))
+    model, processor = mlx_tokprune.load(target, dtype=mx.float32)
+    action = predict_action(model, processor, [picture], INSTRUCTION)
+    observation = control.observe(processor, [load_image(picture)], INSTRUCTION)
+    sequence = control.assemble(model, observation, action.patches, "original")
+    states = model.hidden_states(sequence.embeddings, "causal", None)
+    logits, ids = theirs
+    report.close(f"{label} converted logits", model.logits(states[:, -1]), logits)
+    report.equal(f"{label} converted ids", action.token_ids, ids)
+    report.close(f"{label} converted action", action.values, to_units(bins(ids), entry))
+    shutil.rmtree(target)
+
+
+def compare_oft(report, folder, source, language, projector, features) -> None:
+    """OpenVLA-OFT: two pictures, robot state, full attention, a chunk of actions."""
+    hidden = language.config.hidden_size
+    head = randomize(MLPResNet(hidden), 4)
+    layers = {"fc1": nn.Linear(STATE, hidden), "gelu": nn.GELU()}
+    layers["fc2"] = nn.Linear(hidden, hidden)
+    state_projector = nn.Sequential()
+    for name, layer in layers.items():
+        state_projector.add_module(name, layer)
+    randomize(state_projector, 5)
+    statistics = write_oft(folder, source, head, state_projector)
+    proprio = np.random.default_rng(6).uniform(-1, 1, STATE)
+    low, high = (np.array(statistics["proprio"][n]) for n in ("q01", "q99"))
+    state = np.clip(2 * (proprio - low) / (high - low + 1e-8) - 1, -1, 1)
+    state = state_projector(torch.from_numpy(state[None]).float())
+
+    model, processor = mlx_tokprune.load(folder, dtype=mx.float32)
+    start, prompt = processor.prompt(INSTRUCTION)
+    visual = projector(features).reshape(1, 2 * PATCHES, -1)
+    for case, pruner in {
+        "all": Pruner("none"),
+        "norm 0.5": Pruner("norm", keep_ratio=0.5),
+        "trimvla 0.25": Pruner("trimvla", keep_ratio=0.25),
+    }.items():
+        action = predict_action(
+            *(model, processor, oft_pictures(), INSTRUCTION),
+            **{"proprio": proprio, "pruner": pruner, "positions": "original"},
+        )
+        kept = torch.from_numpy(np.array(action.patches.indices[0])).long()
+        if case == "norm 0.5":
+            report.equal(f"OFT {case} kept", kept, largest(features, PATCHES // 2))
+        chunk = regress(language, head, start, prompt, visual, kept, state)
+        report.close(f"OFT {case} normalized ({len(kept)})", action.normalized, chunk)
+        theirs = to_units(chunk.numpy(), statistics["action"], 1e-8)
+        report.close(f"OFT {case} chunk", action.values, theirs)
+
+
+def check_full_attention(report: Report, language) -> None:
+    """The mask of zeros lets an early state see the last token; `None` does not."""
+    x = torch.randn(2, 8, language.config.hidden_size) * 0.02
+    x[1, :-1] = x[0, :-1]
+    for full in (True, False):
+        first = [
+            hidden_states(language, x[i : i + 1], torch.arange(8), full)[0, 0]
+            for i in range(2)
+        ]
+        moved = float((first[0] - first[1]).abs().max())
+        name = f"transformers {'zeros' if full else 'causal'} mask, move of state 0"
+        report.line(name, (moved > 0) == full, f"{moved:.1e}")
+
+
+class Stranger:
+    """Not a tensor."""
+
+
+def check_refusals(report: Report, folder: Path) -> None:
+    """Pickles that hold more than tensors are refused in one line."""
+    shutil.copytree(DATA / "openvla-tiny", folder)
+    for name, content in {
+        "a class": {"a": Stranger()},
+        "a bare object": {"x": [1, object()]},
+        "a list": {"x": [1, 2]},
+    }.items():
+        torch.save(content, folder / "action_head--1_checkpoint.pt")
+        try:
+            mlx_tokprune.load(folder)
+            report.line(f"pickle with {name}", False, "was read")
+        except InputError as error:
+            one = "\n" not in str(error)
+            report.line(f"pickle with {name}", one, f"refused: {str(error)[-60:]}")
+
+
+# The picture ------------------------------------------------------------------------
+
+
+def make_picture(seed: int) -> np.ndarray:
+    """(240, 320, 3): coarse and fine noise."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (12, 16, 3)).repeat(20, 0).repeat(20, 1)
+    return ((coarse + random.integers(0, 256, (240, 320, 3))) // 2).astype(np.uint8)
+
+
+def oft_pictures() -> list[Image.Image]:
+    return [load_image(make_picture(seed)) for seed in (11, 12)]
+
+
+def oft_pixels() -> np.ndarray:
+    """Cropped as our processor does; the model is compared, not the crop."""
+    return preprocess_naive(oft_pictures(), 224, 0.9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4, help="of the Llama")
+    parser.add_argument("--hidden", type=int, default=512, help="its width")
+    parser.add_argument("--heads", type=int, default=8, help="its attention heads")
+    args = parser.parse_args()
+    begin = time.perf_counter()
+    repair_torchvision()
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    report, language = Report(), make_language(args)
+    half = [0.5, 0.5, 0.5]
+    imagenet = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    openai = [0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]
+    check_full_attention(report, language)
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp)
+        check_refusals(report, folder / "refused")
+        towers = [Tower(CLIP, *openai, "quick_gelu")]
+        compare_policy(report, "CLIP", folder / "clip", towers, language, 8)
+        shutil.rmtree(folder / "clip")
+        towers = [Tower(SIGLIP, half, half)]
+        compare_policy(report, "SigLIP", folder / "siglip", towers, language, 9)
+        shutil.rmtree(folder / "siglip")
+        towers = [Tower(DINO, *imagenet), Tower(SIGLIP, half, half)]
+        source = folder / "openvla"
+        rest = compare_policy(report, "OpenVLA", source, towers, language, 10)
+        compare_oft(report, folder / "openvla-7b-oft-libero", source, language, *rest)
+    seconds = time.perf_counter() - begin
+    packages = ("torch", "torchvision", "timm", "transformers", "mlx", "mlx-lm")
+    versions = [f"{name} {metadata.version(name)}" for name in packages]
+    print(f"{report.failed} failed in {seconds:.0f} s; {', '.join(versions)}")
+    sys.exit(report.failed > 0)
+
+
+if __name__ == "__main__":
+    main()

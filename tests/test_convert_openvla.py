@@ -1,0 +1,169 @@
+"""Conversion of OpenVLA checkpoints: layouts, quantization, and what is refused."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import DATA, TINY_POLICY, read_manifest, write_headers
+
+from mlx_tokprune import load
+from mlx_tokprune.act import predict_action
+from mlx_tokprune.convert import convert, main
+from mlx_tokprune.convert.checkpoint import Checkpoint
+from mlx_tokprune.convert.command import INT8_WARNING
+from mlx_tokprune.convert.openvla import OPENVLA
+from mlx_tokprune.errors import InputError
+
+PICTURE = TINY_POLICY / "image_0.png"
+INSTRUCTION = "pick up the cup"
+
+
+def edit(folder, name, **changes) -> None:
+    config = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps(config))
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Opens a checkpoint whose headers are those of OpenVLA-7B, after `change`."""
+    read = read_manifest(DATA / "manifests" / "OpenVLA-7B.json.gz")
+
+    def open_changed(change=lambda tensors: None) -> Checkpoint:
+        change(read["tensors"])
+        folder = tmp_path / "full"
+        write_headers(folder, read["tensors"], read["config"])
+        text = json.dumps(read["preprocessor"])
+        (folder / "preprocessor_config.json").write_text(text)
+        return Checkpoint.open(folder)
+
+    return open_changed
+
+
+def test_every_tensor_of_the_full_size_manifest_is_used_once(manifest):
+    opened = manifest()
+    config = OPENVLA.read_config(opened)
+    names = [OPENVLA.rename(n) for n in opened.tensors]
+    used = [n for n in names if n is not None]
+    assert sorted(used) == sorted(OPENVLA.expected_shapes(config))
+    dropped = [n for n in opened.tensors if OPENVLA.rename(n) is None]
+    assert len(dropped) + len(used) == len(opened.tensors)
+    pooling = "vision_backbone.fused_featurizer.attn_pool."
+    assert dropped
+    assert all(n.startswith(pooling) for n in dropped)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("projector.fc3.weight", r"lacks tensor projector\.fc3\.weight"),
+        ("language_model.model.layers.31.mlp.up_proj.weight", "lacks tensor .*31"),
+        ("vision_backbone.featurizer.blocks.22.ls1.scale_factor", "lacks tensor .*22"),
+    ],
+)
+def test_a_missing_tensor_is_named(manifest, tensor, message):
+    opened = manifest(lambda tensors: tensors.pop(tensor))
+    with pytest.raises(InputError, match=message):
+        OPENVLA.read_config(opened)
+
+
+def test_a_tensor_nobody_uses_is_named(manifest):
+    opened = manifest(lambda tensors: tensors.update({"projector.fc4.weight": [4, 4]}))
+    with pytest.raises(InputError, match=r"projector\.fc4\.weight"):
+        OPENVLA.read_config(opened)
+
+
+def test_converting_twice_changes_nothing(tmp_path):
+    once = convert(str(TINY_POLICY), str(tmp_path / "once"))
+    twice = convert(str(once), str(tmp_path / "twice"))
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        assert (once / name).read_bytes() == (twice / name).read_bytes()
+    configs = [json.loads((f / "config.json").read_text()) for f in (once, twice)]
+    assert configs[0] == configs[1]
+    assert "toy_robot" in configs[0]["norm_stats"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_towers_and_projector_stay_float(tmp_path, bits, caplog):
+    target = tmp_path / "q"
+    options = ["-q", "--q-bits", str(bits), "--q-group-size", "32"]
+    main(["--hf-path", str(TINY_POLICY), "--mlx-path", str(target), *options])
+    scales = [n for n in Checkpoint.open(target).tensors if n.endswith(".scales")]
+    assert scales
+    assert all(n.startswith("language_model.") for n in scales)
+    assert (INT8_WARNING in caplog.text) == (bits == 8)
+    action = predict_action(*load(target), [PICTURE], INSTRUCTION)
+    assert len(action.token_ids) == 7
+
+
+@pytest.fixture
+def one_tower(policy_checkpoint):
+    """A Prismatic checkpoint with the tiny policy's SigLIP tower alone."""
+    file = str(policy_checkpoint / "model.safetensors")
+    kept = {}
+    for name, array in mx.load(file).items():
+        if name.startswith(("vision_backbone.featurizer.", "projector.")):
+            continue
+        name = name.replace("fused_featurizer", "featurizer")
+        kept[name] = mx.array(array)
+    for name, shape in (("fc1", (96, 64)), ("fc2", (96, 96))):
+        key = mx.random.key(shape[1])
+        kept[f"projector.{name}.weight"] = 0.1 * mx.random.normal(shape, key=key)
+        kept[f"projector.{name}.bias"] = mx.zeros((96,))
+    mx.eval(kept)
+    mx.save_safetensors(file, kept)
+    config = json.loads((policy_checkpoint / "config.json").read_text())
+    tower = config["vision_config"]["fused_featurizer"]
+    edit(
+        policy_checkpoint,
+        "config.json",
+        use_fused_vision_backbone=False,
+        arch_specifier="no-align+gelu-mlp",
+        image_sizes=[112],
+        timm_model_ids=config["timm_model_ids"][1:],
+        timm_override_act_layers=[None],
+        vision_config={"featurizer": tower},
+    )
+    means = json.loads((policy_checkpoint / "preprocessor_config.json").read_text())
+    edit(
+        policy_checkpoint,
+        "preprocessor_config.json",
+        use_fused_vision_backbone=False,
+        **{key: means[key][1:] for key in ("means", "stds")},
+    )
+    return policy_checkpoint
+
+
+def test_a_single_tower_is_the_same_tower(one_tower, tmp_path, tiny_policy):
+    target = convert(str(one_tower), str(tmp_path / "mlx"))
+    model, processor = load(target)
+    pixels = mx.random.uniform(shape=(1, 112, 112, 3), key=mx.random.key(0))
+    alone = model.encode(pixels).tokens
+    assert alone.shape == (1, 64, 64)
+    together = tiny_policy[0].encode(pixels).tokens[..., 48:]
+    assert mx.allclose(alone, together, rtol=1e-5, atol=1e-5)
+    action = predict_action(model, processor, [PICTURE], INSTRUCTION)
+    assert np.isfinite(action.values).all()
+
+
+def test_pickles_that_are_not_plain_tensors_are_refused(policy_checkpoint, capsys):
+    """Without torch the sentence says what to install; with it the file is refused."""
+    (policy_checkpoint / "action_head--1_checkpoint.pt").write_bytes(b"\x80\x04.")
+    target = policy_checkpoint.parent / "mlx"
+    with pytest.raises(SystemExit) as stop:
+        main(["--hf-path", str(policy_checkpoint), "--mlx-path", str(target)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "and is refused" in error or "mlx-tokprune[oft]" in error
+    assert error.count("\n") == 1
+    assert not target.exists()
+
+
+def test_the_checkpoint_s_own_code_is_never_asked_about(policy_checkpoint, monkeypatch):
+    """`auto_map` makes transformers ask on the terminal, unless it is told not to."""
+    auto_map = {"AutoConfig": "configuration_prismatic.OpenVLAConfig"}
+    edit(policy_checkpoint, "config.json", auto_map=auto_map)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt))
+    load(policy_checkpoint)
+    assert not asked
