@@ -4,6 +4,10 @@
 >>> model, processor = load("FastVLM-0.5B-mlx")
 >>> generate(model, processor, ["photo.jpg"], "What is this?",
 ...          pruner=Pruner("norm", keep_ratio=0.5))
+
+>>> from mlx_tokprune import Policy
+>>> policy = Policy(*load("openvla-7b-mlx"), pruner=Pruner("trimvla", keep_ratio=0.5))
+>>> policy(["frame.png"], "open the drawer")
 """
 
 import warnings
@@ -17,6 +21,7 @@ warnings.filterwarnings(
     "ignore", ".*found in sys.modules after import", RuntimeWarning, "runpy"
 )
 
+from .act import Policy, predict_action  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .features import Features, Selection, StageTimes  # noqa: E402
 from .generate import generate, stream_generate  # noqa: E402
@@ -28,11 +33,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Features",
     "InputError",
+    "Policy",
     "Pruner",
     "Selection",
     "StageTimes",
     "generate",
     "list_pruners",
     "load",
+    "predict_action",
     "stream_generate",
 ]

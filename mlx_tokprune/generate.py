@@ -29,6 +29,7 @@ from .commands import (
 from .demo import CHECKPOINT, PICTURES
 from .errors import InputError, Parser, command
 from .image import load_image
+from .models.openvla import OpenVLA
 from .pipeline import POSITIONS, Prefill, VisualTokens, assemble, measure_stages, see
 from .pruners import Pruner, check_seed
 
@@ -75,6 +76,11 @@ def stream_generate(
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
     _check(images, positions, max_tokens, temp, top_p, seed)
+    if isinstance(model, OpenVLA):
+        raise InputError(
+            "this model answers in actions, not in words; use mlx_tokprune.act, or "
+            "give a FastVLM checkpoint"
+        )
     if pruner.stage != "vision":
         raise InputError(
             f"method {pruner.method!r} looks at the prompt, which only policies can do "

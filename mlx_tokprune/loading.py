@@ -188,14 +188,16 @@ def load_tokenizer(folder: Path, config: dict):
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        # Otherwise transformers asks on the terminal whether to run the checkpoint's code.
+        # Else transformers asks on the terminal whether to run the checkpoint's code.
         safe = {"trust_remote_code": False}
-        return load_mlx_lm_tokenizer(folder, safe, eos_token_ids=stops)
+        tokenizer = load_mlx_lm_tokenizer(folder, safe, eos_token_ids=stops)
     except Exception as error:  # tokenizers raises bare Exception on a bad file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
     finally:
         log.setLevel(level)
+    tokenizer.model_max_length = 1 << 30  # prompts that do not fit are refused here
+    return tokenizer
 
 
 def _check_vocabulary(tokenizer, size: int, folder: Path) -> None:

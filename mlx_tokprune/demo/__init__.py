@@ -1,7 +1,7 @@
-"""The embedded demo: a small FastVLM that we trained, and two pictures to ask about.
+"""The embedded demo: a small FastVLM and a small OpenVLA that we trained, and pictures.
 
-`python -m mlx_tokprune.demo` runs the whole path on it. The checkpoint is stored as
-Apple stores FastVLM, so that the demo converts it like anybody's.
+`python -m mlx_tokprune.demo` runs the whole path on them. The checkpoints are stored as
+their families are published, so that the demo converts them like anybody's.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,10 @@ class Picture:
     answer: str
 
 
-POLICY_FRAME = Picture(FOLDER / "frame.png", "open the drawer", "")
+# Meta-World's drawer, seed 7, after six steps of the expert, and what it does next.
+POLICY_FRAME = Picture(
+    FOLDER / "frame.png", "open the drawer", "-0.09 +0.10 -0.58 -1.00"
+)
 PICTURES = (
     Picture(FOLDER / "scene_0.png", "What does the sign say?", "EAST"),
     Picture(FOLDER / "scene_1.png", "Is the blue square above the cross?", "yes"),

@@ -54,8 +54,10 @@ def measure(
     Lines that are there already are not measured again.
     """
     done = {(line["row"], line["task"]) for line in read_log(log)}
+    worlds: list[World] = []
     for task in tasks:
         todo = [row for row in chosen if (row.label, task) not in done]
+        worlds.clear()  # before there are new ones, whose frames closing could spoil
         worlds = [World(task) for _ in range(episodes)] if todo else []
         for row in tqdm(todo, desc=task, unit="row", disable=None):
             result = _run(model, processor, worlds, row)

@@ -10,6 +10,7 @@ al., 2025, arXiv:2505.11289). Needs the extra `sim` and a software renderer
 
 import os
 import platform
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,7 @@ class World:
         # Goal markers would say what the instruction should.
         env.model.site_rgba[:, 3] = 0
         self._renderer = mujoco.Renderer(env.model, SIZE, SIZE)
+        weakref.finalize(self, self._renderer.close)  # OpenGL may be gone by __del__
         self.success = False
 
     def reset(self, seed: int) -> None:

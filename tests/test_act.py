@@ -1,0 +1,127 @@
+"""The command `mlx_tokprune.act`: what it prints, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY, TINY_POLICY, copy_policy
+
+from mlx_tokprune import InputError, Pruner, load, predict_action
+from mlx_tokprune.act import main
+from mlx_tokprune.generate import main as generate_main
+
+PICTURE = str(TINY_POLICY / "image_0.png")
+INSTRUCTION = "pick up the cup"
+ASK = ["--model", str(TINY_POLICY), "--image", PICTURE, "--instruction", INSTRUCTION]
+PROMISED = {
+    *("action", "normalized_action", "token_ids", "visual_tokens", "kept_indices"),
+    *("stages_ms", "ttft_ms", "total_ms", "actions_per_second", "peak_memory_mb"),
+    *("method", "keep", "positions", "device"),
+}
+
+
+@pytest.fixture
+def two_data_sets(tmp_path):
+    """The tiny policy with two sets of statistics, the second of twice the range."""
+    folder = copy_policy(tmp_path / "two")
+    config = json.loads((folder / "config.json").read_text())
+    first = config["norm_stats"]["toy_robot"]["action"]
+    double = {k: (2 * np.array(first[k])).tolist() for k in ("q01", "q99")}
+    second = {"action": first | double}
+    config["norm_stats"] = {"toy_robot": {"action": first}, "big_robot": second}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_json_has_what_is_promised(capsys):
+    main([*ASK, "--method", "norm", "--keep-ratio", "0.25", "--runs", "1", "--json"])
+    captured = capsys.readouterr()
+    record = json.loads(captured.out)
+    assert record.keys() >= PROMISED
+    assert record["visual_tokens"], record["keep"] == (64, 16)
+    stages = {"preprocess", "vision", "prune", "project", "prefill", "decode"}
+    assert record["stages_ms"].keys() == stages
+    assert 0 < record["ttft_ms"] <= record["total_ms"]
+    assert "actions/s" in captured.err
+
+
+def test_the_data_set_gives_the_units(two_data_sets):
+    asked = (*load(two_data_sets), [PICTURE], INSTRUCTION)
+    small = predict_action(*asked, unnorm_key="toy_robot")
+    large = predict_action(*asked, unnorm_key="big_robot")
+    assert np.array_equal(small.normalized, large.normalized)
+    # The last number, the gripper, is masked: it has no units.
+    np.testing.assert_allclose(large.values[:-1], 2 * small.values[:-1])
+    assert large.values[-1] == small.values[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--unnorm-key", "toy_robt"], "toy_robot"),
+        (["--instruction", ""], "the instruction is empty"),
+        (["--instruction", "  "], "the instruction is empty"),
+        (["--instruction", "go " * 4000], "the instruction is too long"),
+        (["--instruction", "\udcff"], "not valid Unicode"),
+        (["--image", PICTURE], "looks at 1 picture; 2 given"),
+        (["--image", "nowhere.png"], "'nowhere.png' does not exist"),
+        (["--proprio", "1", "2"], "reads no robot state"),
+        (["--keep-ratio", "0"], "keep ratio 0 is outside (0, 1]"),
+        (["--keep-tokens", "65"], "cannot keep 65 visual tokens; there are 64"),
+        (["--method", "trimvl"], "Did you mean 'trimvla'?"),
+        (["--method", "lightvla", "--keep-ratio", "0.5"], "lightvla"),
+        (["--coverage", "2"], "coverage 2 is outside (0, 1]"),
+        (
+            ["--method", "norm", "--keep-ratio", "0.5", "--coverage", "0.5"],
+            "takes no options, not 'coverage'",
+        ),
+        (["--model", str(TINY)], "answers in words"),
+        (["--model", "nowhere"], "nowhere does not exist"),
+        (["--runs", "0"], "cannot time 0 runs"),
+        (["--overlay", PICTURE], "would overwrite the picture"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main([*ASK, *options])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_an_ambiguous_data_set_lists_the_keys(two_data_sets, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(two_data_sets), *ASK[2:]])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "toy_robot" in error
+    assert "big_robot" in error
+
+
+def test_an_instruction_is_needed(capsys):
+    with pytest.raises(SystemExit):
+        main(ASK[:4])
+    assert "no instruction was given" in capsys.readouterr().err
+
+
+def test_generate_refuses_policies_and_their_pruners(capsys):
+    picture = ["--image", PICTURE, "--prompt", "Hi"]
+    for options, message in (
+        (["--model", str(TINY_POLICY)], "mlx_tokprune.act"),
+        (["--model", str(TINY), "--method", "trimvla", "--keep-ratio", "0.5"], "act"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            generate_main([*options, *picture])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_no_statistics_are_named(tmp_path):
+    folder = copy_policy(tmp_path / "none")
+    config = json.loads((folder / "config.json").read_text())
+    config["norm_stats"] = {}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="norm_stats"):
+        predict_action(*load(folder), [PICTURE], INSTRUCTION, pruner=Pruner())
