@@ -99,13 +99,13 @@ class Trainer:
         """Goes on from what the folder holds to the end of the plan."""
         self._demonstrate()
         update = self._compile()
-        plan, episodes = self.plan, self._load()
+        plan, episodes = self.plan, self._load(self.step)
         steps = range(self.step, plan.steps)
         for step in tqdm(steps, desc="cloning", unit="step", disable=None):
             past = step - plan.first_round
             if past >= 0 and past % plan.round_every == 0:
                 self._correct(step)
-                episodes = self._load()
+                episodes = self._load(step)
             self.optimizer.learning_rate = self._rate(step)
             update(self._draw(step, episodes))
             mx.eval(self.policy.parameters(), self.optimizer.state)
@@ -197,7 +197,7 @@ class Trainer:
 
     def _correct(self, step: int) -> None:
         """A round of DAgger with the averaged weights and several budgets."""
-        folder = self.data / f"corrections-{step:06d}"
+        folder = self.data / _corrections(step)
         if folder.exists():
             return
         weights = tree_flatten(self.policy.parameters())
@@ -224,11 +224,15 @@ class Trainer:
 
         return record(self._world(name), seed, act)
 
-    def _load(self) -> list[tuple[Episodes, list]]:
-        """Every folder of episodes, with the rows of each task."""
-        found = []
+    def _load(self, step: int) -> list[tuple[Episodes, list]]:
+        """The folders of episodes up to a step, with the rows of each task.
+
+        Later ones are there when a run goes on from before it was stopped.
+        """
+        found, last = [], _corrections(step)
         for folder in sorted(self.data.iterdir()):
-            if ".partial" not in folder.name:
+            late = folder.name.startswith("corrections") and folder.name > last
+            if ".partial" not in folder.name and not late:
                 some = Episodes.open(folder)
                 tasks = np.array(some.tasks)
                 rows = [np.flatnonzero(tasks == n) for n in range(len(TASKS))]
@@ -260,6 +264,10 @@ class Trainer:
         self.policy.update(tree_unflatten(parts["policy"]))
         self.average = dict(parts["average"])
         self.optimizer.state = tree_unflatten(parts["optimizer"])
+
+
+def _corrections(step: int) -> str:
+    return f"corrections-{step:06d}"
 
 
 def _prefixed(part: str, tree) -> dict[str, mx.array]:

@@ -17,7 +17,7 @@ from ...act import Policy
 from ...pruners import Pruner, get_method, list_pruners
 from .worlds import HORIZON, TASKS, World
 
-TEST_SEEDS = 9_000_000  # first seed of the held-out episodes
+TEST_SEEDS = 90_000_000  # first seed of the held-out episodes
 BUDGETS = (0.75, 0.5, 0.25, 0.1)
 CONTROLS = ("random actions", "grey picture", "opposite instruction")
 

@@ -1,0 +1,359 @@
+"""How the demo policy is trained and judged, in worlds that need no simulator."""
+
+import json
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_tokprune import InputError, load
+from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.train.policy import __main__ as program
+from mlx_tokprune.train.policy import (
+    cloning,
+    demonstrations,
+    student,
+    success,
+    worlds,
+)
+from mlx_tokprune.train.policy.demonstrations import Episodes, demonstrate, join
+from mlx_tokprune.train.policy.worlds import SIZE, TASKS
+
+PLAN = cloning.Plan(
+    demonstrations=2,
+    steps=6,
+    batch=4,
+    round_every=2,
+    first_round=3,
+    corrections=1,
+    learning_rate=1e-3,
+)
+
+
+class Corridor:
+    """A world that is won by going where the frame is bright, three steps long."""
+
+    def __init__(self, name: str):
+        self.task = TASKS[name]
+
+    def reset(self, seed: int) -> None:
+        self.seed, self.steps, self.success = seed, 0, False
+        self.side = float(np.random.default_rng(seed).choice([-1, 1]))
+
+    def frame(self) -> np.ndarray:
+        frame = np.zeros((SIZE, SIZE, 3), np.uint8)
+        half = slice(SIZE // 2, None) if self.side > 0 else slice(SIZE // 2)
+        frame[:, half] = 255
+        return frame
+
+    def expert(self) -> np.ndarray:
+        return np.array([self.side, 0, 0, 1], np.float32)
+
+    def step(self, action: np.ndarray) -> bool:
+        self.steps += 1
+        self.success = self.success or (self.steps >= 3 and action[0] * self.side > 0)
+        return self.success
+
+
+@pytest.fixture
+def corridor(monkeypatch):
+    for module in (cloning, success):
+        monkeypatch.setattr(module, "World", Corridor)
+    for module in (demonstrations, success):
+        monkeypatch.setattr(module, "HORIZON", 5)
+
+
+def state(trainer) -> list[mx.array]:
+    return [array for _, array in sorted(trainer.averaged().items())]
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, corridor, monkeypatch):
+    monkeypatch.setattr(cloning, "_SAVE_EVERY", 2)
+    whole = cloning.Trainer(tmp_path / "whole", PLAN)
+    whole.run()
+
+    stopped = cloning.Trainer(tmp_path / "parts", PLAN)
+    draw = stopped._draw
+
+    def fail_late(step, episodes):
+        if step == 5:
+            raise KeyboardInterrupt
+        return draw(step, episodes)
+
+    stopped._draw = fail_late
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    again = cloning.Trainer(tmp_path / "parts", PLAN)
+    assert again.step == 4
+    again.run()
+    for one, other in zip(state(whole), state(again), strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-6)
+    folders = sorted(p.name for p in (tmp_path / "parts" / "episodes").iterdir())
+    assert "corrections-000003" in folders
+    assert "corrections-000005" in folders
+
+
+def batch_of(keep: int, scored: bool, size: int = 8) -> student.Batch:
+    rng = np.random.default_rng(0)
+    prompts = [student.prompt_ids(t.instruction) for t in TASKS.values()][:size]
+    lengths = [len(p) for p in prompts]
+    padded = [p + [student.PAD] * (max(lengths) - len(p)) for p in prompts]
+    return student.Batch(
+        mx.array(rng.random((size, SIZE, SIZE, 3), dtype=np.float32)),
+        mx.array(padded),
+        mx.array(lengths),
+        mx.array(rng.integers(0, 255, (size, 4))),
+        keep,
+        mx.array(rng.gumbel(size=(size, 64)).astype(np.float32)),
+        scored,
+    )
+
+
+@pytest.mark.parametrize(("keep", "scored"), [(64, False), (16, False), (16, True)])
+def test_training_sees_what_acting_sees(keep, scored):
+    """Teacher-forced logits of a padded batch are those of the product's decoding."""
+    from mlx_tokprune import control
+
+    mx.random.seed(0)
+    policy, batch = student.build_policy(), batch_of(keep, scored)
+    processor = student.build_processor()
+    seen = {}
+    logits = policy.logits
+    policy.logits = lambda x: seen.setdefault("logits", logits(x))
+    student.losses(policy, batch)
+    policy.logits = logits
+    features = policy.encode(batch.pixels).tokens
+    indices = student._choose(policy, features, batch)
+    for row, task in enumerate(list(TASKS.values())[:3]):
+        start, prompt = processor.prompt(task.instruction)
+        patches = control.Patches(
+            policy.project(features[row : row + 1])[:, indices[row]],
+            indices[row : row + 1],
+            None,
+            64,
+            (8, 8),
+            None,
+        )
+        observation = control.Observation(
+            batch.pixels[row : row + 1], mx.array([start]), mx.array(prompt), 1
+        )
+        sequence = control.assemble(policy, observation, patches, "original")
+        with policy.positions.using(sequence.positions):
+            states = policy.hidden_states(sequence.embeddings, "causal", None)
+        ours = logits(states[:, -1])[0]
+        assert mx.allclose(ours, seen["logits"][row, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_learning_lowers_the_loss():
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    mx.random.seed(0)
+    policy, batch = student.build_policy(), batch_of(24, True)
+    optimizer = optim.AdamW(1e-3)
+    gradient = nn.value_and_grad(policy, lambda: sum(student.losses(policy, batch)))
+    found = []
+    for _ in range(8):
+        loss, grads = gradient()
+        optimizer.update(policy, grads)
+        mx.eval(policy.parameters(), loss)
+        found.append(loss.item())
+    assert found[-1] < found[0] - 0.5
+
+
+def test_the_second_loss_teaches_queries_and_keys_of_the_first_layer_only():
+    import mlx.nn as nn
+
+    policy, batch = student.build_policy(), batch_of(16, False)
+    gradient = nn.value_and_grad(policy, lambda: student.losses(policy, batch)[1])
+    _, grads = gradient()
+    moved = {n for n, g in tree_flatten(grads) if mx.any(g != 0).item()}
+    first = "language_model.model.layers.0."
+    wanted = {f"{first}self_attn.{p}_proj.weight" for p in "qk"}
+    assert wanted <= moved <= wanted | {f"{first}input_layernorm.weight"}
+
+
+def test_the_tokenizer_gives_the_ids_of_training(tmp_path):
+    target = tmp_path / "policy"
+    student.write_checkpoint(
+        dict(tree_flatten(student.build_policy().parameters())), target
+    )
+    _, processor = load(target)
+    for task in TASKS.values():
+        start, ids = processor.prompt(task.instruction)
+        assert (start, list(ids)) == (1, student.prompt_ids(task.instruction))
+    assert processor.bounds("action", None).low.tolist() == [-1.0] * 4
+    assert sum(p.stat().st_size for p in target.iterdir()) <= 12e6
+
+
+def test_labels_survive_the_bins():
+    actions = np.linspace(-1, 1, 101)
+    ids = student.action_ids(student.action_classes(actions))
+    back = student.build_processor().values(ids)
+    assert np.abs(back - actions).max() <= 1 / 255
+
+
+def test_demonstrations_are_labelled_with_clean_actions(tmp_path):
+    world = Corridor("hammer")
+    some = demonstrate(world, 3)
+    assert (np.abs(some.actions[:, 0]) == 1).all()
+    again = demonstrate(world, 3)
+    assert np.array_equal(some.frames, again.frames)
+    both = join([some, again])
+    both.save(tmp_path / "episodes")
+    stored = Episodes.open(tmp_path / "episodes")
+    assert len(stored) == 2 * len(some)
+    assert np.array_equal(stored.actions, both.actions)
+    assert [p.name for p in tmp_path.iterdir()] == ["episodes"]
+
+
+# Judging ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy():
+    mx.random.seed(0)
+    return student.build_policy(), student.build_processor()
+
+
+def test_success_is_logged_and_not_measured_again(tmp_path, corridor, policy):
+    log = tmp_path / "log.jsonl"
+    rows = [
+        success.Row("none", Pruner()),
+        success.Row("trimvla own count", Pruner("trimvla")),
+        success.Row("random actions", Pruner()),
+        success.Row("grey picture", Pruner()),
+    ]
+    success.measure(*policy, 3, ["drawer-open", "hammer"], rows, log)
+    lines = success.read_log(log)
+    assert [(x["row"], x["task"]) for x in lines] == [
+        (row.label, task) for task in ("drawer-open", "hammer") for row in rows
+    ]
+    assert all(len(x["success"]) == 3 for x in lines)
+    assert lines[0]["kept"] == 64
+    assert 1 <= lines[1]["kept"] < 64
+    before = log.read_text()
+    success.measure(*policy, 3, ["drawer-open", "hammer"], rows, log)
+    assert log.read_text() == before
+
+
+def test_a_policy_that_looks_wins_and_one_that_does_not_loses(
+    tmp_path, corridor, monkeypatch
+):
+    """The harness itself: frames reach the policy, actions reach the world."""
+
+    class Looker:
+        kept = 64
+
+        def __init__(self, *arguments, **options):
+            pass
+
+        def act_on_batch(self, batch, instruction):
+            right = [frames[0][:, -1].mean() for frames in batch]
+            left = [frames[0][:, 0].mean() for frames in batch]
+            side = np.sign(np.subtract(right, left))
+            return np.stack([side, side, side, side], axis=1)
+
+    monkeypatch.setattr(success, "Policy", Looker)
+    rows = [success.Row(label, Pruner()) for label in ("none", "grey picture")]
+    success.measure(None, None, 4, ["drawer-open"], rows, tmp_path / "log")
+    full, grey = success.read_log(tmp_path / "log")
+    assert full["success"] == [True] * 4
+    assert grey["success"] == [False] * 4
+
+
+def test_the_opposite_instruction_is_the_opposite(corridor, monkeypatch):
+    heard = []
+
+    class Listener:
+        kept = 64
+
+        def __init__(self, *arguments, **options):
+            pass
+
+        def act_on_batch(self, batch, instruction):
+            heard.append(instruction)
+            return np.zeros((len(batch), 4))
+
+    monkeypatch.setattr(success, "Policy", Listener)
+    row = success.Row("opposite instruction", Pruner())
+    for name in TASKS:
+        success._actor(None, None, row, name)(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+        assert heard[-1] != TASKS[name].instruction
+    assert heard[0] == "close the drawer"
+
+
+def test_every_method_and_control_has_its_rows():
+    labels = [row.label for row in success.rows()]
+    assert len(labels) == len(set(labels))
+    for label in ("none", "norm 0.75", "trimvla 0.1", "lightvla own count"):
+        assert label in labels
+    assert set(success.CONTROLS) <= set(labels)
+
+
+def test_seeds_of_judging_are_never_those_of_training():
+    most = cloning.Plan()
+    tasks = len(TASKS)
+    shown = cloning.DEMONSTRATION_SEEDS
+    last = shown + 10_000 * (tasks - 1) + most.demonstrations
+    assert most.demonstrations <= 10_000
+    assert last < cloning.CORRECTION_SEEDS
+    last = cloning.CORRECTION_SEEDS + 1_000_000 * (tasks - 1) + 16 * most.steps
+    assert last + most.corrections < success.TEST_SEEDS
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [(0, 225, 0.0, 0.0168), (225, 225, 0.9832, 1.0), (81, 263, 0.2553, 0.3662)],
+)
+def test_intervals_are_wilson_s(right, total, low, high):
+    """The last is the worked example of Newcombe (1998), method 3."""
+    found = success.interval(right, total)
+    assert found == pytest.approx((low, high), abs=2e-4)
+
+
+def test_the_table_for_people():
+    lines = [
+        {"row": "none", "task": "hammer", "success": [True] * 3 + [False], "kept": 64},
+        {"row": "norm 0.5", "task": "hammer", "success": [False] * 4, "kept": 32},
+    ]
+    table = success.markdown(lines, {"norm 0.5": 0.25}).splitlines()
+    assert table[2].startswith("| none | 64 | 75.0 (30.1-95.4) |  | 75 |")
+    assert table[3].startswith("| norm 0.5 | 32 | 0.0 (0.0-49.0) | 25 % | 0 |")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["success", "--log", "x", "--tasks", "drawer-opn"], "'drawer-open'?"),
+        (["success", "--log", "x", "--episodes", "0"], "cannot run 0 episodes"),
+        (["success", "--log", "x", "--methods", "nrm"], "'norm'?"),
+        (["run", "--folder", "f", "--output", "o", "--scale", "0"], "out of range"),
+        (["run", "--folder", "f", "--output", "."], "already exists"),
+        (["table", "nowhere.jsonl"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(program, "import_simulator", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        program.main(options)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_metaworld_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "metaworld", None)
+    with pytest.raises(InputError, match=r"mlx-tokprune\[sim\]"):
+        worlds.import_simulator()
+
+
+def test_a_log_is_lines_of_json(tmp_path):
+    file = tmp_path / "log"
+    file.write_text(json.dumps({"row": "none", "task": "hammer"}) + "\n")
+    assert success.read_log(file)[0]["row"] == "none"
+    assert success.read_log(tmp_path / "nothing") == []
+    assert math.isclose(success.interval(1, 2)[0] + success.interval(1, 2)[1], 1)
