@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from mlx_tokprune import InputError, load
 from mlx_tokprune.pruners import Pruner
@@ -16,6 +17,7 @@ from mlx_tokprune.train.policy import (
     demonstrations,
     student,
     success,
+    table,
     worlds,
 )
 from mlx_tokprune.train.policy.demonstrations import Episodes, demonstrate, join
@@ -227,7 +229,7 @@ def test_success_is_logged_and_not_measured_again(tmp_path, corridor, policy):
         success.Row("grey picture", Pruner()),
     ]
     success.measure(*policy, 3, ["drawer-open", "hammer"], rows, log)
-    lines = success.read_log(log)
+    lines = table.read_log(log)
     assert [(x["row"], x["task"]) for x in lines] == [
         (row.label, task) for task in ("drawer-open", "hammer") for row in rows
     ]
@@ -259,7 +261,7 @@ def test_a_policy_that_looks_wins_and_one_that_does_not_loses(
     monkeypatch.setattr(success, "Policy", Looker)
     rows = [success.Row(label, Pruner()) for label in ("none", "grey picture")]
     success.measure(None, None, 4, ["drawer-open"], rows, tmp_path / "log")
-    full, grey = success.read_log(tmp_path / "log")
+    full, grey = table.read_log(tmp_path / "log")
     assert full["success"] == [True] * 4
     assert grey["success"] == [False] * 4
 
@@ -310,18 +312,21 @@ def test_seeds_of_judging_are_never_those_of_training():
 )
 def test_intervals_are_wilson_s(right, total, low, high):
     """The last is the worked example of Newcombe (1998), method 3."""
-    found = success.interval(right, total)
+    found = table.interval(right, total)
     assert found == pytest.approx((low, high), abs=2e-4)
 
 
-def test_the_table_for_people():
+def test_the_table_and_the_picture_for_people(tmp_path):
     lines = [
         {"row": "none", "task": "hammer", "success": [True] * 3 + [False], "kept": 64},
         {"row": "norm 0.5", "task": "hammer", "success": [False] * 4, "kept": 32},
     ]
-    table = success.markdown(lines, {"norm 0.5": 0.25}).splitlines()
-    assert table[2].startswith("| none | 64 | 75.0 (30.1-95.4) |  | 75 |")
-    assert table[3].startswith("| norm 0.5 | 32 | 0.0 (0.0-49.0) | 25 % | 0 |")
+    shown = table.markdown(lines, {"norm 0.5": 0.25}).splitlines()
+    assert shown[2].startswith("| none | 64 | 75.0 (30.1-95.4) |  | 75 |")
+    assert shown[3].startswith("| norm 0.5 | 32 | 0.0 (0.0-49.0) | 25 % | 0 |")
+    table.draw(lines, tmp_path / "success.png")
+    with Image.open(tmp_path / "success.png") as picture:
+        assert picture.width > picture.height > 300
 
 
 @pytest.mark.parametrize(
@@ -354,6 +359,6 @@ def test_without_metaworld_the_extra_is_named(monkeypatch):
 def test_a_log_is_lines_of_json(tmp_path):
     file = tmp_path / "log"
     file.write_text(json.dumps({"row": "none", "task": "hammer"}) + "\n")
-    assert success.read_log(file)[0]["row"] == "none"
-    assert success.read_log(tmp_path / "nothing") == []
-    assert math.isclose(success.interval(1, 2)[0] + success.interval(1, 2)[1], 1)
+    assert table.read_log(file)[0]["row"] == "none"
+    assert table.read_log(tmp_path / "nothing") == []
+    assert math.isclose(table.interval(1, 2)[0] + table.interval(1, 2)[1], 1)

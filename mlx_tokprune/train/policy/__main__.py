@@ -24,6 +24,7 @@ def build_parser() -> Parser:
     table = commands.add_parser("table", help="the table of one or more logs")
     table.add_argument("logs", nargs="+")
     table.add_argument("--model", default=str(POLICY))
+    table.add_argument("--plot", help="also draw it to this PNG")
     table.add_argument("--runs", type=int, default=15, help="for TTFT, each row")
     return parser
 
@@ -74,7 +75,7 @@ def _measure(args) -> None:
 
 
 def _print_table(args) -> None:
-    from .success import markdown, read_log
+    from .table import draw, markdown, read_log
 
     lines = []
     for log in map(Path, args.logs):
@@ -82,6 +83,8 @@ def _print_table(args) -> None:
             raise InputError(f"{log} does not exist; expected a log of `success`")
         lines += read_log(log)
     print(markdown(lines, _time_saved(args.model, args.runs)))
+    if args.plot:
+        draw(lines, Path(args.plot))
 
 
 def _time_saved(folder: str, runs: int) -> dict[str, float]:

@@ -1,11 +1,10 @@
-"""Closed-loop success of a policy, by method, budget and task, with intervals.
+"""Closed-loop success of a policy, by method, budget and task; `table.py` shows it.
 
 Seeds are never those of training. All methods meet the same episodes. Rows for random
 actions, a grey picture and the opposite instruction say what success needs.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from ...act import Policy
 from ...pruners import Pruner, get_method, list_pruners
+from .table import read_log
 from .worlds import HORIZON, TASKS, World
 
 TEST_SEEDS = 90_000_000  # first seed of the held-out episodes
@@ -115,42 +115,3 @@ def _another(task: str) -> str:
     """The task that follows, for those without an opposite."""
     names = list(TASKS)
     return names[(names.index(task) + 1) % len(names)]
-
-
-def read_log(log: Path) -> list[dict]:
-    """What was measured so far."""
-    if not log.exists():
-        return []
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def interval(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z, share = 1.96, right / total
-    centre = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
-    scale = 1 + z * z / total
-    return (centre - half) / scale, (centre + half) / scale
-
-
-def markdown(lines: list[dict], saved: dict[str, float]) -> str:
-    """The table for people: success in percent; `saved`: share of TTFT, by row."""
-    tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    head = "| | kept | success (95 %) | TTFT saved | " + " | ".join(tasks) + " |"
-    table = [head, "|---|---:|---:|---:|" + "---:|" * len(tasks)]
-    for label in dict.fromkeys(line["row"] for line in lines):
-        mine = {line["task"]: line for line in lines if line["row"] == label}
-        flat = [won for line in mine.values() for won in line["success"]]
-        low, high = interval(sum(flat), len(flat))
-        kept = np.mean([line["kept"] for line in mine.values()])
-        cells = [
-            f"{100 * np.mean(mine[task]['success']):.0f}" if task in mine else ""
-            for task in tasks
-        ]
-        share = f"{100 * saved[label]:.0f} %" if label in saved else ""
-        total = f"{100 * np.mean(flat):.1f} ({100 * low:.1f}-{100 * high:.1f})"
-        kept_text = f"{kept:.0f}" if kept else ""
-        table.append(
-            f"| {label} | {kept_text} | {total} | {share} | {' | '.join(cells)} |"
-        )
-    return "\n".join(table)

@@ -10,6 +10,7 @@ al., 2025, arXiv:2505.11289). Needs the extra `sim` and a software renderer
 
 import os
 import platform
+import warnings
 import weakref
 from dataclasses import dataclass
 
@@ -162,6 +163,8 @@ def import_simulator():
     """MuJoCo with a software renderer; `InputError` when Meta-World is missing."""
     if platform.system() == "Linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when it is first imported
+    # Experts ask for more than the simulator's limits; `World.expert` clips.
+    warnings.filterwarnings("ignore", "Constant", UserWarning, "metaworld")
     try:
         import metaworld  # noqa: F401
         import mujoco

@@ -1,0 +1,93 @@
+"""What `success.py` logged, for people: a table and a picture."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from .worlds import TASKS
+
+_AT_BUDGET = re.compile(r"(\w+) ([\d.]+)")  # the label of a method's row
+
+
+def read_log(log: Path) -> list[dict]:
+    """What was measured so far."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def _overall(lines: list[dict]) -> dict[str, tuple[float, int, int]]:
+    """Visual tokens kept, episodes won and episodes run, by row."""
+    found = {}
+    for label in dict.fromkeys(line["row"] for line in lines):
+        mine = [line for line in lines if line["row"] == label]
+        won = [success for line in mine for success in line["success"]]
+        kept = float(np.mean([line["kept"] for line in mine]))
+        found[label] = (kept, sum(won), len(won))
+    return found
+
+
+def interval(right: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, share = 1.96, right / total
+    centre = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
+    scale = 1 + z * z / total
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def markdown(lines: list[dict], saved: dict[str, float]) -> str:
+    """The table for people: success in percent; `saved`: share of TTFT, by row."""
+    tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
+    head = "| | kept | success (95 %) | TTFT saved | " + " | ".join(tasks) + " |"
+    table = [head, "|---|---:|---:|---:|" + "---:|" * len(tasks)]
+    for label, (kept, won, total) in _overall(lines).items():
+        mine = {line["task"]: line for line in lines if line["row"] == label}
+        low, high = interval(won, total)
+        cells = [
+            f"{100 * np.mean(mine[task]['success']):.0f}" if task in mine else ""
+            for task in tasks
+        ]
+        saving = f"{100 * saved[label]:.0f} %" if label in saved else ""
+        rate = f"{100 * won / total:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        shown = f"{kept:.0f}" if kept else ""
+        table.append(f"| {label} | {shown} | {rate} | {saving} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def draw(lines: list[dict], file: Path) -> None:
+    """Success against visual tokens kept, a line per method, as a PNG.
+
+    Needs matplotlib. Bars are 95 % intervals.
+    """
+    from matplotlib.figure import Figure
+
+    rows = _overall(lines)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list] = {}
+    for label, point in rows.items():
+        if match := _AT_BUDGET.fullmatch(label):
+            curves.setdefault(match[1], [rows["none"]]).append(point)
+        elif label.endswith("own count"):
+            kept, won, total = point
+            axes.plot(kept, 100 * won / total, "*", ms=13, label=label)
+    for method, points in curves.items():
+        _line(axes, sorted(points), method)
+    _, won, total = rows.get("grey picture", (0, 0, 1))
+    axes.axhline(100 * won / total, ls=":", color="grey", label="grey picture")
+    axes.set(xlabel="visual tokens kept", ylabel="episodes won (%)", ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2, loc="lower right")
+    figure.savefig(file, format="png")
+
+
+def _line(axes, points: list[tuple[float, int, int]], label: str) -> None:
+    kept, won, total = np.array(points).T
+    bounds = np.array([interval(*point[1:]) for point in points]).T
+    rate = won / total
+    errors = 100 * np.abs(bounds - rate)
+    axes.errorbar(kept, 100 * rate, errors, marker="o", ms=4, capsize=2, label=label)
