@@ -53,12 +53,10 @@ def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
             "expected both, as OpenVLA-OFT saves them"
         )
     extra: dict[str, mx.array] = {}
-    sources: dict[str, Path] = {}
     for part, path in files.items():
         for name, array in _read(path).items():
             whole = name if name.startswith(f"{part}.") else f"{part}.{name}"
             extra[whole] = array
-            sources[whole] = path
     extra = _merge_lora({_plain(k): v for k, v in extra.items()})
     tensors = dict(checkpoint.tensors)
     if "vision_backbone" in files:
@@ -66,7 +64,7 @@ def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
         tensors = {n: t for n, t in tensors.items() if not _is_tower(n)}
     for name, array in extra.items():
         kind = _TYPES.get(array.dtype, "F32")
-        tensors[name] = Tensor(sources.get(name, checkpoint.folder), kind, array.shape)
+        tensors[name] = Tensor(checkpoint.folder, kind, array.shape)
     return Checkpoint(checkpoint.folder, checkpoint.config, tensors, extra)
 
 

@@ -78,9 +78,12 @@ def predict_action(
     `None`. Raises `InputError` for anything that does not fit the policy.
     """
     pruner = pruner or Pruner("none")
-    images = _check(model, images, positions, proprio)
+    _check_model(model)
+    _check_positions(positions)
+    images = _check_images(model, images)
     bounds = processor.bounds("action", unnorm_key)
-    state = _normalize_state(model, processor, proprio, unnorm_key)
+    states = None if proprio is None else [proprio]
+    state = _normalize_states(model, processor, states, unnorm_key, 1)
     start = time.perf_counter()
     observation = control.observe(processor, images, instruction, state)
     features = control.encode(model, observation, pruner.needs)
@@ -111,9 +114,10 @@ class Policy:
     """A policy in a control loop: `action = policy(images, instruction)`.
 
     Holds model, pruner and data set. Each shape is compiled once, so that the second
-    call is fast. Nothing of one observation reaches the next; `reset` between episodes
-    forgets the tokens of past instructions, the only thing that is kept. `kept` is how
-    many visual tokens the last call had per robot, on average.
+    call of a shape (batch, length of the instruction, and for methods with a count of
+    their own its multiple of 8) does not compile again. Nothing of one observation
+    reaches the next; `reset` between episodes forgets the tokens of past instructions.
+    `kept` is how many visual tokens the last call had per robot, on average.
     """
 
     def __init__(
@@ -126,12 +130,14 @@ class Policy:
         unnorm_key: str | None = None,
         compile: bool = True,
     ):
+        _check_model(model)
         _check_positions(positions)
         self.model, self.processor = model, processor
         self.pruner = pruner or Pruner("none")
         self.positions = positions
         self.unnorm_key = unnorm_key
         self.bounds = processor.bounds("action", unnorm_key)
+        self._pictures = _pictures(model)
         wrap = mx.compile if compile else (lambda function: function)
         self._whole = wrap(self._act_on_pixels)
         self._features = wrap(self._encode)
@@ -147,7 +153,6 @@ class Policy:
         self, images: Sequence, instruction: str, proprio: Sequence[float] | None = None
     ) -> np.ndarray:
         """(A,) action in robot units, or (chunk, A) from OpenVLA-OFT."""
-        images = _check(self.model, images, self.positions, proprio)
         states = None if proprio is None else [proprio]
         return self.act_on_batch([images], instruction, states)[0]
 
@@ -157,15 +162,20 @@ class Policy:
         instruction: str,
         proprio: Sequence[Sequence[float]] | None = None,
     ) -> np.ndarray:
-        """(B, A) or (B, chunk, A) for B robots that were told the same."""
-        images = [load_image(image) for some in batch for image in some]
-        pixels = mx.array(self.processor.pixels(images))
+        """(B, A) or (B, chunk, A) for B robots that were told the same.
+
+        batch: the pictures of each robot. proprio: the state of each.
+        """
+        if not len(batch):
+            raise InputError("the batch is empty; expected the pictures of one robot")
+        robots = [_check_images(self.model, images) for images in batch]
+        state = _normalize_states(
+            self.model, self.processor, proprio, self.unnorm_key, len(batch)
+        )
+        pixels = mx.array(self.processor.pixels([i for some in robots for i in some]))
         start, prompt = self._prompt(instruction)
-        key = self.unnorm_key
-        state = _normalize_state(self.model, self.processor, proprio, key, len(batch))
         args = (pixels, mx.array([start]), mx.array(prompt))
         args += () if state is None else (state,)
-        self._pictures = len(batch[0])
         if self.pruner.has_own_count:
             result = self._act_with_own_count(args)
         else:
@@ -233,28 +243,28 @@ def _padded(patches: Patches) -> tuple[mx.array, mx.array, mx.array]:
 # Checks -----------------------------------------------------------------------------
 
 
-def _check(model, images, positions: str, proprio) -> list[Image.Image]:
+def _check_model(model) -> None:
     if not isinstance(model, OpenVLA):
         raise InputError(
             "this model answers in words, not in actions; use mlx_tokprune.generate, "
             "or give an OpenVLA checkpoint"
         )
-    _check_positions(positions)
+
+
+def _pictures(model: OpenVLA) -> int:
+    return model.args.oft.pictures if model.args.oft else 1
+
+
+def _check_images(model: OpenVLA, images) -> list[Image.Image]:
+    """The decoded pictures of one robot."""
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
-    wanted = model.args.oft.pictures if model.args.oft else 1
+    wanted = _pictures(model)
     if len(images) != wanted:
         raise InputError(
             f"this policy looks at {wanted} picture{'s' * (wanted > 1)}; "
             f"{len(images)} given"
         )
-    expected = model.args.oft.proprio_dim if model.args.oft else 0
-    if expected and proprio is None:
-        raise InputError(
-            f"this policy reads the robot's state; give proprio, {expected} numbers"
-        )
-    if not expected and proprio is not None:
-        raise InputError("this policy reads no robot state; leave out proprio")
     return [load_image(image) for image in images]
 
 
@@ -263,16 +273,23 @@ def _check_positions(positions: str) -> None:
         raise InputError(f"positions are {' or '.join(POSITIONS)}, not {positions!r}")
 
 
-def _normalize_state(model, processor, proprio, unnorm_key, batch: int | None = None):
-    """(B, p) normalised states of a batch, or of one robot; `None` without state."""
-    if proprio is None:
+def _normalize_states(model, processor, proprio, unnorm_key, robots: int):
+    """(robots, p) normalised states; `None` for policies that read none."""
+    wanted = model.args.oft.proprio_dim if model.args.oft else 0
+    if not wanted and proprio is None:
         return None
+    if not wanted:
+        raise InputError("this policy reads no robot state; leave out proprio")
+    if proprio is None:
+        raise InputError(
+            f"this policy reads the robot's state; give proprio, {wanted} numbers"
+        )
+    if len(proprio) != robots:
+        raise InputError(f"{robots} robots need as many states; {len(proprio)} given")
     try:
         state = np.asarray(proprio, dtype=np.float64)
     except (ValueError, TypeError):
         raise InputError("proprio is no list of numbers") from None
-    state = state[None] if batch is None else state
-    wanted = model.args.oft.proprio_dim
     if state.ndim != 2 or state.shape[1] != wanted or not np.isfinite(state).all():
         raise InputError(
             f"proprio is {wanted} finite numbers for this policy; got "
@@ -316,14 +333,15 @@ def build_parser() -> Parser:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    own = {"coverage": args.coverage, "min_keep_ratio": args.min_keep_ratio}
+    own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
+    own = {name: value for name, value in own.items() if value is not None}
     pruner = make_pruner(
-        DEFAULT_METHOD if args.method is None and any(own.values()) else args.method,
+        DEFAULT_METHOD if args.method is None and own else args.method,
         args.keep_ratio,
         args.keep_tokens,
         args.seed,
         DEFAULT_METHOD,
-        {name: value for name, value in own.items() if value is not None},
+        own,
     )
     pictures, instruction = args.image, args.instruction
     if args.model is None:
@@ -350,7 +368,8 @@ def main(argv: list[str] | None = None) -> None:
         **asked,
     )
     peak = mx.get_peak_memory() / 1e6
-    state = _normalize_state(model, processor, args.proprio, args.unnorm_key)
+    states = None if args.proprio is None else [args.proprio]
+    state = _normalize_states(model, processor, states, args.unnorm_key, 1)
     stages = control.measure_stages(
         *(model, processor, images, instruction),
         *(pruner, args.positions, state, action.normalized.shape[-1]),

@@ -20,7 +20,10 @@ class Bounds:
     mask: np.ndarray
 
     def to_units(self, normalized: np.ndarray) -> np.ndarray:
-        """(..., A) in [-1, 1] -> robot units, as OpenVLA does it."""
+        """(..., A) in [-1, 1] -> robot units, as OpenVLA does it.
+
+        OpenVLA-OFT also adds 1e-8 to the range, which is left out.
+        """
         scaled = 0.5 * (normalized + 1) * (self.high - self.low) + self.low
         return np.where(self.mask, scaled, normalized)
 

@@ -18,7 +18,8 @@ def add_budget(parser: Parser) -> None:
     """`--keep-ratio` or `--keep-tokens`, and `--positions`."""
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
-    keep.add_argument("--keep-tokens", type=int, help="visual tokens per picture")
+    tokens = "visual tokens per picture (trimvla: of all pictures)"
+    keep.add_argument("--keep-tokens", type=int, help=tokens)
     parser.add_argument("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
 
 

@@ -189,7 +189,7 @@ def assemble(
     if patches.mask is not None:
         ones = [mx.ones((batch, size), mx.bool_) for size in (1, after.shape[1])]
         keys = mx.concatenate([ones[0], patches.mask, ones[1]], axis=1)
-    if kept == patches.total or (positions == "contiguous" and keys is None):
+    if keys is None and (kept == patches.total or positions == "contiguous"):
         return Sequence(embeddings, None, keys)
     if positions == "original":
         where, counts = patches.indices + 1, mx.full((batch, 1), patches.total)

@@ -127,19 +127,25 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def preprocess_naive(
-    images: Sequence[Image.Image], size: int, crop: float = 1.0
+    images: Sequence[Image.Image],
+    size: int,
+    crop: float = 1.0,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
     """RGB pictures -> (B, size, size, 3) float32 in [0, 1], stretched to a square.
 
     crop: share of the area that stays, around the middle, as OpenVLA-OFT trains; it
-    is cut after resizing and resized again, bilinearly.
+    is cut after resizing and resized again, bilinearly. resample: of the first
+    resizing; OFT's is Lanczos, after a round trip through JPEG that is left out here.
     """
-    return np.stack([_stretched(image, size, crop) for image in images])
+    return np.stack([_stretched(image, size, crop, resample) for image in images])
 
 
-def _stretched(image: Image.Image, size: int, crop: float) -> np.ndarray:
+def _stretched(
+    image: Image.Image, size: int, crop: float, resample: Image.Resampling
+) -> np.ndarray:
     if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.resize((size, size), resample)
     pixels = np.asarray(image, dtype=np.float32) / 255
     if crop == 1:
         return pixels
@@ -152,4 +158,5 @@ def _stretched(image: Image.Image, size: int, crop: float) -> np.ndarray:
     rows = pixels[low] + share[:, None, None] * (pixels[low + 1] - pixels[low])
     across = share[None, :, None]
     cropped = rows[:, low] + across * (rows[:, low + 1] - rows[:, low])
-    return (np.clip(cropped, 0, 1) * 255).round() / np.float32(255)
+    # TensorFlow's way from [0, 1] to bytes.
+    return np.floor(np.clip(cropped * 255.5, 0, 255)) / np.float32(255)

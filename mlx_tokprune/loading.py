@@ -51,6 +51,7 @@ class ActionProcessor:
 
     limit: the most tokens that an instruction's prompt may have. norm_stats: of each
     data set, by unnorm key. crop: share of the picture's area that is looked at.
+    resample: how pictures are resized.
     """
 
     tokenizer: object
@@ -62,10 +63,11 @@ class ActionProcessor:
     norm_stats: dict
     rule: str = "bounds_q99"
     crop: float = 1.0
+    resample: Image.Resampling = Image.Resampling.BICUBIC
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
         """RGB pictures -> (B, S, S, 3) float32 in [0, 1], resized without padding."""
-        return preprocess_naive(images, self.image_size, self.crop)
+        return preprocess_naive(images, self.image_size, self.crop, self.resample)
 
     def prompt(self, instruction: str) -> tuple[int, tuple[int, ...]]:
         """The id that opens the sequence, and the ids that follow the pictures.
@@ -152,6 +154,7 @@ def _action_processor(model: OpenVLA, tokenizer, config: dict) -> ActionProcesso
         config["norm_stats"],
         args.oft.rule if args.oft else "bounds_q99",
         args.oft.crop if args.oft else 1.0,
+        Image.Resampling.LANCZOS if args.oft else Image.Resampling.BICUBIC,
     )
 
 

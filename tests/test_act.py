@@ -1,13 +1,16 @@
 """The command `mlx_tokprune.act`: what it prints, and what it refuses."""
 
+import functools
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, TINY_POLICY, copy_policy
 
-from mlx_tokprune import InputError, Pruner, load, predict_action
+from mlx_tokprune import InputError, Policy, Pruner, act, control, load, predict_action
 from mlx_tokprune.act import main
+from mlx_tokprune.features import Selection
 from mlx_tokprune.generate import main as generate_main
 
 PICTURE = str(TINY_POLICY / "image_0.png")
@@ -38,7 +41,7 @@ def test_json_has_what_is_promised(capsys):
     captured = capsys.readouterr()
     record = json.loads(captured.out)
     assert record.keys() >= PROMISED
-    assert record["visual_tokens"], record["keep"] == (64, 16)
+    assert (record["visual_tokens"], record["keep"]) == (64, 16)
     stages = {"preprocess", "vision", "prune", "project", "prefill", "decode"}
     assert record["stages_ms"].keys() == stages
     assert 0 < record["ttft_ms"] <= record["total_ms"]
@@ -71,6 +74,8 @@ def test_the_data_set_gives_the_units(two_data_sets):
         (["--method", "trimvl"], "Did you mean 'trimvla'?"),
         (["--method", "lightvla", "--keep-ratio", "0.5"], "lightvla"),
         (["--coverage", "2"], "coverage 2 is outside (0, 1]"),
+        (["--coverage", "0"], "coverage 0 is outside (0, 1]"),
+        (["--coverage", "0.3", "--keep-ratio", "0.5"], "give a budget or coverage"),
         (
             ["--method", "norm", "--keep-ratio", "0.5", "--coverage", "0.5"],
             "takes no options, not 'coverage'",
@@ -89,6 +94,42 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, options, message):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def robots(policy, batch, proprio=None):
+    return policy.act_on_batch(batch, INSTRUCTION, proprio)
+
+
+def test_batches_that_do_not_fit_are_refused(tiny_policy, oft_policy, tiny):
+    policy, oft = Policy(*tiny_policy), Policy(*oft_policy)
+    state = [0.5, -1.0, 2.0, 0.0, 1.0]
+    for call, message in (
+        (lambda: robots(policy, []), "the batch is empty"),
+        (lambda: robots(policy, [[PICTURE], [PICTURE] * 2]), "1 picture; 2 given"),
+        (lambda: robots(policy, [[PICTURE]], [state]), "reads no robot state"),
+        (lambda: robots(oft, [[PICTURE] * 2]), "give proprio, 5 numbers"),
+        (lambda: robots(oft, [[PICTURE]], [state]), "2 pictures; 1 given"),
+        (lambda: robots(oft, [[PICTURE] * 2] * 2, [state]), "2 robots need as many"),
+        (lambda: Policy(*tiny), "answers in words"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_rate_counts_the_actions_of_a_chunk(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(act.time, "perf_counter", lambda: next(clock))
+    for shape, rate in (((7,), 1), ((8, 7), 8)):
+        policy = functools.partial(lambda values, *asked: values, np.zeros(shape))
+        assert act._actions_per_second(policy, [], "", None, 3) == rate
+
+
+def test_what_was_kept_of_each_of_several_pictures():
+    kept = mx.array([[0, 3, 64, 70, 127]])
+    patches = control.Patches(None, kept, None, 128, (8, 8), Selection(kept))
+    first, second = act._per_picture(patches, 2)
+    assert first.tolist() == [0, 3]
+    assert second.tolist() == [0, 6, 63]
 
 
 def test_an_ambiguous_data_set_lists_the_keys(two_data_sets, capsys):

@@ -6,10 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import OFT, TINY_POLICY, copy_policy, side_tensors
+from PIL import Image
 
 from mlx_tokprune import control, load
 from mlx_tokprune.act import Policy, main, predict_action
+from mlx_tokprune.actions import read_bounds
 from mlx_tokprune.convert import convert, sidefiles
+from mlx_tokprune.convert.checkpoint import Checkpoint
+from mlx_tokprune.convert.families import identify
+from mlx_tokprune.convert.openvla import OPENVLA
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image, preprocess_naive
 from mlx_tokprune.pruners import Pruner
@@ -118,7 +123,7 @@ def test_a_prompt_stage_pruner_chooses_among_both_pictures(oft_policy):
 
 
 def test_attention_is_bidirectional(oft_policy):
-    """The last prompt token moves the state of the first visual token."""
+    """The stop token, which comes last, moves every action."""
     model, _ = oft_policy
     observation, patches = see(oft_policy, Pruner())
     sequence = control.assemble(model, observation, patches, "original")
@@ -143,6 +148,65 @@ def test_policy_and_predict_action_agree(oft_policy, method):
     np.testing.assert_allclose(batch[0], action.values, rtol=1e-4, atol=1e-5)
     other = predict_action(*oft_policy, PICTURES[::-1], INSTRUCTION, **asked)
     np.testing.assert_allclose(batch[1], other.values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pruner", [Pruner(), Pruner("norm", 0.5)], ids=str)
+def test_the_sequence_is_the_reference_s(oft_policy, pruner):
+    """<s>, patches, robot state, prompt, empty slots, </s>."""
+    model, processor = oft_policy
+    observation, patches = see(oft_policy, pruner)
+    sequence = control.assemble(model, observation, patches, "contiguous")
+    _, prompt = processor.prompt(INSTRUCTION)
+
+    def embed(*ids):
+        return np.array(model.embed(mx.array([ids])))[0]
+
+    parts = [
+        embed(257),
+        np.array(patches.embeddings[0]),
+        np.array(model.proprio_projector(observation.proprio)),
+        embed(*prompt),
+        np.zeros((21, 96)),
+        embed(258),
+    ]
+    expected = np.concatenate(parts)
+    np.testing.assert_allclose(np.array(sequence.embeddings[0]), expected, rtol=1e-6)
+
+
+def test_pixels_are_cropped_as_the_policy_was_trained(oft_policy):
+    _, processor = oft_policy
+    expected = preprocess_naive(PICTURES, 112, 0.9, Image.Resampling.LANCZOS)
+    assert np.array_equal(processor.pixels(PICTURES), expected)
+
+
+@pytest.mark.parametrize(
+    ("folder", "data_set", "habits"),
+    [
+        ("openvla-7b-oft-finetuned-libero-spatial", "x", (8, 2, "bounds_q99")),
+        ("policy", "aloha1_put_X_into_pot", (25, 3, "bounds")),
+        ("policy", "bridge_orig", (5, 1, "bounds_q99")),
+    ],
+)
+def test_robots_that_are_known_by_name(tmp_path, folder, data_set, habits):
+    source = copy_policy(tmp_path / folder)
+    weights = mx.load(str(source / "model.safetensors")) | side_tensors(proprio=8)
+    mx.eval(weights)
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    numbers = {k: [0.0] * 7 for k in ("q01", "q99", "min", "max")}
+    stats = {data_set: {"action": numbers}}
+    (source / "dataset_statistics.json").write_text(json.dumps(stats))
+    _, checkpoint = identify(Checkpoint.open(source))
+    oft = OPENVLA.read_config(checkpoint)["oft"]
+    assert (oft["chunk"], oft["pictures"], oft["rule"]) == habits
+    assert (oft["action_dim"], oft["proprio_dim"]) == (7, 8)
+
+
+def test_extremes_bound_robots_that_use_them():
+    entry = {"min": [-2.0, 0.0], "max": [2.0, 1.0], "q01": [0, 0], "q99": [1, 1]}
+    entry["mask"] = [True, False]
+    bounds = read_bounds({"action": entry}, "action", "bounds")
+    assert bounds.to_units(np.array([0.5, 0.5])).tolist() == [1.0, 0.5]
+    assert bounds.from_units(np.array([1.0, 0.7])).tolist() == pytest.approx([0.5, 0.7])
 
 
 def test_robot_state_is_scaled_by_its_statistics(oft_policy):
@@ -200,6 +264,12 @@ def test_film_conditions_the_towers_on_the_prompt(oft_folder, tmp_path):
     assert not mx.allclose(
         control.encode(model, cup).tokens, control.encode(model, lid).tokens
     )
+    # The words are <s>, the prompt and </s>.
+    _, prompt = processor.prompt(INSTRUCTION)
+    words = model.embed(mx.array([[257, *prompt, 258]]))
+    mean = mx.broadcast_to(mx.mean(words, axis=1), (2, 96))
+    expected = model.encode(cup.pixels, (), mean).tokens
+    assert mx.allclose(control.encode(model, cup).tokens, expected, rtol=1e-5)
     # x <- x (1 + scale) + shift between attention and MLP, from the mean embedding.
     block = model.vision_backbone.featurizer.blocks[0]
     x = mx.random.normal((1, 6, 48), key=mx.random.key(1))
@@ -219,7 +289,7 @@ def test_film_backbones_come_unwrapped_and_merged(tmp_path, monkeypatch):
     for part in ("action_head", "vision_backbone"):
         (source / f"{part}--1_checkpoint.pt").write_bytes(b"")
     name = "featurizer.blocks.0.block.attn.qkv"
-    rank = 4
+    rank = 32  # OpenVLA-OFT's, whose alpha is 16
     weight = mx.random.normal((144, 48), key=mx.random.key(0))
     down = mx.random.normal((rank, 48), key=mx.random.key(1))
     up = mx.random.normal((144, rank), key=mx.random.key(2))
@@ -235,11 +305,9 @@ def test_film_backbones_come_unwrapped_and_merged(tmp_path, monkeypatch):
         "_read",
         lambda path: backbone if "vision" in path.name else {"model.fc2.bias": down},
     )
-    from mlx_tokprune.convert.checkpoint import Checkpoint
-
     found = sidefiles.add_side_files(Checkpoint.open(source))
     merged = found.extra["vision_backbone.featurizer.blocks.0.attn.qkv.weight"]
-    assert mx.allclose(merged, weight + up @ down, rtol=1e-5, atol=1e-5)
+    assert mx.allclose(merged, weight + 0.5 * up @ down, rtol=1e-5, atol=1e-5)
     assert "vision_backbone.featurizer.blocks.0.scale.weight" in found.tensors
     assert not any("lora" in n or ".block." in n for n in found.tensors)
     # Nothing of the shards' backbone stays beside the one that replaces it.
@@ -316,10 +384,28 @@ def test_command_prints_the_chunk(oft_folder, tmp_path, capsys):
     assert overlay.exists()
 
 
-def test_center_crop_maps_corners_to_corners():
-    """A linear ramp stays linear: its ends are those of the cropped rectangle."""
-    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))
-    row = preprocess_naive([load_image(ramp)], 200, 0.81)[0, 100, :, 0] * 255
-    assert abs(row[0] - 199 * 0.05) <= 0.5
-    assert abs(row[-1] - 199 * 0.95) <= 0.5
-    assert (np.diff(row) >= 0).all()
+def test_center_crop_is_bilinear_from_corner_to_corner():
+    """As TensorFlow's crop_and_resize and convert_image_dtype, written out."""
+    size, side = 9, 0.9  # of the picture's side: 0.81 of its area
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    ours = preprocess_naive([load_image(picture)], size, 0.81)[0]
+    for row in range(size):
+        for column in range(size):
+            y, x = (
+                (size - 1) * ((1 - side) / 2 + side * i / (size - 1))
+                for i in (row, column)
+            )
+            top, left = min(int(y), size - 2), min(int(x), size - 2)
+            value = 0
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                weight = abs(1 - i - (y - top)) * abs(1 - j - (x - left))
+                value = value + weight * (picture[top + i, left + j] / 255.0)
+            expected = np.floor(value * 255.5 + 1e-4) / 255
+            assert np.abs(ours[row, column] - expected).max() <= 1.01 / 255
+            assert np.mean(np.abs(ours[row, column] - expected) > 1e-6) <= 1 / 3
+
+
+def test_bytes_survive_a_crop_of_nearly_everything():
+    picture = np.full((8, 8, 3), 200, np.uint8)
+    pixels = preprocess_naive([load_image(picture)], 8, 0.9)
+    assert (pixels == np.float32(200) / np.float32(255)).all()

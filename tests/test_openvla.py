@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY_POLICY
 
-from mlx_tokprune import control
+from mlx_tokprune import control, load
 from mlx_tokprune.act import Policy, main, predict_action
 from mlx_tokprune.convert import convert
 from mlx_tokprune.image import load_image
@@ -164,9 +164,18 @@ def test_decoding_continues_at_original_positions(tiny_policy):
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
-@pytest.mark.parametrize("method", ["norm", "trimvla", "lightvla"])
-def test_policy_gives_what_predict_action_gives(tiny_policy, method, positions):
-    pruner = Pruner(method, 0.5 if method == "norm" else None)
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        Pruner("norm", 0.5),
+        Pruner("trimvla"),
+        # Nearly all: compiled shapes are padded to every token.
+        Pruner("trimvla", options={"coverage": 0.97, "coverage_temperature": 1}),
+        Pruner("lightvla"),
+    ],
+    ids=str,
+)
+def test_policy_gives_what_predict_action_gives(tiny_policy, pruner, positions):
     pictures = [load_image(PICTURE), load_image(PICTURE).rotate(90)]
     policy = Policy(*tiny_policy, pruner=pruner, positions=positions, compile=False)
     batch = policy.act_on_batch([[p] for p in pictures], INSTRUCTION)
@@ -175,6 +184,36 @@ def test_policy_gives_what_predict_action_gives(tiny_policy, method, positions):
         alone = predict_action(*tiny_policy, [picture], INSTRUCTION, **asked)
         np.testing.assert_allclose(together, alone.values, atol=1e-12)
         np.testing.assert_allclose(policy([picture], INSTRUCTION), alone.values)
+
+
+def test_first_layer_s_queries_and_keys(tiny_policy):
+    """What trimvla scores with: Q and K of normalised inputs, without rotations."""
+    model, _ = tiny_policy
+    rng = np.random.default_rng(0)
+    visual, text = (rng.normal(size=(1, n, 96)).astype(np.float32) for n in (7, 3))
+    queries, keys = model.first_layer(mx.array(visual), mx.array(text))
+    attention = model.layers[0].self_attn
+    for ours, x, layer in (
+        (queries, visual, attention.q_proj),
+        (keys, text, attention.k_proj),
+    ):
+        normal = x[0] / np.sqrt((x[0] ** 2).mean(-1, keepdims=True) + 1e-6)
+        projected = normal @ np.array(layer.weight).T
+        heads = projected.reshape(len(normal), 4, 24).transpose(1, 0, 2)
+        np.testing.assert_allclose(np.array(ours[0]), heads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_policy_may_tie_its_embeddings(policy_checkpoint):
+    file = str(policy_checkpoint / "model.safetensors")
+    weights = {k: mx.array(v) for k, v in mx.load(file).items()}
+    mx.eval(weights)
+    table = weights["language_model.model.embed_tokens.weight"]
+    mx.save_safetensors(file, weights | {"language_model.lm_head.weight": table})
+    untied = predict_action(*load(policy_checkpoint), [PICTURE], INSTRUCTION)
+    del weights["language_model.lm_head.weight"]
+    mx.save_safetensors(file, weights)
+    tied = predict_action(*load(policy_checkpoint), [PICTURE], INSTRUCTION)
+    assert tied.token_ids == untied.token_ids
 
 
 def test_compiled_policy_gives_the_same_and_keeps_nothing(tiny_policy):

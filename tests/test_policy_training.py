@@ -128,8 +128,10 @@ def test_training_sees_what_acting_sees(keep, scored):
     policy.logits = logits
     features = policy.encode(batch.pixels).tokens
     indices = student._choose(policy, features, batch)
+    ids = student.action_ids(np.array(batch.classes))
     for row, task in enumerate(list(TASKS.values())[:3]):
         start, prompt = processor.prompt(task.instruction)
+        told = mx.array([*prompt, *ids[row, :-1].tolist()])
         patches = control.Patches(
             policy.project(features[row : row + 1])[:, indices[row]],
             indices[row : row + 1],
@@ -139,13 +141,47 @@ def test_training_sees_what_acting_sees(keep, scored):
             None,
         )
         observation = control.Observation(
-            batch.pixels[row : row + 1], mx.array([start]), mx.array(prompt), 1
+            batch.pixels[row : row + 1], mx.array([start]), told, 1
         )
         sequence = control.assemble(policy, observation, patches, "original")
         with policy.positions.using(sequence.positions):
             states = policy.hidden_states(sequence.embeddings, "causal", None)
-        ours = logits(states[:, -1])[0]
-        assert mx.allclose(ours, seen["logits"][row, 0], rtol=1e-3, atol=1e-4)
+        ours = logits(states[:, -4:])[0]
+        assert mx.allclose(ours, seen["logits"][row], rtol=1e-3, atol=1e-4)
+
+
+def test_training_scores_what_the_pruner_scores():
+    """Padding of the prompts does not count."""
+    from mlx_tokprune.pruners.text import prompt_scores
+
+    policy, batch = student.build_policy(), batch_of(64, False)
+    visual = policy.project(policy.encode(batch.pixels).tokens)
+    ours = student._scores(policy, visual, batch)
+    lengths = batch.lengths.tolist()
+    assert min(lengths) < max(lengths)
+    for row, length in enumerate(lengths):
+        text = policy.embed(batch.prompts[row : row + 1, :length])
+        queries, keys = policy.first_layer(visual[row : row + 1], text)
+        expected = prompt_scores(queries, keys, 1.0)[0]
+        assert mx.allclose(ours[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_second_loss_is_a_divergence():
+    """Never negative, and lower when scores are taught."""
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    mx.random.seed(1)
+    policy, batch = student.build_policy(), batch_of(16, False)
+    gradient = nn.value_and_grad(policy, lambda: student.losses(policy, batch)[1])
+    optimizer, found = optim.Adam(3e-4), []
+    for _ in range(6):
+        off, grads = gradient()
+        optimizer.update(policy, grads)
+        mx.eval(policy.parameters(), off)
+        found.append(off.item())
+    assert all(off >= 0 for off in found)
+    assert found[-1] < found[0]
 
 
 def test_learning_lowers_the_loss():
@@ -260,7 +296,9 @@ def test_a_policy_that_looks_wins_and_one_that_does_not_loses(
 
     monkeypatch.setattr(success, "Policy", Looker)
     rows = [success.Row(label, Pruner()) for label in ("none", "grey picture")]
-    success.measure(None, None, 4, ["drawer-open"], rows, tmp_path / "log")
+    success.measure(
+        student.build_policy(), None, 4, ["drawer-open"], rows, tmp_path / "log"
+    )
     full, grey = table.read_log(tmp_path / "log")
     assert full["success"] == [True] * 4
     assert grey["success"] == [False] * 4

@@ -38,8 +38,8 @@ def plain_scores(queries, keys, temperature: float) -> np.ndarray:
     return scores
 
 
-def plain_coverage(scores, coverage: float, least: int) -> list[int]:
-    shares = np.exp(scores - scores.max())
+def plain_coverage(scores, coverage, least: int, temperature=0.1) -> list[int]:
+    shares = np.exp((scores - scores.max()) / temperature)
     shares /= shares.sum()
     kept, reached = [], 0.0
     for n in np.argsort(-scores, kind="stable"):
@@ -86,14 +86,30 @@ def test_trimvla_scores(temperature):
 def test_trimvla_keeps_the_smallest_set_that_covers(coverage, least):
     given = drawn(batch=4)
     options = {"coverage": coverage, "min_keep_ratio": least}
+    options["coverage_temperature"] = 1
     selection = Pruner("trimvla", options=options)(given)
     sizes = set()
     for i in range(4):
         scores = plain_scores(np.array(given.queries[i]), np.array(given.keys[i]), 1.0)
-        expected = plain_coverage(scores, coverage, max(1, int(30 * least)))
+        expected = plain_coverage(scores, coverage, max(1, int(30 * least)), 1)
         assert kept(selection, i) == expected
         sizes.add(len(expected))
     assert len(sizes) > 1 or coverage < 0.5  # samples of a batch differ in count
+
+
+def test_trimvla_s_defaults_are_the_reference_s():
+    """Coverage 0.15 at temperature 0.1, and at least a tenth of all tokens."""
+    given = drawn(batch=2, tokens=200)
+    flat = Features(
+        given.tokens, (10, 20), queries=given.queries / 200, keys=given.keys
+    )
+    for features in (given, flat):
+        selection = Pruner("trimvla")(features)
+        for i in range(2):
+            some = np.array(features.queries[i]), np.array(features.keys[i])
+            expected = plain_coverage(plain_scores(*some, 1.0), 0.15, 20)
+            assert kept(selection, i) == expected
+    assert len(kept(selection, 0)) > 20  # of nearly equal scores, more are needed
 
 
 def test_trimvla_with_a_budget_keeps_that_many():
@@ -132,6 +148,11 @@ def test_one_sample_of_a_batch_alone_keeps_the_same(method):
         ({"method": "lightvla", "keep_ratio": 0.5}, "decides itself"),
         ({"method": "trimvla", "options": {"coverag": 1}}, "Did you mean 'coverage'"),
         ({"method": "norm", "keep_ratio": 0.5, "options": {"coverage": 1}}, "takes no"),
+        (
+            {"method": "trimvla", "keep_ratio": 0.5, "options": {"coverage": 0.2}},
+            "a budget or coverage, not both",
+        ),
+        ({"method": "trimvla", "options": {"temperature": 0}}, "expected > 0"),
     ],
 )
 def test_wrong_options_are_refused(arguments, message):

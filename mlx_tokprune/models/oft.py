@@ -108,4 +108,5 @@ class ProprioProjector(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden)
 
     def __call__(self, state: mx.array) -> mx.array:
+        # `gelu` wants (B, T, D).
         return self.fc2(gelu(self.fc1(state)[None])[0])

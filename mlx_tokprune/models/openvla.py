@@ -112,13 +112,12 @@ def _towers(config: Mapping) -> tuple[ViTConfig, ...]:
         tower_config(ids[i], sizes[i], acts[i], given.get(TOWERS[i]))
         for i in range(expected)
     )
-    sides = {tower.side for tower in towers} | {tower.image_size for tower in towers}
     right = len({(t.side, t.image_size) for t in towers}) == 1
-    expect(right, "image_sizes", sizes, f"the same picture for both towers ({sides})")
+    expect(right, "image_sizes", sizes, "the same size and patches in both towers")
     return towers
 
 
-def _normalization(config: Mapping, towers: int) -> tuple:
+def _normalization(config: Mapping, towers: int) -> list[tuple]:
     preprocessor = config.get("preprocessor")
     if not isinstance(preprocessor, dict):
         raise InputError(
@@ -291,12 +290,15 @@ class OpenVLA(nn.Module):
         mask: boolean or additive, "causal", or `None` for full attention.
         """
         h = embeddings
-        for layer, part in zip(self.layers, cache or [None] * 1000, strict=False):
+        cache = cache or [None] * len(self.layers)
+        for layer, part in zip(self.layers, cache, strict=True):
             h = layer(h, mask, part)
         return self.language_model.model.norm(h)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(B, T, D) hidden states -> (B, T, V)."""
+        if self.args.text["tie_word_embeddings"]:
+            return self.language_model.model.embed_tokens.as_linear(hidden)
         return self.language_model.lm_head(hidden)
 
     def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:

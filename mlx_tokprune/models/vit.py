@@ -131,10 +131,10 @@ def _check(config: ViTConfig) -> None:
             f"config.json gives a vision tower embed_dim {config.embed_dim}; expected "
             f"a multiple of num_heads {config.num_heads}"
         )
-    if config.image_size % config.patch_size:
+    if config.image_size < config.patch_size:
         raise InputError(
             f"config.json gives a vision tower image size {config.image_size}; "
-            f"expected a multiple of patch_size {config.patch_size}"
+            f"expected at least patch_size {config.patch_size}"
         )
 
 
@@ -147,11 +147,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.embed_dim, size, size, bias=not config.pre_norm)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """(B, S, S, 3) -> (B, N, C)."""
+        """(B, S, S, 3) -> (B, N, C); pixels after the last whole patch do not count."""
         weight = self.proj.weight
         channels, size = weight.shape[:2]
         batch, height, width, _ = pixels.shape
         rows, columns = height // size, width // size
+        pixels = pixels[:, : rows * size, : columns * size]
         patches = pixels.reshape(batch, rows, size, columns, size, 3).swapaxes(2, 3)
         patches = patches.reshape(batch, rows * columns, size * size * 3)
         tokens = patches @ weight.reshape(channels, -1).T

@@ -17,6 +17,8 @@ from ..errors import InputError, nearest
 from ..features import Features, Selection
 
 PruneFunction = Callable[..., Selection]
+# (options, whether there is a budget) -> None, or `InputError`
+OptionCheck = Callable[[Mapping[str, float], bool], None]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Method:
 
     stage: `vision` before the projector, `prompt` at the language model's input.
     counts: who says how many tokens stay: the `budget`, the method's `own` rule, or
-    the budget when there is one (`either`).
+    the budget when there is one (`either`). check: of the values of its options.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Method:
     seeded: bool = False
     stage: str = "vision"
     counts: str = "budget"
+    check: OptionCheck | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -58,6 +61,7 @@ def register(
     seeded: bool = False,
     stage: str = "vision",
     counts: str = "budget",
+    check: OptionCheck | None = None,
 ) -> Callable[[PruneFunction], PruneFunction]:
     """Register a pruner function under `name`; raises `ValueError` on a known name."""
 
@@ -65,7 +69,7 @@ def register(
         for word in (name, *aliases):
             if word in _NAMES:
                 raise ValueError(f"pruner name {word!r} is already registered")
-        _METHODS[name] = Method(name, function, needs, seeded, stage, counts)
+        _METHODS[name] = Method(name, function, needs, seeded, stage, counts, check)
         _NAMES.update({word: name for word in (name, *aliases)})
         return function
 
@@ -165,6 +169,9 @@ class Pruner:
                 f"method {self.method!r} decides itself how many visual tokens to keep;"
                 " leave out the keep ratio, or use 'trimvla', which takes one"
             )
+        check = get_method(self.method).check
+        if check:
+            check(self.options, budget)
 
     @property
     def stage(self) -> str:
@@ -218,16 +225,17 @@ class Pruner:
             return method.function(features, keep=keep, seed=self.seed)
         if method.stage == "prompt":
             return method.function(features, keep=keep, **self.options)
-        return _compiled(method.name, method.function, keep, features.grid)(features)
+        options = tuple(sorted(self.options.items())) if method.options else ()
+        return _compiled(method, keep, features.grid, options)(features)
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(name: str, function: PruneFunction, keep: int, grid: tuple[int, int]):
-    """`function` under `mx.compile`: one graph per method, budget and grid."""
+def _compiled(method: Method, keep: int, grid: tuple[int, int], options: tuple):
+    """The method under `mx.compile`: one graph per budget, grid and options."""
 
     def arrays(tokens, *extras):
         features = Features(tokens, grid, *extras)
-        selection = function(features, keep=keep)
+        selection = method.function(features, keep=keep, **dict(options))
         return (selection.indices, *filter(_is_array, (selection.weights,)))
 
     compiled = mx.compile(arrays)

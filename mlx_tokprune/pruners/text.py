@@ -5,6 +5,7 @@ of every token. Both may keep another number in each sample of a batch.
 """
 
 import math
+from collections.abc import Mapping
 
 import mlx.core as mx
 
@@ -19,33 +20,52 @@ def rms_normalize(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6)
 
 
-@register("trimvla", needs=("queries", "keys"), stage="prompt", counts="either")
+def _check_trimvla(options: Mapping[str, float], budget: bool) -> None:
+    for name in ("coverage", "min_keep_ratio"):
+        value = options.get(name, 1)
+        if not 0 < value <= 1:
+            raise InputError(f"{name} {value:g} is outside (0, 1]")
+        if budget and name in options:
+            raise InputError(
+                f"give a budget or {name}, not both: {name} chooses the number of "
+                "tokens where there is no budget"
+            )
+    for name in ("coverage_temperature", "temperature"):
+        value = options.get(name, 1)
+        if not 0 < value < math.inf:
+            raise InputError(f"{name} {value:g} is out of range; expected > 0")
+
+
+@register(
+    "trimvla",
+    needs=("queries", "keys"),
+    stage="prompt",
+    counts="either",
+    check=_check_trimvla,
+)
 def trimvla(
     features: Features,
     *,
     keep: int | None,
     coverage: float = 0.15,
     min_keep_ratio: float = 0.1,
+    coverage_temperature: float = 0.1,
     temperature: float = 1.0,
 ) -> Selection:
     """Keep the tokens whose first-layer queries meet the prompt's keys best.
 
     The score of a token is the log-sum-exp of its scaled products over the prompt, mean
-    over heads. Without a budget each sample keeps the fewest tokens whose softmax
-    reaches `coverage`, and at least `min_keep_ratio` of all. TrimVLA
-    (github.com/grisha0057/TrimVLA); `temperature` is that of the log-sum-exp.
+    over heads. Without a budget each sample keeps the fewest tokens whose softmax (of
+    scores over `coverage_temperature`) reaches `coverage`, and at least
+    `min_keep_ratio` of all. `temperature` is that of the log-sum-exp. TrimVLA
+    (github.com/grisha0057/TrimVLA), with its defaults.
     """
-    for name, value in (("coverage", coverage), ("min_keep_ratio", min_keep_ratio)):
-        if not 0 < value <= 1:
-            raise InputError(f"{name} {value:g} is outside (0, 1]")
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature {temperature:g} is out of range; expected > 0")
     scores = prompt_scores(features.queries, features.keys, temperature)
     if keep is not None:
         return keep_highest(scores, keep)
     order = mx.argsort(-scores, axis=1)
-    ranked = mx.take_along_axis(mx.softmax(scores, axis=1, precise=True), order, axis=1)
-    reached = mx.cumsum(ranked, axis=1)
+    shares = mx.softmax(scores / coverage_temperature, axis=1, precise=True)
+    reached = mx.cumsum(mx.take_along_axis(shares, order, axis=1), axis=1)
     counts = mx.sum(reached < coverage, axis=1) + 1
     total = scores.shape[1]
     counts = mx.clip(counts, max(1, int(total * min_keep_ratio)), total)

@@ -5,6 +5,7 @@ one policy serves several budgets. Every batch and every episode has its own see
 state is saved as it goes, so a run that is stopped goes on where it was.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,10 @@ class Plan:
         def of(value: int) -> int:
             return max(1, int(value * scale))
 
-        return Plan(
-            of(self.demonstrations),
-            of(self.steps),
-            self.batch,
+        return dataclasses.replace(
+            self,
+            demonstrations=of(self.demonstrations),
+            steps=of(self.steps),
             round_every=of(self.round_every),
             first_round=of(self.first_round),
             corrections=of(self.corrections),
@@ -98,7 +99,7 @@ class Trainer:
     def run(self) -> None:
         """Goes on from what the folder holds to the end of the plan."""
         self._demonstrate()
-        update = self._compile()
+        update = self._updater()
         plan, episodes = self.plan, self._load(self.step)
         steps = range(self.step, plan.steps)
         for step in tqdm(steps, desc="cloning", unit="step", disable=None):
@@ -120,7 +121,7 @@ class Trainer:
 
     # Learning -----------------------------------------------------------------------
 
-    def _compile(self):
+    def _updater(self):
         weight = self.plan.scores_weight
 
         def total(batch: Batch) -> mx.array:

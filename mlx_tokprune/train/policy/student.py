@@ -232,7 +232,10 @@ def _with_actions(batch: Batch) -> mx.array:
 
 
 def _forward(policy: OpenVLA, embeddings: mx.array, rows: mx.array):
-    """Hidden states, and what tokens receive from `rows`, mean of layers and heads."""
+    """Hidden states, and the attention that tokens receive from `rows`.
+
+    The mean of heads and of all layers but the first, whose scores learn from it.
+    """
     length = embeddings.shape[1]
     mask = mx.tril(mx.ones((length, length), mx.bool_))
     h, received = embeddings, 0
@@ -242,7 +245,7 @@ def _forward(policy: OpenVLA, embeddings: mx.array, rows: mx.array):
             received = received + _received(layer.self_attn, normed, rows)
         h = h + layer.self_attn(normed, mask, None)
         h = h + layer.mlp(layer.post_attention_layernorm(h))
-    return policy.language_model.model.norm(h), received / (number or 1)
+    return policy.language_model.model.norm(h), received / (len(policy.layers) - 1)
 
 
 def _received(attention: nn.Module, x: mx.array, rows: mx.array) -> mx.array:
@@ -268,16 +271,11 @@ def _blurred(classes: mx.array) -> mx.array:
     return mx.softmax(-0.5 * mx.square(distance), axis=-1)
 
 
-def export(policy: OpenVLA, folder: Path) -> None:
-    """Write the policy in the reference layout to the new `folder`, in float16."""
-    weights = dict(tree_flatten(policy.parameters()))
-    if not all(np.isfinite(np.array(array)).all() for array in weights.values()):
-        raise ValueError("the policy has weights that are not finite")
-    write_checkpoint(weights, folder)
-
-
 def write_checkpoint(weights: dict[str, mx.array], folder: Path) -> None:
-    """MLX-layout tensors and the tokenizer, as OpenVLA is published."""
+    """MLX-layout tensors in float16 and the tokenizer, as OpenVLA is published."""
+    for name, array in weights.items():
+        if not mx.all(mx.isfinite(array.astype(mx.float16))).item():
+            raise ValueError(f"{name} is not finite in float16")
     with new_folder(folder) as partial:
         tensors = {}
         for name, array in weights.items():

@@ -4,12 +4,15 @@ Seeds are never those of training. All methods meet the same episodes. Rows for 
 actions, a grey picture and the opposite instruction say what success needs.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ...act import Policy
@@ -51,19 +54,30 @@ def measure(
 ) -> None:
     """Run `episodes` of each task for each row, a line of JSON in `log` for each.
 
-    Lines that are there already are not measured again.
+    Lines of the same weights and as many episodes are not measured again.
     """
-    done = {(line["row"], line["task"]) for line in read_log(log)}
-    worlds: list[World] = []
+    weights = fingerprint(model)
+    done = {
+        (line["row"], line["task"])
+        for line in read_log(log)
+        if line["weights"] == weights and len(line["success"]) == episodes
+    }
     for task in tasks:
         todo = [row for row in chosen if (row.label, task) not in done]
-        worlds.clear()  # before there are new ones, whose frames closing could spoil
         worlds = [World(task) for _ in range(episodes)] if todo else []
         for row in tqdm(todo, desc=task, unit="row", disable=None):
             result = _run(model, processor, worlds, row)
-            line = {"row": row.label, "task": task, **result}
+            line = {"row": row.label, "task": task, "weights": weights, **result}
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def fingerprint(model) -> str:
+    """Of a model's weights."""
+    digest = hashlib.sha256()
+    for _, array in sorted(tree_flatten(model.parameters())):
+        digest.update(np.array(array.astype(mx.float32)).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _run(model, processor, worlds: list[World], row: Row) -> dict:

@@ -8,10 +8,10 @@ al., 2025, arXiv:2505.11289). Needs the extra `sim` and a software renderer
 (`MUJOCO_GL=egl` or `osmesa` on Linux).
 """
 
+import atexit
 import os
 import platform
 import warnings
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,11 +63,7 @@ TASKS = {
 
 
 class World:
-    """One task with its simulator, camera and expert.
-
-    Keep every world alive until the last frame is taken: with OSMesa, closing
-    one renderer spoils the frames of the others.
-    """
+    """One task with its simulator, camera and expert."""
 
     def __init__(self, name: str):
         mujoco = import_simulator()
@@ -89,8 +85,7 @@ class World:
         env.model.cam_fovy[camera] = 45
         # Goal markers would say what the instruction should.
         env.model.site_rgba[:, 3] = 0
-        self._renderer = mujoco.Renderer(env.model, SIZE, SIZE)
-        weakref.finalize(self, self._renderer.close)  # OpenGL may be gone by __del__
+        self._renderer = _renderer(name, env.model)
         self.success = False
 
     def reset(self, seed: int) -> None:
@@ -133,6 +128,21 @@ class World:
             self._state, _, _, _, info = self._env.step(action)
             self.success = self.success or bool(info["success"])
         return self.success
+
+
+_renderers: dict = {}
+
+
+def _renderer(name: str, model):
+    """One for all worlds of a task: changing it costs nearly as much as a frame.
+
+    Closed at the end only. Until then closing one would spoil the frames of others
+    (OSMesa), and OpenGL may be gone by the time of its own `__del__`.
+    """
+    if name not in _renderers:
+        _renderers[name] = import_simulator().Renderer(model, SIZE, SIZE)
+        atexit.register(_renderers[name].close)
+    return _renderers[name]
 
 
 def _grasp_and_hit(state: np.ndarray) -> np.ndarray:
