@@ -133,6 +133,7 @@ def _override_oft(config: dict, chunk: int | None, pictures: int | None) -> None
         raise InputError("actions per chunk and pictures are whole numbers from 1")
     if given:
         config["oft"] |= given
+        OPENVLA.expected_shapes(config)  # refuses what does not fit
 
 
 def _target_config(config: dict, dtype, quantize: bool, bits: int, group: int) -> dict:

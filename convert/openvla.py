@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..errors import InputError
+from ..models.checks import object_of
 from ..models.openvla import ModelArgs, OpenVLA
 from .checkpoint import Checkpoint, read_json
 from .family import Family, Shape
@@ -75,12 +76,13 @@ def _oft(checkpoint: Checkpoint, config: dict, shapes: dict[str, Shape]) -> dict
     words = " ".join([checkpoint.folder.name, *config["norm_stats"]]).lower()
     named = [robot for robot in _ROBOTS if robot in words]
     robot = named[0] if named else "aloha" if action_dim == 14 else "libero"
-    proprio = shapes.get("proprio_projector.fc1.weight", (0, 0))[1]
+    given = object_of(config, "oft")
+    proprio = shapes.get("proprio_projector.fc1.weight", (0, 0))[-1]
     film = "vision_backbone.featurizer.blocks.0.scale.weight" in shapes
     guessed = _ROBOTS[robot] | {"crop": 0.9}
     return (
         guessed
-        | (config.get("oft") or {})
+        | given
         | {
             "action_dim": action_dim,
             "proprio_dim": proprio,

@@ -4,7 +4,6 @@ Read with `weights_only=True`, so that a pickle can hold tensors and nothing els
 torch (the extra `oft`), and only to convert.
 """
 
-import pickle
 import re
 from pathlib import Path
 
@@ -63,8 +62,7 @@ def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
         # The FiLM backbone replaces the one in the shards.
         tensors = {n: t for n, t in tensors.items() if not _is_tower(n)}
     for name, array in extra.items():
-        kind = _TYPES.get(array.dtype, "F32")
-        tensors[name] = Tensor(checkpoint.folder, kind, array.shape)
+        tensors[name] = Tensor(checkpoint.folder, _TYPES[array.dtype], array.shape)
     return Checkpoint(checkpoint.folder, checkpoint.config, tensors, extra)
 
 
@@ -112,7 +110,7 @@ def _read(path: Path) -> dict[str, mx.array]:
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+    except Exception:  # damaged pickles run into whatever their bytes say
         raise InputError(
             f"{path} is damaged or holds more than tensors, and is refused; expected "
             "what torch.save makes of a state_dict"
@@ -126,13 +124,22 @@ def _read(path: Path) -> dict[str, mx.array]:
             "what torch.save makes of a state_dict"
         )
     return {
-        name.removeprefix("module."): _to_mlx(tensor) for name, tensor in state.items()
+        name.removeprefix("module."): _to_mlx(tensor, f"{name} of {path}")
+        for name, tensor in state.items()
     }
 
 
-def _to_mlx(tensor) -> mx.array:
+def _to_mlx(tensor, name: str) -> mx.array:
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        return mx.array(tensor.float().numpy()).astype(mx.bfloat16)
-    return mx.array(tensor.numpy())
+    types = {
+        torch.float32: mx.float32,
+        torch.float64: mx.float32,
+        torch.float16: mx.float16,
+        torch.bfloat16: mx.bfloat16,
+    }
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.dtype not in types:
+        kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
+        raise InputError(f"tensor {name} is {kind}; expected floats, dense")
+    return mx.array(tensor.detach().float().numpy()).astype(types[tensor.dtype])

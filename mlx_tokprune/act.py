@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from . import control
+from .actions import Bounds
 from .commands import (
     DEFAULT_POSITIONS,
     add_budget,
@@ -32,9 +33,11 @@ from .control import Observation, Patches
 from .demo import POLICY, POLICY_FRAME
 from .errors import InputError, Parser, command
 from .features import Features, Selection
-from .image import load_image
+from .image import center_crop, load_image
+from .loading import ActionProcessor, load
 from .models.openvla import OpenVLA
 from .pipeline import POSITIONS
+from .prompt import check_text
 from .pruners import Pruner
 
 DEFAULT_METHOD = "trimvla"
@@ -77,11 +80,11 @@ def predict_action(
     its own units, for OFT policies that read it. pruner: every visual token stays when
     `None`. Raises `InputError` for anything that does not fit the policy.
     """
-    pruner = pruner or Pruner("none")
-    _check_model(model)
+    pruner = _check_pruner(pruner)
+    _check_model(model, processor)
     _check_positions(positions)
     images = _check_images(model, images)
-    bounds = processor.bounds("action", unnorm_key)
+    bounds = _action_bounds(model, processor, unnorm_key)
     states = None if proprio is None else [proprio]
     state = _normalize_states(model, processor, states, unnorm_key, 1)
     start = time.perf_counter()
@@ -90,7 +93,8 @@ def predict_action(
     patches = control.see(model, observation, pruner, features)
     sequence = control.assemble(model, observation, patches, positions)
     if model.args.oft:
-        normalized = np.array(control.regress(model, sequence)[0].astype(mx.float32))
+        chunk = control.regress(model, sequence)[0].astype(mx.float32)
+        normalized = _check_finite(np.array(chunk))
         first = last = time.perf_counter()
         ids = None
     else:
@@ -130,14 +134,14 @@ class Policy:
         unnorm_key: str | None = None,
         compile: bool = True,
     ):
-        _check_model(model)
+        _check_model(model, processor)
         _check_positions(positions)
         self.model, self.processor = model, processor
-        self.pruner = pruner or Pruner("none")
+        self.pruner = _check_pruner(pruner)
         self.positions = positions
         self.unnorm_key = unnorm_key
-        self.bounds = processor.bounds("action", unnorm_key)
-        self._pictures = _pictures(model)
+        self.bounds = _action_bounds(model, processor, unnorm_key)
+        self._pictures = model.args.pictures
         wrap = mx.compile if compile else (lambda function: function)
         self._whole = wrap(self._act_on_pixels)
         self._features = wrap(self._encode)
@@ -166,13 +170,14 @@ class Policy:
 
         batch: the pictures of each robot. proprio: the state of each.
         """
-        if not len(batch):
+        if not isinstance(batch, Sequence) or not len(batch):
             raise InputError("the batch is empty; expected the pictures of one robot")
         robots = [_check_images(self.model, images) for images in batch]
         state = _normalize_states(
             self.model, self.processor, proprio, self.unnorm_key, len(batch)
         )
         pixels = mx.array(self.processor.pixels([i for some in robots for i in some]))
+        check_text(instruction, "the instruction")
         start, prompt = self._prompt(instruction)
         args = (pixels, mx.array([start]), mx.array(prompt))
         args += () if state is None else (state,)
@@ -186,7 +191,7 @@ class Policy:
 
     def _normalized(self, result: mx.array) -> np.ndarray:
         if self.model.args.oft:
-            return np.array(result.astype(mx.float32))
+            return _check_finite(np.array(result.astype(mx.float32)))
         return self.processor.values(np.array(result))
 
     def _observation(self, pixels, start, prompt, *state) -> Observation:
@@ -243,23 +248,47 @@ def _padded(patches: Patches) -> tuple[mx.array, mx.array, mx.array]:
 # Checks -----------------------------------------------------------------------------
 
 
-def _check_model(model) -> None:
-    if not isinstance(model, OpenVLA):
+def _check_model(model, processor) -> None:
+    if not isinstance(model, OpenVLA) or not isinstance(processor, ActionProcessor):
         raise InputError(
             "this model answers in words, not in actions; use mlx_tokprune.generate, "
             "or give an OpenVLA checkpoint"
         )
 
 
-def _pictures(model: OpenVLA) -> int:
-    return model.args.oft.pictures if model.args.oft else 1
+def _check_pruner(pruner: Pruner | None) -> Pruner:
+    if pruner is not None and not isinstance(pruner, Pruner):
+        raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")
+    return pruner or Pruner("none")
+
+
+def _action_bounds(model: OpenVLA, processor, unnorm_key: str | None) -> Bounds:
+    bounds = processor.bounds("action", unnorm_key)
+    oft = model.args.oft
+    if oft and len(bounds.low) != oft.action_dim:
+        raise InputError(
+            f"norm_stats scale {len(bounds.low)} numbers of action, but the policy's "
+            f"actions have {oft.action_dim}"
+        )
+    return bounds
+
+
+def _check_finite(normalized: np.ndarray) -> np.ndarray:
+    """A robot must never get what is not a number."""
+    if not np.isfinite(normalized).all():
+        raise InputError(
+            "the policy's action is not finite; its weights or its inputs are damaged"
+        )
+    return normalized
 
 
 def _check_images(model: OpenVLA, images) -> list[Image.Image]:
     """The decoded pictures of one robot."""
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
-    wanted = _pictures(model)
+    if not isinstance(images, Sequence):
+        raise InputError(f"pictures come as a list, not {type(images).__name__}")
+    wanted = model.args.pictures
     if len(images) != wanted:
         raise InputError(
             f"this policy looks at {wanted} picture{'s' * (wanted > 1)}; "
@@ -284,17 +313,19 @@ def _normalize_states(model, processor, proprio, unnorm_key, robots: int):
         raise InputError(
             f"this policy reads the robot's state; give proprio, {wanted} numbers"
         )
-    if len(proprio) != robots:
-        raise InputError(f"{robots} robots need as many states; {len(proprio)} given")
+    if not isinstance(proprio, Sequence | np.ndarray) or len(proprio) != robots:
+        raise InputError(f"{robots} robots need as many states")
     try:
         state = np.asarray(proprio, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise InputError("proprio is no list of numbers") from None
-    if state.ndim != 2 or state.shape[1] != wanted or not np.isfinite(state).all():
+    if state.ndim != 2 or state.shape[1] != wanted:
         raise InputError(
-            f"proprio is {wanted} finite numbers for this policy; got "
+            f"proprio is {wanted} numbers for this policy; got "
             f"{state.shape[-1] if state.ndim == 2 else state.shape}"
         )
+    if not np.isfinite(state).all():
+        raise InputError("proprio has a number that is not finite")
     bounds = processor.bounds("proprio", unnorm_key)
     if len(bounds.low) != wanted:
         raise InputError(
@@ -353,8 +384,6 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"cannot time {args.runs} runs; the least is 1")
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
-    from .loading import load
-
     model, processor = load(POLICY if args.model is None else args.model)
     mx.reset_peak_memory()
     asked = {"pruner": pruner, "positions": args.positions}
@@ -379,7 +408,8 @@ def main(argv: list[str] | None = None) -> None:
     patches = action.patches
     if args.overlay:
         selection = _per_picture(patches, len(images))
-        write_overlay(args.overlay, images, selection, patches.grid, padded=False)
+        seen = [center_crop(image, processor.crop) for image in images]
+        write_overlay(args.overlay, seen, selection, patches.grid, padded=False)
     record = {
         "action": action.values.tolist(),
         "normalized_action": action.normalized.tolist(),

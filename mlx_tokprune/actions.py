@@ -7,6 +7,10 @@ import numpy as np
 
 from .errors import InputError, nearest
 
+MOST_NUMBERS = 64  # of an action or a robot state
+_LARGEST = 1e12  # in any unit of a robot
+_SHOWN = 20  # keys in a message
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -29,7 +33,8 @@ class Bounds:
 
     def from_units(self, values: np.ndarray) -> np.ndarray:
         """(..., A) in robot units -> clipped to [-1, 1], as OpenVLA-OFT does it."""
-        scaled = 2 * (values - self.low) / (self.high - self.low + 1e-8) - 1
+        with np.errstate(over="ignore"):  # infinite is clipped too
+            scaled = 2 * (values - self.low) / (self.high - self.low + 1e-8) - 1
         return np.clip(np.where(self.mask, scaled, values), -1, 1)
 
 
@@ -50,7 +55,8 @@ def choose_statistics(norm_stats: Mapping[str, dict], unnorm_key: str | None) ->
     Raises `InputError` that lists the keys when the key is unknown, or missing where
     there are several.
     """
-    keys = ", ".join(sorted(norm_stats))
+    keys = ", ".join(map(repr, sorted(norm_stats)[:_SHOWN]))
+    keys += f" and {len(norm_stats) - _SHOWN} more" if len(norm_stats) > _SHOWN else ""
     if not norm_stats:
         raise InputError(
             "the checkpoint has no norm_stats, so actions have no units; expected them "
@@ -63,7 +69,7 @@ def choose_statistics(norm_stats: Mapping[str, dict], unnorm_key: str | None) ->
                 f"one of {keys}"
             )
         unnorm_key = next(iter(norm_stats))
-    if unnorm_key not in norm_stats:
+    if not isinstance(unnorm_key, str) or unnorm_key not in norm_stats:
         raise InputError(
             f"unknown unnorm key {unnorm_key!r}; the keys are {keys}."
             + nearest(str(unnorm_key), norm_stats)
@@ -74,7 +80,7 @@ def choose_statistics(norm_stats: Mapping[str, dict], unnorm_key: str | None) ->
 def read_bounds(statistics: Mapping, part: str, rule: str = "bounds_q99") -> Bounds:
     """The bounds of `action` or `proprio`: quantiles, or extremes for rule `bounds`.
 
-    Raises `InputError` when they are missing or do not fit together.
+    Raises `InputError` when they are missing, no numbers, or do not fit together.
     """
     names = ("q01", "q99") if rule == "bounds_q99" else ("min", "max")
     entry = statistics.get(part) if isinstance(statistics, Mapping) else None
@@ -82,15 +88,26 @@ def read_bounds(statistics: Mapping, part: str, rule: str = "bounds_q99") -> Bou
         raise InputError(
             f"norm_stats have no {names[0]} and {names[1]} of {part}; expected both"
         )
-    try:
-        low, high = (np.asarray(entry[n], dtype=np.float64) for n in names)
-        mask = np.asarray(entry.get("mask", np.ones(low.shape)), dtype=bool)
-    except (ValueError, TypeError):
-        raise InputError(f"norm_stats of {part} are not lists of numbers") from None
-    finite = np.isfinite(low).all() and np.isfinite(high).all()
-    if low.ndim != 1 or not low.shape == high.shape == mask.shape or not finite:
+    low, high = (_numbers(entry[n], f"{n} of {part}") for n in names)
+    mask = entry.get("mask", [True] * len(low))
+    if not isinstance(mask, list) or not all(isinstance(m, bool) for m in mask):
+        raise InputError(f"norm_stats say mask {mask!r} of {part}; expected booleans")
+    if not len(low) == len(high) == len(mask):
         raise InputError(
-            f"norm_stats of {part} disagree: {names[0]} {low.shape}, {names[1]} "
-            f"{high.shape}, mask {mask.shape}; expected finite lists of one length"
+            f"norm_stats of {part} disagree: {names[0]} has {len(low)} numbers, "
+            f"{names[1]} {len(high)} and mask {len(mask)}; expected lists of one length"
         )
-    return Bounds(low, high, mask)
+    if (low > high).any():
+        raise InputError(f"norm_stats of {part} have {names[0]} above {names[1]}")
+    return Bounds(low, high, np.array(mask))
+
+
+def _numbers(values, name: str) -> np.ndarray:
+    right = isinstance(values, list) and 0 < len(values) <= MOST_NUMBERS
+    right = right and all(type(value) in (int, float) for value in values)
+    if not right or not all(abs(value) < _LARGEST for value in values):
+        raise InputError(
+            f"norm_stats say {name} {str(values)[:60]}; expected a list of 1 to "
+            f"{MOST_NUMBERS} finite numbers"
+        )
+    return np.array(values, dtype=np.float64)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
@@ -63,13 +64,28 @@ def write_overlay(
     path: str, images: list, selection, grid: tuple[int, int], padded: bool = True
 ) -> None:
     """Write the picture of what was kept beside `path` and rename it."""
-    partial = f"{path}.partial"
+    folder = os.path.dirname(os.path.abspath(path))
+    number, partial = tempfile.mkstemp(".partial", "overlay-", folder)
     try:
-        draw_overlay(images, selection, grid, padded).save(partial, format="PNG")
+        with os.fdopen(number, "wb") as file:
+            draw_overlay(images, selection, grid, padded).save(file, format="PNG")
+        os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+def _umask() -> int:
+    """Files of `mkstemp` are private; others are as the user wants them."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_png(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def check_overlay(path: str | None, pictures: list[str]) -> None:
@@ -81,6 +97,10 @@ def check_overlay(path: str | None, pictures: list[str]) -> None:
         raise InputError(
             f"--overlay {path!r} cannot be written; expected the name of a PNG file in "
             "an existing folder"
+        )
+    if os.path.exists(path) and not _is_png(path):
+        raise InputError(
+            f"--overlay {path!r} exists and is no PNG file; choose another name"
         )
     if any(os.path.realpath(path) == os.path.realpath(p) for p in pictures):
         raise InputError(

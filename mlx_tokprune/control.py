@@ -89,7 +89,7 @@ def tail(model: OpenVLA, observation: Observation) -> mx.array:
     parts = [mx.broadcast_to(prompt, (batch, *prompt.shape[1:]))]
     oft = model.args.oft
     if oft:
-        stop = model.embed(mx.array([[model.args.text.get("eos_token_id", 2)]]))
+        stop = model.embed(mx.array([[model.args.text["eos_token_id"]]]))
         size = (batch, oft.slots, prompt.shape[-1])
         parts += [mx.zeros(size, prompt.dtype)]
         parts += [mx.broadcast_to(stop, (batch, 1, prompt.shape[-1]))]
@@ -106,7 +106,7 @@ def encode(
     language = None
     if model.args.oft and model.args.oft.film:
         # The mean over what the reference calls the language: all but action slots.
-        stop = model.args.text.get("eos_token_id", 2)
+        stop = model.args.text["eos_token_id"]
         ends = [mx.array(observation.start).reshape(1), mx.array([stop])]
         words = mx.concatenate([ends[0], observation.prompt, ends[1]])
         mean = mx.mean(model.embed(words[None]), axis=1)

@@ -6,6 +6,7 @@ Every message says what was wrong, what was expected, and the nearest valid choi
 import argparse
 import difflib
 import functools
+import re
 import signal
 import sys
 import threading
@@ -23,7 +24,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence and exit code 2."""
+    """An argument parser whose errors are one sentence and exit code 2.
+
+    Numbers such as -1e-3 are values, not flags; argparse knows them since Python 3.14.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(
+            r"-(\d+\.?|\.\d)\d*(e[-+]?\d+)?$", re.I
+        )
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -57,6 +57,8 @@ def load_image(source: str | Path | np.ndarray | Image.Image) -> Image.Image:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
+    if not image.width * image.height:
+        raise InputError(f"{name} of {image.width} x {image.height} has no pixels")
     try:
         image.load()
         return _to_rgb(_upright(image))
@@ -124,6 +126,14 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
     if square.width != size:
         square = square.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(square, dtype=np.float32) / 255
+
+
+def center_crop(image: Image.Image, share: float) -> Image.Image:
+    """The middle of a picture, `share` of its area, cut between pixels if need be."""
+    margin = (1 - share**0.5) / 2
+    width, height = image.size
+    box = (margin * width, margin * height, (1 - margin) * width, (1 - margin) * height)
+    return image.resize(image.size, Image.Resampling.BILINEAR, box=box)
 
 
 def preprocess_naive(

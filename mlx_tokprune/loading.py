@@ -141,16 +141,13 @@ def _action_processor(model: OpenVLA, tokenizer, config: dict) -> ActionProcesso
         raise InputError(
             "the tokenizer has no token that opens a sequence; expected <s>"
         )
-    longest = args.text.get("max_position_embeddings", 2048)
-    tokens = args.towers[0].side ** 2 * (args.oft.pictures if args.oft else 1)
-    actions = args.oft.slots if args.oft else 32
     return ActionProcessor(
         tokenizer,
         model.image_size,
         args.vocabulary,
         args.bins,
         args.empty_token_id,
-        max(1, longest - tokens - actions - 3),
+        args.longest_prompt,
         config["norm_stats"],
         args.oft.rule if args.oft else "bounds_q99",
         args.oft.crop if args.oft else 1.0,
@@ -185,7 +182,12 @@ def load_tokenizer(folder: Path, config: dict):
     stops: set[int] = set()
     for source in (config, _optional_json(folder / "generation_config.json")):
         ids = source.get("eos_token_id") or []
-        stops |= {ids} if isinstance(ids, int) else set(ids)
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(number) is int for number in ids):
+            raise InputError(
+                f"{folder} says eos_token_id {ids}; expected a token id or a list"
+            )
+        stops |= set(ids)
     # transformers warns that it has no model type `llava_qwen2`; it needs none.
     log = logging.getLogger("transformers")
     level = log.level

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -111,9 +112,54 @@ def test_batches_that_do_not_fit_are_refused(tiny_policy, oft_policy, tiny):
         (lambda: robots(oft, [[PICTURE]], [state]), "2 pictures; 1 given"),
         (lambda: robots(oft, [[PICTURE] * 2] * 2, [state]), "2 robots need as many"),
         (lambda: Policy(*tiny), "answers in words"),
+        (lambda: Policy(tiny_policy[0], tiny[1]), "answers in words"),
+        (lambda: Policy(*tiny_policy, pruner="norm"), "not str"),
+        (lambda: policy(None, INSTRUCTION), "not NoneType"),
+        (lambda: policy([PICTURE], ["go"]), "not list"),
+        (lambda: Policy(*tiny_policy, unnorm_key={}), "unknown unnorm key"),
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_statistics_of_another_length_are_refused(oft_folder, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(oft_folder, folder)
+    entry = {"q01": [0.0], "q99": [1.0], "mask": [True]}
+    stats = {"toy_robot": {"action": entry, "proprio": entry}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    with pytest.raises(InputError, match=r"scale 1 numbers of action, but .* have 7"):
+        Policy(*load(folder))
+
+
+def test_an_action_that_is_not_finite_is_never_given(oft_policy):
+    model, processor = oft_policy
+    bias = model.action_head.model.fc2.bias
+    asked = ([PICTURE] * 2, INSTRUCTION)
+    state = [0.0] * 5
+    try:
+        model.action_head.model.fc2.bias = bias * float("nan")
+        with pytest.raises(InputError, match="not finite"):
+            predict_action(model, processor, *asked, proprio=state)
+        with pytest.raises(InputError, match="not finite"):
+            Policy(model, processor)(*asked, state)
+    finally:
+        model.action_head.model.fc2.bias = bias
+
+
+def test_numbers_below_zero_with_exponents_are_numbers(oft_folder, capsys):
+    model = ["--model", str(oft_folder), *ASK[2:], *ASK[2:4]]
+    main([*model, "--proprio", "-1e-3", "0", "-.5", "-1", "-1.5E+0", "--runs", "1"])
+    assert "actions/s" in capsys.readouterr().out
+
+
+def test_an_overlay_never_replaces_another_file(tmp_path, capsys):
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    with pytest.raises(SystemExit):
+        main([*ASK, "--overlay", str(note)])
+    assert "is no PNG file" in capsys.readouterr().err
+    assert note.read_text() == "mine"
 
 
 def test_rate_counts_the_actions_of_a_chunk(monkeypatch):

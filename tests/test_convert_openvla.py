@@ -96,6 +96,74 @@ def test_towers_and_projector_stay_float(tmp_path, bits, caplog):
     assert len(action.token_ids) == 7
 
 
+PREPROCESSOR, STATISTICS = "preprocessor_config.json", "dataset_statistics.json"
+NUMBERS = {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}
+
+
+def statistics(**changes) -> dict:
+    return {"robot": {"action": NUMBERS | changes}}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"n_action_bins": 1}, "n_action_bins 1; expected .* from 2"),
+        ("config.json", {"n_action_bins": 700}, "from 2 to 576"),
+        ("config.json", {"pad_to_multiple_of": 700}, "below 640"),
+        ("config.json", {"empty_token_id": 640}, "below vocab_size 640"),
+        ("config.json", {"use_fused_vision_backbone": "false"}, "true or false"),
+        ("config.json", {"image_resize_strategy": "letterbox"}, "'resize-naive'"),
+        ("config.json", {"eos_token_id": 2.5}, "expected a token id"),
+        (PREPROCESSOR, {"means": [[float("nan")] * 3] * 2}, "three numbers"),
+        (PREPROCESSOR, {"stds": [[1e300] * 3] * 2}, "three numbers"),
+        (PREPROCESSOR, {"stds": [[0.0] * 3] * 2}, "not positive"),
+        (PREPROCESSOR, {"means": [[True] * 3] * 2}, "three numbers"),
+        (PREPROCESSOR, {"interpolations": ["nearest"] * 2}, "'bicubic'"),
+        (PREPROCESSOR, {"input_sizes": [[3, 224, 224]] * 2}, r"\[3, 112, 112\]"),
+        (STATISTICS, statistics(q01=[], q99=[], mask=[]), "a list of 1 to 64"),
+        (STATISTICS, statistics(q01=[0.0] * 4000), "a list of 1 to 64"),
+        (STATISTICS, statistics(q01=["0"] * 7), "finite numbers"),
+        (STATISTICS, statistics(q01=[None] * 7), "finite numbers"),
+        (STATISTICS, statistics(q99=[10**400] * 7), "finite numbers"),
+        (STATISTICS, statistics(q01=[5.0] * 7), "q01 above q99"),
+        (STATISTICS, statistics(mask=["false"] * 7), "expected booleans"),
+        (STATISTICS, statistics(mask=[True] * 6), "mask 6; expected lists of one"),
+    ],
+)
+def test_damaged_policies_are_refused(policy_checkpoint, file, changes, message):
+    if not (policy_checkpoint / file).exists():
+        (policy_checkpoint / file).write_text("{}")
+    edit(policy_checkpoint, file, **changes)
+    with pytest.raises(InputError, match=message):
+        predict_action(*load(policy_checkpoint), [PICTURE], INSTRUCTION)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": 10_000_000}, "below vocab_size 640"),
+        ({"eos_token_id": [2, 3]}, "below vocab_size 640"),
+        ({"max_position_embeddings": "x"}, "a positive number"),
+        ({"max_position_embeddings": 100}, "no room for a prompt"),
+        ({"rope_traditional": "x"}, "true or false"),
+    ],
+)
+def test_damaged_language_configs_are_refused(policy_checkpoint, changes, message):
+    config = json.loads((policy_checkpoint / "config.json").read_text())
+    text = config["text_config"] | changes
+    edit(policy_checkpoint, "config.json", text_config=text)
+    with pytest.raises(InputError, match=message):
+        load(policy_checkpoint)
+
+
+@pytest.mark.parametrize("options", [{"actions_per_chunk": 5000}, {"pictures": 100}])
+def test_overrides_that_do_not_fit_leave_nothing(oft_folder, tmp_path, options):
+    target = tmp_path / "mlx"
+    with pytest.raises(InputError, match=r"oft chunk 5000|no room for a prompt"):
+        convert(str(oft_folder), str(target), **options)
+    assert not target.exists()
+
+
 @pytest.fixture
 def one_tower(policy_checkpoint):
     """A Prismatic checkpoint with the tiny policy's SigLIP tower alone."""

@@ -348,8 +348,8 @@ def test_wrong_side_files_are_named(policy_checkpoint, files, message):
     [
         ({"images": PICTURES[:1]}, "looks at 2 pictures; 1 given"),
         ({"proprio": None}, "give proprio, 5 numbers"),
-        ({"proprio": STATE[:3]}, "proprio is 5 finite numbers .* got 3"),
-        ({"proprio": [float("nan")] * 5}, "finite"),
+        ({"proprio": STATE[:3]}, "proprio is 5 numbers .* got 3"),
+        ({"proprio": [float("nan")] * 5}, "not finite"),
         ({"proprio": ["a"] * 5}, "no list of numbers"),
     ],
 )

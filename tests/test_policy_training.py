@@ -275,6 +275,11 @@ def test_success_is_logged_and_not_measured_again(tmp_path, corridor, policy):
     before = log.read_text()
     success.measure(*policy, 3, ["drawer-open", "hammer"], rows, log)
     assert log.read_text() == before
+    # Other weights, or another number of episodes, are another measurement.
+    mx.random.seed(9)
+    success.measure(student.build_policy(), policy[1], 3, ["hammer"], rows[:1], log)
+    success.measure(*policy, 2, ["hammer"], rows[:1], log)
+    assert len(table.read_log(log)) == len(lines) + 2
 
 
 def test_a_policy_that_looks_wins_and_one_that_does_not_loses(

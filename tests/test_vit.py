@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_tokprune.models.vit import ViT, ViTConfig
+from mlx_tokprune.models.vit import ViT, ViTConfig, tower_config
 
 SIZES = {"image_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 4, "num_heads": 3}
 TOWERS = {
@@ -31,6 +31,8 @@ def random_tower(config: ViTConfig, film: int | None = None) -> ViT:
         (name, mx.array(0.3 * rng.normal(size=array.shape).astype(np.float32)))
         for name, array in tree_flatten(tower.parameters())
     ]
+    # Sharp attention, so that who looks at whom matters.
+    drawn = [(n, a * (3 if "qkv" in n else 1)) for n, a in drawn]
     # Small activations, so that the epsilon of the first norm shows.
     drawn = [(n, a * (0.05 if "embed" in n or "token" in n else 1)) for n, a in drawn]
     tower.update(tree_unflatten(drawn))
@@ -127,4 +129,23 @@ def test_towers_equal_numpy(kind, film):
     for i, picture in enumerate(pictures):
         expected = plain(picture, None if language is None else language[i])
         np.testing.assert_allclose(np.array(tokens[i]), expected, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(np.array(attention[i]), plain.attention, rtol=1e-3)
+        np.testing.assert_allclose(
+            np.array(attention[i]), plain.attention, rtol=1e-3, atol=1e-6
+        )
+        assert plain.attention.max() > 1.2 * plain.attention.min()
+
+
+@pytest.mark.parametrize(
+    ("timm_id", "size", "sizes", "prefix", "patches", "eps"),
+    [
+        ("vit_large_patch14_reg4_dinov2.lvd142m", 224, (1024, 24, 16), 5, 256, 1e-6),
+        ("vit_so400m_patch14_siglip_224", 224, (1152, 27, 16), 0, 256, 1e-6),
+        ("vit_so400m_patch14_siglip_384", 384, (1152, 27, 16), 0, 729, 1e-6),
+        ("vit_large_patch14_clip_336.openai", 336, (1024, 24, 16), 1, 576, 1e-5),
+    ],
+)
+def test_towers_that_timm_builds(timm_id, size, sizes, prefix, patches, eps):
+    """Sizes as `timm.create_model` gives them, timm 1.0.31."""
+    tower = tower_config(timm_id, size, None, None)
+    assert (tower.embed_dim, tower.depth, tower.num_heads) == sizes
+    assert (tower.prefix, tower.side**2, tower.norm_eps) == (prefix, patches, eps)

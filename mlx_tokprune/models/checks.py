@@ -15,6 +15,7 @@ _LANGUAGE_SIZES = (
     "vocab_size",
 )
 _LIMIT = 1 << 20  # larger sizes are mistakes, and would take the memory to prove it
+_HUGE = 1e6  # the same of other numbers
 
 
 def object_of(config: Mapping[str, Any], name: str) -> dict:
@@ -35,6 +36,18 @@ def is_size(value) -> bool:
     return whole and 0 < value < _LIMIT
 
 
+def is_number(value) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) < _HUGE
+
+
+def check_token(name: str, value, vocabulary: int) -> None:
+    """A token id has a row in the embeddings; beyond them MLX reads other memory."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    right = whole and 0 <= value < vocabulary
+    expect(right, name, value, f"a token id below vocab_size {vocabulary}")
+
+
 def check_language(text: Mapping[str, Any]) -> None:
     """Sizes of a Llama-like language model are there and fit together."""
     missing = [n for n in (*_LANGUAGE_SIZES, "rms_norm_eps") if n not in text]
@@ -46,6 +59,11 @@ def check_language(text: Mapping[str, Any]) -> None:
         value = text.get(name, 1.0)
         right = isinstance(value, (int, float)) and 0 < value < math.inf
         expect(right, name, value, "a positive number")
+    length = text.get("max_position_embeddings", 1)
+    expect(is_size(length), "max_position_embeddings", length, "a positive number")
+    traditional = text.get("rope_traditional", False)
+    right = isinstance(traditional, bool)
+    expect(right, "rope_traditional", traditional, "true or false")
     heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
     divide = text["hidden_size"] % heads == 0 and heads % shared == 0
     expected = f"a divisor of {text['hidden_size']}, in groups of {shared}"

@@ -5,16 +5,24 @@ so mlx-lm's caches, generation and quantization take it as a model of theirs. Wi
 in its config it is an OpenVLA-OFT policy (`oft.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..actions import MOST_NUMBERS
 from ..errors import InputError
 from ..features import Features
-from .checks import check_language, expect, is_size, object_of
+from .checks import (
+    check_language,
+    check_token,
+    expect,
+    is_number,
+    is_size,
+    object_of,
+)
 from .layers import gelu
 from .oft import ActionHead, OFTConfig, ProprioProjector
 from .positions import Positions, use_positions
@@ -56,25 +64,49 @@ class ModelArgs:
         text.setdefault("tie_word_embeddings", False)
         check_language(text)
         towers = _towers(config)
-        means, stds = _normalization(config, len(towers))
-        numbers = {
-            "n_action_bins": config.get("n_action_bins", 256),
-            "pad_to_multiple_of": config.get("pad_to_multiple_of", 64),
-            "empty_token_id": config.get("empty_token_id", 29871),
-        }
-        for name, value in numbers.items():
-            expect(is_size(value), name, value, "a positive whole number")
+        means, stds = _normalization(config, towers)
+        vocabulary, stop = text["vocab_size"], text.setdefault("eos_token_id", 2)
+        empty = config.get("empty_token_id", 29871)
+        check_token("empty_token_id", empty, vocabulary)
+        check_token("text_config.eos_token_id", stop, vocabulary)
+        padding = config.get("pad_to_multiple_of", 64)
+        right = is_size(padding) and padding < vocabulary
+        expect(right, "pad_to_multiple_of", padding, f"a number below {vocabulary}")
+        bins, most = config.get("n_action_bins", 256), vocabulary - padding
+        right = is_size(bins) and 2 <= bins <= most
+        expect(right, "n_action_bins", bins, f"a whole number from 2 to {most}")
         oft = object_of(config, "oft")
-        return cls(
-            text,
-            towers,
-            means,
-            stds,
-            numbers["n_action_bins"],
-            numbers["pad_to_multiple_of"],
-            numbers["empty_token_id"],
-            OFTConfig.from_dict(oft) if oft else None,
-        )
+        oft = OFTConfig.from_dict(oft) if oft else None
+        args = cls(text, towers, means, stds, bins, padding, empty, oft)
+        if args.longest_prompt < 1:
+            raise InputError(
+                f"config.json says max_position_embeddings {args.positions}, which has "
+                f"no room for a prompt beside {args.visual_tokens} visual tokens and "
+                f"{args.action_tokens} of actions"
+            )
+        return args
+
+    @property
+    def pictures(self) -> int:
+        return self.oft.pictures if self.oft else 1
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of all pictures, before pruning."""
+        return self.towers[0].side ** 2 * self.pictures
+
+    @property
+    def action_tokens(self) -> int:
+        return self.oft.slots if self.oft else MOST_NUMBERS
+
+    @property
+    def positions(self) -> int:
+        return self.text.get("max_position_embeddings", 2048)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of an instruction's prompt that fit; 3 are <s>, </s> and the state."""
+        return self.positions - self.visual_tokens - self.action_tokens - 3
 
     @property
     def vocabulary(self) -> int:
@@ -99,7 +131,9 @@ def _is_openvla_7b(text: Mapping) -> bool:
 
 def _towers(config: Mapping) -> tuple[ViTConfig, ...]:
     ids, sizes = config.get("timm_model_ids"), config.get("image_sizes")
-    fused = config.get("use_fused_vision_backbone")
+    fused = config.get("use_fused_vision_backbone", False)
+    right = isinstance(fused, bool)
+    expect(right, "use_fused_vision_backbone", fused, "true or false")
     expected = 2 if fused else 1
     for name, value in (("timm_model_ids", ids), ("image_sizes", sizes)):
         right = isinstance(value, list) and len(value) == expected
@@ -117,7 +151,7 @@ def _towers(config: Mapping) -> tuple[ViTConfig, ...]:
     return towers
 
 
-def _normalization(config: Mapping, towers: int) -> list[tuple]:
+def _normalization(config: Mapping, towers: Sequence[ViTConfig]) -> list[tuple]:
     preprocessor = config.get("preprocessor")
     if not isinstance(preprocessor, dict):
         raise InputError(
@@ -127,29 +161,31 @@ def _normalization(config: Mapping, towers: int) -> list[tuple]:
     found = []
     for name in ("means", "stds"):
         values = preprocessor.get(name)
-        lists = isinstance(values, list) and len(values) == towers
+        lists = isinstance(values, list) and len(values) == len(towers)
         right = lists and all(_is_color(value) for value in values)
         if not right:
             raise InputError(
                 f"preprocessor_config.json says {name} {values!r}; expected three "
-                f"numbers for each of {towers} tower{'s' * (towers > 1)}"
+                f"numbers for each of {len(towers)} tower{'s' * (len(towers) > 1)}"
             )
         found.append(tuple(tuple(map(float, value)) for value in values))
-    strategy = preprocessor.get("image_resize_strategy", "resize-naive")
-    expect(
-        strategy == "resize-naive",
-        "image_resize_strategy",
-        strategy,
-        "'resize-naive', the only one that is read here",
-    )
-    if not all(all(v > 0 for v in std) for std in found[1]):
+    if not all(all(v > 1e-6 for v in std) for std in found[1]):
         raise InputError("preprocessor_config.json has a std that is not positive")
+    side = towers[0].image_size
+    for name, only in (("interpolations", "bicubic"), ("input_sizes", [3, side, side])):
+        values = preprocessor.get(name, [only])
+        right = isinstance(values, list) and all(value == only for value in values)
+        expect(right, name, values, f"{only!r} for every tower, all that is read here")
+    for said in (preprocessor, config):
+        strategy = said.get("image_resize_strategy", "resize-naive")
+        right = strategy == "resize-naive"
+        expect(right, "image_resize_strategy", strategy, "'resize-naive'")
     return found
 
 
 def _is_color(value) -> bool:
     three = isinstance(value, list) and len(value) == 3
-    return three and all(isinstance(v, (int, float)) for v in value)
+    return three and all(map(is_number, value))
 
 
 class VisionBackbone(nn.Module):

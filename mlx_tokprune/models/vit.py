@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError, nearest
+from .checks import is_number
 from .layers import attend, attention_weights, gelu
 
 
@@ -112,15 +113,25 @@ def _check(config: ViTConfig) -> None:
                 f"config.json gives a vision tower {name} {value!r}; expected a "
                 "positive whole number"
             )
-    ratio, extra = config.mlp_ratio, config.reg_tokens
-    if not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
-        raise InputError(f"config.json gives a vision tower mlp_ratio {ratio!r}")
-    if not isinstance(extra, int) or not 0 <= extra < 1 << 10:
-        raise InputError(f"config.json gives a vision tower reg_tokens {extra!r}")
-    if not isinstance(config.norm_eps, float) or not 0 < config.norm_eps < 1:
-        raise InputError(
-            f"config.json gives a vision tower norm_eps {config.norm_eps!r}"
-        )
+    ratio, extra, eps = config.mlp_ratio, config.reg_tokens, config.norm_eps
+    whole = isinstance(extra, int) and not isinstance(extra, bool)
+    for name, value, right, expected in (
+        ("mlp_ratio", ratio, is_number(ratio) and 0 < ratio <= 64, "up to 64"),
+        ("reg_tokens", extra, whole and 0 <= extra < 1 << 10, "below 1024"),
+        ("norm_eps", eps, is_number(eps) and 0 < eps < 1, "between 0 and 1"),
+    ):
+        if not right:
+            raise InputError(
+                f"config.json gives a vision tower {name} {value!r}; expected a number "
+                f"{expected}"
+            )
+    for name in ("class_token", "embeds_class", "layer_scale", "pre_norm"):
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise InputError(
+                f"config.json gives a vision tower {name} {value!r}; expected true or "
+                "false"
+            )
     if config.depth < 2:
         raise InputError(
             f"config.json gives a vision tower of depth {config.depth}; expected at "

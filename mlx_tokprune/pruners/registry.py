@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import mlx.core as mx
 
@@ -110,7 +111,7 @@ def count_kept(total: int, keep_ratio: float) -> int:
 
 def check_seed(seed: int) -> None:
     """Raise `InputError` unless MLX takes `seed`."""
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
         raise InputError(f"seed {seed} is out of range; expected 0 to 2**64 - 1")
 
 
@@ -128,7 +129,7 @@ class Pruner:
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     seed: int = 0
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         object.__setattr__(self, "method", get_method(self.method).name)
@@ -136,13 +137,13 @@ class Pruner:
         ratio, tokens = self.keep_ratio, self.keep_tokens
         if ratio is not None and tokens is not None:
             raise InputError("give a keep ratio or a number of tokens, not both")
-        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        number = isinstance(ratio, Real) and not isinstance(ratio, bool)
         if ratio is not None and not (number and 0 < ratio <= 1):
             shown = f"{ratio:g}" if number else repr(ratio)
             raise InputError(
                 f"keep ratio {shown} is outside (0, 1]; 1 keeps every visual token"
             )
-        whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+        whole = isinstance(tokens, Integral) and not isinstance(tokens, bool)
         if tokens is not None and not (whole and tokens >= 1):
             raise InputError(
                 f"cannot keep {tokens} visual tokens; expected a whole number from 1"
@@ -156,6 +157,11 @@ class Pruner:
 
     def _check_options(self) -> None:
         known = get_method(self.method).options
+        if not isinstance(self.options, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, Real)
+            for name, value in self.options.items()
+        ):
+            raise InputError(f"options are numbers by name, not {self.options!r}")
         for name in self.options:
             if name not in known:
                 takes = f"takes {', '.join(known)}" if known else "takes no options"
@@ -210,7 +216,7 @@ class Pruner:
                 f"method 'none' keeps all {total} visual tokens, so keeping "
                 f"{self.keep_tokens} needs another method, such as 'norm'"
             )
-        return self.keep_tokens
+        return int(self.keep_tokens)
 
     def __call__(self, features: Features) -> Selection:
         method = get_method(self.method)
@@ -222,7 +228,7 @@ class Pruner:
         if missing:
             raise ValueError(f"{method.name} needs features with {missing}")
         if method.seeded:
-            return method.function(features, keep=keep, seed=self.seed)
+            return method.function(features, keep=keep, seed=int(self.seed))
         if method.stage == "prompt":
             return method.function(features, keep=keep, **self.options)
         options = tuple(sorted(self.options.items())) if method.options else ()
