@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import mlx_tokprune
-from mlx_tokprune import Pruner, generate
-from mlx_tokprune.demo import CHECKPOINT, PICTURES
+from mlx_tokprune import Pruner, generate, predict_action
+from mlx_tokprune.demo import CHECKPOINT, PICTURES, POLICY, POLICY_FRAME
 from mlx_tokprune.demo.__main__ import main
 from mlx_tokprune.pipeline import assemble, first_logits, see
 from mlx_tokprune.train.__main__ import main as train_main
@@ -37,6 +37,37 @@ def test_the_demo_answers_and_draws(tmp_path, capsys):
                 assert overlay.width / overlay.height == pytest.approx(
                     source.width / source.height, rel=0.01
                 )
+    action = out[out.index(POLICY_FRAME.path.name) :]
+    assert "64 of 64 tokens" in action
+    assert "32 of 64 tokens" in action
+    assert (tmp_path / "out" / "overlay_policy.png").exists()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return mlx_tokprune.load(POLICY)
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [Pruner("none"), Pruner("trimvla", 0.5), Pruner("trimvla", 0.25)],
+    ids=["all", "half", "quarter"],
+)
+def test_the_policy_does_what_the_expert_does(policy, pruner):
+    expert = np.array([float(value) for value in POLICY_FRAME.answer.split()])
+    asked = ([POLICY_FRAME.path], POLICY_FRAME.question)
+    action = predict_action(*policy, *asked, pruner=pruner)
+    assert np.abs(action.values - expert).max() < 0.15
+
+
+def test_the_instruction_decides_the_action(policy):
+    """Half open, the same drawer can be closed."""
+    frame = [POLICY_FRAME.path]
+    opened, closed = (
+        predict_action(*policy, frame, f"{verb} the drawer").values
+        for verb in ("open", "close")
+    )
+    assert np.abs(opened - closed).max() > 0.3
 
 
 def test_the_picture_decides_the_answer(demo):
