@@ -1,13 +1,12 @@
 """What the commands share: budget flags, overlays, and the name of the device."""
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 
 from .errors import InputError, Parser
+from .files import replacing
 from .overlay import draw_overlay
 from .pipeline import POSITIONS
 from .pruners import Pruner, get_method, list_pruners
@@ -63,24 +62,9 @@ def device_name() -> str:
 def write_overlay(
     path: str, images: list, selection, grid: tuple[int, int], padded: bool = True
 ) -> None:
-    """Write the picture of what was kept beside `path` and rename it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    number, partial = tempfile.mkstemp(".partial", "overlay-", folder)
-    try:
-        with os.fdopen(number, "wb") as file:
-            draw_overlay(images, selection, grid, padded).save(file, format="PNG")
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-
-
-def _umask() -> int:
-    """Files of `mkstemp` are private; others are as the user wants them."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """Write the picture of what was kept as a PNG."""
+    with replacing(path) as file:
+        draw_overlay(images, selection, grid, padded).save(file, format="PNG")
 
 
 def _is_png(path: str) -> bool:

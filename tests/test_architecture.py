@@ -10,7 +10,7 @@ PACKAGE = "mlx_tokprune"
 
 # Lower floors first; a module may import from its own floor or lower ones.
 FLOORS = (
-    ("errors", "blas", "features", "image", "prompt", "actions"),
+    ("errors", "blas", "files", "features", "image", "prompt", "actions", "intervals"),
     ("models", "pruners", "overlay", "hub", "demo", "convert.checkpoint"),
     ("convert.family", "convert.sidefiles"),
     ("convert.fastvlm", "convert.openvla"),
@@ -18,7 +18,8 @@ FLOORS = (
     ("loading", "pipeline", "control"),
     ("commands",),
     ("generate", "act", "train", "convert.command", "convert.__main__"),
-    ("demo.__main__",),
+    ("demo.__main__", "bench", "evaluate"),
+    ("report",),
     ("__init__", "convert.__init__"),
 )
 LATE = ("coremltools", "matplotlib", "torch", "mlx_lm", "transformers", "tokenizers")

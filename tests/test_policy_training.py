@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_tokprune import InputError, load
+from mlx_tokprune.intervals import of_share
 from mlx_tokprune.pruners import Pruner
 from mlx_tokprune.train.policy import __main__ as program
 from mlx_tokprune.train.policy import (
@@ -355,7 +356,7 @@ def test_seeds_of_judging_are_never_those_of_training():
 )
 def test_intervals_are_wilson_s(right, total, low, high):
     """The last is the worked example of Newcombe (1998), method 3."""
-    found = table.interval(right, total)
+    found = of_share(right, total)
     assert found == pytest.approx((low, high), abs=2e-4)
 
 
@@ -404,4 +405,4 @@ def test_a_log_is_lines_of_json(tmp_path):
     file.write_text(json.dumps({"row": "none", "task": "hammer"}) + "\n")
     assert table.read_log(file)[0]["row"] == "none"
     assert table.read_log(tmp_path / "nothing") == []
-    assert math.isclose(table.interval(1, 2)[0] + table.interval(1, 2)[1], 1)
+    assert math.isclose(of_share(1, 2)[0] + of_share(1, 2)[1], 1)

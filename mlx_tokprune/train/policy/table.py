@@ -1,12 +1,12 @@
 """What `success.py` logged, for people: a table and a picture."""
 
 import json
-import math
 import re
 from pathlib import Path
 
 import numpy as np
 
+from ...intervals import of_share
 from .worlds import TASKS
 
 _AT_BUDGET = re.compile(r"(\w+) ([\d.]+)")  # the label of a method's row
@@ -30,15 +30,6 @@ def _overall(lines: list[dict]) -> dict[str, tuple[float, int, int]]:
     return found
 
 
-def interval(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z, share = 1.96, right / total
-    centre = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
-    scale = 1 + z * z / total
-    return (centre - half) / scale, (centre + half) / scale
-
-
 def markdown(lines: list[dict], saved: dict[str, float]) -> str:
     """The table for people: success in percent; `saved`: share of TTFT, by row."""
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
@@ -46,7 +37,7 @@ def markdown(lines: list[dict], saved: dict[str, float]) -> str:
     table = [head, "|---|---:|---:|---:|" + "---:|" * len(tasks)]
     for label, (kept, won, total) in _overall(lines).items():
         mine = {line["task"]: line for line in lines if line["row"] == label}
-        low, high = interval(won, total)
+        low, high = of_share(won, total)
         cells = [
             f"{100 * np.mean(mine[task]['success']):.0f}" if task in mine else ""
             for task in tasks
@@ -87,7 +78,7 @@ def draw(lines: list[dict], file: Path) -> None:
 
 def _line(axes, points: list[tuple[float, int, int]], label: str) -> None:
     kept, won, total = np.array(points).T
-    bounds = np.array([interval(*point[1:]) for point in points]).T
+    bounds = np.array([of_share(*point[1:]) for point in points]).T
     rate = won / total
     errors = 100 * np.abs(bounds - rate)
     axes.errorbar(kept, 100 * rate, errors, marker="o", ms=4, capsize=2, label=label)

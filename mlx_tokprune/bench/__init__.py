@@ -1,0 +1,1 @@
+"""Benchmarks that a sceptic can run: `python -m mlx_tokprune.bench`."""

@@ -1,0 +1,127 @@
+"""A benchmark for people: a Markdown table, one row per combination."""
+
+import statistics
+
+from .measure import median
+
+_COLUMNS = (
+    *(
+        "model",
+        "px",
+        "method",
+        "kept",
+        "TTFT ms",
+        "saved",
+        "ceiling",
+        "limit",
+        "x limit",
+    ),
+    *(
+        "pre",
+        "vision",
+        "prune",
+        "project",
+        "prefill",
+        "no vision*",
+        "tok/s",
+        "total ms",
+    ),
+    "MB",
+)
+NOTE = (
+    "TTFT: from decoded picture and prompt to the first token id, unfenced; median "
+    "(least-most). Saved: of the unpruned TTFT of the same model, size and prompt; "
+    "ceiling: the same in FLOPs. Limit: FLOPs over the measured matmul rate or weights "
+    "over the measured bandwidth, whichever is larger, ms. Stages are fenced, ms. "
+    "* Project and prefill alone, what some published tables call TTFT; not a TTFT."
+)
+
+
+def markdown(result: dict) -> str:
+    """The machine, the table and what its columns mean."""
+    rows = result["rows"]
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "---:|" * 1 + "---|"]
+    lines[1] += "---:|" * (len(_COLUMNS) - 3)
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    for prompt in prompts:
+        lines += [_line(row, rows) for row in rows if row["prompt"] == prompt]
+    return "\n".join([describe(result), "", *lines, "", NOTE])
+
+
+def describe(result: dict) -> str:
+    """One sentence on where the figures come from."""
+    machine, rates = result["machine"], result["rates"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    runs = len(result["rows"][0]["samples"]["ttft_ms"]) if result["rows"] else 0
+    return (
+        f"{machine['device']}, {machine['cores']} cores, {machine['system']}; "
+        f"{versions}, commit {machine['commit']}; matmul "
+        f"{rates['flops_per_second'] / 1e9:.0f} GFLOP/s, bandwidth "
+        f"{rates['bytes_per_second'] / 1e9:.1f} GB/s; n={runs}, interleaved."
+    )
+
+
+def unpruned(row: dict, rows: list[dict]) -> dict:
+    """The row of the same model, size and prompt that keeps every token."""
+    case = ("model", "image_size", "prompt", "positions")
+    return next(
+        other
+        for other in rows
+        if other["method"] == "none" and all(other[k] == row[k] for k in case)
+    )
+
+
+def flops(row: dict) -> float:
+    """Up to the first token."""
+    return sum(cost["flops"] for cost in row["costs"].values())
+
+
+def stage(row: dict, name: str) -> float | None:
+    return median([sample.get(name) for sample in row["samples"]["stages_ms"]])
+
+
+def _line(row: dict, rows: list[dict]) -> str:
+    base = unpruned(row, rows)
+    times = row["samples"]["ttft_ms"]
+    if not times:
+        return f"| {row['model']} | {row['image_size']} | {label(row)} | not measured |"
+    ttft, whole = (
+        statistics.median(times),
+        statistics.median(base["samples"]["ttft_ms"]),
+    )
+    pruned = base is not row
+    stages = [stage(row, n) for n in ("preprocess", "vision", "prune", "project")]
+    prefill = stage(row, "prefill")
+    cells = [
+        row["model"],
+        row["image_size"],
+        label(row),
+        f"{row['kept']}/{row['visual_tokens']}",
+        f"{ttft:.1f} ({min(times):.1f}-{max(times):.1f})",
+        _percent(1 - ttft / whole) if pruned else "",
+        _percent(1 - flops(row) / flops(base)) if pruned else "",
+        f"{row['limit_ms']:.1f}",
+        f"{ttft / row['limit_ms']:.1f}",
+        *map(_number, (*stages, prefill)),
+        _number(stages[3] + prefill),
+        _number(median(row["samples"]["decode_tokens_per_second"])),
+        _number(median(row["samples"]["total_ms"])),
+        f"{max(row['samples']['peak_memory_mb']):.0f}",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def label(row: dict) -> str:
+    """Method and keep ratio."""
+    ratio = row["keep_ratio"]
+    return row["method"] if ratio == 1 else f"{row['method']} {ratio:g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

@@ -1,0 +1,156 @@
+"""Questions about pictures: from JSON lines, from a folder, or from the demo."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import InputError
+from ..image import load_image
+
+DESCRIBE = "Describe the image."
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question. picture: what tells pictures apart. answers: empty if not known."""
+
+    picture: str
+    question: str
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+    image: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    def load(self) -> Image.Image:
+        return self.image or load_image(self.picture)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What was read, and the lines that were skipped: (line number, reason)."""
+
+    items: tuple[Item, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+
+def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
+    """`demo`, a JSONL file, or a folder of pictures, which are asked `prompt`.
+
+    pictures: of the demo, how many. Raises `InputError` when nothing is left.
+    """
+    path = Path(source)
+    if source == "demo":
+        found = Questions(tuple(_demo(pictures)))
+    elif path.is_dir():
+        found = _folder(path, prompt or DESCRIBE)
+    elif path.is_file():
+        found = _lines(path)
+    else:
+        raise InputError(
+            f"{source!r} does not exist; expected `demo`, a folder of pictures, or a "
+            "file with a line of JSON for each question"
+        )
+    if not found.items:
+        reasons = "; ".join(f"line {n}: {why}" for n, why in found.skipped[:3])
+        raise InputError(
+            f"{source} has no question that can be asked"
+            + (f" ({reasons})" if reasons else "")
+        )
+    return found
+
+
+def _folder(folder: Path, prompt: str) -> Questions:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES)
+    items, skipped = [], []
+    for number, file in enumerate(files, 1):
+        try:
+            load_image(file)
+        except InputError as error:
+            skipped.append((number, str(error)))
+        else:
+            items.append(Item(str(file), prompt))
+    return Questions(tuple(items), tuple(skipped))
+
+
+def _lines(file: Path) -> Questions:
+    items: dict[tuple, Item] = {}
+    skipped, first = [], {}
+    try:
+        lines = file.read_text().splitlines()
+    except ValueError:
+        raise InputError(f"{file} is no UTF-8 text; expected lines of JSON") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = _item(line, file.parent)
+        except InputError as error:
+            skipped.append((number, str(error)))
+            continue
+        key = (item.picture, item.question)
+        if key in items:
+            skipped.append((number, f"asks what line {first[key]} asks"))
+            continue
+        items[key], first[key] = item, number
+    # Questions about one picture together, so that it is encoded once.
+    order = {picture: i for i, (picture, _) in reversed(list(enumerate(items)))}
+    return Questions(
+        tuple(sorted(items.values(), key=lambda item: order[item.picture])),
+        tuple(skipped),
+    )
+
+
+def _item(line: str, folder: Path) -> Item:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        raise InputError("no JSON") from None
+    if not isinstance(entry, dict):
+        raise InputError("no object; expected image, question and answer")
+    for name in ("image", "question"):
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
+            raise InputError(f"{name} is {entry.get(name)!r}; expected a text")
+    answers = entry.get("answer", entry.get("answers", []))
+    answers = [answers] if isinstance(answers, (str, int)) else answers
+    texts = isinstance(answers, list) and all(
+        isinstance(a, (str, int)) and not isinstance(a, bool) for a in answers
+    )
+    if not texts:
+        raise InputError(f"answer is {answers!r}; expected a text or a list of them")
+    kind = entry.get("kind", "")
+    if not isinstance(kind, str):
+        raise InputError(f"kind is {kind!r}; expected a text")
+    picture = str(folder / entry["image"])
+    load_image(picture)
+    return Item(picture, entry["question"], tuple(map(str, answers)), kind)
+
+
+def _demo(pictures: int) -> Iterator[Item]:
+    """The held-out pictures of the demo model's training, which knows the answers."""
+    try:
+        import matplotlib  # noqa: F401  (its fonts draw the signs)
+    except ImportError:
+        raise InputError(
+            "the demo's pictures are drawn with fonts of matplotlib; "
+            "pip install 'mlx-tokprune[train]'"
+        ) from None
+    import numpy as np
+
+    from ..train.accuracy import held_out
+
+    number = 0
+    for pixels, asked in held_out(pictures):
+        for picture, questions in zip(np.array(pixels), asked, strict=True):
+            image = Image.fromarray(np.round(picture * 255).astype(np.uint8))
+            for question in filter(None, questions):
+                yield Item(
+                    f"demo {number}",
+                    question.prompt,
+                    (question.answer,),
+                    question.kind,
+                    image,
+                )
+            number += 1

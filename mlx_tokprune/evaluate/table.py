@@ -1,0 +1,110 @@
+"""Records of single questions to rows with intervals, and rows to tables and plots."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import replacing
+from ..intervals import of_mean, of_share
+from .data import Item
+
+
+def summarize(
+    items: Sequence[Item], records: dict[int, dict], flops: dict
+) -> list[dict]:
+    """A row for each label: accuracy and agreement by kind, and divergence.
+
+    flops: up to the first token, by label.
+    """
+    labels = list(next(iter(records.values())))
+    return [_row(label, items, records, flops.get(label)) for label in labels]
+
+
+def _row(label: str, items, records: dict[int, dict], flops: float | None) -> dict:
+    mine = {number: rows[label] for number, rows in records.items()}
+    known = {n: r for n, r in mine.items() if r["accuracy"] is not None}
+    divergence = [record["divergence"] for record in mine.values()]
+    low, high = of_mean(divergence)
+    return {
+        "label": label,
+        "kept": sum(r["kept"] for r in mine.values()) / len(mine),
+        "flops": flops,
+        "accuracy": _by_kind({n: r["accuracy"] for n, r in known.items()}, items),
+        "agreement": _by_kind({n: r["agrees"] for n, r in mine.items()}, items),
+        "divergence": {
+            "value": sum(divergence) / len(divergence),
+            "low": low,
+            "high": high,
+            "n": len(divergence),
+        },
+    }
+
+
+def _by_kind(values: dict[int, float], items) -> dict[str, dict]:
+    """`all`, then each kind of question: share, interval and number of questions."""
+    kinds: dict[str, list[float]] = {"all": []} if values else {}
+    for number, value in values.items():
+        kinds["all"].append(float(value))
+        if items[number].kind:
+            kinds.setdefault(items[number].kind, []).append(float(value))
+    return {kind: _share(found) for kind, found in kinds.items()}
+
+
+def _share(values: list[float]) -> dict:
+    low, high = of_share(sum(values), len(values))
+    value = sum(values) / len(values)
+    return {"value": value, "low": low, "high": high, "n": len(values)}
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table for people, shares in percent with 95 % intervals."""
+    kinds = [k for k in rows[0]["accuracy"] if k != "all"]
+    known = bool(rows[0]["accuracy"])
+    head = ["method", "kept", "GFLOP", *(["accuracy"] if known else []), "agreement"]
+    head += ["KL, nats", *kinds]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in rows:
+        gflop = "" if row["flops"] is None else f"{row['flops'] / 1e9:.2f}"
+        cells = [row["label"], f"{row['kept']:.0f}", gflop]
+        cells += [_percent(row["accuracy"]["all"])] if known else []
+        cells += [
+            _percent(row["agreement"]["all"]),
+            f"{row['divergence']['value']:.3g}",
+        ]
+        cells += [f"{100 * row['accuracy'][kind]['value']:.1f}" for kind in kinds]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _percent(share: dict) -> str:
+    value, low, high = (100 * share[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f}-{high:.1f})"
+
+
+def draw(rows: list[dict], file: Path) -> None:
+    """Accuracy (else agreement) against FLOPs, a line per method, as a PNG.
+
+    Needs matplotlib. Bars are 95 % intervals.
+    """
+    from matplotlib.figure import Figure
+
+    what = "accuracy" if rows[0]["accuracy"] else "agreement"
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[dict]] = {}
+    for row in rows[1:]:
+        curves.setdefault(row["label"].split()[0], [rows[0]]).append(row)
+    for method, found in (curves or {"none": rows}).items():
+        found = sorted(found, key=lambda row: row["flops"])
+        shares = [row[what]["all"] for row in found]
+        values = [100 * share["value"] for share in shares]
+        below = [100 * max(0, s["value"] - s["low"]) for s in shares]
+        above = [100 * max(0, s["high"] - s["value"]) for s in shares]
+        gflops = [row["flops"] / 1e9 for row in found]
+        axes.errorbar(
+            gflops, values, [below, above], marker="o", ms=4, capsize=2, label=method
+        )
+    axes.set(xlabel="GFLOP to the first token", ylabel=f"{what} (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with replacing(file) as stream:
+        figure.savefig(stream, format="png")

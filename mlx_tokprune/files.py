@@ -1,0 +1,36 @@
+"""Files that are there whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place when the block ends well."""
+    folder = os.path.dirname(os.path.abspath(path))
+    number, partial = tempfile.mkstemp(".partial", "", folder)
+    try:
+        with os.fdopen(number, "wb") as file:
+            yield file
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, or leave what was there."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _umask() -> int:
+    """Files of `mkstemp` are private; others are as the user wants them."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
