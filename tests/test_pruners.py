@@ -52,8 +52,7 @@ def test_selection_keeps_the_contract(method, keep):
         np.testing.assert_allclose(np.array(selection.weights).sum(-1), 1, rtol=1e-5)
 
 
-# `random` draws anew for each picture of a batch.
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_batch_gives_what_single_pictures_give(method):
     given = features()
     together = Pruner(method, 0.25)(given)

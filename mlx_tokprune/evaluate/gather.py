@@ -36,7 +36,7 @@ class Workers:
         return dict(sorted(found.items()))
 
     def _all_gather(self, values: np.ndarray) -> np.ndarray:
-        with mx.stream(mx.cpu):
-            return np.array(
-                mx.distributed.all_gather(mx.array(values), group=self._group)
-            )
+        sent = mx.array(values)
+        return np.array(
+            mx.distributed.all_gather(sent, group=self._group, stream=mx.cpu)
+        )

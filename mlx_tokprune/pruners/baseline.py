@@ -19,7 +19,10 @@ def none(features: Features, *, keep: int) -> Selection:
 @register("random", seeded=True)
 def random(features: Features, *, keep: int, seed: int = 0) -> Selection:
     """Control: keep tokens at random, from a seed."""
-    scores = mx.random.uniform(shape=features.tokens.shape[:2], key=mx.random.key(seed))
+    total = features.tokens.shape[1]
+    drawn = mx.random.uniform(shape=(1, total), key=mx.random.key(seed))
+    # The same in every row, so that a batch keeps what its rows alone would.
+    scores = mx.broadcast_to(drawn, features.tokens.shape[:2])
     return keep_highest(scores, keep)
 
 

@@ -1,0 +1,800 @@
+"""Time and memory of one answer: ours beside mlx-vlm's and transformers'.
+
+    pip install -e '.[parity]'
+    python benchmarks/peers.py FOLDER [--runs 5] [--tokens 32] [--startup] [--json FILE]
+
+FOLDER is a converted FastVLM. All sides run interleaved in this process after a
+warm-up, greedily and without stop tokens, in float32 on CPU and as stored elsewhere.
+TTFT is from the decoded picture and the prompt to the first token id on the host,
+decoding from there to the last of `--tokens`. transformers gets the same weights under
+its names, in a temporary folder. A peer that is not installed is left out; without any
+the exit code is 2.
+
+Importing mlx_tokprune on Linux puts its OpenBLAS and its allocator settings under all
+sides, torch too; with `--torch-own-blas` torch is imported first and keeps its BLAS.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# Each side imports what it needs when it is made, so that `--startup` charges nobody
+# for another's imports.
+
+SCHEMA = "mlx_tokprune.peers/1"
+RATIOS = (0.5, 0.25)  # of `norm`, beside the peers' unpruned answer
+IMAGE_TOKEN = "<image>"
+FIRST_TOKEN = "peers.py: first token"
+LABELS = {
+    "vision_ms": "vision tower ms",
+    "ttft_ms": "TTFT ms",
+    "decode_tokens_per_second": "decode tokens/s (more: faster)",
+    "answer_ms": "whole answer ms",
+    "peak_memory_mb": "peak MLX memory MB",
+    "startup_s": "start-up s",
+    "startup_rss_mb": "start-up peak RSS MB",
+}
+PACKAGES = ("mlx-tokprune", "mlx", "mlx-lm", "mlx-vlm", "torch", "transformers", "timm")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every side is asked; chat: the question in the model's chat template."""
+
+    image: Image.Image
+    question: str
+    chat: str
+    tokens: int
+
+
+class Unfit(Exception):
+    """A side cannot run here or on this folder."""
+
+
+# The sides --------------------------------------------------------------------------
+
+
+class MlxSide:
+    """What both sides on MLX share; `model` is set by the side."""
+
+    @property
+    def weights(self) -> int:
+        from mlx.utils import tree_flatten
+
+        return sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+
+    def peak_memory(self, run: Callable) -> float:
+        """MB during `run`, without what the other sides hold in this process."""
+        import mlx.core as mx
+
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        run()
+        return (mx.get_peak_memory() - before + self.weights) / 1e6
+
+
+class Ours(MlxSide):
+    name = "mlx_tokprune"
+
+    def __init__(self, folder: Path):
+        import mlx_tokprune
+
+        self.model, self.processor = mlx_tokprune.load(folder)
+        self.processor.tokenizer.eos_token_ids = []  # never stop
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """(1, S, S, 3), as all sides' `pixels`."""
+        return self.processor.pixels([image])
+
+    def tower(self, pixels: np.ndarray) -> None:
+        import mlx.core as mx
+
+        mx.eval(self.model.encode(mx.array(pixels)).tokens)
+        mx.synchronize()
+
+    def answer(self, task: Task, on_token: Callable, ratio: float = 1.0) -> None:
+        """Call `on_token` with each id as soon as it is on the host."""
+        import mlx.core as mx
+        from mlx_lm.generate import generation_stream
+
+        from mlx_tokprune import Pruner, stream_generate
+
+        pruner = Pruner("norm", ratio) if ratio < 1 else None
+        asked = (self.model, self.processor, [task.image], task.question)
+        for piece in stream_generate(*asked, pruner=pruner, max_tokens=task.tokens):
+            on_token(piece.token)
+        mx.synchronize(generation_stream)  # a token more than asked for is under way
+
+
+class MlxVlm(MlxSide):
+    name = "mlx-vlm"
+
+    def __init__(self, folder: Path):
+        import mlx.core as mx
+        import mlx_vlm
+
+        config = json.loads((folder / "config.json").read_text())
+        self._fit_sizes(config.get("vision_config") or {})
+        # Not strict: the demo lacks the tower's head, which is never evaluated.
+        self.model, self.processor = mlx_vlm.load(str(folder), strict=False)
+        if mx.default_device().type == mx.DeviceType.cpu:
+            self.model.update(_as_float32(self.model))  # as ours is there
+            mx.eval(self.model.parameters())
+        self.processor.tokenizer.stopping_criteria.eos_token_ids = []
+        size = self.model.config.vision_config.image_size
+        self.processor.image_processor.size = {"shortest_edge": size}
+        self.processor.image_processor.crop_size = {"height": size, "width": size}
+
+    @staticmethod
+    def _fit_sizes(sizes: dict) -> None:
+        """mlx-vlm has the sizes of Apple's tower built in; the demo's is smaller."""
+        from mlx_vlm.models.fastvlm.config import VisionConfig
+
+        for name in ("layers", "embed_dims", "mlp_ratios", "cls_ratio"):
+            if name in sizes:
+                setattr(VisionConfig, name, sizes[name])
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        found = self.processor.image_processor.preprocess([image])["pixel_values"]
+        return found.transpose(0, 2, 3, 1)
+
+    def tower(self, pixels: np.ndarray) -> None:
+        import mlx.core as mx
+
+        mx.eval(self.model.vision_tower(mx.array(pixels))[1])
+        mx.synchronize()
+
+    def answer(
+        self, task: Task, on_token: Callable, pixels: np.ndarray | None = None
+    ) -> None:
+        import mlx.core as mx
+        from mlx_vlm.generate import generation_stream, stream_generate
+
+        given = {"image": [task.image]}
+        if pixels is not None:
+            inputs = self.processor(text=task.chat)
+            given = {
+                "input_ids": mx.array(inputs["input_ids"]),
+                "mask": mx.array(inputs["attention_mask"]),
+                "pixel_values": mx.array(pixels.transpose(0, 3, 1, 2)),
+            }
+        given |= {"max_tokens": task.tokens, "temperature": 0.0}
+        pieces = stream_generate(self.model, self.processor, task.chat, **given)
+        for piece in pieces:
+            if piece.finish_reason is None:  # the last piece repeats the last token
+                on_token(piece.token)
+        mx.synchronize(generation_stream)
+
+
+def _as_float32(model):
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    def cast(a):
+        return a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a
+
+    return tree_map(cast, model.parameters())
+
+
+class Transformers:
+    """transformers' FastVLM around timm's tower, from a folder in their layout."""
+
+    name = "transformers"
+
+    def __init__(self, folder: Path):
+        import torch
+
+        self._library = _repair_torchvision()
+        from transformers import FastVlmForConditionalGeneration as Model
+        from transformers import LlavaImageProcessor, PreTrainedTokenizerFast
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        mps = torch.backends.mps.is_available()
+        self.device, dtype = ("mps", "auto") if mps else ("cpu", torch.float32)
+        self.model, report = Model.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+        missing = [k for k in report["missing_keys"] if "num_batches_tracked" not in k]
+        if missing or report["unexpected_keys"]:
+            raise Unfit(f"its weights have other names, such as {missing[:1]}")
+        self.model.to(self.device).eval()
+        self.processor = LlavaImageProcessor.from_pretrained(folder)
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        return self._pixels(image).permute(0, 2, 3, 1).numpy()
+
+    def _pixels(self, image: Image.Image):
+        return self.processor(images=image, return_tensors="pt")["pixel_values"]
+
+    def tower(self, pixels: np.ndarray) -> None:
+        import torch
+
+        pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).to(self.device)
+        with torch.inference_mode():
+            self.model.model.vision_tower(pixels).last_hidden_state.cpu()
+
+    def _prompt(self, chat: str) -> list[int]:
+        config, encode = self.model.config, self.tokenizer.encode
+        before, after = (
+            encode(part, add_special_tokens=False) for part in chat.split(IMAGE_TOKEN)
+        )
+        if config.image_token_index in before + after:
+            raise Unfit("the prompt has the id that stands for a picture")
+        picture = [config.image_token_index] * config.image_seq_length
+        return before + picture + after
+
+    def answer(
+        self, task: Task, on_token: Callable, pixels: np.ndarray | None = None
+    ) -> None:
+        import torch
+
+        if pixels is None:
+            pixels = self._pixels(task.image)
+        else:
+            pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2))
+        ids = torch.tensor([self._prompt(task.chat)], device=self.device)
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels.to(self.device),
+            max_new_tokens=task.tokens,
+            do_sample=False,
+            streamer=Streamer(on_token),
+        )
+
+    def peak_memory(self, run: Callable) -> None:
+        """Unknown: torch counts none on CPU, and RSS is that of the whole process."""
+        run()
+
+
+class Streamer:
+    """Gives a callback each id that `generate` puts here; the prompt comes first."""
+
+    def __init__(self, on_token: Callable):
+        self.on_token, self.started = on_token, False
+
+    def put(self, ids) -> None:
+        if self.started:
+            self.on_token(int(ids[0]))
+        self.started = True
+
+    def end(self) -> None:
+        pass
+
+
+def _repair_torchvision():
+    """Declare what a torchvision built for another torch lacks, as parity_openvla does.
+
+    Returns what has to be kept alive.
+    """
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            types = "Tensor dets, Tensor scores, float iou_threshold"
+            library.define(f"{name}({types}) -> Tensor")
+    return library
+
+
+# The checkpoint as transformers stores it -------------------------------------------
+
+
+def write_transformers(ours: Ours, folder: Path, target: Path) -> None:
+    """The weights of `folder` under the names of transformers and timm."""
+    import mlx.core as mx
+
+    from mlx_tokprune.convert.checkpoint import Checkpoint
+    from mlx_tokprune.convert.families import identify
+
+    family, checkpoint = identify(Checkpoint.open(folder))
+    if checkpoint.config.get("quantization"):
+        raise Unfit("it does not read MLX's quantized weights")
+    layout = dict(family.to_mlx_layout(checkpoint.load()))
+    downsamplings = sorted(
+        int(name.split(".")[3]) for name in layout if name.endswith("lkb_reparam.bias")
+    )
+    tensors = {
+        rename(name, downsamplings): _channels_first(name, array)
+        for name, array in layout.items()
+        if ".vision_model.head." not in name
+    }
+    config = _transformers_config(ours)
+    mx.save_safetensors(
+        str(target / "model.safetensors"), tensors, metadata={"format": "pt"}
+    )
+    (target / "config.json").write_text(json.dumps(config))
+    size = ours.model.image_size
+    pixels = {
+        "do_pad": True,
+        "size": {"height": size, "width": size},
+        "do_center_crop": False,
+        "image_mean": [0.0] * 3,
+        "image_std": [1.0] * 3,
+    }
+    (target / "preprocessor_config.json").write_text(json.dumps(pixels))
+    for name in folder.glob("tokenizer*"):
+        shutil.copy(name, target)
+
+
+def rename(name: str, downsamplings: list[int]) -> str:
+    """MLX layout -> transformers; a stage starts with its downsampling."""
+    for ours, theirs in {
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "mm_projector.0.": "model.multi_modal_projector.linear_1.",
+        "mm_projector.2.": "model.multi_modal_projector.linear_2.",
+    }.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    first, *rest = name.removeprefix("vision_tower.vision_model.").split(".")
+    if first == "network":
+        number, part, *rest = rest
+        stage = f"stages.{sum(n <= int(number) for n in downsamplings)}."
+        named = {"proj": "downsample.proj", "reparam_conv": "pos_emb.reparam_conv"}
+        rest = [stage + named.get(part, f"blocks.{part}"), *rest]
+    elif first == "patch_embed":
+        rest = ["stem", *rest[1:]]
+    else:
+        rest = ["final_conv", *rest]
+    changed = {"convffn": "mlp", "lkb_reparam": "reparam_conv"}
+    changed |= {"reduce": "fc1", "expand": "fc2"}
+    if rest[-1].startswith("layer_scale"):
+        rest.append("gamma")
+    path = ".".join(changed.get(part, part) for part in rest)
+    return f"model.vision_tower.timm_model.{path}"
+
+
+def _channels_first(name: str, array):
+    if array.ndim == 4:
+        return array.transpose(0, 3, 1, 2)
+    return array.transpose(2, 0, 1) if array.ndim == 3 else array
+
+
+def _transformers_config(ours: Ours) -> dict:
+    vision, text = ours.model.args.vision, ours.model.language_model.args
+    names = ("layers", "embed_dims", "mlp_ratios", "cls_ratio")
+    tower = {name: getattr(vision, name) for name in names}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
+    names += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    names += ("vocab_size", "tie_word_embeddings")
+    return {
+        "model_type": "fast_vlm",
+        "architectures": ["FastVlmForConditionalGeneration"],
+        "image_token_index": text.vocab_size - 1,
+        "image_seq_length": (vision.image_size // 64) ** 2,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "text_config": {name: getattr(text, name) for name in names}
+        | {
+            "model_type": "qwen2",
+            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
+        },
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "hidden_size": vision.output_dim,
+            "model_args": {"inference_mode": True, "global_pool": "avg"} | tower,
+        },
+    }
+
+
+# Measuring --------------------------------------------------------------------------
+
+
+PEERS = {
+    MlxVlm.name: (MlxVlm, ("mlx_vlm",)),
+    Transformers.name: (Transformers, ("torch", "transformers", "timm", "torchvision")),
+}
+
+
+class Stopwatch:
+    """Ids and the moments at which they came."""
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.times: list[float] = []
+        self.start = time.perf_counter()
+
+    def __call__(self, token: int) -> None:
+        self.times.append(time.perf_counter() - self.start)
+        self.ids.append(token)
+
+
+def measure_once(side, task: Task, pixels: np.ndarray, ratio: float) -> dict:
+    """Values by quantity; a pruned answer has the same tower, which is not timed."""
+    values = {}
+    if ratio == 1:
+        start = time.perf_counter()
+        side.tower(pixels)
+        values["vision_ms"] = (time.perf_counter() - start) * 1e3
+    found = []
+    options = {"ratio": ratio} if ratio < 1 else {}
+
+    def run() -> None:
+        watch = Stopwatch()
+        side.answer(task, watch, **options)
+        found.append(watch)
+
+    peak = side.peak_memory(run)
+    times = found[0].times
+    decoding = times[-1] - times[0]
+    return values | {
+        "ttft_ms": times[0] * 1e3,
+        "decode_tokens_per_second": (len(times) - 1) / decoding if decoding else None,
+        "answer_ms": times[-1] * 1e3,
+        "peak_memory_mb": peak,
+    }
+
+
+def measure(sides: list, task: Task, pixels: np.ndarray, runs: int) -> dict:
+    """Lists of `runs` values by (side, keep ratio, quantity), after a warm-up."""
+    jobs = [(side, 1.0) for side in sides] + [(sides[0], ratio) for ratio in RATIOS]
+    found = defaultdict(list)
+    for number in range(runs + 1):
+        turn = number % len(jobs)  # nobody always follows the same side
+        for side, ratio in jobs[turn:] + jobs[:turn]:
+            for name, value in measure_once(side, task, pixels, ratio).items():
+                if number and value is not None:
+                    found[side.name, ratio, name].append(value)
+    return found
+
+
+def compare(ours: Ours, peer, task: Task, pixels: np.ndarray) -> dict:
+    """How many of the first ids are the same, from the same pixels and from its own."""
+    expected, same, own = Stopwatch(), Stopwatch(), Stopwatch()
+    ours.answer(task, expected)
+    peer.answer(task, same, pixels=pixels)
+    peer.answer(task, own)
+    apart = np.abs(peer.pixels(task.image) - pixels).max()
+    return {
+        "tokens": task.tokens,
+        "equal_from_same_pixels": _leading(expected.ids, same.ids),
+        "equal_from_own_pixels": _leading(expected.ids, own.ids),
+        "pixels_apart_of_255": round(float(apart) * 255, 3),
+        "ids": {"ours": expected.ids, "theirs": same.ids},
+    }
+
+
+def _leading(ours: list[int], theirs: list[int]) -> int:
+    pairs = list(zip(ours, theirs, strict=True))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+# Start-up ---------------------------------------------------------------------------
+
+
+def measure_startup(sides: dict[str, tuple], image: Path, runs: int, flags) -> dict:
+    """Seconds from interpreter to first token, and peak RSS, in fresh processes.
+
+    sides: folder and prompt by name. Files are in the page cache after the warm-up.
+    """
+    found = defaultdict(list)
+    for number in range(runs + 1):
+        for name, (folder, prompt) in sides.items():
+            options = ["--first-token", name, "--image", image, "--prompt", prompt]
+            values = _start([sys.executable, __file__, folder, *options, *flags])
+            for quantity, value in values.items():
+                found[name, 1.0, quantity] += [value] if number else []
+    return found
+
+
+def _start(command: list) -> dict:
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        for line in child.stdout:
+            if line.startswith(FIRST_TOKEN):
+                seconds = time.perf_counter() - start
+                peak = float(line.split()[-1])
+        if child.wait():
+            errors.seek(0)
+            raise Unfit(f"{command[4]} did not start: {errors.read()[-500:]}")
+    return {"startup_s": seconds, "startup_rss_mb": peak}
+
+
+def first_token(args: argparse.Namespace) -> None:
+    """The child of `measure_startup`: say when the first token is there."""
+    own_blas = args.torch_own_blas and args.first_token == Transformers.name
+    if args.first_token != Ours.name and not own_blas:
+        _preload_blas()
+    kinds = {Ours.name: Ours} | {name: kind for name, (kind, _) in PEERS.items()}
+    side = kinds[args.first_token](args.folder)
+    image = Image.open(args.image).convert("RGB")
+
+    def say(token: int) -> None:
+        print(FIRST_TOKEN, _peak_rss(), flush=True)
+
+    side.answer(Task(image, args.prompt, args.prompt, 1), say)
+
+
+def _preload_blas() -> None:
+    """Ours, under a peer, without importing our package."""
+    package = util.find_spec("mlx_tokprune").origin
+    spec = util.spec_from_file_location("blas", Path(package).with_name("blas.py"))
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.preload()
+
+
+def _peak_rss() -> float:
+    """MB. On Linux `getrusage` would count the parent's before the child's program."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+# Reporting --------------------------------------------------------------------------
+
+
+def make_rows(found: dict, peers: list[str]) -> list[dict]:
+    """A row per peer, pruning and quantity."""
+    rows = []
+    for peer in peers:
+        for side, ratio, quantity in found:
+            if side != Ours.name:
+                continue
+            ours = _summary(found[Ours.name, ratio, quantity])
+            theirs = _summary(found.get((peer, 1.0, quantity), []))
+            rows.append(
+                {
+                    "peer": peer,
+                    "quantity": quantity,
+                    "ours_pruning": "none" if ratio == 1 else f"norm {ratio:g}",
+                    "ours": ours,
+                    "theirs": theirs,
+                    "ratio": theirs and ours and ours["median"] / theirs["median"],
+                }
+            )
+    return sorted(rows, key=lambda r: (peers.index(r["peer"]), -_ratio(r)))
+
+
+def _ratio(row: dict) -> float:
+    return float(row["ours_pruning"].split()[-1].replace("none", "1"))
+
+
+def _summary(values: list[float]) -> dict | None:
+    if not values:
+        return None
+    shown = {"median": statistics.median(values), "min": min(values)}
+    return shown | {"max": max(values), "n": len(values)}
+
+
+def describe_machine() -> dict:
+    import mlx.core as mx
+
+    from mlx_tokprune.commands import device_name
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "device": device_name(),
+        "mlx_backend": mx.default_device().type.name,
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def print_report(record: dict) -> None:
+    machine, setup = record["machine"], record["setup"]
+    print(
+        f"{machine['device']}, {machine['cores']} cores, {machine['system']}, MLX on "
+        f"{machine['mlx_backend']}, load {machine['load_average_at_start']} at start"
+    )
+    known = [f"{name} {v or 'not installed'}" for name, v in record["versions"].items()]
+    print(", ".join(known))
+    print(
+        f"{setup['folder']}, {setup['dtype']}, {setup['visual_tokens']} visual tokens, "
+        f"picture {setup['picture']}, {setup['tokens']} tokens, greedy\n"
+        f"medians (min-max) of n={setup['runs']} interleaved runs, start-up of "
+        f"n={setup['startup_runs']}"
+    )
+    for peer, reason in record["missing"].items():
+        print(f"\n{peer}: {reason}")
+    for peer, same in record["same_ids"].items():
+        print(f"\nOurs beside {peer}{setup['peers'][peer]}")
+        print(describe_ids(same))
+        print(f"{'':42}{'ours':>24}{peer:>24}{'ours/theirs':>13}")
+        for row in (r for r in record["rows"] if r["peer"] == peer):
+            print(format_row(row))
+
+
+def describe_ids(same: dict) -> str:
+    def verdict(equal: int) -> str:
+        if equal == same["tokens"]:
+            return f"the same {equal} ids"
+        return f"ids DIFFER from number {equal + 1} of {same['tokens']} on"
+
+    return (
+        f"from the same pixels {verdict(same['equal_from_same_pixels'])}; "
+        f"from its own, up to {same['pixels_apart_of_255']:g}/255 apart, "
+        f"{verdict(same['equal_from_own_pixels'])}"
+    )
+
+
+def format_row(row: dict) -> str:
+    label, pruning = LABELS[row["quantity"]], row["ours_pruning"]
+    label = label if pruning == "none" else f"{pruning}: {label}"
+    ratio = "n/a" if row["ratio"] is None else f"{row['ratio']:.3f}"
+    return f"{label:42}{_cell(row['ours']):>24}{_cell(row['theirs']):>24}{ratio:>13}"
+
+
+def _cell(value: dict | None) -> str:
+    if value is None:
+        return "n/a"
+    median, low, high = (_digits(value[k]) for k in ("median", "min", "max"))
+    return f"{median} ({low}-{high})"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 1e3 else f"{value:.3g}"
+
+
+# The command ------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="a converted FastVLM")
+    add("--image", type=Path, help="a picture (default: one of the demo's)")
+    add("--prompt", help="the question (default: the demo's)")
+    add("--tokens", type=int, default=32, help="of each answer (default: 32)")
+    add("--runs", type=int, default=5, help="after a warm-up (default: 5)")
+    add("--startup", action="store_true", help="also time fresh processes")
+    add("--startup-runs", type=int, default=3, help="of each side (default: 3)")
+    add("--torch-own-blas", action="store_true", help="import torch before our BLAS")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--first-token", help=argparse.SUPPRESS)
+    return parser
+
+
+def find_peers() -> tuple[list[str], dict[str, str]]:
+    """Names of the installed peers, and what the others lack."""
+    missing = {}
+    for name, (_, modules) in PEERS.items():
+        absent = [module for module in modules if util.find_spec(module) is None]
+        if absent:
+            missing[name] = f"not installed ({', '.join(absent)})"
+    return [name for name in PEERS if name not in missing], missing
+
+
+def load_peers(names, missing: dict, ours: Ours, args, scratch: Path) -> list:
+    """Those that can be used on this folder; reasons of the others go to `missing`."""
+    sides = []
+    for name in names:
+        try:
+            folder = args.folder
+            if name == Transformers.name:
+                write_transformers(ours, folder, scratch)
+                folder = scratch
+            sides.append(PEERS[name][0](folder))
+        except (Unfit, ImportError, RuntimeError, ValueError) as error:
+            missing[name] = f"left out: {str(error).splitlines()[0]}"
+    return sides
+
+
+def describe_peer(side) -> str:
+    if side.name != Transformers.name:
+        return ""
+    import torch
+
+    on = f"eager, on {side.device}, {torch.get_num_threads()} threads"
+    return f" ({on}; it does not prune)"
+
+
+def run(args: argparse.Namespace, names: list[str], missing: dict) -> dict:
+    """Measure everything and return what `--json` writes."""
+    from mlx_tokprune.demo import PICTURES
+    from mlx_tokprune.image import load_image
+    from mlx_tokprune.models.fastvlm import FastVLM
+    from mlx_tokprune.prompt import place_pictures
+
+    machine = describe_machine()
+    ours = Ours(args.folder)
+    if not isinstance(ours.model, FastVLM):
+        raise Unfit("only FastVLM is compared here")
+    path = args.image or PICTURES[0].path
+    image, question = load_image(path), args.prompt or PICTURES[0].question
+    placed = place_pictures(question, 1, IMAGE_TOKEN)
+    chat = f"{ours.processor.prefix}{placed}{ours.processor.suffix}"
+    task, pixels = Task(image, question, chat, args.tokens), ours.pixels(image)
+    with tempfile.TemporaryDirectory() as scratch:
+        peers = load_peers(names, missing, ours, args, Path(scratch))
+        if not peers:
+            raise Unfit("; ".join(f"{name} is {why}" for name, why in missing.items()))
+        used = [peer.name for peer in peers]
+        same = {peer.name: compare(ours, peer, task, pixels) for peer in peers}
+        found = measure([ours, *peers], task, pixels, args.runs)
+        if args.startup:
+            folders = {Transformers.name: Path(scratch)}
+            sides = {Ours.name: (args.folder, question)}
+            sides |= {name: (folders.get(name, args.folder), chat) for name in used}
+            flags = ["--torch-own-blas"] * args.torch_own_blas
+            found |= measure_startup(sides, path, args.startup_runs, flags)
+    tower = ours.model.vision_tower.vision_model.conv_exp.reparam_conv.weight
+    return {
+        "schema": SCHEMA,
+        "machine": machine,
+        "versions": versions(),
+        "setup": {
+            "folder": args.folder.name,
+            "dtype": str(tower.dtype).removeprefix("mlx.core."),
+            "visual_tokens": (ours.model.image_size // 64) ** 2,
+            "picture": f"{image.width} x {image.height}",
+            "prompt": question,
+            "tokens": args.tokens,
+            "runs": args.runs,
+            "startup_runs": args.startup_runs if args.startup else 0,
+            "torch_own_blas": args.torch_own_blas,
+            "peers": {peer.name: describe_peer(peer) for peer in peers},
+        },
+        "missing": missing,
+        "same_ids": same,
+        "rows": make_rows(found, used),
+    }
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.first_token:
+        first_token(args)
+        return
+    names, missing = find_peers()
+    if not names:
+        print(
+            "error: no peer is installed; run pip install 'mlx-tokprune[parity]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    if args.torch_own_blas and Transformers.name in names:
+        import torch  # noqa: F401
+    try:
+        record = run(args, names, missing)
+    except Unfit as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print_report(record)
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
