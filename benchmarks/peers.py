@@ -402,9 +402,9 @@ def _transformers_config(ours: Ours) -> dict:
 # Measuring --------------------------------------------------------------------------
 
 
-PEERS = {
-    MlxVlm.name: (MlxVlm, ("mlx_vlm",)),
+PEERS = {  # transformers first: it repairs torchvision, which mlx-vlm imports too
     Transformers.name: (Transformers, ("torch", "transformers", "timm", "torchvision")),
+    MlxVlm.name: (MlxVlm, ("mlx_vlm",)),
 }
 
 
@@ -484,16 +484,24 @@ def _leading(ours: list[int], theirs: list[int]) -> int:
 # Start-up ---------------------------------------------------------------------------
 
 
-def measure_startup(sides: dict[str, tuple], image: Path, runs: int, flags) -> dict:
+def measure_startup(
+    sides: dict[str, tuple], image: Path, runs: int, flags: list, missing: dict
+) -> dict:
     """Seconds from interpreter to first token, and peak RSS, in fresh processes.
 
     sides: folder and prompt by name. Files are in the page cache after the warm-up.
+    Reasons of those that do not start go to `missing`.
     """
     found = defaultdict(list)
     for number in range(runs + 1):
-        for name, (folder, prompt) in sides.items():
+        for name, (folder, prompt) in list(sides.items()):
             options = ["--first-token", name, "--image", image, "--prompt", prompt]
-            values = _start([sys.executable, __file__, folder, *options, *flags])
+            try:
+                values = _start([sys.executable, __file__, folder, *options, *flags])
+            except Unfit as error:
+                missing[f"{name}, start-up"] = str(error)
+                del sides[name]
+                continue
             for quantity, value in values.items():
                 found[name, 1.0, quantity] += [value] if number else []
     return found
@@ -511,7 +519,7 @@ def _start(command: list) -> dict:
                 peak = float(line.split()[-1])
         if child.wait():
             errors.seek(0)
-            raise Unfit(f"{command[4]} did not start: {errors.read()[-500:]}")
+            raise Unfit(f"failed: {errors.read().strip().splitlines()[-1]}")
     return {"startup_s": seconds, "startup_rss_mb": peak}
 
 
@@ -747,7 +755,7 @@ def run(args: argparse.Namespace, names: list[str], missing: dict) -> dict:
             sides = {Ours.name: (args.folder, question)}
             sides |= {name: (folders.get(name, args.folder), chat) for name in used}
             flags = ["--torch-own-blas"] * args.torch_own_blas
-            found |= measure_startup(sides, path, args.startup_runs, flags)
+            found |= measure_startup(sides, path, args.startup_runs, flags, missing)
     tower = ours.model.vision_tower.vision_model.conv_exp.reparam_conv.weight
     return {
         "schema": SCHEMA,
@@ -786,9 +794,11 @@ def main() -> None:
         raise SystemExit(2)
     if args.torch_own_blas and Transformers.name in names:
         import torch  # noqa: F401
+    from mlx_tokprune import InputError
+
     try:
         record = run(args, names, missing)
-    except Unfit as error:
+    except (Unfit, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print_report(record)

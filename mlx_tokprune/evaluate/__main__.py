@@ -1,6 +1,7 @@
 """Accuracy, agreement and divergence of pruned answers, on your questions or ours."""
 
 import json
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from ..models.openvla import OpenVLA
 from ..pipeline import POSITIONS
 from ..pruners import get_method, list_pruners
 from .data import DESCRIBE, Questions, read_questions
-from .gather import Workers
+from .gather import Workers, launch
 from .measure import (
     SCHEMA,
     Evaluator,
@@ -47,6 +48,7 @@ def build_parser() -> Parser:
     budget.add_argument("--eval-budgets", help="visual tokens instead", **tokens)
     add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
     add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
+    add("--workers", type=int, default=1, help="processes on this machine")
     add("--output", default="evaluate.json", help="result file")
     add("--plot", help="draw accuracy against FLOPs to this PNG")
     return parser
@@ -56,8 +58,11 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     rows = _rows(args)
-    workers = Workers()
     questions = read_questions(args.data, args.pictures, args.prompt)
+    if args.workers > 1:
+        launch(sys.argv[1:] if argv is None else argv, args.workers, args.output)
+        return
+    workers = Workers()
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {reason}")
@@ -91,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _rows(args) -> list[Row]:
-    if args.pictures < 1 or args.max_tokens < 1:
-        raise InputError("pictures and max tokens are whole numbers from 1")
+    if min(args.pictures, args.max_tokens, args.workers) < 1:
+        raise InputError("pictures, max tokens and workers are whole numbers from 1")
     methods = args.methods or [m for m in list_pruners("vision") if m != "none"]
     for name in methods:
         if get_method(name).stage != "vision":

@@ -1,9 +1,47 @@
 """Questions split over processes and hosts with `mx.distributed` (`mlx.launch`)."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+
+
+def launch(arguments: Sequence[str], workers: int, output: str) -> None:
+    """Runs the evaluation again in `workers` processes, and waits for its result.
+
+    Exits with 1 when they end without one: `mlx.launch` says which of them was lost,
+    but ends well.
+    """
+    launcher = shutil.which("mlx.launch", path=os.path.dirname(sys.executable))
+    before = _version(output)
+    alone = [
+        sys.executable,
+        "-m",
+        "mlx_tokprune.evaluate",
+        *arguments,
+        "--workers",
+        "1",
+    ]
+    subprocess.run([launcher, "-n", str(workers), "--backend", "ring", "--", *alone])
+    if _version(output) == before:
+        print(
+            f"error: a worker was lost, so {output} was not written; what was answered "
+            "is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def _version(file: str) -> tuple | None:
+    """What changes when a file is replaced."""
+    path = Path(file)
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 class Workers:

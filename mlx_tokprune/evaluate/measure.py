@@ -1,7 +1,6 @@
 """Every question, unpruned and under every pruner, from features computed once."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ class Evaluator:
         self.model, self.processor = model, processor
         self.rows, self.positions, self.most = rows, positions, most
         self._needs = tuple({name for row in rows for name in row.pruner.needs})
-        self._features = functools.lru_cache(maxsize=1)(self._encoded)
+        self._last: tuple[str, Features] | None = None
 
     def ask(self, item: Item) -> dict[str, dict]:
         """By label: the answer, its accuracy (`None` if unknown), whether it is the
@@ -84,10 +83,14 @@ class Evaluator:
             }
         return records
 
-    def _encoded(self, item: Item) -> Features:
+    def _features(self, item: Item) -> Features:
+        """Of the item's picture, kept for the next question about it."""
+        if self._last and self._last[0] == item.picture:
+            return self._last[1]
         pixels = mx.array(self.processor.pixels([item.load()]))
         features = self.model.encode(pixels, self._needs)
         mx.eval([a for a in (features.tokens, features.attention) if a is not None])
+        self._last = (item.picture, features)
         return features
 
     def _prefill(self, prompt, features: Features, pruner: Pruner):

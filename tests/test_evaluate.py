@@ -1,0 +1,379 @@
+"""Evaluation: answers, accuracies and divergences that can be checked by hand."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY, TINY_POLICY
+from PIL import Image
+
+from mlx_tokprune import generate, load
+from mlx_tokprune.demo import CHECKPOINT, PICTURES
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.evaluate import data, measure, table
+from mlx_tokprune.evaluate.__main__ import main
+from mlx_tokprune.evaluate.gather import Workers
+from mlx_tokprune.evaluate.vqa import accuracy, normalize
+from mlx_tokprune.intervals import of_mean
+from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.train.accuracy import measure as measure_training
+
+QUESTION = "What does the sign say?"
+
+
+# Accuracy ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("The Cat", "cat"),
+        ("a  dog,\n and an owl!", "dog and owl"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("yes.", "yes"),
+        ("don't", "dont"),
+        ("dont", "dont"),
+        ("red/blue", "red blue"),
+    ],
+)
+def test_what_does_not_count(answer, normal):
+    assert normalize(answer) == normal
+
+
+def test_accuracy_of_ten_people():
+    """A third for each of the others who said so, over all ways to leave one out."""
+    for agreeing, right in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
+        answers = ["cat"] * agreeing + ["dog"] * (10 - agreeing)
+        assert accuracy("the cat", answers) == pytest.approx(right)
+
+
+def test_accuracy_of_few_people():
+    assert accuracy("Two", ["2"]) == 1
+    assert accuracy("cat", ["dog", "cat"]) == 1
+    assert accuracy("cow", ["dog", "cat"]) == 0
+
+
+# Questions --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for picture in PICTURES:
+        shutil.copy(picture.path, tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def write_lines(folder, *lines) -> str:
+    file = folder / "questions.jsonl"
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    file.write_text("\n".join(texts) + "\n")
+    return str(file)
+
+
+def ask(image="scene_0.png", question=QUESTION, **more) -> dict:
+    return {"image": image, "question": question, **more}
+
+
+def test_bad_lines_are_skipped_with_their_numbers(folder):
+    source = write_lines(
+        folder,
+        ask(answer="EAST"),
+        "{",
+        ask(image="nowhere.png"),
+        "",
+        ask(answer="EAST"),
+        ask(image="broken.png"),
+        [1],
+        ask(question=""),
+        ask(question=5),
+        ask(question="How many?", answer={"a": 1}),
+        ask(question="How many?", answer=[True]),
+        ask(question="Which?", kind=3),
+        ask(question="How many?", answer=["2", 2], kind="count"),
+    )
+    found = data.read_questions(source, 1, None)
+    assert [item.question for item in found.items] == [QUESTION, "How many?"]
+    assert found.items[1].answers == ("2", "2")
+    reasons = dict(found.skipped)
+    assert list(reasons) == [2, 3, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert "asks what line 1 asks" in reasons[5]
+    assert "does not exist" in reasons[3]
+    assert "expected a text" in reasons[12]
+
+
+def test_questions_about_a_picture_come_together(folder):
+    source = write_lines(
+        folder,
+        ask("scene_1.png"),
+        ask("scene_0.png"),
+        ask("scene_1.png", "Why?"),
+    )
+    items = data.read_questions(source, 1, None).items
+    names = [item.picture[-11:] for item in items]
+    assert names == ["scene_1.png", "scene_1.png", "scene_0.png"]
+
+
+def test_a_folder_of_pictures(folder):
+    found = data.read_questions(str(folder), 1, "Who?")
+    assert [item.question for item in found.items] == ["Who?"] * 2
+    assert len(found.skipped) == 1
+    assert not found.items[0].answers
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: "nowhere", "does not exist"),
+        (lambda f: write_lines(f, "{"), "no question that can be asked .line 1"),
+        (lambda f: str(f.parent), "no question"),
+    ],
+)
+def test_nothing_to_ask_is_refused(folder, make, message):
+    with pytest.raises(InputError, match=message):
+        data.read_questions(make(folder / "in") if False else make(folder), 1, None)
+
+
+# Measuring --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(CHECKPOINT)
+
+
+ROWS = measure.make_rows(["norm", "similarity", "uniform"], [0.5, 0.11], [])
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_answers_are_those_of_generate(demo, positions):
+    evaluator = measure.Evaluator(*demo, ROWS, positions, 8)
+    for picture in PICTURES:
+        item = data.Item(str(picture.path), picture.question, (picture.answer,))
+        records = evaluator.ask(item)
+        for row in ROWS:
+            asked = ([picture.path], picture.question)
+            how = {"pruner": row.pruner, "positions": positions, "max_tokens": 8}
+            alone = generate(*demo, *asked, **how)
+            record = records[row.label]
+            assert record["answer"] == alone
+            assert record["accuracy"] == accuracy(alone, [picture.answer])
+            same = alone == records["none"]["answer"]
+            assert record["agrees"] == same
+
+
+def test_divergence_is_that_of_the_distributions(demo):
+    """Token by token with a cache, in NumPy."""
+    model, _ = demo
+    evaluator = measure.Evaluator(*demo, ROWS, "original", 8)
+    item = data.Item(str(PICTURES[0].path), PICTURES[0].question)
+    records = evaluator.ask(item)
+    assert records["none"]["divergence"] == 0
+    prompt = demo[1].prompt(item.question, 1)
+    features = evaluator._features(item)
+    full, _ = evaluator._prefill(prompt, features, Pruner("none"))
+    ids = evaluator._greedy(full)
+
+    def distributions(prefill):
+        from mlx_lm.models.cache import make_prompt_cache
+
+        from mlx_tokprune.pipeline import first_logits
+
+        cache = make_prompt_cache(model)
+        logits, found = first_logits(model, prefill, cache), []
+        for token in ids:
+            row = np.array(logits[0], np.float64)
+            shares = np.exp(row - row.max())
+            found.append(shares / shares.sum())
+            with model.positions.using(prefill.positions, prefill.shift):
+                logits = model(mx.array([[token]]), cache=cache)[:, -1]
+        return np.array(found)
+
+    wanted = distributions(full)
+    for row in ROWS[1:]:
+        pruned, _ = evaluator._prefill(prompt, features, row.pruner)
+        other = distributions(pruned)
+        expected = (wanted * np.log(wanted / other)).sum(-1).mean()
+        found = records[row.label]["divergence"]
+        assert found == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+def test_a_picture_is_encoded_once(demo, monkeypatch):
+    model, processor = demo
+    evaluator = measure.Evaluator(model, processor, ROWS, "original", 4)
+    encoded = []
+    encode = type(model).encode
+    monkeypatch.setattr(
+        type(model), "encode", lambda *args: encoded.append(1) or encode(*args)
+    )
+    for question in ("What?", "Where?"):
+        evaluator.ask(data.Item(str(PICTURES[0].path), question))
+    assert len(encoded) == 1
+
+
+def test_accuracies_are_those_of_the_training_s_own_check(demo):
+    found = data.read_questions("demo", 6, None)
+    pruners = [Pruner("none"), Pruner("norm", 0.11), Pruner("random", 0.25)]
+    rows = [measure.Row(f"{p.method}", p) for p in pruners]
+    evaluator = measure.Evaluator(*demo, rows, "original", 8)
+    records = {n: evaluator.ask(item) for n, item in enumerate(found.items)}
+    ours = table.summarize(found.items, records, {})
+    theirs = list(measure_training(*demo, 6, pruners).values())
+    for mine, other in zip(ours, theirs, strict=False):
+        shares = {kind: share["value"] for kind, share in mine["accuracy"].items()}
+        expected = {kind: other[kind] for kind in shares}
+        assert shares == pytest.approx(expected)
+        assert mine["accuracy"]["all"]["n"] == other["n"]
+    assert ours[2]["accuracy"]["all"]["value"] < 1
+
+
+def test_budgets_in_tokens():
+    rows = measure.make_rows(["norm"], [], [8, 16])
+    assert [row.label for row in rows] == ["none", "norm 8 tokens", "norm 16 tokens"]
+
+
+# Keeping and sharing ----------------------------------------------------------------
+
+
+class Counter:
+    """An evaluator that answers with the number of calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def ask(self, item):
+        self.calls += 1
+        return {"none": {"answer": f"{item.question} {self.calls}"}}
+
+
+def test_what_was_answered_is_kept(tmp_path):
+    items = [data.Item("p", f"q{i}") for i in range(4)]
+    file, header = tmp_path / "journal", {"a": 1}
+    first = Counter()
+    measure.answer_all(first, items, [0, 1], measure.Journal(file, header))
+    with file.open("a") as stream:
+        stream.write('{"item": 2, "ro')  # killed while it wrote
+    again = Counter()
+    records = measure.answer_all(again, items, range(4), measure.Journal(file, header))
+    assert again.calls == 2
+    assert records[0]["none"]["answer"] == "q0 1"
+    assert records[3]["none"]["answer"] == "q3 2"
+    # Other weights, rows or questions: everything again.
+    assert not measure.Journal(file, {"a": 2}).records
+
+
+def test_weights_decide_what_is_the_same(demo):
+    model, _ = demo
+    before = measure.fingerprint(model)
+    assert before == measure.fingerprint(load(CHECKPOINT)[0])
+    bias = model.language_model.model.norm.weight
+    try:
+        model.language_model.model.norm.weight = bias * 1.001
+        assert measure.fingerprint(model) != before
+    finally:
+        model.language_model.model.norm.weight = bias
+
+
+def test_workers_share_everything_once(monkeypatch):
+    alone = Workers()
+    assert alone.share(5) == [0, 1, 2, 3, 4]
+    assert alone.gather({1: {"a": 2}}) == {1: {"a": 2}}
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """And a lost one is reported, with what was answered kept."""
+    options = ["--pictures", "2", "--methods", "norm", "--keep-ratios", "0.25"]
+    program = [sys.executable, "-m", "mlx_tokprune.evaluate", *options]
+    results = []
+    for workers in ("1", "2"):
+        output = tmp_path / f"{workers}.json"
+        asked = [*program, "--workers", workers, "--output", str(output)]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(output.read_text()))
+    one, two = results
+    assert one["rows"] == two["rows"]
+    assert one["answers"] == two["answers"]
+    # A worker that cannot write its journal is as good as dead.
+    lost = tmp_path / "lost.json"
+    (tmp_path / "lost.json.1-of-2.jsonl").mkdir()
+    asked = [*program, "--workers", "2", "--output", str(lost)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "a worker was lost" in done.stderr
+    assert not lost.exists()
+
+
+# The command ------------------------------------------------------------------------
+
+
+def test_the_command_writes_rows_and_answers(folder, capsys):
+    source = write_lines(folder, ask(answer="EAST"), "{", ask("scene_1.png", "Why?"))
+    output, plot = folder / "e.json", folder / "e.png"
+    options = ["--data", source, "--methods", "norm", "--keep-ratios", "1", "0.5"]
+    main([*options, "--output", str(output), "--plot", str(plot)])
+    out = capsys.readouterr().out
+    assert "skipped line 2: no JSON" in out
+    assert "| norm 0.5 | 32 |" in out
+    result = measure.read_result(output)
+    none, norm = result["rows"]
+    assert none["accuracy"]["all"] == pytest.approx(
+        {"value": 1, "low": 0.2065, "high": 1, "n": 1}, abs=1e-3
+    )
+    assert norm["flops"] < none["flops"]
+    assert result["answers"][0]["given"]["none"] == "EAST"
+    with Image.open(plot) as picture:
+        assert picture.width > 400
+
+
+def test_pictures_without_answers_are_compared_with_the_unpruned(folder, capsys):
+    options = ["--data", str(folder), "--methods", "norm", "--eval-budgets", "8"]
+    main([*options, "--output", str(folder / "e.json")])
+    shown = capsys.readouterr().out
+    head = next(line for line in shown.splitlines() if line.startswith("| method"))
+    assert "agreement" in head
+    assert "accuracy" not in head
+    assert "| norm 8 tokens | 8 |" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep-ratios", "0"], "keep ratio 0 is outside"),
+        (["--methods", "nrm"], "Did you mean 'norm'?"),
+        (["--methods", "trimvla"], "looks at the prompt"),
+        (["--data", "nowhere"], "does not exist"),
+        (["--pictures", "0"], "whole numbers from 1"),
+        (["--output", "nowhere/e.json"], "which does not exist"),
+        (["--model", str(TINY_POLICY), "--pictures", "1"], "answers in actions"),
+        (["--model", "nowhere", "--pictures", "1"], "does not exist"),
+        (["--eval-budgets", "0"], "from 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_intervals_of_means():
+    assert of_mean([2.0]) == (2.0, 2.0)
+    low, high = of_mean([0.0, 1.0, 2.0, 3.0])
+    assert (low + high) / 2 == 1.5
+    assert high - low == pytest.approx(2 * 1.96 * np.std([0, 1, 2, 3], ddof=1) / 2)
+
+
+def test_the_tiny_model_can_be_asked(tiny):
+    evaluator = measure.Evaluator(*tiny, ROWS[:2], "original", 3)
+    records = evaluator.ask(data.Item(str(TINY / "image_0.png"), "Hi", ("x",)))
+    assert records["norm 0.5"]["kept"] == 32
