@@ -4,6 +4,7 @@ Self-contained: styles and pictures are inside, nothing is fetched.
 """
 
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -98,7 +99,7 @@ def _plot(file: Path) -> str:
 # Sections ---------------------------------------------------------------------------
 
 
-def bench_section(result: dict, accuracy: dict[str, float]) -> str:
+def bench_section(result: dict, accuracy: plots.Accuracy) -> str:
     """Speed: the table and the plots of a benchmark."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = plots.draw_all(result, Path(folder), accuracy)
@@ -128,6 +129,7 @@ def picture_sections(result: dict, pictures: int) -> Iterator[str]:
     """For some questions, what each method kept beside what was answered."""
     source = CHECKPOINT if result["model"] == "demo" else result["model"]
     model, processor = load(source)
+    processor = dataclasses.replace(processor, image_size=result["image_size"])
     chosen = result["answers"][:: max(1, len(result["answers"]) // pictures)]
     items = _items(result)
     for answer in chosen[:pictures]:
@@ -179,12 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.pictures < 0:
         raise InputError("pictures is a whole number from 0")
     speeds, answers = _read(args.results)
-    accuracy = {
-        row["label"]: row["accuracy"]["all"]["value"]
-        for result in answers
-        for row in result["rows"]
-        if row["accuracy"]
-    }
+    accuracy = {}
+    for result in answers:
+        accuracy |= evaluation.accuracies(result)
     sections = [bench_section(result, accuracy) for result in speeds]
     for result in answers:
         sections.append(evaluation_section(result))

@@ -228,7 +228,9 @@ def test_the_table_says_what_was_measured(bench):
 
 def test_pictures_of_a_benchmark(bench, tmp_path):
     result = bench().run(1)
-    drawn = plots.draw_all(result, tmp_path / "plots", {"none": 1.0, "norm 0.5": 0.9})
+    drawn = plots.draw_all(
+        result, tmp_path / "plots", {("none", 512): 1.0, ("norm 0.5", 512): 0.9}
+    )
     assert [path.stem for path in drawn] == [
         "ttft_by_stage",
         "ttft_by_tokens",

@@ -133,12 +133,13 @@ def test_a_folder_of_pictures(folder):
     [
         (lambda f: "nowhere", "does not exist"),
         (lambda f: write_lines(f, "{"), "no question that can be asked .line 1"),
-        (lambda f: str(f.parent), "no question"),
+        (lambda f: str(f / "empty"), "no question that can be asked"),
     ],
 )
 def test_nothing_to_ask_is_refused(folder, make, message):
+    (folder / "empty").mkdir()
     with pytest.raises(InputError, match=message):
-        data.read_questions(make(folder / "in") if False else make(folder), 1, None)
+        data.read_questions(make(folder), 1, None)
 
 
 # Measuring --------------------------------------------------------------------------

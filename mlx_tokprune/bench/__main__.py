@@ -9,8 +9,8 @@ from ..image import load_image
 from ..loading import load
 from ..pipeline import POSITIONS
 from ..pruners import get_method, list_pruners
-from .measure import Benchmark, Subject, make_rows
-from .plots import draw_all
+from .measure import Benchmark, Subject, check_size, make_rows
+from .plots import Accuracy, draw_all
 from .table import markdown
 
 RATIOS = (1.0, 0.5, 0.25, 0.11)
@@ -43,7 +43,8 @@ def build_parser() -> Parser:
     add("--runs", type=int, default=5, help="of each row (default: 5)")
     add("--output", default="bench.json", help="result file; resumed when it is there")
     add("--plots", help="draw pictures to this folder")
-    add("--accuracy", help="result of mlx_tokprune.evaluate, for the Pareto plot")
+    help_ = "results of mlx_tokprune.evaluate, for the Pareto plot"
+    add("--accuracy", nargs="+", default=[], metavar="FILE", help=help_)
     return parser
 
 
@@ -91,12 +92,7 @@ def _sizes(subjects: list[Subject], given: list[int]) -> list[int]:
     """The given sizes, with the models' own; empty for each model its own."""
     own = {s.processor.image_size for s in subjects if not s.acts}
     for size in given:
-        if size < 64 or size % 64:
-            nearest = max(64, round(size / 64) * 64)
-            raise InputError(
-                f"cannot encode pictures of {size} px; expected a multiple of 64, such "
-                f"as {nearest}"
-            )
+        check_size(size)
     return sorted({*given, *own}) if given else []
 
 
@@ -121,15 +117,14 @@ def _check(args) -> None:
         raise InputError(f"--output is in {parent}, which does not exist")
 
 
-def _accuracy(file: str | None) -> dict[str, float]:
-    """Accuracy by label from a result of `mlx_tokprune.evaluate`."""
-    if file is None:
-        return {}
-    from ..evaluate import read_result
+def _accuracy(files: list[str]) -> Accuracy:
+    """Accuracies in results of `mlx_tokprune.evaluate`."""
+    from ..evaluate.measure import accuracies, read_result
 
-    rows = read_result(Path(file))["rows"]
-    known = [row for row in rows if row["accuracy"]]
-    return {row["label"]: row["accuracy"]["all"]["value"] for row in known}
+    found: Accuracy = {}
+    for file in files:
+        found |= accuracies(read_result(Path(file)))
+    return found
 
 
 if __name__ == "__main__":

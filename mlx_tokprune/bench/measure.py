@@ -96,6 +96,16 @@ def make_rows(
     return list(dict.fromkeys(rows))
 
 
+def check_size(size: int) -> None:
+    """Raise `InputError` unless FastVLM's tower takes pictures of `size` pixels."""
+    if size < 64 or size % 64:
+        nearest = max(64, round(size / 64) * 64)
+        raise InputError(
+            f"cannot encode pictures of {size} px; expected a multiple of 64, such as "
+            f"{nearest}"
+        )
+
+
 # Measuring --------------------------------------------------------------------------
 
 

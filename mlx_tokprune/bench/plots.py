@@ -12,8 +12,11 @@ from .table import describe, label, stage
 STAGES = ("preprocess", "vision", "prune", "project", "prefill")
 
 
-def draw_all(result: dict, folder: Path, accuracy: dict[str, float]) -> list[Path]:
-    """Writes the pictures to `folder`; accuracy: by label, for the Pareto plot."""
+Accuracy = dict[tuple[str, int], float]  # by label and input size
+
+
+def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
+    """Writes the pictures to `folder`; the Pareto plot where accuracy is known."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -38,8 +41,8 @@ def _save(file: Path, result: dict, draw: Callable) -> Path:
     from matplotlib.figure import Figure
 
     rows = len(result["rows"])
-    tall = 1.6 + 0.3 * rows if draw is _draw_stages else 5
-    figure = Figure(figsize=(9, tall), dpi=120, layout="constrained")
+    tall = 1.6 + 0.25 * rows if draw is _draw_stages else 4.2
+    figure = Figure(figsize=(6.4, tall), dpi=150, layout="constrained")
     axes = figure.subplots()
     draw(axes, result)
     figure.supxlabel(describe(result), fontsize=6, color="grey", wrap=True)
@@ -72,7 +75,7 @@ def _draw_stages(axes, result: dict) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ms")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, ncols=6, loc="lower center", bbox_to_anchor=(0.4, 1))
+    axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
 
 
 def _groups(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -115,13 +118,13 @@ def _draw_tokens(axes, result: dict) -> None:
     axes.legend(fontsize=7, ncols=2)
 
 
-def _draw_pareto(axes, result: dict, accuracy: dict[str, float]) -> None:
+def _draw_pareto(axes, result: dict, accuracy: Accuracy) -> None:
     """Accuracy against TTFT, for rows whose accuracy is known."""
     methods: dict[str, list] = {}
     for row in result["rows"]:
-        if label(row) in accuracy:
-            ttft = median(row["samples"]["ttft_ms"])
-            point = (ttft, accuracy[label(row)], row)
+        key = (label(row), row["image_size"])
+        if key in accuracy:
+            point = (median(row["samples"]["ttft_ms"]), accuracy[key], row)
             methods.setdefault(row["method"], []).append(point)
     for method, points in methods.items():
         points.sort(key=lambda point: point[0])
@@ -129,7 +132,7 @@ def _draw_pareto(axes, result: dict, accuracy: dict[str, float]) -> None:
         axes.plot(xs, ys, "o-", ms=5, label=method)
         for x, y, row in points:
             axes.annotate(
-                f"{row['keep_ratio']:g}",
+                f"{row['keep_ratio']:g}, {row['image_size']} px",
                 (x, y),
                 xytext=(4, -8),
                 textcoords="offset points",

@@ -1,5 +1,6 @@
 """Accuracy, agreement and divergence of pruned answers, on your questions or ours."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import mlx.core as mx
 
 from ..bench.machine import describe
 from ..bench.measure import Row as BenchRow
-from ..bench.measure import Subject, count_stages
+from ..bench.measure import Subject, check_size, count_stages
 from ..commands import DEFAULT_POSITIONS
 from ..demo import CHECKPOINT
 from ..errors import InputError, Parser, command
@@ -46,6 +47,7 @@ def build_parser() -> Parser:
     budget.add_argument("--keep-ratios", default=RATIOS, **ratios)
     tokens = {"nargs": "+", "type": int, "metavar": "K", "default": []}
     budget.add_argument("--eval-budgets", help="visual tokens instead", **tokens)
+    add("--image-size", type=int, help="of the input, px (default: the model's own)")
     add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
     add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
     add("--workers", type=int, default=1, help="processes on this machine")
@@ -72,7 +74,11 @@ def main(argv: list[str] | None = None) -> None:
             "this model answers in actions; measure policies in closed loop with "
             "mlx_tokprune.train.policy success"
         )
+    if args.image_size:
+        check_size(args.image_size)
+        processor = dataclasses.replace(processor, image_size=args.image_size)
     options = {"positions": args.positions, "max_tokens": args.max_tokens}
+    options["image_size"] = processor.image_size
     evaluator = Evaluator(model, processor, rows, args.positions, args.max_tokens)
     header = describe_run(model, questions.items, rows, **options)
     journal = Journal(_journal_file(args.output, workers), header)
@@ -85,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         **{"schema": SCHEMA, "machine": describe(), "run": header},
         "model": "demo" if args.model is None else args.model,
+        "image_size": processor.image_size,
         "data": args.data,
         "questions": len(questions.items),
         "skipped": [list(line) for line in questions.skipped],

@@ -216,6 +216,15 @@ def answer_all(
     return {number: journal.records[number] for number in mine}
 
 
+def accuracies(result: dict) -> dict[tuple[str, int], float]:
+    """Accuracy over all questions, by label and input size."""
+    return {
+        (row["label"], result["image_size"]): row["accuracy"]["all"]["value"]
+        for row in result["rows"]
+        if row["accuracy"]
+    }
+
+
 def read_result(file: Path) -> dict:
     """A result file; `InputError` unless it is one of this schema."""
     try:

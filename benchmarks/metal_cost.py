@@ -1,0 +1,86 @@
+"""What Metal would have to do, counted without a Mac: ours beside mlx-vlm's.
+
+    pip install -e '.[parity]'
+    python benchmarks/metal_cost.py FOLDER
+
+FOLDER is a converted FastVLM. For each stage up to the first token: kernel launches of
+the graph as written and under `mx.compile`, bytes that launches read and write, and
+FLOPs. A model of what Metal does (`mlx_tokprune.bench.graph`), not a measurement: it
+shows a change that is faster on this machine but worse there.
+"""
+
+import argparse
+from pathlib import Path
+
+import mlx_tokprune
+from mlx_tokprune.bench.graph import count, launches_compiled
+
+import mlx.core as mx  # isort: skip
+
+PROMPT = 32  # tokens of text
+
+
+def our_stages(folder: Path) -> dict:
+    model, _ = mlx_tokprune.load(folder)
+
+    def prefill(embeddings):
+        return model(None, input_embeddings=embeddings)
+
+    return {
+        "vision": lambda pixels: model.encode(pixels).tokens,
+        "project": model.project,
+        "prefill": prefill,
+    }, model
+
+
+def their_stages(folder: Path) -> dict:
+    from mlx_vlm.utils import load_model
+
+    model = load_model(folder)
+
+    def vision(pixels):
+        return model.vision_tower(pixels)[1]
+
+    def prefill(embeddings):
+        ids = mx.zeros(embeddings.shape[:2], mx.int32)
+        return model.language_model(ids, inputs_embeds=embeddings).logits
+
+    return {"vision": vision, "project": model.mm_projector, "prefill": prefill}
+
+
+def line(name: str, function, given: mx.array) -> str:
+    cost = count(function, given)
+    fused = launches_compiled(function, given)
+    return (
+        f"{name:16}{cost.launches:10}{fused:10}{cost.bytes / 1e6:12.1f}"
+        f"{cost.weights / 1e6:12.1f}{cost.flops / 1e9:12.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    ours, model = our_stages(args.folder)
+    theirs = their_stages(args.folder)
+    pixels = mx.zeros((1, model.image_size, model.image_size, 3))
+    features = model.encode(pixels).tokens
+    _, tokens, channels = features.shape
+    hidden = model.args.text["hidden_size"]
+    given = {
+        "vision": pixels,
+        "project": mx.zeros((1, tokens, channels)),
+        "prefill": mx.zeros((1, tokens + PROMPT, hidden)),
+    }
+    print(f"MLX {mx.__version__}, {tokens} visual tokens and {PROMPT} of text, float32")
+    print(
+        f"{'':16}{'launches':>10}{'compiled':>10}{'MB moved':>12}{'MB weights':>12}"
+        f"{'GFLOP':>12}"
+    )
+    for stage, array in given.items():
+        print(line(f"{stage}, ours", ours[stage], array))
+        print(line(f"{stage}, mlx-vlm", theirs[stage], array))
+
+
+if __name__ == "__main__":
+    main()
