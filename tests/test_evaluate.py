@@ -206,6 +206,28 @@ def test_divergence_is_that_of_the_distributions(demo):
         assert found == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
+def test_told_answers_are_those_of_decoding(tiny):
+    """At original positions, with tokens dropped before them."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_tokprune.pipeline import first_logits
+
+    model, processor = tiny
+    evaluator = measure.Evaluator(*tiny, ROWS, "original", 4)
+    item, ids = data.Item(str(TINY / "image_0.png"), "Hi"), [5, 9, 7, 3]
+    prompt = processor.prompt(item.question, 1)
+    prefill, _ = evaluator._prefill(
+        prompt, evaluator._features(item), Pruner("norm", 0.25)
+    )
+    cache, found = make_prompt_cache(model), []
+    found.append(first_logits(model, prefill, cache)[0])
+    for token in ids[:-1]:
+        with model.positions.using(prefill.positions, prefill.shift):
+            found.append(model(mx.array([[token]]), cache=cache)[0, -1])
+    told = evaluator._forced(prefill, ids)
+    assert mx.allclose(told, mx.stack(found), rtol=1e-3, atol=1e-4)
+
+
 def test_a_picture_is_encoded_once(demo, monkeypatch):
     model, processor = demo
     evaluator = measure.Evaluator(model, processor, ROWS, "original", 4)
