@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.report import main, table_of
+from mlx_tokprune.report import main, picture, table_of
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,12 @@ def test_tables_are_read_from_markdown():
     assert shown.startswith('<div class="wide"><table><tr><th>a</th><th>b</th></tr>')
     assert "<tr><td>1</td><td>&lt;2&gt;</td></tr>" in shown
     assert '<p class="note">Machine &lt;x&gt;.</p>' in shown
+
+
+def test_answers_are_text_not_markup():
+    shown = picture(Image.new("RGB", (4, 4)), 'a <b> "c"')
+    assert "a &lt;b&gt; &quot;c&quot;" in shown
+    assert "<b>" not in shown
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": "other"}'])
