@@ -58,7 +58,7 @@ class Report:
 
     def close(self, name: str, ours, theirs) -> None:
         """max |a - b| / max |b|"""
-        ours, theirs = (np.array(x).astype(np.float64) for x in (ours, theirs))
+        ours, theirs = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
         same = ours.shape == theirs.shape
         error = np.abs(ours - theirs).max() / np.abs(theirs).max() if same else np.nan
         self.line(name, error <= LIMIT, f"{error:.1e}")
@@ -521,7 +521,7 @@ def oft_pictures() -> list[Image.Image]:
 
 def oft_pixels() -> np.ndarray:
     """Cropped as our processor does; the model is compared, not the crop."""
-    return preprocess_naive(oft_pictures(), 224, 0.9)
+    return preprocess_naive(oft_pictures(), 224, 0.9, Image.Resampling.LANCZOS)
 
 
 def main() -> None:
