@@ -14,6 +14,7 @@ from PIL import Image
 from mlx_tokprune import act, control, load, pipeline
 from mlx_tokprune.bench import graph, measure, plots, table
 from mlx_tokprune.bench.__main__ import main
+from mlx_tokprune.bench.subjects import Asked, subject_of
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.features import Selection
 from mlx_tokprune.image import load_image
@@ -150,11 +151,11 @@ def test_counting_leaves_mlx_as_it_was():
 def test_flops_of_a_policy_are_those_of_its_sizes():
     """Written out from the sizes of the tiny policy, two per multiply-add."""
     model, processor = load(TINY_POLICY)
-    subject = measure.Subject("tiny", model, processor)
-    row = measure.Row("tiny", 112, "pick up the cup", "norm", 0.25)
     image = load_image(TINY_POLICY / "image_0.png")
-    costs, total, kept = measure.count_stages(subject, row, [image])
-    assert (total, kept) == (64, 16)
+    asked = Asked([image], "pick up the cup", Pruner("norm", 0.25), "original")
+    counted = subject_of("tiny", model, processor).count(asked)
+    costs = counted.costs
+    assert (counted.total, counted.kept) == (64, 16)
     vision = 0
     for dim, hidden, prefix in ((48, 192, 5), (64, 224, 0)):
         tokens = 64 + prefix
@@ -175,7 +176,7 @@ def test_flops_of_a_policy_are_those_of_its_sizes():
 def bench(tmp_path):
     def make(file="bench.json", ratios=(1.0, 0.5), tokens=2):
         model, processor = load(TINY)
-        subject = measure.Subject("tiny", model, processor)
+        subject = subject_of("tiny", model, processor)
         rows = measure.make_rows([subject], ["norm"], ratios, [], ["Hi"], "original")
         images = [load_image(TINY / "image_0.png")]
         return measure.Benchmark(tmp_path / file, [subject], rows, images, tokens)
@@ -193,7 +194,7 @@ def test_a_stopped_run_goes_on_and_loses_nothing(bench, monkeypatch):
 
     def fail_in_the_third_round(*args):
         calls.append(args)
-        if len(calls) == 2 + 5:  # two to warm up, two rounds, one more
+        if len(calls) == 3 + 7:  # three to warm up, two rounds, one more
             raise KeyboardInterrupt
         return run_once(*args)
 
@@ -202,12 +203,12 @@ def test_a_stopped_run_goes_on_and_loses_nothing(bench, monkeypatch):
         started.run(4)
     monkeypatch.undo()
     kept = measure.read_result(started.file)
-    assert counts(kept) == [2, 2]
+    assert counts(kept) == [2, 2, 2]
     result = bench().run(4)
-    assert counts(result) == [4, 4]
+    assert counts(result) == [4, 4, 4]
     for before, after in zip(kept["rows"], result["rows"], strict=True):
         assert after["samples"]["ttft_ms"][:2] == before["samples"]["ttft_ms"]
-    assert counts(bench().run(3)) == [4, 4]  # nothing to do
+    assert counts(bench().run(3)) == [4, 4, 4]  # nothing to do
     with pytest.raises(InputError, match="a benchmark of other rows"):
         bench(ratios=(1.0, 0.25))
 
@@ -217,11 +218,11 @@ def test_the_table_says_what_was_measured(bench):
     shown = table.markdown(result)
     assert "| norm 0.5 | 32/64 |" in shown
     assert "not a TTFT" in shown
-    saved = 1 - sum(
-        cost["flops"] for cost in result["rows"][1]["costs"].values()
-    ) / sum(cost["flops"] for cost in result["rows"][0]["costs"].values())
+    *_, none, pruned = (
+        sum(cost["flops"] for cost in row["costs"].values()) for row in result["rows"]
+    )
     norm = next(line for line in shown.splitlines() if "norm 0.5" in line)
-    assert norm.split(" | ")[6] == f"{100 * saved:.1f} %"
+    assert norm.split(" | ")[6] == f"{100 * (1 - pruned / none):.1f} %"
     row = next(r for r in result["rows"] if r["method"] == "norm")
     base = table.unpruned(row, result["rows"])
     assert base["kept"] == 64
@@ -266,7 +267,9 @@ def test_the_command_measures_sizes_too(tmp_path, capsys):
         (["--model", str(TINY), "--model", str(TINY)], "was given twice"),
         (["--runs", "0"], "whole numbers from 1"),
         (["--methods", "nrm"], "Did you mean 'norm'?"),
-        (["--methods", "trimvla"], "looks at the prompt"),
+        (["--methods", "trimvla"], "cannot be given a budget with demo"),
+        (["--model", "demo", "--model", "demo-policy"], "not both"),
+        (["--model", "demo-policy", "--image-sizes", "64"], "112 px only"),
         (["--image-sizes", "500"], "a multiple of 64, such as 512"),
         (["--output", "nowhere/b.json"], "which does not exist"),
         (["--output", __file__], "no JSON file"),
@@ -282,6 +285,24 @@ def test_bad_input_is_one_sentence(capsys, options, message):
     assert error.count("\n") == 1
 
 
+def test_policies_are_measured_too(oft_folder, tmp_path, capsys):
+    for model, kept in (("demo-policy", "32/64"), (str(oft_folder), "64/128")):
+        output = tmp_path / f"{kept[:2]}.json"
+        options = ["--model", model, "--methods", "trimvla", "--keep-ratios", "0.5"]
+        main([*options, "--runs", "1", "--output", str(output)])
+        assert f"| trimvla 0.5 | {kept} |" in capsys.readouterr().out
+        rows = measure.read_result(output)["rows"]
+        costs = [row["costs"] for row in rows]
+        # Prompt-stage methods project every token.
+        assert costs[0]["project"]["flops"] == costs[1]["project"]["flops"]
+        assert costs[1]["prefill"]["flops"] < costs[0]["prefill"]["flops"]
+
+
+def test_lower_resolutions_are_rows_of_every_table(bench):
+    sizes = {(row.image_size, row.method) for row in bench().rows}
+    assert sizes == {(256, "none"), (512, "none"), (512, "norm")}
+
+
 def test_a_pruner_of_one_s_own_can_be_measured(bench):
     with temporary("every_other") as register:
 
@@ -293,7 +314,7 @@ def test_a_pruner_of_one_s_own_can_be_measured(bench):
             return Selection(mx.broadcast_to(indices, shape))
 
         model, processor = load(TINY)
-        subject = measure.Subject("tiny", model, processor)
-        row = measure.Row("tiny", 512, "Hi", "every_other", 0.5)
+        subject = subject_of("tiny", model, processor)
         images = [load_image(TINY / "image_0.png")]
-        assert measure.run_once(subject, row, images, 2)["ttft_ms"] > 0
+        asked = Asked(images, "Hi", Pruner("every_other", 0.5), "original")
+        assert measure.run_once(subject, asked, 2)["ttft_ms"] > 0

@@ -9,8 +9,9 @@ from ..image import load_image
 from ..loading import load
 from ..pipeline import POSITIONS
 from ..pruners import get_method, list_pruners
-from .measure import Benchmark, Subject, check_size, make_rows
+from .measure import Benchmark, make_rows
 from .plots import Accuracy, draw_all
+from .subjects import Acting, Answering, subject_of
 from .table import markdown
 
 RATIOS = (1.0, 0.5, 0.25, 0.11)
@@ -23,12 +24,11 @@ def build_parser() -> Parser:
         "--model",
         action="append",
         default=[],
-        help="folder or hub id; repeat for several (default: the embedded demo model)",
+        help="folder, hub id, demo or demo-policy; repeat for several (default: demo)",
     )
-    add("--demo-policy", action="store_true", help="also the embedded demo policy")
     add("--image", help="a picture (default: that of the demo)")
     add("--prompt", action="append", default=[], help="a question; repeat for several")
-    add("--methods", nargs="+", help="default: all of the vision stage")
+    add("--methods", nargs="+", help="default: all that take a budget")
     add("--keep-ratios", nargs="+", type=float, default=RATIOS, metavar="R")
     add(
         "--image-sizes",
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         type=int,
         default=[],
         metavar="PX",
-        help="input sizes besides the model's own; FastVLM only",
+        help="input sizes to prune at besides the model's own; FastVLM only",
     )
     add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
     add("--tokens", type=int, default=16, help="generated in each run (default: 16)")
@@ -52,22 +52,19 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     _check(args)
-    folders = list(args.model) or ([] if args.demo_policy else [str(CHECKPOINT)])
-    subjects = [_load(folder) for folder in folders]
-    if args.demo_policy:
-        subjects.append(_load(str(POLICY)))
-    acts = all(subject.acts for subject in subjects)
+    subjects = [_load(name) for name in args.model or ["demo"]]
+    if len({subject.method_stages for subject in subjects}) > 1:
+        raise InputError("give models that answer or models that act, not both")
+    for size in args.image_sizes:
+        subjects[0].at(size)
+    methods = args.methods or _methods(subjects[0])
+    _check_methods(methods, subjects[0])
+    acts = "prompt" in subjects[0].method_stages
     example = POLICY_FRAME if acts else PICTURES[0]
     images = [load_image(args.image or example.path)]
-    sizes = _sizes(subjects, args.image_sizes)
-    rows = make_rows(
-        subjects,
-        args.methods or _methods(),
-        args.keep_ratios,
-        sizes,
-        args.prompt or [example.question],
-        args.positions,
-    )
+    prompts = args.prompt or [example.question]
+    how = (args.keep_ratios, args.image_sizes, prompts, args.positions)
+    rows = make_rows(subjects, methods, *how)
     output = Path(args.output)
     result = Benchmark(output, subjects, rows, images, args.tokens).run(args.runs)
     print(markdown(result))
@@ -77,23 +74,29 @@ def main(argv: list[str] | None = None) -> None:
             print(f"wrote {path}")
 
 
-def _methods() -> list[str]:
-    return [name for name in list_pruners("vision") if name != "none"]
+def _methods(subject: Answering | Acting) -> list[str]:
+    """Those that take a budget."""
+    methods = map(get_method, list_pruners())
+    return [
+        m.name
+        for m in methods
+        if m.stage in subject.method_stages and m.counts != "own" and m.name != "none"
+    ]
 
 
-def _load(folder: str) -> Subject:
-    known = {str(CHECKPOINT): "demo", str(POLICY): "demo policy"}
-    model, processor = load(folder)
-    name = known.get(folder, Path(folder).name)
-    return Subject(name, model, processor)
+def _load(name: str) -> Answering | Acting:
+    embedded = {"demo": CHECKPOINT, "demo-policy": POLICY}
+    shown = name if name in embedded else Path(name).name
+    return subject_of(shown, *load(embedded.get(name, name)))
 
 
-def _sizes(subjects: list[Subject], given: list[int]) -> list[int]:
-    """The given sizes, with the models' own; empty for each model its own."""
-    own = {s.processor.image_size for s in subjects if not s.acts}
-    for size in given:
-        check_size(size)
-    return sorted({*given, *own}) if given else []
+def _check_methods(methods: list[str], subject: Answering | Acting) -> None:
+    for name in methods:
+        if name not in _methods(subject):
+            raise InputError(
+                f"method {name!r} cannot be given a budget with {subject.name}; choose "
+                f"one of {', '.join(_methods(subject))}"
+            )
 
 
 def _check(args) -> None:
@@ -106,12 +109,7 @@ def _check(args) -> None:
     if twice:
         raise InputError(f"model {twice[0]} was given twice; each is measured once")
     for name in args.methods or []:
-        method = get_method(name)
-        if method.stage != "vision" and not args.demo_policy:
-            raise InputError(
-                f"method {name!r} looks at the prompt of a policy; choose one of "
-                f"{', '.join(_methods())}"
-            )
+        get_method(name)
     parent = Path(args.output).absolute().parent
     if not parent.is_dir():
         raise InputError(f"--output is in {parent}, which does not exist")

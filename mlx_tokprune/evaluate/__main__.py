@@ -1,6 +1,5 @@
 """Accuracy, agreement and divergence of pruned answers, on your questions or ours."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,8 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..bench.machine import describe
-from ..bench.measure import Row as BenchRow
-from ..bench.measure import Subject, check_size, count_stages
+from ..bench.subjects import Answering, Asked
 from ..commands import DEFAULT_POSITIONS
 from ..demo import CHECKPOINT
 from ..errors import InputError, Parser, command
@@ -74,9 +72,10 @@ def main(argv: list[str] | None = None) -> None:
             "this model answers in actions; measure policies in closed loop with "
             "mlx_tokprune.train.policy success"
         )
+    subject = Answering("", model, processor)
     if args.image_size:
-        check_size(args.image_size)
-        processor = dataclasses.replace(processor, image_size=args.image_size)
+        subject = subject.at(args.image_size)
+        processor = subject.processor
     options = {"positions": args.positions, "max_tokens": args.max_tokens}
     options["image_size"] = processor.image_size
     evaluator = Evaluator(model, processor, rows, args.positions, args.max_tokens)
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     records = workers.gather(records)
     if not workers.is_first:
         return
-    flops = _flops(args, Subject("", model, processor), rows, questions)
+    flops = _flops(args, subject, rows, questions)
     result = {
         **{"schema": SCHEMA, "machine": describe(), "run": header},
         "model": "demo" if args.model is None else args.model,
@@ -128,16 +127,14 @@ def _journal_file(output: str, workers: Workers) -> Path:
     return Path(f"{output}.{workers.rank}-of-{workers.size}.jsonl")
 
 
-def _flops(args, subject: Subject, rows: list[Row], questions: Questions) -> dict:
+def _flops(args, subject: Answering, rows: list[Row], questions: Questions) -> dict:
     """Up to the first token of the first question."""
     item = questions.items[0]
-    images, size = [item.load()], subject.processor.image_size
-    found = {}
+    images, found = [item.load()], {}
     for row in rows:
-        how = (row.pruner.method, row.pruner.keep_ratio or 1.0, args.positions)
-        asked = BenchRow("", size, item.question, *how)
-        costs, _, _ = count_stages(subject, asked, images, row.pruner)
-        found[row.label] = sum(cost.flops for cost in costs.values())
+        asked = Asked(images, item.question, row.pruner, args.positions)
+        costs = subject.count(asked).costs.values()
+        found[row.label] = sum(cost.flops for cost in costs)
     return found
 
 
