@@ -213,7 +213,7 @@ def decode(model: OpenVLA, sequence: Sequence, steps: int) -> list[mx.array]:
 
     cache = make_prompt_cache(model)
     length = sequence.embeddings.shape[1]
-    positions, keys = _extended(sequence, steps)
+    positions, keys = extended(sequence, steps)
     mask = "causal" if keys is None else _causal(length) & keys[:, None, None, :length]
     tokens = []
     with model.positions.using(positions):
@@ -227,7 +227,7 @@ def decode(model: OpenVLA, sequence: Sequence, steps: int) -> list[mx.array]:
             hidden = model.hidden_states(model.embed(tokens[-1][:, None]), mask, cache)
 
 
-def _extended(sequence: Sequence, steps: int) -> tuple:
+def extended(sequence: Sequence, steps: int) -> tuple:
     """Positions and key mask of the sequence and of `steps` tokens after it."""
     positions, keys = sequence.positions, sequence.keys
     batch = sequence.embeddings.shape[0]

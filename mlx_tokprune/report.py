@@ -12,19 +12,23 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import mlx.core as mx
 from PIL import Image
 
+from . import control
 from .bench import measure as bench
 from .bench import plots
 from .bench import table as bench_table
-from .demo import CHECKPOINT
+from .demo import EMBEDDED
 from .errors import InputError, Parser, command
 from .evaluate import measure as evaluation
 from .evaluate import table as evaluation_table
 from .evaluate.data import Item, read_questions
 from .files import write_text
 from .loading import load
+from .models.openvla import OpenVLA
 from .overlay import draw_overlay
+from .pipeline import see
 from .pruners import Pruner
 
 _STYLE = """
@@ -127,8 +131,7 @@ def evaluation_section(result: dict) -> str:
 
 def picture_sections(result: dict, pictures: int) -> Iterator[str]:
     """For some questions, what each method kept beside what was answered."""
-    source = CHECKPOINT if result["model"] == "demo" else result["model"]
-    model, processor = load(source)
+    model, processor = load(EMBEDDED.get(result["model"], result["model"]))
     processor = dataclasses.replace(processor, image_size=result["image_size"])
     chosen = result["answers"][:: max(1, len(result["answers"]) // pictures)]
     items = _items(result)
@@ -145,21 +148,31 @@ def _items(result: dict) -> dict[tuple[str, str], Item]:
 
 
 def _picture_section(model, processor, result: dict, answer: dict, item: Item) -> str:
-    import mlx.core as mx
-
-    image = item.load()
-    features = model.encode(mx.array(processor.pixels([image])), ("attention",))
-    right = answer["answers"]
+    image, right = item.load(), answer["answers"]
     told = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
     cards = []
     for row in result["run"]["rows"]:
-        selection = Pruner(**row["pruner"])(features)
-        overlay = draw_overlay([image], selection, features.grid)
-        given = answer["given"][row["label"]]
-        style = "" if not right else "right" if given in right else "wrong"
-        cards.append(picture(overlay, f"{row['label']}: {given}", style))
+        pruner = Pruner(**row["pruner"])
+        overlay = _overlay(model, processor, image, item.question, pruner)
+        label = row["label"]
+        score, given = answer["scores"][label], answer["given"][label]
+        style = "" if score is None else "right" if score > 0.5 else "wrong"
+        cards.append(picture(overlay, f"{label}: {given}", style))
     question = html.escape(answer["question"] + told)
     return f'<h2>{question}</h2><div class="cards">{"".join(cards)}</div>'
+
+
+def _overlay(
+    model, processor, image: Image.Image, text: str, pruner: Pruner
+) -> Image.Image:
+    """The picture with what was dropped dimmed."""
+    if isinstance(model, OpenVLA):
+        observation = control.observe(processor, [image], text)
+        features = control.encode(model, observation, pruner.needs)
+        selection = control.see(model, observation, pruner, features).selection
+        return draw_overlay([image], selection, features.grid, padded=False)
+    visual = see(model, mx.array(processor.pixels([image])), pruner)
+    return draw_overlay([image], visual.selection, visual.grid)
 
 
 # The command ------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import pytest
 from conftest import TINY, TINY_POLICY
 from PIL import Image
 
-from mlx_tokprune import generate, load
+from mlx_tokprune import generate, load, predict_action
 from mlx_tokprune.demo import CHECKPOINT, PICTURES
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import data, measure, table
 from mlx_tokprune.evaluate.__main__ import main
+from mlx_tokprune.evaluate.actions import ActionEvaluator
+from mlx_tokprune.evaluate.actions import accuracy as action_accuracy
 from mlx_tokprune.evaluate.gather import Workers
 from mlx_tokprune.evaluate.vqa import accuracy, normalize
 from mlx_tokprune.intervals import of_mean
@@ -262,6 +264,70 @@ def test_budgets_in_tokens():
     assert [row.label for row in rows] == ["none", "norm 8 tokens", "norm 16 tokens"]
 
 
+# Policies ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_actions_are_those_of_predict_action(tiny_policy, positions):
+    model, processor = tiny_policy
+    rows = measure.make_rows(["norm", "trimvla", "attention"], [0.5, 0.1], [])
+    evaluator = ActionEvaluator(model, processor, rows, positions)
+    picture, told = str(TINY_POLICY / "image_0.png"), "pick up the cup"
+    plain = predict_action(*tiny_policy, [picture], told)
+    right = " ".join(f"{value:.6f}" for value in plain.normalized)
+    records = evaluator.ask(data.Item(picture, told, (right,)))
+    assert records["none"]["accuracy"] == 1
+    for row in rows:
+        how = {"pruner": row.pruner, "positions": positions}
+        action = predict_action(*tiny_policy, [picture], told, **how)
+        shown = " ".join(f"{value:+.3f}" for value in action.normalized)
+        record = records[row.label]
+        assert record["answer"] == shown
+        assert record["agrees"] == (action.token_ids == plain.token_ids)
+        near = np.abs(action.normalized - plain.normalized) <= 0.1
+        assert record["accuracy"] == pytest.approx(near.mean(), abs=1e-6)
+        assert (record["divergence"] > 0) == (row.label != "none")
+
+
+def test_policies_are_asked_about_meta_world(tmp_path, monkeypatch, capsys):
+    """With a world that needs no simulator; the real one is the same class."""
+    from mlx_tokprune.train.policy import worlds
+
+    class Still:
+        def __init__(self, name):
+            self.name = name
+
+        def reset(self, seed):
+            self.seed = seed
+
+        def frame(self):
+            return np.full((112, 112, 3), self.seed % 250, np.uint8)
+
+        def expert(self):
+            return np.array([0.1, 0.2, 0.3, 1.0])
+
+        def step(self, action):
+            return False
+
+    monkeypatch.setattr(worlds, "World", Still)
+    monkeypatch.setattr(worlds, "import_simulator", lambda: None)
+    output = tmp_path / "e.json"
+    options = ["--data", "metaworld", "--pictures", "10", "--keep-ratios", "0.5"]
+    main([*options, "--methods", "trimvla", "--output", str(output)])
+    assert "| trimvla 0.5 | 32 |" in capsys.readouterr().out
+    result = measure.read_result(output)
+    assert result["model"] == "demo-policy"
+    kinds = set(result["rows"][0]["accuracy"])
+    assert kinds == {"all", *worlds.TASKS}
+    assert result["answers"][9]["picture"] != result["answers"][0]["picture"]
+
+
+@pytest.mark.parametrize(("answer", "message"), [("x", "no action"), ("0 1", "has 2")])
+def test_answers_that_are_no_actions_are_refused(answer, message):
+    with pytest.raises(InputError, match=message):
+        action_accuracy(np.zeros(4), [answer])
+
+
 # Keeping and sharing ----------------------------------------------------------------
 
 
@@ -375,7 +441,7 @@ def test_pictures_without_answers_are_compared_with_the_unpruned(folder, capsys)
         (["--data", "nowhere"], "does not exist"),
         (["--pictures", "0"], "whole numbers from 1"),
         (["--output", "nowhere/e.json"], "which does not exist"),
-        (["--model", str(TINY_POLICY), "--pictures", "1"], "answers in actions"),
+        (["--model", str(TINY_POLICY), "--pictures", "1"], "is no action"),
         (["--model", "nowhere", "--pictures", "1"], "does not exist"),
         (["--eval-budgets", "0"], "from 1"),
     ],

@@ -152,7 +152,7 @@ def test_decoding_continues_at_original_positions(tiny_policy):
     sequence = control.assemble(model, observation, patches, "original")
     tokens = mx.stack(control.decode(model, sequence, 7), axis=1)
     whole = mx.concatenate([sequence.embeddings, model.embed(tokens)], axis=1)
-    positions, _ = control._extended(sequence, 7)
+    positions, _ = control.extended(sequence, 7)
     with model.positions.using(positions):
         hidden = model.hidden_states(whole, "causal", None)
     length = sequence.embeddings.shape[1]

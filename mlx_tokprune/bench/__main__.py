@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..commands import DEFAULT_POSITIONS
-from ..demo import CHECKPOINT, PICTURES, POLICY, POLICY_FRAME
+from ..demo import EMBEDDED, PICTURES, POLICY_FRAME
 from ..errors import InputError, Parser, command
 from ..image import load_image
 from ..loading import load
@@ -85,9 +85,8 @@ def _methods(subject: Answering | Acting) -> list[str]:
 
 
 def _load(name: str) -> Answering | Acting:
-    embedded = {"demo": CHECKPOINT, "demo-policy": POLICY}
-    shown = name if name in embedded else Path(name).name
-    return subject_of(shown, *load(embedded.get(name, name)))
+    shown = name if name in EMBEDDED else Path(name).name
+    return subject_of(shown, *load(EMBEDDED.get(name, name)))
 
 
 def _check_methods(methods: list[str], subject: Answering | Acting) -> None:

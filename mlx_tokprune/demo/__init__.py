@@ -10,6 +10,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"
 POLICY = FOLDER / "policy"
+EMBEDDED = {"demo": CHECKPOINT, "demo-policy": POLICY}  # by name
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..bench.machine import describe
-from ..bench.subjects import Answering, Asked
+from ..bench.subjects import Acting, Answering, Asked, subject_of
 from ..commands import DEFAULT_POSITIONS
-from ..demo import CHECKPOINT
+from ..demo import EMBEDDED
 from ..errors import InputError, Parser, command
 from ..files import write_text
 from ..loading import load
 from ..models.openvla import OpenVLA
 from ..pipeline import POSITIONS
 from ..pruners import get_method, list_pruners
+from .actions import ActionEvaluator
 from .data import DESCRIBE, Questions, read_questions
 from .gather import Workers, launch
 from .measure import (
@@ -35,9 +36,9 @@ RATIOS = (0.5, 0.25, 0.11)
 def build_parser() -> Parser:
     parser = Parser(prog="mlx_tokprune.evaluate", description=__doc__)
     add = parser.add_argument
-    add("--model", help="folder or hub id (default: the embedded demo model)")
-    add("--data", default="demo", help="JSONL file, folder of pictures, or demo")
-    add("--pictures", type=int, default=64, help="of the demo (default: 64)")
+    add("--model", help="folder, hub id, demo or demo-policy (default: demo)")
+    add("--data", default="demo", help="JSONL, folder of pictures, demo or metaworld")
+    add("--pictures", type=int, default=64, help="of demo and metaworld (default: 64)")
     add("--prompt", help=f"asked of a folder's pictures (default: {DESCRIBE!r})")
     add("--methods", nargs="+", help="default: all of the vision stage")
     budget = parser.add_mutually_exclusive_group()
@@ -66,19 +67,19 @@ def main(argv: list[str] | None = None) -> None:
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {reason}")
-    model, processor = load(CHECKPOINT if args.model is None else args.model)
-    if isinstance(model, OpenVLA):
-        raise InputError(
-            "this model answers in actions; measure policies in closed loop with "
-            "mlx_tokprune.train.policy success"
-        )
-    subject = Answering("", model, processor)
+    name = args.model or ("demo-policy" if args.data == "metaworld" else "demo")
+    model, processor = load(EMBEDDED.get(name, name))
+    subject = subject_of("this model", model, processor)
     if args.image_size:
         subject = subject.at(args.image_size)
         processor = subject.processor
+    _check_methods(rows, subject)
     options = {"positions": args.positions, "max_tokens": args.max_tokens}
     options["image_size"] = processor.image_size
-    evaluator = Evaluator(model, processor, rows, args.positions, args.max_tokens)
+    if isinstance(model, OpenVLA):
+        evaluator = ActionEvaluator(model, processor, rows, args.positions)
+    else:
+        evaluator = Evaluator(model, processor, rows, args.positions, args.max_tokens)
     header = describe_run(model, questions.items, rows, **options)
     journal = Journal(_journal_file(args.output, workers), header)
     mine = workers.share(len(questions.items))
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     flops = _flops(args, subject, rows, questions)
     result = {
         **{"schema": SCHEMA, "machine": describe(), "run": header},
-        "model": "demo" if args.model is None else args.model,
+        "model": name,
         "image_size": processor.image_size,
         "data": args.data,
         "questions": len(questions.items),
@@ -106,11 +107,7 @@ def _rows(args) -> list[Row]:
         raise InputError("pictures, max tokens and workers are whole numbers from 1")
     methods = args.methods or [m for m in list_pruners("vision") if m != "none"]
     for name in methods:
-        if get_method(name).stage != "vision":
-            raise InputError(
-                f"method {name!r} looks at the prompt, which only policies can do; "
-                f"choose one of {', '.join(list_pruners('vision'))}"
-            )
+        get_method(name)
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
             raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
@@ -122,12 +119,23 @@ def _rows(args) -> list[Row]:
     )
 
 
+def _check_methods(rows: list[Row], subject: Answering | Acting) -> None:
+    for row in rows:
+        if row.pruner.stage not in subject.method_stages:
+            raise InputError(
+                f"method {row.pruner.method!r} looks at the prompt, which only "
+                f"policies can do; choose one of {', '.join(list_pruners('vision'))}"
+            )
+
+
 def _journal_file(output: str, workers: Workers) -> Path:
     """Beside the result, so that a run that is stopped goes on where it was."""
     return Path(f"{output}.{workers.rank}-of-{workers.size}.jsonl")
 
 
-def _flops(args, subject: Answering, rows: list[Row], questions: Questions) -> dict:
+def _flops(
+    args, subject: Answering | Acting, rows: list[Row], questions: Questions
+) -> dict[str, float]:
     """Up to the first token of the first question."""
     item = questions.items[0]
     images, found = [item.load()], {}
@@ -146,6 +154,7 @@ def _answers(questions: Questions, records: dict) -> list[dict]:
             "answers": list(item.answers),
             "kind": item.kind,
             "given": {label: row["answer"] for label, row in records[number].items()},
+            "scores": {k: row["accuracy"] for k, row in records[number].items()},
         }
         for number, item in enumerate(questions.items)
     ]

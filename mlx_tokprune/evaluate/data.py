@@ -1,4 +1,4 @@
-"""Questions about pictures: from JSON lines, from a folder, or from the demo."""
+"""Questions about pictures: from JSON lines, a folder, the demo, or Meta-World."""
 
 import json
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..image import load_image
 
 DESCRIBE = "Describe the image."
+FRAME_SEEDS = 80_000_000  # first seed of Meta-World's frames
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -37,21 +38,22 @@ class Questions:
 
 
 def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
-    """`demo`, a JSONL file, or a folder of pictures, which are asked `prompt`.
+    """`demo`, `metaworld`, a JSONL file, or a folder of pictures, asked `prompt`.
 
-    pictures: of the demo, how many. Raises `InputError` when nothing is left.
+    pictures: of the first two, how many. Raises `InputError` when nothing is left.
     """
     path = Path(source)
-    if source == "demo":
-        found = Questions(tuple(_demo(pictures)))
+    if source in ("demo", "metaworld"):
+        make = _demo if source == "demo" else _tasks
+        found = Questions(tuple(make(pictures)))
     elif path.is_dir():
         found = _folder(path, prompt or DESCRIBE)
     elif path.is_file():
         found = _lines(path)
     else:
         raise InputError(
-            f"{source!r} does not exist; expected `demo`, a folder of pictures, or a "
-            "file with a line of JSON for each question"
+            f"{source!r} does not exist; expected `demo`, `metaworld`, a folder of "
+            "pictures, or a file with a line of JSON for each question"
         )
     if not found.items:
         reasons = "; ".join(f"line {n}: {why}" for n, why in found.skipped[:3])
@@ -154,3 +156,28 @@ def _demo(pictures: int) -> Iterator[Item]:
                     image,
                 )
             number += 1
+
+
+def _tasks(pictures: int) -> Iterator[Item]:
+    """Frames of Meta-World's experts on seeds never trained on, and what they do.
+
+    One frame of each episode, the tasks in turn.
+    """
+    import numpy as np
+
+    from ..train.policy.worlds import HORIZON, TASKS, World, import_simulator
+
+    import_simulator()
+    worlds: dict[str, World] = {}
+    for number in range(pictures):
+        task = list(TASKS.values())[number % len(TASKS)]
+        world = worlds.setdefault(task.name, World(task.name))
+        world.reset(FRAME_SEEDS + number)
+        steps = int(np.random.default_rng(number).integers(HORIZON // 3))
+        for _ in range(steps):
+            if world.step(world.expert()):
+                world.reset(FRAME_SEEDS + number)
+        answer = " ".join(f"{value:.4f}" for value in world.expert())
+        image = Image.fromarray(world.frame())
+        name = f"metaworld {number}"
+        yield Item(name, task.instruction, (answer,), task.name, image)

@@ -65,7 +65,7 @@ class Evaluator:
             prefill, kept = self._prefill(prompt, features, row.pruner)
             if reference is None:
                 ids = self._greedy(prefill)
-                reference = _Reference(ids, self._forced(prefill, ids))
+                reference = Reference(ids, self._forced(prefill, ids))
                 given, divergence = ids, 0.0
             else:
                 logits = self._forced(prefill, reference.ids)
@@ -132,7 +132,7 @@ class Evaluator:
         return self.processor.tokenizer.decode([i for i in ids if i not in stops])
 
 
-class _Reference:
+class Reference:
     """The unpruned model's answer and its logits."""
 
     def __init__(self, ids: list[int], logits: mx.array):
