@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import sys
 import types
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from conftest import TINY, TINY_POLICY
 from PIL import Image
 
 from mlx_tokprune import act, control, load, pipeline
-from mlx_tokprune.bench import graph, measure, plots, table
+from mlx_tokprune.bench import graph, machine, measure, plots, table
 from mlx_tokprune.bench.__main__ import main
 from mlx_tokprune.bench.subjects import Asked, subject_of
 from mlx_tokprune.errors import InputError
@@ -318,3 +319,32 @@ def test_a_pruner_of_one_s_own_can_be_measured(bench):
         images = [load_image(TINY / "image_0.png")]
         asked = Asked(images, "Hi", Pruner("every_other", 0.5), "original")
         assert measure.run_once(subject, asked, 2)["ttft_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "power"),
+    [
+        ("Now drawing from 'AC Power'", " lowpowermode         0", "AC"),
+        ("Now drawing from 'Battery Power'", "", "battery"),
+        ("'Battery Power'", " lowpowermode 1", "battery, low power mode"),
+        (None, None, None),
+    ],
+)
+def test_power_mode_as_macos_says_it(monkeypatch, source, settings, power):
+    """On what `pmset` prints; a Mac runs the command itself."""
+    said = {("pmset", "-g", "batt"): source, ("pmset", "-g"): settings}
+    monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(machine, "_output", lambda *command: said[command])
+    assert machine._power() == power
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
+def test_a_mac_says_what_powers_it():
+    assert machine.describe()["power"].startswith(("AC", "battery"))
+
+
+def test_rates_are_those_of_this_machine():
+    rates = machine.measure_rates(runs=1)
+    assert 1e8 < rates["flops_per_second"] < 1e15
+    assert 1e8 < rates["bytes_per_second"] < 1e14
