@@ -135,6 +135,12 @@ def load(
     return model, processor
 
 
+def check(path_or_hf_repo: str | Path) -> None:
+    """Raise `InputError` unless a checkpoint can be loaded, from its headers alone."""
+    family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
+    family.read_config(checkpoint)
+
+
 def _action_processor(model: OpenVLA, tokenizer, config: dict) -> ActionProcessor:
     args = model.args
     if tokenizer.bos_token_id is None:

@@ -265,7 +265,7 @@ def test_the_command_measures_sizes_too(tmp_path, capsys):
     ("options", "message"),
     [
         (["--keep-ratios", "0.5", "0"], "keep ratio 0 is outside"),
-        (["--model", str(TINY), "--model", str(TINY)], "was given twice"),
+        (["--model", str(TINY), "--model", f"{TINY}/."], "was given twice"),
         (["--runs", "0"], "whole numbers from 1"),
         (["--methods", "nrm"], "Did you mean 'norm'?"),
         (["--methods", "trimvla"], "cannot be given a budget with demo"),

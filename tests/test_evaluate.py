@@ -443,6 +443,7 @@ def test_pictures_without_answers_are_compared_with_the_unpruned(folder, capsys)
         (["--output", "nowhere/e.json"], "which does not exist"),
         (["--model", str(TINY_POLICY), "--pictures", "1"], "is no action"),
         (["--model", "nowhere", "--pictures", "1"], "does not exist"),
+        (["--model", "nowhere", "--workers", "2", "--pictures", "1"], "does not exist"),
         (["--eval-budgets", "0"], "from 1"),
     ],
 )

@@ -52,7 +52,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     _check(args)
-    subjects = [_load(name) for name in args.model or ["demo"]]
+    subjects = _load(args.model or ["demo"])
     if len({subject.method_stages for subject in subjects}) > 1:
         raise InputError("give models that answer or models that act, not both")
     for size in args.image_sizes:
@@ -84,9 +84,14 @@ def _methods(subject: Answering | Acting) -> list[str]:
     ]
 
 
-def _load(name: str) -> Answering | Acting:
-    shown = name if name in EMBEDDED else Path(name).name
-    return subject_of(shown, *load(EMBEDDED.get(name, name)))
+def _load(names: list[str]) -> list[Answering | Acting]:
+    """Under their last names in the table, where those tell them apart."""
+    shown = [name if name in EMBEDDED else Path(name).name for name in names]
+    shown = shown if len(set(shown)) == len(shown) else names
+    return [
+        subject_of(label, *load(EMBEDDED.get(name, name)))
+        for label, name in zip(shown, names, strict=True)
+    ]
 
 
 def _check_methods(methods: list[str], subject: Answering | Acting) -> None:
@@ -104,9 +109,10 @@ def _check(args) -> None:
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
             raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
-    twice = [m for m in args.model if args.model.count(m) > 1]
-    if twice:
-        raise InputError(f"model {twice[0]} was given twice; each is measured once")
+    places = [str(Path(name).resolve()) for name in args.model]
+    for name, place in zip(args.model, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"model {name} was given twice; each is measured once")
     for name in args.methods or []:
         get_method(name)
     parent = Path(args.output).absolute().parent

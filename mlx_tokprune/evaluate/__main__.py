@@ -12,8 +12,7 @@ from ..commands import DEFAULT_POSITIONS
 from ..demo import EMBEDDED
 from ..errors import InputError, Parser, command
 from ..files import write_text
-from ..loading import load
-from ..models.openvla import OpenVLA
+from ..loading import check, load
 from ..pipeline import POSITIONS
 from ..pruners import get_method, list_pruners
 from .actions import ActionEvaluator
@@ -60,46 +59,51 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     rows = _rows(args)
     questions = read_questions(args.data, args.pictures, args.prompt)
+    name = args.model or ("demo-policy" if args.data == "metaworld" else "demo")
     if args.workers > 1:
+        check(EMBEDDED.get(name, name))
         launch(sys.argv[1:] if argv is None else argv, args.workers, args.output)
         return
     workers = Workers()
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {reason}")
-    name = args.model or ("demo-policy" if args.data == "metaworld" else "demo")
-    model, processor = load(EMBEDDED.get(name, name))
-    subject = subject_of("this model", model, processor)
-    if args.image_size:
-        subject = subject.at(args.image_size)
-        processor = subject.processor
+    subject = subject_of(name, *load(EMBEDDED.get(name, name)))
+    subject = subject.at(args.image_size or subject.image_size)
     _check_methods(rows, subject)
-    options = {"positions": args.positions, "max_tokens": args.max_tokens}
-    options["image_size"] = processor.image_size
-    if isinstance(model, OpenVLA):
-        evaluator = ActionEvaluator(model, processor, rows, args.positions)
-    else:
-        evaluator = Evaluator(model, processor, rows, args.positions, args.max_tokens)
-    header = describe_run(model, questions.items, rows, **options)
+    header = describe_run(
+        subject.model,
+        questions.items,
+        rows,
+        positions=args.positions,
+        max_tokens=args.max_tokens,
+        image_size=subject.image_size,
+    )
     journal = Journal(_journal_file(args.output, workers), header)
     mine = workers.share(len(questions.items))
+    evaluator = _evaluator(args, subject, rows)
     records = answer_all(evaluator, questions.items, mine, journal)
     records = workers.gather(records)
-    if not workers.is_first:
-        return
-    flops = _flops(args, subject, rows, questions)
-    result = {
-        **{"schema": SCHEMA, "machine": describe(), "run": header},
-        "model": name,
-        "image_size": processor.image_size,
-        "data": args.data,
-        "questions": len(questions.items),
-        "skipped": [list(line) for line in questions.skipped],
-        "rows": summarize(questions.items, records, flops),
-        "answers": _answers(questions, records),
-    }
-    write_text(args.output, json.dumps(result, indent=1) + "\n")
-    _report(args, result)
+    if workers.is_first:
+        result = {
+            **{"schema": SCHEMA, "machine": describe(), "run": header},
+            **{"model": name, "image_size": subject.image_size, "data": args.data},
+            "questions": len(questions.items),
+            "skipped": [list(line) for line in questions.skipped],
+            "rows": summarize(
+                questions.items, records, _flops(args, subject, rows, questions)
+            ),
+            "answers": _answers(questions, records),
+        }
+        write_text(args.output, json.dumps(result, indent=1) + "\n")
+        _report(args, result)
+
+
+def _evaluator(args, subject: Answering | Acting, rows: list[Row]):
+    model, processor = subject.model, subject.processor
+    if isinstance(subject, Acting):
+        return ActionEvaluator(model, processor, rows, args.positions)
+    return Evaluator(model, processor, rows, args.positions, args.max_tokens)
 
 
 def _rows(args) -> list[Row]:
