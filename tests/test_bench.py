@@ -232,6 +232,13 @@ def test_the_table_says_what_was_measured(bench):
     assert all(sample > 0 for sample in row["samples"]["peak_memory_mb"])
 
 
+def test_what_is_saved_is_compared_within_a_round():
+    """A machine that slows down between rounds slows both."""
+    whole = {"samples": {"ttft_ms": [10.0, 20.0, 1000.0]}}
+    row = {"samples": {"ttft_ms": [5.0, 15.0, 800.0]}}
+    assert table.saved(row, whole) == pytest.approx(1 - 0.75)
+
+
 def test_pictures_of_a_benchmark(bench, tmp_path):
     result = bench().run(1)
     drawn = plots.draw_all(
