@@ -10,8 +10,9 @@ decoding from there to the last of `--tokens`. transformers gets the same weight
 its names, in a temporary folder. A peer that is not installed is left out; without any
 the exit code is 2.
 
-Importing mlx_tokprune on Linux puts its OpenBLAS and its allocator settings under all
-sides, torch too; with `--torch-own-blas` torch is imported first and keeps its BLAS.
+Importing mlx_tokprune on Linux puts its OpenBLAS under both sides on MLX, and its
+allocator settings under the whole process. torch is imported before that and keeps its
+own BLAS, as its users have it: on ours it is many times slower.
 """
 
 import argparse
@@ -485,7 +486,7 @@ def _leading(ours: list[int], theirs: list[int]) -> int:
 
 
 def measure_startup(
-    sides: dict[str, tuple], image: Path, runs: int, flags: list, missing: dict
+    sides: dict[str, tuple], image: Path, runs: int, missing: dict
 ) -> dict:
     """Seconds from interpreter to first token, and peak RSS, in fresh processes.
 
@@ -497,7 +498,7 @@ def measure_startup(
         for name, (folder, prompt) in list(sides.items()):
             options = ["--first-token", name, "--image", image, "--prompt", prompt]
             try:
-                values = _start([sys.executable, __file__, folder, *options, *flags])
+                values = _start([sys.executable, __file__, folder, *options])
             except Unfit as error:
                 missing[f"{name}, start-up"] = str(error)
                 del sides[name]
@@ -525,8 +526,7 @@ def _start(command: list) -> dict:
 
 def first_token(args: argparse.Namespace) -> None:
     """The child of `measure_startup`: say when the first token is there."""
-    own_blas = args.torch_own_blas and args.first_token == Transformers.name
-    if args.first_token != Ours.name and not own_blas:
+    if args.first_token == MlxVlm.name:
         _preload_blas()
     kinds = {Ours.name: Ours} | {name: kind for name, (kind, _) in PEERS.items()}
     side = kinds[args.first_token](args.folder)
@@ -539,7 +539,7 @@ def first_token(args: argparse.Namespace) -> None:
 
 
 def _preload_blas() -> None:
-    """Ours, under a peer, without importing our package."""
+    """Ours, under mlx-vlm, without importing our package."""
     package = util.find_spec("mlx_tokprune").origin
     spec = util.spec_from_file_location("blas", Path(package).with_name("blas.py"))
     module = util.module_from_spec(spec)
@@ -687,7 +687,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--runs", type=int, default=5, help="after a warm-up (default: 5)")
     add("--startup", action="store_true", help="also time fresh processes")
     add("--startup-runs", type=int, default=3, help="of each side (default: 3)")
-    add("--torch-own-blas", action="store_true", help="import torch before our BLAS")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--first-token", help=argparse.SUPPRESS)
     return parser
@@ -724,7 +723,7 @@ def describe_peer(side) -> str:
     import torch
 
     on = f"eager, on {side.device}, {torch.get_num_threads()} threads"
-    return f" ({on}; it does not prune)"
+    return f" ({on}, its own BLAS)"
 
 
 def run(args: argparse.Namespace, names: list[str], missing: dict) -> dict:
@@ -754,8 +753,7 @@ def run(args: argparse.Namespace, names: list[str], missing: dict) -> dict:
             folders = {Transformers.name: Path(scratch)}
             sides = {Ours.name: (args.folder, question)}
             sides |= {name: (folders.get(name, args.folder), chat) for name in used}
-            flags = ["--torch-own-blas"] * args.torch_own_blas
-            found |= measure_startup(sides, path, args.startup_runs, flags, missing)
+            found |= measure_startup(sides, path, args.startup_runs, missing)
     tower = ours.model.vision_tower.vision_model.conv_exp.reparam_conv.weight
     return {
         "schema": SCHEMA,
@@ -770,7 +768,6 @@ def run(args: argparse.Namespace, names: list[str], missing: dict) -> dict:
             "tokens": args.tokens,
             "runs": args.runs,
             "startup_runs": args.startup_runs if args.startup else 0,
-            "torch_own_blas": args.torch_own_blas,
             "peers": {peer.name: describe_peer(peer) for peer in peers},
         },
         "missing": missing,
@@ -792,8 +789,8 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    if args.torch_own_blas and Transformers.name in names:
-        import torch  # noqa: F401
+    if Transformers.name in names:
+        import torch  # noqa: F401  (before our BLAS)
     from mlx_tokprune import InputError
 
     try:

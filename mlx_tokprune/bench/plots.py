@@ -30,21 +30,19 @@ def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
     ]
     if accuracy:
 
-        def draw(axes, shown):
-            _draw_pareto(axes, shown, accuracy)
+        def draw(figure, shown):
+            _draw_pareto(figure, shown, accuracy)
 
         drawn.append(_save(folder / "pareto.png", result, draw))
     return drawn
 
 
 def _save(file: Path, result: dict, draw: Callable) -> Path:
+    """A picture that `draw(figure, result)` fills."""
     from matplotlib.figure import Figure
 
-    rows = len(result["rows"])
-    tall = 1.6 + 0.25 * rows if draw is _draw_stages else 4.2
-    figure = Figure(figsize=(6.4, tall), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    draw(axes, result)
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    draw(figure, result)
     figure.supxlabel(describe(result), fontsize=6, color="grey", wrap=True)
     with replacing(file) as stream:
         figure.savefig(stream, format="png")
@@ -60,9 +58,12 @@ def _name(row: dict, rows: list[dict]) -> str:
     return ", ".join(parts)
 
 
-def _draw_stages(axes, result: dict) -> None:
+def _draw_stages(figure, result: dict) -> None:
     """Fenced stages of each row, stacked, beside the unfenced TTFT."""
     rows = result["rows"]
+    figure.set_figheight(1.6 + 0.25 * len(rows))
+    axes = figure.subplots()
+    axes.margins(y=0.5 / len(rows))
     where = range(len(rows))
     left = [0.0] * len(rows)
     for name in STAGES:
@@ -78,66 +79,73 @@ def _draw_stages(axes, result: dict) -> None:
     axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
 
 
-def _groups(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows by method within a case, each group with its unpruned row."""
-    groups: dict[tuple, list[dict]] = {}
+def _cases(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows that share model, size and prompt, by what sets them apart."""
+    cases: dict[tuple, list[dict]] = {}
     for row in rows:
         case = (row["model"], row["image_size"], row["prompt"])
-        if row["method"] != "none":
-            groups.setdefault((*case, row["method"]), []).append(row)
-    for (*case, _), found in groups.items():
-        for row in rows:
-            same = case == [row["model"], row["image_size"], row["prompt"]]
-            if row["method"] == "none" and same:
-                found.append(row)
-    return groups
+        cases.setdefault(case, []).append(row)
+    names = [_name(found[0], rows).removeprefix("none, ") for found in cases.values()]
+    found = {k: v for k, v in zip(names, cases.values(), strict=True) if len(v) > 1}
+    return found or dict(zip(names, cases.values(), strict=True))
 
 
-def _draw_tokens(axes, result: dict) -> None:
-    """TTFT against the visual tokens that stay, bars from the least to the most."""
-    rows = result["rows"]
-    for found in _groups(rows).values():
-        found.sort(key=lambda row: row["kept"])
-        times = [row["samples"]["ttft_ms"] for row in found]
-        middle = [statistics.median(t) for t in times]
-        below = [m - min(t) for m, t in zip(middle, times, strict=True)]
-        above = [max(t) - m for m, t in zip(middle, times, strict=True)]
-        name = _name(found[0], rows).replace(label(found[0]), found[0]["method"])
-        axes.errorbar(
-            [row["kept"] for row in found],
-            middle,
-            [below, above],
-            marker="o",
-            ms=4,
-            capsize=2,
-            label=name,
-        )
-    axes.set(xlabel="visual tokens kept", ylabel="TTFT (ms)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+def _draw_tokens(figure, result: dict) -> None:
+    """TTFT against the visual tokens that stay, a panel per case, a line per method.
+
+    Bars go from the least to the most.
+    """
+    cases = _cases(result["rows"])
+    across = min(3, len(cases))
+    down = -(-len(cases) // across)
+    figure.set_size_inches(max(6.4, 3.2 * across), 1.2 + 3 * down)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, (name, rows) in zip(panels, cases.items(), strict=False):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] in (method, "none")]
+            if method != "none" or len(rows) == 1:
+                _draw_line(axes, mine, method)
+        axes.set(xlabel="visual tokens kept", ylabel="TTFT (ms)")
+        axes.set_title(name, fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(cases) :]:
+        axes.set_visible(False)
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, fontsize=7, ncols=4, loc="outside upper center")
 
 
-def _draw_pareto(axes, result: dict, accuracy: Accuracy) -> None:
+def _draw_line(axes, rows: list[dict], name: str) -> None:
+    rows = sorted(rows, key=lambda row: row["kept"])
+    times = [row["samples"]["ttft_ms"] for row in rows]
+    middle = [statistics.median(t) for t in times]
+    below = [m - min(t) for m, t in zip(middle, times, strict=True)]
+    above = [max(t) - m for m, t in zip(middle, times, strict=True)]
+    kept = [row["kept"] for row in rows]
+    bars = {"marker": "o", "ms": 4, "capsize": 2, "label": name}
+    axes.errorbar(kept, middle, [below, above], **bars)
+
+
+def _draw_pareto(figure, result: dict, accuracy: Accuracy) -> None:
     """Accuracy against TTFT, for rows whose accuracy is known."""
+    axes = figure.subplots()
     methods: dict[str, list] = {}
     for row in result["rows"]:
         key = (label(row), row["image_size"])
         if key in accuracy:
-            point = (median(row["samples"]["ttft_ms"]), accuracy[key], row)
+            ttft = median(row["samples"]["ttft_ms"])
+            point = (ttft, 100 * accuracy[key], row)
             methods.setdefault(row["method"], []).append(point)
     for method, points in methods.items():
         points.sort(key=lambda point: point[0])
-        xs, ys = [p[0] for p in points], [100 * p[1] for p in points]
+        xs, ys, _ = zip(*points, strict=True)
         axes.plot(xs, ys, "o-", ms=5, label=method)
         for x, y, row in points:
-            axes.annotate(
-                f"{row['keep_ratio']:g}, {row['image_size']} px",
-                (x, y),
-                xytext=(4, -8),
-                textcoords="offset points",
-                fontsize=6,
-            )
+            # Sizes where there is no ratio, so that texts do not cover each other.
+            plain = row["method"] == "none"
+            text = f"{row['image_size']} px" if plain else f"{row['keep_ratio']:g}"
+            how = {"xytext": (4, -8), "textcoords": "offset points", "fontsize": 6}
+            axes.annotate(text, (x, y), **how)
     axes.set(xlabel="TTFT (ms)", ylabel="accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

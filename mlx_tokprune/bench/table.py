@@ -31,8 +31,9 @@ _COLUMNS = (
 NOTE = (
     "TTFT: from decoded picture and prompt to the first token id, unfenced; median "
     "(least-most). Saved: of the unpruned TTFT of the same model, size and prompt, "
-    "median of the rounds; ceiling: the same in FLOPs. Limit: FLOPs over the measured matmul rate or weights "
-    "over the measured bandwidth, whichever is larger, ms. Stages are fenced, ms. "
+    "median of the rounds; ceiling: the same in FLOPs. Limit: FLOPs over the measured "
+    "matmul rate or weights over the measured bandwidth, whichever is larger, ms. "
+    "Stages are fenced, ms. "
     "* Project and prefill alone, what some published tables call TTFT; not a TTFT."
 )
 

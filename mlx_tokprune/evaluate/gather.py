@@ -28,7 +28,11 @@ def launch(arguments: Sequence[str], workers: int, output: str) -> None:
         "--workers",
         "1",
     ]
-    subprocess.run([launcher, "-n", str(workers), "--backend", "ring", "--", *alone])
+    command = [launcher, "-n", str(workers), "--backend", "ring", "--", *alone]
+    # More threads than cores would wait for each other.
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    limits = {name: threads for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    subprocess.run(command, env=limits | dict(os.environ))
     if _version(output) == before:
         print(
             f"error: a worker was lost, so {output} was not written; what was answered "
