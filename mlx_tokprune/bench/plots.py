@@ -139,13 +139,13 @@ def _draw_pareto(figure, result: dict, accuracy: Accuracy) -> None:
     for method, points in methods.items():
         points.sort(key=lambda point: point[0])
         xs, ys, _ = zip(*points, strict=True)
-        axes.plot(xs, ys, "o-", ms=5, label=method)
-        for x, y, row in points:
-            # Sizes where there is no ratio, so that texts do not cover each other.
-            plain = row["method"] == "none"
-            text = f"{row['image_size']} px" if plain else f"{row['keep_ratio']:g}"
-            how = {"xytext": (4, -8), "textcoords": "offset points", "fontsize": 6}
-            axes.annotate(text, (x, y), **how)
+        (line,) = axes.plot(xs, ys, "-", lw=1, label=method)
+        sizes = [20 + 60 * row["keep_ratio"] for *_, row in points]
+        axes.scatter(xs, ys, sizes, color=line.get_color())
+        for x, y, row in points if method == "none" else ():
+            how = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 7}
+            axes.annotate(f"{row['image_size']} px", (x, y), **how)
+    axes.margins(x=0.1)
     axes.set(xlabel="TTFT (ms)", ylabel="accuracy (%)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, title="larger: more tokens", title_fontsize=7)
