@@ -390,6 +390,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     one, two = results
     assert one["rows"] == two["rows"]
     assert one["answers"] == two["answers"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.json", "2.json"]
     # A worker that cannot write its journal is as good as dead.
     lost = tmp_path / "lost.json"
     (tmp_path / "lost.json.1-of-2.jsonl").mkdir()

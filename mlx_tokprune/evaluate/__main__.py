@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             "answers": _answers(questions, records),
         }
         write_text(args.output, json.dumps(result, indent=1) + "\n")
+        _remove_journals(args.output, workers)
         _report(args, result)
 
 
@@ -135,6 +136,13 @@ def _check_methods(rows: list[Row], subject: Answering | Acting) -> None:
 def _journal_file(output: str, workers: Workers) -> Path:
     """Beside the result, so that a run that is stopped goes on where it was."""
     return Path(f"{output}.{workers.rank}-of-{workers.size}.jsonl")
+
+
+def _remove_journals(output: str, workers: Workers) -> None:
+    """Those of this machine; the result holds all that is in them."""
+    place = Path(output).absolute()
+    for file in place.parent.glob(f"{place.name}.*-of-{workers.size}.jsonl"):
+        file.unlink()
 
 
 def _flops(
