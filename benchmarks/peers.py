@@ -139,9 +139,17 @@ class MlxVlm(MlxSide):
             self.model.update(_as_float32(self.model))  # as ours is there
             mx.eval(self.model.parameters())
         self.processor.tokenizer.stopping_criteria.eos_token_ids = []
+        self._name_all_ids()
         size = self.model.config.vision_config.image_size
         self.processor.image_processor.size = {"shortest_edge": size}
         self.processor.image_processor.crop_size = {"height": size, "width": size}
+
+    def _name_all_ids(self) -> None:
+        """As mlx-lm does: random checkpoints answer with ids that no tokenizer has."""
+        names = getattr(self.processor.detokenizer, "tokenmap", None)
+        if names is not None:
+            size = self.model.language_model.model.embed_tokens.weight.shape[0]
+            names += ["!"] * (size - len(names))
 
     @staticmethod
     def _fit_sizes(sizes: dict) -> None:
@@ -480,6 +488,7 @@ def compare(ours: Ours, peer, task: Task, pixels: np.ndarray) -> dict:
     apart = np.abs(peer.pixels(task.image) - pixels).max()
     return {
         "tokens": task.tokens,
+        "distinct": len(set(expected.ids)),  # few: weak evidence of the same work
         "equal_from_same_pixels": _leading(expected.ids, same.ids),
         "equal_from_own_pixels": _leading(expected.ids, own.ids),
         "pixels_apart_of_255": round(float(apart) * 255, 3),
@@ -656,7 +665,7 @@ def print_report(record: dict) -> None:
 def describe_ids(same: dict) -> str:
     def verdict(equal: int) -> str:
         if equal == same["tokens"]:
-            return f"the same {equal} ids"
+            return f"the same {equal} ids ({same['distinct']} distinct)"
         return f"ids DIFFER from number {equal + 1} of {same['tokens']} on"
 
     return (
