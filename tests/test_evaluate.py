@@ -354,6 +354,7 @@ def test_what_was_answered_is_kept(tmp_path):
     assert again.calls == 2
     assert records[0]["none"]["answer"] == "q0 1"
     assert records[3]["none"]["answer"] == "q3 2"
+    assert set(measure.Journal(file, header).records) == {0, 1, 2, 3}
     # Other weights, rows or questions: everything again.
     assert not measure.Journal(file, {"a": 2}).records
 
@@ -448,13 +449,15 @@ def test_pictures_without_answers_are_compared_with_the_unpruned(folder, capsys)
         (["--eval-budgets", "0"], "from 1"),
     ],
 )
-def test_bad_input_is_one_sentence(capsys, options, message):
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(options)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_intervals_of_means():

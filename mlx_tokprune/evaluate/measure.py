@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..features import Features
+from ..files import write_text
 from ..pipeline import Prefill, VisualTokens, assemble, first_logits
 from ..pruners import Pruner
 from .data import Item
@@ -154,24 +155,28 @@ def _log_softmax(logits: mx.array) -> mx.array:
 
 
 class Journal:
-    """A line of JSON for each question that was answered; `None` keeps nothing.
+    """A line of JSON for each question that was answered.
 
     The first line says what was asked of which weights; a journal of anything else is
     begun again.
     """
 
     def __init__(self, file: Path, header: dict):
-        self.file, self.records = file, {}
+        self.file, self.records, self._lines = file, {}, [json.dumps(header)]
         lines = file.read_text().splitlines() if file.exists() else []
         if lines and _parsed(lines[0]) == header:
             for line in filter(None, map(_parsed, lines[1:])):
                 self.records[line["item"]] = line["rows"]
-        else:
-            file.write_text(json.dumps(header) + "\n")
+                self._lines.append(json.dumps(line))
 
     def add(self, item: int, rows: dict) -> None:
-        with self.file.open("a") as stream:
-            stream.write(json.dumps({"item": item, "rows": rows}) + "\n")
+        line = json.dumps({"item": item, "rows": rows})
+        if self._lines:  # what was there, without a line that was cut
+            write_text(self.file, "\n".join([*self._lines, line]) + "\n")
+            self._lines = []
+        else:
+            with self.file.open("a") as stream:
+                stream.write(line + "\n")
         self.records[item] = rows
 
 
