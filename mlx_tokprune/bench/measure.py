@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
+from .. import files
 from ..errors import InputError
 from ..files import write_text
 from ..pruners import Pruner
@@ -188,17 +189,7 @@ class Benchmark:
 
 def read_result(file: Path) -> dict:
     """A result file; `InputError` unless it is one of this schema."""
-    try:
-        result = json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise InputError(
-            f"{file} is no JSON file that can be read; expected a result of "
-            "mlx_tokprune.bench"
-        ) from None
-    schema = result.get("schema") if isinstance(result, dict) else None
-    if schema != SCHEMA:
-        raise InputError(f"{file} has schema {schema!r}; expected {SCHEMA!r}")
-    return result
+    return files.read_result(file, SCHEMA)
 
 
 def median(values: Sequence[float | None]) -> float | None:

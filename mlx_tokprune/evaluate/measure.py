@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..errors import InputError
+from .. import files
 from ..features import Features
 from ..files import write_text
 from ..pipeline import Prefill, VisualTokens, assemble, first_logits
@@ -232,14 +232,4 @@ def accuracies(result: dict) -> dict[tuple[str, int], float]:
 
 def read_result(file: Path) -> dict:
     """A result file; `InputError` unless it is one of this schema."""
-    try:
-        result = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
-        raise InputError(
-            f"{file} is no JSON file that can be read; expected a result of "
-            "mlx_tokprune.evaluate"
-        ) from None
-    schema = result.get("schema") if isinstance(result, dict) else None
-    if schema != SCHEMA:
-        raise InputError(f"{file} has schema {schema!r}; expected {SCHEMA!r}")
-    return result
+    return files.read_result(file, SCHEMA)
