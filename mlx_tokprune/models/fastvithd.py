@@ -114,8 +114,9 @@ class Attention(nn.Module):
         Only with `return_received` are the attention weights computed.
         """
         batch, height, width, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, -1, self.head_dim)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        heads = (batch, height * width, -1, self.head_dim)
+        parts = mx.split(self.qkv(x), 3, axis=-1)
+        q, k, v = (part.reshape(heads).swapaxes(1, 2) for part in parts)
         scale, received = self.head_dim**-0.5, None
         if return_received:
             weights = attention_weights(q, k, scale)

@@ -192,6 +192,18 @@ def depthwise_convolution(x: mx.array, weight: mx.array, stride: int = 1) -> mx.
     return _on_all_cores(rows, (1, height, width, weight.shape[0]))
 
 
+def patch_convolution(x: mx.array, weight: mx.array) -> mx.array:
+    """(B, H, W, 3) with weight (C, p, p, 3) -> (B, H // p, W // p, C), stride p."""
+    channels, size = weight.shape[:2]
+    if not use_cpu_forms():
+        return mx.conv2d(x, weight, size)
+    batch, rows, columns = x.shape[0], x.shape[1] // size, x.shape[2] // size
+    x = x[:, : rows * size, : columns * size]
+    patches = x.reshape(batch, rows, size, columns, size, 3).swapaxes(2, 3)
+    patches = patches.reshape(batch, rows, columns, size * size * 3)
+    return patches @ weight.reshape(channels, -1).T
+
+
 class DepthwiseConv(nn.Module):
     """Depthwise convolution; `weight` (out, k, k, 1), optional `bias` (out,)."""
 

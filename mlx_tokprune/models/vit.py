@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from .checks import is_number
-from .layers import attend, attention_weights, gelu
+from .layers import attend, attention_weights, gelu, patch_convolution
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _check(config: ViTConfig) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches as one matmul; `proj.weight` (C, p, p, 3) as on disk."""
+    """Non-overlapping patches; `proj.weight` (C, p, p, 3) as on disk."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -159,14 +159,7 @@ class PatchEmbed(nn.Module):
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(B, S, S, 3) -> (B, N, C); pixels after the last whole patch do not count."""
-        weight = self.proj.weight
-        channels, size = weight.shape[:2]
-        batch, height, width, _ = pixels.shape
-        rows, columns = height // size, width // size
-        pixels = pixels[:, : rows * size, : columns * size]
-        patches = pixels.reshape(batch, rows, size, columns, size, 3).swapaxes(2, 3)
-        patches = patches.reshape(batch, rows * columns, size * size * 3)
-        tokens = patches @ weight.reshape(channels, -1).T
+        tokens = patch_convolution(pixels, self.proj.weight).flatten(1, 2)
         return tokens + self.proj.bias if "bias" in self.proj else tokens
 
 
@@ -179,9 +172,9 @@ class Attention(nn.Module):
 
     def heads(self, x: mx.array) -> list[mx.array]:
         """(B, T, C) -> q, k and v, each (B, heads, T, D)."""
-        batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, -1)
-        return [qkv[:, :, i].swapaxes(1, 2) for i in range(3)]
+        heads = (*x.shape[:2], self.num_heads, -1)
+        parts = mx.split(self.qkv(x), 3, axis=-1)
+        return [part.reshape(heads).swapaxes(1, 2) for part in parts]
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = self.heads(x)

@@ -1,0 +1,1 @@
+"""The pruned vision path as a Core ML package, and such a package as a vision path."""

@@ -1,0 +1,117 @@
+"""Export a model's pruned vision path as a Core ML package."""
+
+import time
+from pathlib import Path
+
+from ..commands import describe_methods
+from ..demo import CHECKPOINT
+from ..errors import InputError, Parser, command
+from ..hub import resolve
+from ..pruners import Pruner
+from .describe import Function
+from .export import COMPRESSIONS, PRECISIONS, TARGETS, Options, export_package
+
+DEFAULT_METHOD = "norm"
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="mlx_tokprune.coreml",
+        description=__doc__,
+        epilog=describe_methods(["vision"]),
+    )
+    add = parser.add_argument
+    add("--model", help="folder or hub id (default: the embedded demo model)")
+    add("--method", default=DEFAULT_METHOD, help="pruning method (default: norm)")
+    add(
+        "--keep-ratio",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="RATIO",
+        help="shares of visual tokens, (0, 1); several become functions of one package "
+        "that shares their weights and has the function 'unpruned' too",
+    )
+    add("--output", required=True, help="the .mlpackage to write; must not exist")
+    add("--seed", type=int, default=0, help="of method random")
+    add(
+        "--no-projector",
+        dest="projector",
+        action="store_false",
+        help="stop before the projector, as Apple's FastVLM app expects",
+    )
+    add(
+        "--input",
+        choices=("image", "tensor"),
+        default="image",
+        help="an RGB image named 'image', or numbers in [0, 1] of shape (1, 3, S, S) "
+        "named 'images' (default: image)",
+    )
+    add("--target", default="iOS18", help=f"{', '.join(TARGETS)} (default: iOS18)")
+    add("--precision", default="float16", help=f"{' or '.join(PRECISIONS)}")
+    add("--compress", help=f"weights: {', '.join(COMPRESSIONS)} (default: as they are)")
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    options = Options(
+        projector=args.projector,
+        image=args.input == "image",
+        target=args.target,
+        precision=args.precision,
+        compress=args.compress,
+    )
+    pruners = _pruners(args.method, args.keep_ratio, args.seed)
+    import mlx.core as mx
+
+    from ..loading import load
+
+    source = resolve(args.model or CHECKPOINT)
+    model, _ = load(source, mx.float32)
+    start = time.perf_counter()
+    made = export_package(model, pruners, args.output, options, source)
+    seconds = time.perf_counter() - start
+    for path, functions in made.items():
+        print(format_package(path, functions, options))
+    print(f"exported in {seconds:.1f} s")
+
+
+def _pruners(method: str, ratios: list[float], seed: int) -> list[Pruner]:
+    if not ratios:
+        if method != "none":
+            raise InputError(
+                "no keep ratio was given; say --keep-ratio 0.5, or --method none for a "
+                "package without pruning"
+            )
+        return [Pruner("none")]
+    for ratio in ratios:
+        if ratio == 1:
+            raise InputError(
+                "a keep ratio of 1 drops nothing; leave it out (several keep ratios "
+                "come with the function 'unpruned'), or give --method none alone"
+            )
+    return [Pruner(method, keep_ratio=ratio, seed=seed) for ratio in ratios]
+
+
+def format_package(path: Path, functions: list[Function], options: Options) -> str:
+    """What was written, for people."""
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    several = len(functions) > 1
+    lines = [
+        f"{path}: {size / 1e6:.1f} MB, {options.target}, {options.precision}"
+        + (f", {options.compress} weights" if options.compress else "")
+    ]
+    for function in functions:
+        total = function.grid[0] * function.grid[1]
+        lines.append(
+            f"  {function.name if several else 'main':12} {function.method}, "
+            f"{function.keep} of {total} visual tokens -> image_features "
+            f"(1, {function.keep}, {function.channels})"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

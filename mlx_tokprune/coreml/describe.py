@@ -1,0 +1,83 @@
+"""What a package says about itself: `Function`, written to and read from metadata."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import __version__
+from ..errors import InputError
+
+METADATA = "mlx_tokprune"  # key in the package's user defined metadata
+_OUTPUTS = {
+    "image_features": "(1, K, C): the visual tokens that were kept, in raster order",
+    "kept_indices": "(1, K): which of the N visual tokens they are",
+    "assignment": "(1, N): the kept token (0 to K - 1) that each token was merged into",
+}
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function of a package, and the input and outputs it has.
+
+    keep: how many of the visual tokens on `grid` it gives, each with `channels`
+    numbers. projector: whether they went through it. image: whether the input is an
+    RGB picture, or else numbers.
+    """
+
+    name: str
+    method: str
+    keep_ratio: float | None
+    keep: int
+    grid: tuple[int, int]
+    channels: int
+    image_size: int
+    projector: bool
+    image: bool
+
+    @property
+    def input(self) -> str:
+        """The name of the input; that of numbers is the one of Apple's FastVLM app."""
+        return "image" if self.image else "images"
+
+
+def describe(
+    spec, functions: Sequence[Function], source: Path | None, **settings: str
+) -> None:
+    """Write names, versions, licence and descriptions into a package's `spec`."""
+    about = spec.description.metadata
+    kept = ", ".join(f"{f.name}: {f.method}, {f.keep} tokens" for f in functions)
+    model = source.resolve().name if source else "a model"
+    about.shortDescription = f"Vision path of {model} with visual-token pruning ({kept})"
+    about.versionString = __version__
+    about.author = f"mlx_tokprune {__version__}"
+    about.license = _license(source)
+    about.userDefined.update(settings)
+    about.userDefined["mlx"] = mx.__version__
+    about.userDefined[METADATA] = json.dumps([dataclasses.asdict(f) for f in functions])
+    side = functions[0].image_size
+    inputs = {
+        "image": f"the picture in RGB, {side} x {side} pixels",
+        "images": f"(1, 3, {side}, {side}): the picture's pixels in [0, 1], RGB",
+    }
+    for described in (spec.description, *spec.description.functions):
+        for feature in (*described.input, *described.output):
+            feature.shortDescription = (inputs | _OUTPUTS)[feature.name]
+
+
+def _license(source: Path | None) -> str:
+    """The text of the checkpoint's licence, or where to look for it."""
+    for file in sorted(source.glob("LICENSE*")) if source else []:
+        return file.read_text(encoding="utf-8", errors="replace")
+    return "that of the source checkpoint, which came without a licence file"
+
+
+def read_functions(spec, name: str) -> list[Function]:
+    """What `describe` wrote; `InputError` when the package `name` has none of it."""
+    text = spec.description.metadata.userDefined.get(METADATA)
+    if not text:
+        raise InputError(f"{name} was not written by mlx_tokprune.coreml")
+    return [Function(**f | {"grid": tuple(f["grid"])}) for f in json.loads(text)]

@@ -1,0 +1,339 @@
+"""A model's pruned vision path as a Core ML package: `export_package`.
+
+Tower, pruner and projector are traced apart, so that the pruner's part can keep float32
+where the others have float16: sums of squares would overflow, and rounding would change
+which tokens stay.
+"""
+
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ..convert.checkpoint import new_folder
+from ..errors import InputError, nearest
+from ..features import Features, Selection
+from ..pruners import Pruner
+from .capture import Graph, capture
+from .describe import Function, describe
+from .lower import lower
+
+TARGETS = {
+    **{"iOS16": "iOS16", "iOS17": "iOS17", "iOS18": "iOS18", "iOS26": "iOS26"},
+    **{"macOS13": "iOS16", "macOS14": "iOS17", "macOS15": "iOS18", "macOS26": "iOS26"},
+}
+_SHARING = ("iOS18", "iOS26")  # targets whose packages hold several functions
+PRECISIONS = ("float16", "float32")
+COMPRESSIONS = ("8bit", "6bit", "4bit")
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a package is written.
+
+    projector: whether the features go through it. image: whether the input is an RGB
+    picture, or else numbers in [0, 1]. compress: the weights, as in `COMPRESSIONS`.
+    Raises `InputError` on values that are not known.
+    """
+
+    projector: bool = True
+    image: bool = True
+    target: str = "iOS18"
+    precision: str = "float16"
+    compress: str | None = None
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("deployment target", self.target, TARGETS),
+            ("precision", self.precision, PRECISIONS),
+            ("compression", self.compress or COMPRESSIONS[0], COMPRESSIONS),
+        ):
+            if value not in known:
+                raise InputError(
+                    f"unknown {name} {value!r}; expected one of {', '.join(known)}."
+                    + nearest(value, known)
+                )
+
+    @property
+    def shares(self) -> bool:
+        """Whether one package can hold several functions."""
+        return TARGETS[self.target] in _SHARING
+
+
+def load_coremltools():
+    """The package, without its remarks; `InputError` says how to install it."""
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    try:
+        import coremltools
+    except ImportError:
+        raise InputError(
+            "Core ML packages need coremltools; install it with "
+            "pip install 'mlx-tokprune[coreml]'"
+        ) from None
+    return coremltools
+
+
+def function_name(pruner: Pruner) -> str:
+    """`keep_50` for a keep ratio of 0.5, `keep_12_5` for 0.125, or `unpruned`."""
+    if pruner.keeps_all:
+        return UNPRUNED
+    return f"keep_{pruner.keep_ratio * 100:g}".translate(str.maketrans(".-", "__"))
+
+
+def export_package(
+    model,
+    pruners: Sequence[Pruner],
+    output: str | Path,
+    options: Options | None = None,
+    source: str | Path | None = None,
+) -> dict[Path, list[Function]]:
+    """Write `model`'s vision path to `output`; gives the functions of each package.
+
+    One pruner gives a package with one function, `main`. Several give one package that
+    shares their weights and also has `unpruned`, or a package each where the target
+    does not allow that. source: the checkpoint's folder, for its name and licence.
+    Raises `InputError` for what cannot be exported, or when `output` exists.
+    """
+    options, output = options or Options(), Path(output)
+    if output.suffix != ".mlpackage":
+        raise InputError(f"{output} is no name for a package; it must end in .mlpackage")
+    if len(pruners) > 1 and not any(pruner.keeps_all for pruner in pruners):
+        pruners = [*pruners, Pruner("none")]
+    _check(model, pruners)
+    load_coremltools()
+    whole = len(pruners) == 1 or options.shares
+    groups = {output: pruners}
+    if not whole:
+        groups = {
+            output.with_stem(f"{output.stem}-{function_name(p)}"): [p] for p in pruners
+        }
+    made = {}
+    with contextlib.ExitStack() as stack:
+        bar = tqdm(total=len(pruners), desc="exporting", unit="function", disable=None)
+        stack.enter_context(bar)
+        folders = {path: stack.enter_context(new_folder(path)) for path in groups}
+        for path, folder in folders.items():
+            made[path] = _write(model, groups[path], folder, options, bar)
+            _describe(folder, made[path], options, source)
+    return made
+
+
+def _check(model, pruners: Sequence[Pruner]) -> None:
+    oft = getattr(model.args, "oft", None)
+    if oft and oft.film:
+        raise InputError(
+            "this policy's vision tower reads the instruction (FiLM), which a vision "
+            "package does not see; expected a policy without it"
+        )
+    for pruner in pruners:
+        if pruner.stage != "vision":
+            raise InputError(
+                f"method {pruner.method!r} looks at the prompt, which a vision package "
+                "does not see; the nearest that can be exported is 'attention'"
+            )
+    names = [function_name(pruner) for pruner in pruners]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"function {name} was asked for more than once")
+
+
+def _write(model, pruners, folder: Path, options: Options, bar) -> list[Function]:
+    """Fill `folder` as a package."""
+    ct, functions = load_coremltools(), []
+    work = folder / "work"
+    merged = ct.utils.MultiFunctionDescriptor()
+    for pruner in pruners:
+        function, package = _convert(model, pruner, options)
+        alone = str(work / f"{function.name}.mlpackage")
+        package.save(alone)
+        merged.add_function(alone, "main", function.name)
+        merged.default_function_name = (functions or [function])[0].name
+        functions.append(function)
+        bar.update()
+    if len(functions) > 1:
+        alone = str(work / "merged.mlpackage")
+        with _quiet():
+            ct.utils.save_multifunction(merged, alone)
+    for part in Path(alone).iterdir():
+        part.rename(folder / part.name)
+    shutil.rmtree(work)
+    return functions
+
+
+def _describe(folder: Path, functions, options: Options, source) -> None:
+    (file,) = folder.glob("Data/*/*.mlmodel")
+    spec = load_coremltools().utils.load_spec(str(file))
+    describe(
+        spec,
+        functions,
+        Path(source) if source else None,
+        precision=options.precision,
+        compression=options.compress or "none",
+    )
+    file.write_bytes(spec.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """coremltools draws its progress bars wherever it runs."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# One function -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The graphs of one function. `prune` is `None` for a choice without looking."""
+
+    encode: Graph
+    prune: Graph | None
+    finish: Graph
+    selection: Selection
+    grid: tuple[int, int]
+    channels: int
+
+
+def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
+    """Nothing is evaluated but a choice that does not depend on the picture."""
+
+    def encode(pixels):
+        features = model.encode(pixels, pruner.needs)
+        return [a for a in (features.tokens, features.attention) if a is not None]
+
+    def prune(*arrays):
+        return _arrays(pruner(Features(arrays[0], grid, *arrays[1:])))
+
+    def finish(tokens, chosen):
+        merging = chosen.ndim == 3
+        selection = Selection(None, chosen) if merging else Selection(chosen)
+        tokens = tokens if pruner.keeps_all else selection.apply(tokens)
+        return [model.project(tokens) if projector else tokens]
+
+    pixels = mx.zeros((1, model.image_size, model.image_size, 3))
+    grid, seen = model.encode(pixels).grid, encode(pixels)
+    total = grid[0] * grid[1]
+    if not pruner.keeps_all and pruner.count(total) == total:
+        raise InputError(
+            f"a keep ratio of {pruner.keep_ratio:g} keeps all {total} visual tokens; "
+            "expected one that drops some, or method 'none'"
+        )
+    pruned, selection = capture(prune, *seen), pruner(Features(seen[0], grid, *seen[1:]))
+    looks = any(pruned.reaches())
+    if not looks:
+        selection = pruner(Features(mx.zeros(seen[0].shape), grid))
+    chosen = selection.indices if selection.weights is None else selection.weights
+    (result,) = finish(seen[0], chosen)
+    return _Parts(
+        capture(encode, pixels),
+        pruned if looks else None,
+        capture(finish, mx.zeros(seen[0].shape), mx.zeros(chosen.shape, chosen.dtype)),
+        selection,
+        grid,
+        result.shape[-1],
+    )
+
+
+def _arrays(selection: Selection) -> list[mx.array]:
+    """Indices, and for merging methods weights and assignment."""
+    found = (selection.indices, selection.weights, selection.assignment())
+    return [array for array in found if array is not None]
+
+
+def _convert(model, pruner: Pruner, options: Options):
+    """(what the function does, its coremltools model)."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import mil
+
+    ct = load_coremltools()
+    parts = _trace(model, pruner, options.projector)
+    function = Function(
+        function_name(pruner),
+        pruner.method,
+        pruner.keep_ratio,
+        parts.selection.keep,
+        parts.grid,
+        parts.channels,
+        model.image_size,
+        options.projector,
+        options.image,
+    )
+    target = ct.target[TARGETS[options.target]]
+    shape = (1, 3, model.image_size, model.image_size)
+    inputs = {function.input: mb.placeholder(shape)}
+    with mil.Function(inputs, opset_version=target) as body:
+        body.set_outputs(_body(mb, parts, body.inputs[function.input]))
+    program = mil.Program()
+    program.add_function("main", body)
+    color = ct.colorlayout.RGB
+    image = ct.ImageType(function.input, shape, scale=1 / 255, color_layout=color)
+    passes = ct.PassPipeline.DEFAULT
+    # Kept indices are never negative.
+    passes.remove_passes({"common::guard_negative_gather_indices"})
+    with _quiet():
+        package = ct.convert(
+            program,
+            source="milinternal",
+            convert_to="mlprogram",
+            inputs=[image] if options.image else None,
+            minimum_deployment_target=target,
+            compute_precision=_precision(ct, options),
+            pass_pipeline=passes,
+            skip_model_load=True,
+        )
+        return function, _compressed(package, options.compress)
+
+
+def _body(mb, parts: _Parts, image) -> list:
+    """The outputs of the MIL function being built, from (1, 3, S, S) pixels."""
+    pixels = mb.transpose(x=image, perm=[0, 2, 3, 1])
+    features = lower("encode", parts.encode, [pixels])
+    if parts.prune is None:
+        chosen = [mb.const(val=np.array(array)) for array in _arrays(parts.selection)]
+    else:
+        chosen = lower("prune", parts.prune, features)
+    indices, *merging = chosen
+    weights = merging[0] if merging else indices
+    (result,) = lower("finish", parts.finish, [features[0], weights])
+    numbers = {"kept_indices": indices}
+    if merging:
+        numbers["assignment"] = merging[1]
+    if parts.prune is None:
+        # Core ML promises nothing for outputs that are constants: add a computed zero.
+        first = mb.slice_by_size(x=result, begin=[0, 0, 0], size=[1, 1, 1])
+        zero = mb.cast(x=mb.greater(x=first, y=first), dtype="int32")
+        zero = mb.reshape(x=zero, shape=[1, 1])
+        numbers = {name: mb.add(x=var, y=zero) for name, var in numbers.items()}
+    outputs = {"image_features": result} | numbers
+    return [mb.identity(x=var, name=name) for name, var in outputs.items()]
+
+
+def _precision(ct, options: Options):
+    if options.precision == "float32":
+        return ct.precision.FLOAT32
+    return ct.transform.FP16ComputePrecision(
+        op_selector=lambda op: not op.name.startswith("prune_")
+    )
+
+
+def _compressed(package, compress: str | None):
+    if compress is None:
+        return package
+    from coremltools.optimize import coreml as optimize
+
+    if compress == "8bit":
+        settings = optimize.OpLinearQuantizerConfig(mode="linear_symmetric")
+        apply = optimize.linear_quantize_weights
+    else:
+        settings = optimize.OpPalettizerConfig(mode="kmeans", nbits=int(compress[0]))
+        apply = optimize.palettize_weights
+    return apply(package, optimize.OptimizationConfig(global_config=settings))

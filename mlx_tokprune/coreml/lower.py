@@ -1,0 +1,431 @@
+"""MLX primitives as operations of Core ML's model intermediate language (MIL).
+
+`TABLE` has one small entry per kind of primitive. A `Value` pairs a MIL variable with
+the shape that MLX gives it, so that broadcasts and merged leading dimensions cost
+nothing until something needs them. Pictures go through convolutions channels-first;
+coremltools cancels the transposes in between.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from .capture import LAYER_NORM, Graph, Node
+
+_DTYPES = {mx.float32: "fp32", mx.bool_: "bool"} | dict.fromkeys(
+    (mx.int32, mx.int64, mx.uint32), "int32"
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A MIL variable and its MLX shape.
+
+    The variable broadcasts to `shape`, or has more dimensions that merge into it.
+    """
+
+    var: object
+    shape: tuple[int, ...]
+
+    @property
+    def constant(self) -> np.ndarray | None:
+        return self.var.val
+
+    @property
+    def is_merged(self) -> bool:
+        return len(self.var.shape) > len(self.shape)
+
+
+@dataclass
+class Builder:
+    """Adds operations to the MIL function being built, named after their part."""
+
+    part: str
+    count: int = 0
+    made: dict = field(default_factory=dict)
+
+    def __call__(self, kind: str, **inputs):
+        from coremltools.converters.mil import Builder as mb
+
+        self.count += 1
+        return getattr(mb, kind)(name=f"{self.part}_{self.count}_{kind}", **inputs)
+
+    def constant(self, array: np.ndarray) -> Value:
+        array = _narrow(np.asarray(array))
+        return Value(self("const", val=array), array.shape)
+
+    def dense(self, value: Value):
+        """A variable of exactly the value's shape."""
+        var, shape = value.var, value.shape
+        if tuple(var.shape) == shape:
+            return var
+        key = (var, shape)
+        if key not in self.made:
+            if math.prod(var.shape) == math.prod(shape):
+                self.made[key] = self("reshape", x=var, shape=shape)
+            else:
+                aligned = (1,) * (len(shape) - len(var.shape)) + tuple(var.shape)
+                if aligned != tuple(var.shape):
+                    var = self("reshape", x=var, shape=aligned)
+                reps = [n // m for n, m in zip(shape, aligned, strict=True)]
+                self.made[key] = self("tile", x=var, reps=reps)
+        return self.made[key]
+
+    def elementwise(self, kind: str, shape: tuple, **inputs: Value) -> Value:
+        """An operation that broadcasts its inputs as NumPy does."""
+        given = {
+            name: self.dense(value) if value.is_merged else value.var
+            for name, value in inputs.items()
+        }
+        return Value(self(kind, **given), shape)
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """Core ML's number types: float32, int32 and bool."""
+    if array.dtype == bool:
+        return array
+    whole = np.issubdtype(array.dtype, np.integer)
+    return array.astype(np.int32 if whole else np.float32)
+
+
+Entry = Callable[[Builder, Node, list[Value]], list[Value]]
+TABLE: dict[str, Entry] = {}
+
+
+def lower(part: str, graph: Graph, inputs: Sequence) -> list:
+    """Add `graph` to the MIL function being built; MIL variables in and out.
+
+    Raises `InputError` on a primitive that has no entry.
+    """
+    build = Builder(part)
+    known = {n: build.constant(array) for n, array in graph.constants.items()}
+    for name, var in zip(graph.inputs, inputs, strict=True):
+        known[name] = Value(var, tuple(var.shape))
+    for node in graph.nodes:
+        values = [known[name] for name in node.inputs]
+        if node.kind not in TABLE:
+            shapes = ", ".join(str(value.shape) for value in values)
+            raise InputError(
+                f"MLX's primitive {node.kind} {node.arguments} of {shapes} has no "
+                f"counterpart here; known ones are {', '.join(sorted(TABLE))}"
+            )
+        results = TABLE[node.kind](build, node, values)
+        known |= zip(node.outputs, results, strict=True)
+    return [build.dense(known[name]) for name in graph.outputs]
+
+
+def _entry(*kinds: str) -> Callable[[Callable], Callable]:
+    """Register `function(build, node, *values)`, which returns one value."""
+
+    def add(function: Callable) -> Callable:
+        for kind in kinds:
+            TABLE[kind] = lambda build, node, values: [function(build, node, *values)]
+        return function
+
+    return add
+
+
+# Elementwise ------------------------------------------------------------------------
+
+_UNARY = {"Erf": "erf", "Sigmoid": "sigmoid", "Square": "square"}
+_BINARY = {
+    **{"Add": "add", "Subtract": "sub", "Multiply": "mul", "Divide": "real_div"},
+    **{"Maximum": "maximum", "Minimum": "minimum"},
+    **{"Greater": "greater", "Less": "less", "Equal": "equal"},
+}
+_LOGICAL = ("logical_and", "logical_or")
+
+
+@_entry(*_UNARY)
+def _unary(build: Builder, node: Node, x: Value) -> Value:
+    return build.elementwise(_UNARY[node.kind], node.shapes[0], x=x)
+
+
+@_entry(*_BINARY)
+def _binary(build: Builder, node: Node, x: Value, y: Value) -> Value:
+    return build.elementwise(_BINARY[node.kind], node.shapes[0], x=x, y=y)
+
+
+@_entry("BitwiseBinary")
+def _bitwise(build: Builder, node: Node, x: Value, y: Value) -> Value:
+    kind = node.arguments[0]
+    if node.dtypes[0] != mx.bool_ or kind >= len(_LOGICAL):
+        raise InputError(f"MLX's BitwiseBinary {kind} is known for bools only")
+    return build.elementwise(_LOGICAL[kind], node.shapes[0], x=x, y=y)
+
+
+@_entry("Sqrt")
+def _sqrt(build: Builder, node: Node, x: Value) -> Value:
+    reciprocal = node.arguments[0]
+    return build.elementwise("rsqrt" if reciprocal else "sqrt", node.shapes[0], x=x)
+
+
+@_entry("Negative")
+def _negative(build: Builder, node: Node, x: Value) -> Value:
+    return build.elementwise("mul", node.shapes[0], x=x, y=build.constant(-1.0))
+
+
+@_entry("Select")
+def _select(build: Builder, node: Node, cond: Value, a: Value, b: Value) -> Value:
+    # Core ML does not say that `select` broadcasts.
+    var = build("select", cond=build.dense(cond), a=build.dense(a), b=build.dense(b))
+    return Value(var, node.shapes[0])
+
+
+@_entry("AsType")
+def _cast(build: Builder, node: Node, x: Value) -> Value:
+    return build.elementwise("identity", node.shapes[0], x=x) if _same_type(
+        x, node
+    ) else Value(build("cast", x=build.dense(x), dtype=_DTYPES[node.dtypes[0]]), x.shape)
+
+
+def _same_type(x: Value, node: Node) -> bool:
+    from coremltools.converters.mil.mil import types
+
+    return types.builtin_to_string(x.var.dtype) == _DTYPES[node.dtypes[0]]
+
+
+# Shapes -----------------------------------------------------------------------------
+
+
+@_entry("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze")
+def _reshape(build: Builder, node: Node, x: Value) -> Value:
+    shape = node.shapes[0]
+    if tuple(x.var.shape) == shape:
+        return Value(x.var, shape)
+    merges = len(shape) == 2 and len(x.shape) > 2 and shape[1] == x.shape[-1]
+    if merges and tuple(x.var.shape) == x.shape and x.constant is None:
+        return Value(x.var, shape)
+    return Value(build("reshape", x=build.dense(x), shape=shape), shape)
+
+
+@_entry("Broadcast", "Full")
+def _broadcast(build: Builder, node: Node, x: Value) -> Value:
+    shape = node.shapes[0]
+    if x.is_merged:
+        return Value(build.dense(x), shape)
+    if x.constant is not None and x.shape:
+        # The pass that cancels transposes wants constants of full rank.
+        aligned = (1,) * (len(shape) - x.constant.ndim) + x.constant.shape
+        return Value(build.constant(x.constant.reshape(aligned)).var, shape)
+    return Value(x.var, shape)
+
+
+@_entry("Transpose")
+def _transpose(build: Builder, node: Node, x: Value) -> Value:
+    axes = list(node.arguments[0])
+    return Value(build("transpose", x=build.dense(x), perm=axes), node.shapes[0])
+
+
+@_entry("Slice")
+def _slice(build: Builder, node: Node, x: Value) -> Value:
+    begin, end, stride = map(list, node.arguments)
+    end = [e + n if e < 0 else e for e, n in zip(end, x.shape, strict=True)]
+    var = build("slice_by_index", x=build.dense(x), begin=begin, end=end, stride=stride)
+    return Value(var, node.shapes[0])
+
+
+def _split(build: Builder, node: Node, values: list[Value]) -> list[Value]:
+    axis = node.arguments[1]
+    sizes = [shape[axis] for shape in node.shapes]
+    parts = build("split", x=build.dense(values[0]), split_sizes=sizes, axis=axis)
+    return [Value(var, shape) for var, shape in zip(parts, node.shapes, strict=True)]
+
+
+TABLE["Split"] = _split
+
+
+@_entry("Concatenate")
+def _concatenate(build: Builder, node: Node, *values: Value) -> Value:
+    parts = [build.dense(value) for value in values]
+    return Value(build("concat", values=parts, axis=node.arguments[0]), node.shapes[0])
+
+
+@_entry("Arange")
+def _arange(build: Builder, node: Node) -> Value:
+    start, stop, step = node.arguments
+    return build.constant(np.arange(start, stop, step).astype(_numpy(node)))
+
+
+def _numpy(node: Node) -> type:
+    return np.int32 if _DTYPES[node.dtypes[0]] == "int32" else np.float32
+
+
+# Products, convolutions, norms ------------------------------------------------------
+
+
+@_entry("Matmul")
+def _matmul(build: Builder, node: Node, x: Value, y: Value) -> Value:
+    if y.constant is not None and len(y.shape) == 2:
+        return _linear(build, node, x, y.constant, None)
+    return Value(build("matmul", x=build.dense(x), y=build.dense(y)), node.shapes[0])
+
+
+@_entry("AddMM")
+def _addmm(build: Builder, node: Node, x: Value, y: Value, bias: Value) -> Value:
+    plain = tuple(node.arguments) == (1, 1)
+    if not plain or y.constant is None or bias.constant is None:
+        raise InputError(
+            "MLX's AddMM is known for constant weights and biases with factors of 1 "
+            f"only, not {node.arguments} of {x.shape} and {y.shape}"
+        )
+    return _linear(build, node, x, y.constant, bias.constant.reshape(-1))
+
+
+def _linear(
+    build: Builder, node: Node, x: Value, weight: np.ndarray, bias: np.ndarray | None
+) -> Value:
+    """(..., C) times (C, D); on pictures a 1x1 convolution, as the hardware likes."""
+    source = x.var if x.is_merged else build.dense(x)
+    given = {"weight": np.ascontiguousarray(weight.T)}
+    if bias is not None:
+        given["bias"] = bias
+    if len(source.shape) != 4:
+        return Value(build("linear", x=source, **given), node.shapes[0])
+    given["weight"] = given["weight"][:, :, None, None]
+    return Value(_channels_first(build, source, **given), node.shapes[0])
+
+
+def _channels_first(build: Builder, x, **options):
+    """Convolve (B, H, W, C)."""
+    x = build("transpose", x=x, perm=[0, 3, 1, 2])
+    x = build("conv", x=x, **options)
+    return build("transpose", x=x, perm=[0, 2, 3, 1])
+
+
+@_entry("Convolution")
+def _convolution(build: Builder, node: Node, x: Value, weight: Value) -> Value:
+    stride, low, high, dilation, spread, groups, flip = node.arguments
+    if set(spread) != {1} or flip or len(x.shape) != 4:
+        raise InputError(
+            f"MLX's Convolution {node.arguments} of {x.shape} is not known; expected "
+            "two dimensions, without input dilation or flipping"
+        )
+    pad = [p for pair in zip(low, high, strict=True) for p in pair]
+    var = _channels_first(
+        build,
+        build.dense(x),
+        weight=np.ascontiguousarray(weight.constant.transpose(0, 3, 1, 2)),
+        strides=list(stride),
+        pad_type="custom",
+        pad=pad,
+        dilations=list(dilation),
+        groups=groups,
+    )
+    return Value(var, node.shapes[0])
+
+
+@_entry(LAYER_NORM)
+def _layer_norm(
+    build: Builder, node: Node, x: Value, weight: Value, bias: Value, eps: Value
+) -> Value:
+    channels = x.shape[-1:]
+    var = build(
+        "layer_norm",
+        x=build.dense(x),
+        axes=[-1],
+        gamma=np.broadcast_to(weight.constant, channels).copy(),
+        beta=np.broadcast_to(bias.constant, channels).copy(),
+        epsilon=eps.constant,
+    )
+    return Value(var, node.shapes[0])
+
+
+@_entry("Softmax")
+def _softmax(build: Builder, node: Node, x: Value) -> Value:
+    return Value(build("softmax", x=build.dense(x), axis=-1), node.shapes[0])
+
+
+@_entry("Reduce")
+def _reduce(build: Builder, node: Node, x: Value) -> Value:
+    code, axes = node.arguments
+    kinds = {2: "reduce_sum", 4: "reduce_min", 5: "reduce_max"}
+    if code not in kinds:
+        raise InputError(f"MLX's Reduce {code} of {x.shape} is not known")
+    var = build(kinds[code], x=build.dense(x), axes=list(axes), keep_dims=True)
+    return Value(var, node.shapes[0])
+
+
+# Order ------------------------------------------------------------------------------
+# Core ML does not say which of equal numbers its sorting, top-k and argmax take first,
+# and padding makes equal tokens. Counting says it, has static shapes, and needs only
+# comparisons and sums.
+
+
+def _places(build: Builder, x: Value):
+    """(B, N, 1) int32: where each number of (B, N) goes in ascending order, stably."""
+    batch, total = x.shape
+    x = build.dense(x)
+    mine = build("reshape", x=x, shape=(batch, total, 1))
+    other = build("reshape", x=x, shape=(batch, 1, total))
+    earlier = build.constant(np.tri(total, k=-1, dtype=bool)[None]).var
+    tied = build("logical_and", x=build("equal", x=other, y=mine), y=earlier)
+    before = build("logical_or", x=build("less", x=other, y=mine), y=tied)
+    before = build("cast", x=before, dtype="int32")
+    return build("reduce_sum", x=before, axes=[2], keep_dims=True)
+
+
+def _put(build: Builder, places, numbers):
+    """(B, N) int32: numbers (B, N, 1), each put in its place."""
+    slots = build.constant(np.arange(places.shape[1])[None, None]).var
+    here = build("cast", x=build("equal", x=places, y=slots), dtype="int32")
+    placed = build("mul", x=here, y=numbers)
+    return build("reduce_sum", x=placed, axes=[1], keep_dims=False)
+
+
+def _check_rows(node: Node, x: Value) -> None:
+    if len(x.shape) != 2 or node.arguments[0] not in (1, -1):
+        raise InputError(
+            f"MLX's {node.kind} along axis {node.arguments[0]} of {x.shape} is not "
+            "known; expected the last axis of two"
+        )
+
+
+@_entry("ArgSort")
+def _argsort(build: Builder, node: Node, x: Value) -> Value:
+    _check_rows(node, x)
+    numbers = build.constant(np.arange(x.shape[1])[None, :, None]).var
+    return Value(_put(build, _places(build, x), numbers), node.shapes[0])
+
+
+@_entry("Sort")
+def _sort(build: Builder, node: Node, x: Value) -> Value:
+    _check_rows(node, x)
+    numbers = build("reshape", x=build.dense(x), shape=(*x.shape, 1))
+    return Value(_put(build, _places(build, x), numbers), node.shapes[0])
+
+
+@_entry("ArgReduce")
+def _argreduce(build: Builder, node: Node, x: Value) -> Value:
+    largest, axis = node.arguments
+    kind = "reduce_max" if largest else "reduce_min"
+    dense, total = build.dense(x), x.shape[axis]
+    best = build(kind, x=dense, axes=[axis], keep_dims=True)
+    across = [total if i == axis % len(x.shape) else 1 for i in range(len(x.shape))]
+    numbers = np.broadcast_to(np.arange(total).reshape(across), x.shape)
+    first = build(
+        "select",
+        cond=build("equal", x=dense, y=best),
+        a=build.constant(numbers.copy()).var,
+        b=build.constant(np.full(x.shape, total)).var,
+    )
+    var = build("reduce_min", x=first, axes=[axis], keep_dims=True)
+    return Value(var, node.shapes[0])
+
+
+@_entry("GatherAxis")
+def _gather(build: Builder, node: Node, x: Value, indices: Value) -> Value:
+    axis, rows = node.arguments[0], indices.var
+    shape = tuple(rows.shape)
+    one_list = len(shape) == len(x.shape) and math.prod(shape) == shape[axis]
+    if one_list and x.shape[0] == 1 and axis == 1:
+        rows = build("reshape", x=rows, shape=(-1,))
+        var = build("gather", x=build.dense(x), indices=rows, axis=axis)
+    else:
+        given = {"indices": build.dense(indices), "axis": axis}
+        var = build("gather_along_axis", x=build.dense(x), **given)
+    return Value(var, node.shapes[0])
