@@ -15,7 +15,8 @@ from coremltools.proto import Model_pb2
 # MIL.DataType: numbers of the protobuf.
 TYPES = {1: bool, 2: str, 10: np.float16, 11: np.float32, 23: np.int32}
 TYPES |= {21: np.int8, 22: np.int16, 31: np.uint8, 32: np.uint16}
-FIELDS = ("floats", "ints", "bools", "strings")
+TYPES |= dict.fromkeys((35, 36, 37, 38, 39), np.uint8)  # of 4, 2, 1, 6 and 3 bits
+BITS = {9: 1, 10: 2, 11: 4, 12: 3, 13: 6}  # by the number of their type in the file
 SENTINEL = 0xDEADBEEF
 
 
@@ -93,13 +94,17 @@ class Package:
         sentinel, kind = np.frombuffer(self.blob, "<u4", 2, offset)
         size, start = np.frombuffer(self.blob, "<u8", 2, offset + 8)
         assert sentinel == SENTINEL, "no weights where the program says"
-        count, bits = math.prod(shape), {9: 1, 10: 2, 11: 4, 12: 3, 13: 6}.get(int(kind))
+        count, bits = math.prod(shape), BITS.get(int(kind))
         raw = np.frombuffer(self.blob, np.uint8, int(size), int(start))
         if bits:
-            spread = np.unpackbits(raw, bitorder="little")[: count * bits]
-            powers = 1 << np.arange(bits)
-            return (spread.reshape(count, bits) * powers).sum(1).reshape(shape)
+            return _unpacked(raw, bits, count).reshape(shape)
         return raw.view(dtype)[:count].reshape(shape)
+
+
+def _unpacked(raw: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Numbers of a few bits each, packed into bytes from the lowest bit on."""
+    spread = np.unpackbits(raw, bitorder="little")[: count * bits]
+    return (spread.reshape(count, bits) * (1 << np.arange(bits))).sum(1)
 
 
 def _names(operation) -> list[str]:
@@ -240,10 +245,7 @@ def shifted_scaled(data, scale, offset=None):
 
 def looked_up_flat(indices, lut, shape):
     """iOS 16: indices are packed bytes."""
-    bits, shape = int(math.log2(lut.size)), tuple(shape)
-    count = math.prod(shape)
-    spread = np.unpackbits(indices, bitorder="little")[: count * bits]
-    places = (spread.reshape(count, bits) * (1 << np.arange(bits))).sum(1)
+    places = _unpacked(indices, int(math.log2(lut.size)), math.prod(shape))
     return lut[places].reshape(shape)
 
 
@@ -296,6 +298,7 @@ OPERATIONS = {
     "logical_and": binary(np.logical_and),
     "logical_or": binary(np.logical_or),
     "greater": binary(np.greater),
+    "greater_equal": binary(np.greater_equal),
     "less": binary(np.less),
     "equal": binary(np.equal),
     "constexpr_affine_dequantize": floating(dequantized),

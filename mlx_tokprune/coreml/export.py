@@ -31,7 +31,8 @@ TARGETS = {
 }
 _SHARING = ("iOS18", "iOS26")  # targets whose packages hold several functions
 PRECISIONS = ("float16", "float32")
-COMPRESSIONS = ("8bit", "6bit", "4bit")
+_PALETTES = {"6bit": 6, "4bit": 4}
+COMPRESSIONS = ("8bit", *_PALETTES)
 UNPRUNED = "unpruned"
 
 
@@ -61,6 +62,11 @@ class Options:
                     f"unknown {name} {value!r}; expected one of {', '.join(known)}."
                     + nearest(value, known)
                 )
+        if self.precision == "float32" and self.compress in _PALETTES:
+            raise InputError(
+                f"{self.compress} weights are palettes of float16 numbers; expected "
+                "precision float16, or 8bit weights"
+            )
 
     @property
     def shares(self) -> bool:
@@ -276,9 +282,6 @@ def _convert(model, pruner: Pruner, options: Options):
     program.add_function("main", body)
     color = ct.colorlayout.RGB
     image = ct.ImageType(function.input, shape, scale=1 / 255, color_layout=color)
-    passes = ct.PassPipeline.DEFAULT
-    # Kept indices are never negative.
-    passes.remove_passes({"common::guard_negative_gather_indices"})
     with _quiet():
         package = ct.convert(
             program,
@@ -287,7 +290,6 @@ def _convert(model, pruner: Pruner, options: Options):
             inputs=[image] if options.image else None,
             minimum_deployment_target=target,
             compute_precision=_precision(ct, options),
-            pass_pipeline=passes,
             skip_model_load=True,
         )
         return function, _compressed(package, options.compress)
@@ -334,6 +336,9 @@ def _compressed(package, compress: str | None):
         settings = optimize.OpLinearQuantizerConfig(mode="linear_symmetric")
         apply = optimize.linear_quantize_weights
     else:
-        settings = optimize.OpPalettizerConfig(mode="kmeans", nbits=int(compress[0]))
+        # coremltools clusters smaller arrays with scikit-learn, for next to nothing.
+        settings = optimize.OpPalettizerConfig(
+            mode="kmeans", nbits=_PALETTES[compress], weight_threshold=10_000
+        )
         apply = optimize.palettize_weights
     return apply(package, optimize.OptimizationConfig(global_config=settings))

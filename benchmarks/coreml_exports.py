@@ -1,0 +1,124 @@
+"""Core ML packages of a model: size, time, memory, and how close they come to MLX.
+
+    python benchmarks/coreml_exports.py --model FOLDER [--picture FILE] [--methods ...]
+
+Each package is written by a process of its own, read back from disk, and run by the
+NumPy interpreter of tests/mil.py on one picture. The last column says in how many of
+the kept tokens it agrees with MLX in float32. Needs the extras coreml and test; runs on
+Linux, where Core ML itself does not.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx_tokprune
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from mil import Package
+
+from mlx_tokprune import Pruner
+from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.image import load_image
+from mlx_tokprune.pipeline import see
+
+# name, method, keep ratios, options of the command
+CASES = (
+    ("norm", (0.5,), ("--precision", "float32")),
+    ("norm", (0.5, 0.25), ("--precision", "float32")),
+    ("similarity", (0.5, 0.25), ("--precision", "float32")),
+    ("attention", (0.5, 0.25), ("--precision", "float32")),
+    ("spatial", (0.5, 0.25), ("--precision", "float32")),
+    ("norm", (0.5,), ()),
+    ("norm", (0.5, 0.25, 0.11), ()),
+    ("similarity", (0.5, 0.25), ()),
+    ("attention", (0.5, 0.25), ()),
+    ("spatial", (0.5, 0.25), ()),
+    ("norm", (0.5,), ("--compress", "8bit")),
+    ("norm", (0.5,), ("--compress", "6bit")),
+    ("norm", (0.5,), ("--compress", "4bit")),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--picture", default=str(PICTURES[0].path))
+    parser.add_argument("--methods", nargs="+", help="only these")
+    args = parser.parse_args()
+    model, processor = mlx_tokprune.load(args.model, mx.float32)
+    pixels = processor.pixels([load_image(args.picture)])
+    seen = {}
+    print(
+        f"{'method, functions, options':44}{'MB':>8}{'s':>7}{'GB':>6}  "
+        "function    rel. error      dB  same tokens",
+        flush=True,
+    )
+    for method, ratios, options in CASES:
+        if args.methods and method not in args.methods:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "vision.mlpackage"
+            seconds, memory = export(args.model, path, method, ratios, options)
+            size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6
+            kept = ", ".join(f"{ratio:g}" for ratio in ratios)
+            head = f"{method}, {kept} {' '.join(options)}"
+            head = f"{head:44}{size:8.1f}{seconds:7.1f}{memory:6.1f}"
+            package = Package(path)
+            for ratio in ratios:
+                if (method, ratio) not in seen:
+                    pruner = Pruner(method, keep_ratio=ratio)
+                    visual = see(model, mx.array(pixels), pruner)
+                    seen[method, ratio] = (
+                        np.array(visual.embeddings),
+                        np.array(visual.selection.indices),
+                    )
+                    mx.clear_cache()
+                name = f"keep_{ratio * 100:g}" if len(ratios) > 1 else None
+                print(head, compare(package, name, pixels, seen[method, ratio]))
+                head = " " * 65
+            sys.stdout.flush()
+
+
+def export(model, path, method, ratios, options) -> tuple[float, float]:
+    """Seconds and peak memory (GB) of the command that writes `path`."""
+    command = [sys.executable, "-m", "mlx_tokprune.coreml", "--model", model]
+    command += ["--method", method, "--output", str(path), "--keep-ratio"]
+    command += [*map(str, ratios), *options]
+    start = time.perf_counter()
+    child = os.posix_spawn(
+        sys.executable, command, os.environ, file_actions=[(os.POSIX_SPAWN_CLOSE, 1)]
+    )
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return time.perf_counter() - start, usage.ru_maxrss / 1e6
+
+
+def compare(package: Package, function: str | None, pixels, expected) -> str:
+    features, indices = expected
+    image = np.round(pixels * 255).astype(np.float32).transpose(0, 3, 1, 2)
+    found = package.predict({"image": image}, function)
+    same = np.isin(found["kept_indices"], indices).mean()
+    if same < 1:  # compare the tokens that both keep
+        both = np.intersect1d(found["kept_indices"], indices)
+        here = np.searchsorted(indices[0], both)
+        there = np.searchsorted(found["kept_indices"][0], both)
+        features, result = features[:, here], found["image_features"][:, there]
+    else:
+        result = found["image_features"]
+    error = np.abs(result - features).max() / np.abs(features).max()
+    ratio = (features**2).sum() / ((result - features) ** 2).sum()
+    return (
+        f" {function or 'main':10}{error:12.1e}{10 * np.log10(ratio):8.1f}{same:12.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
