@@ -30,7 +30,15 @@ from .demo import CHECKPOINT, PICTURES
 from .errors import InputError, Parser, command
 from .image import load_image
 from .models.openvla import OpenVLA
-from .pipeline import POSITIONS, Prefill, VisualTokens, assemble, measure_stages, see
+from .pipeline import (
+    POSITIONS,
+    Prefill,
+    Vision,
+    VisualTokens,
+    assemble,
+    measure_stages,
+    see,
+)
 from .pruners import Pruner, check_seed
 
 DEFAULT_METHOD = "norm"
@@ -64,11 +72,14 @@ def stream_generate(
     temp: float = 0.0,
     top_p: float = 0.0,
     seed: int | None = None,
+    vision: Vision | None = None,
 ) -> Iterator[Response]:
     """Stream an answer about `images` (files, arrays or PIL images, in order).
 
     pruner: a `Pruner`; every visual token when `None`. positions: `original` keeps the
-    place each kept token had, `contiguous` closes the gaps. The rest is as in mlx-lm.
+    place each kept token had, `contiguous` closes the gaps. vision: a Core ML package
+    (`coreml.vision.open_vision`) instead of the model's tower and `pruner`. The rest is
+    as in mlx-lm.
     Raises `InputError` before anything is computed, but for more tokens to keep than
     there are, which the first step finds.
     """
@@ -88,22 +99,25 @@ def stream_generate(
         )
     images = [load_image(image) for image in images]
     processor.prompt(prompt, len(images))
+    if vision:
+        vision.check(model)
     if seed is not None:
         mx.random.seed(seed)
+    looks = vision or (lambda model, pixels: see(model, pixels, pruner))
     return _stream(
-        model, processor, images, prompt, pruner, positions, max_tokens, temp, top_p
+        model, processor, images, prompt, looks, positions, max_tokens, temp, top_p
     )
 
 
 def _stream(
-    model, processor, images, text, pruner, positions, max_tokens, temp, top_p
+    model, processor, images, text, looks: Vision, positions, max_tokens, temp, top_p
 ) -> Iterator[Response]:
     from mlx_lm.generate import generate_step, generation_stream, wired_limit
     from mlx_lm.sample_utils import make_sampler
 
     start = time.perf_counter()
     prompt = processor.prompt(text, len(images))
-    visual = see(model, mx.array(processor.pixels(images)), pruner)
+    visual = looks(model, mx.array(processor.pixels(images)))
     prefill = assemble(model, prompt, visual, positions)
     first: list[float] = []
 
@@ -195,6 +209,8 @@ def build_parser() -> Parser:
     add("--prompt", help="the question; <image> marks a picture's place")
     add("--method", help="pruning method, see below (default: norm)")
     add_budget(parser)
+    package = "a package of mlx_tokprune.coreml that sees and prunes (macOS)"
+    add("--vision", metavar="FILE.mlpackage", help=package)
     add("--max-tokens", type=int, default=256)
     add("--temp", type=float, default=0.0, help="sampling temperature (default: 0)")
     add("--top-p", type=float, default=0.0)
@@ -207,9 +223,7 @@ def build_parser() -> Parser:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    pruner = make_pruner(
-        args.method, args.keep_ratio, args.keep_tokens, args.seed, DEFAULT_METHOD
-    )
+    pruner, vision = _pruner_and_vision(args)
     pictures, prompt = args.image, args.prompt
     if args.model is None:
         pictures = pictures or [PICTURES[0].path]
@@ -234,13 +248,15 @@ def main(argv: list[str] | None = None) -> None:
         temp=args.temp,
         top_p=args.top_p,
         seed=args.seed,
+        vision=vision,
     ):
         ids.append(piece.token)
         pieces.append(piece.text)
         print(piece.text, end="", flush=True)
     print()
     peak = mx.get_peak_memory() / 1e6
-    stages = measure_stages(model, processor, images, prompt, pruner, args.positions)
+    asked = (model, processor, images, prompt, pruner, args.positions)
+    stages = measure_stages(*asked, vision)
     visual = piece.visual
     if args.overlay:
         write_overlay(args.overlay, images, visual.selection, visual.grid)
@@ -253,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         "ttft_ms": piece.ttft_ms,
         "decode_tokens_per_second": piece.decode_tokens_per_second,
         "peak_memory_mb": peak,
-        "method": pruner.method,
+        "method": vision.function.method if vision else pruner.method,
         "keep": visual.selection.keep,
         "positions": args.positions,
         "device": device_name(),
@@ -261,6 +277,21 @@ def main(argv: list[str] | None = None) -> None:
     print(format_report(record), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(record))
+
+
+def _pruner_and_vision(args) -> tuple[Pruner, Vision | None]:
+    """What prunes, MLX or a package; the other one of the two does nothing."""
+    if args.vision is None:
+        budget = (args.keep_ratio, args.keep_tokens)
+        return make_pruner(args.method, *budget, args.seed, DEFAULT_METHOD), None
+    if args.method is not None or args.keep_tokens is not None:
+        raise InputError(
+            "a package has its own method; with --vision, say only --keep-ratio, to "
+            "choose one of its functions"
+        )
+    from .coreml.vision import open_vision
+
+    return Pruner("none"), open_vision(args.vision, args.keep_ratio)
 
 
 def format_report(record: dict) -> str:

@@ -101,13 +101,13 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def load(
-    path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None
+    path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None, lazy: bool = False
 ) -> tuple[FastVLM | OpenVLA, Processor | ActionProcessor]:
     """Load a checkpoint, converted or original, from a folder or the hub.
 
-    dtype: of float weights; `default_dtype()` when `None`. A FastVLM comes with a
-    `Processor`, an OpenVLA with an `ActionProcessor`. Raises `InputError` when the
-    folder cannot be used.
+    dtype: of float weights; `default_dtype()` when `None`. lazy: leave weights on the
+    disk until something needs them. A FastVLM comes with a `Processor`, an OpenVLA with
+    an `ActionProcessor`. Raises `InputError` when the folder cannot be used.
     """
     family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
     config = family.read_config(checkpoint)
@@ -120,7 +120,8 @@ def load(
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
     model.load_weights(list(weights.items()))
     model.eval()
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     tokenizer = load_tokenizer(checkpoint.folder, config)
     _check_vocabulary(tokenizer, model.args.text["vocab_size"], checkpoint.folder)
     if isinstance(model, OpenVLA):

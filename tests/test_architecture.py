@@ -16,9 +16,10 @@ FLOORS = (
     ("convert.fastvlm", "convert.openvla"),
     ("convert.families",),
     ("loading", "pipeline", "control"),
+    ("coreml",),
     ("commands",),
     ("generate", "act", "train", "convert.command", "convert.__main__"),
-    ("demo.__main__", "bench", "evaluate"),
+    ("demo.__main__", "coreml.__main__", "bench", "evaluate"),
     ("report",),
     ("__init__", "convert.__init__"),
 )
@@ -42,7 +43,7 @@ def floor(name: str) -> int:
     for number, names in enumerate(FLOORS):
         for prefix in names:
             if name == prefix or name.startswith(f"{prefix}."):
-                if prefix == "demo" and name.endswith("__main__"):
+                if prefix in ("demo", "coreml") and name.endswith("__main__"):
                     continue
                 return number
     raise AssertionError(f"{name} has no floor in {__file__}")

@@ -7,7 +7,7 @@ from ..commands import describe_methods
 from ..demo import CHECKPOINT
 from ..errors import InputError, Parser, command
 from ..hub import resolve
-from ..pruners import Pruner
+from ..pruners import Pruner, get_method
 from .describe import Function
 from .export import COMPRESSIONS, PRECISIONS, TARGETS, Options, export_package
 
@@ -23,15 +23,13 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", help="folder or hub id (default: the embedded demo model)")
     add("--method", default=DEFAULT_METHOD, help="pruning method (default: norm)")
-    add(
-        "--keep-ratio",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="RATIO",
-        help="shares of visual tokens, (0, 1); several become functions of one package "
-        "that shares their weights and has the function 'unpruned' too",
-    )
+    several = "several become functions of one package that shares their weights"
+    keep = parser.add_mutually_exclusive_group()
+    options = {"nargs": "+", "default": []}
+    ratios = f"shares of visual tokens, (0, 1); {several}"
+    keep.add_argument("--keep-ratio", type=float, help=ratios, **options)
+    tokens = f"visual tokens to keep; {several}"
+    keep.add_argument("--keep-tokens", type=int, help=tokens, **options)
     add("--output", required=True, help="the .mlpackage to write; must not exist")
     add("--seed", type=int, default=0, help="of method random")
     add(
@@ -63,13 +61,13 @@ def main(argv: list[str] | None = None) -> None:
         precision=args.precision,
         compress=args.compress,
     )
-    pruners = _pruners(args.method, args.keep_ratio, args.seed)
+    pruners = _pruners(args.method, args.keep_ratio, args.keep_tokens, args.seed)
     import mlx.core as mx
 
     from ..loading import load
 
     source = resolve(args.model or CHECKPOINT)
-    model, _ = load(source, mx.float32)
+    model, _ = load(source, mx.float32, lazy=True)
     start = time.perf_counter()
     made = export_package(model, pruners, args.output, options, source)
     seconds = time.perf_counter() - start
@@ -78,21 +76,24 @@ def main(argv: list[str] | None = None) -> None:
     print(f"exported in {seconds:.1f} s")
 
 
-def _pruners(method: str, ratios: list[float], seed: int) -> list[Pruner]:
-    if not ratios:
-        if method != "none":
-            raise InputError(
-                "no keep ratio was given; say --keep-ratio 0.5, or --method none for a "
-                "package without pruning"
-            )
+def _pruners(
+    method: str, ratios: list[float], tokens: list[int], seed: int
+) -> list[Pruner]:
+    if get_method(method).name == "none" and not ratios and not tokens:
         return [Pruner("none")]
-    for ratio in ratios:
-        if ratio == 1:
-            raise InputError(
-                "a keep ratio of 1 drops nothing; leave it out (several keep ratios "
-                "come with the function 'unpruned'), or give --method none alone"
-            )
-    return [Pruner(method, keep_ratio=ratio, seed=seed) for ratio in ratios]
+    if not ratios and not tokens:
+        raise InputError(
+            "no keep ratio was given; say --keep-ratio 0.5, or --method none for a "
+            "package without pruning"
+        )
+    if 1 in ratios:
+        raise InputError(
+            "a keep ratio of 1 drops nothing; leave it out (several keep ratios come "
+            "with the function 'unpruned'), or give --method none alone"
+        )
+    budgets = [{"keep_ratio": ratio} for ratio in ratios]
+    budgets += [{"keep_tokens": number} for number in tokens]
+    return [Pruner(method, seed=seed, **budget) for budget in budgets]
 
 
 def format_package(path: Path, functions: list[Function], options: Options) -> str:

@@ -4,14 +4,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 
-from .. import __version__
 from ..errors import InputError
 
-METADATA = "mlx_tokprune"  # key in the package's user defined metadata
+_KEY = "mlx_tokprune"  # key in the package's user defined metadata
 _OUTPUTS = {
     "image_features": "(1, K, C): the visual tokens that were kept, in raster order",
     "kept_indices": "(1, K): which of the N visual tokens they are",
@@ -52,12 +52,12 @@ def describe(
     kept = ", ".join(f"{f.name}: {f.method}, {f.keep} tokens" for f in functions)
     model = source.resolve().name if source else "a model"
     about.shortDescription = f"Vision path of {model} with visual-token pruning ({kept})"
-    about.versionString = __version__
-    about.author = f"mlx_tokprune {__version__}"
+    about.versionString = metadata.version("mlx-tokprune")
+    about.author = f"mlx_tokprune {about.versionString}"
     about.license = _license(source)
     about.userDefined.update(settings)
     about.userDefined["mlx"] = mx.__version__
-    about.userDefined[METADATA] = json.dumps([dataclasses.asdict(f) for f in functions])
+    about.userDefined[_KEY] = json.dumps([dataclasses.asdict(f) for f in functions])
     side = functions[0].image_size
     inputs = {
         "image": f"the picture in RGB, {side} x {side} pixels",
@@ -77,7 +77,7 @@ def _license(source: Path | None) -> str:
 
 def read_functions(spec, name: str) -> list[Function]:
     """What `describe` wrote; `InputError` when the package `name` has none of it."""
-    text = spec.description.metadata.userDefined.get(METADATA)
+    text = spec.description.metadata.userDefined.get(_KEY)
     if not text:
         raise InputError(f"{name} was not written by mlx_tokprune.coreml")
     return [Function(**f | {"grid": tuple(f["grid"])}) for f in json.loads(text)]

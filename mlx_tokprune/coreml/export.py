@@ -34,6 +34,7 @@ PRECISIONS = ("float16", "float32")
 _PALETTES = {"6bit": 6, "4bit": 4}
 COMPRESSIONS = ("8bit", *_PALETTES)
 UNPRUNED = "unpruned"
+_LANGUAGE = "language_model"
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,11 @@ def load_coremltools():
 
 
 def function_name(pruner: Pruner) -> str:
-    """`keep_50` for a keep ratio of 0.5, `keep_12_5` for 0.125, or `unpruned`."""
+    """`keep_50` for half of the tokens, `tokens_32` for so many, or `unpruned`."""
     if pruner.keeps_all:
         return UNPRUNED
+    if pruner.keep_tokens is not None:
+        return f"tokens_{pruner.keep_tokens}"
     return f"keep_{pruner.keep_ratio * 100:g}".translate(str.maketrans(".-", "__"))
 
 
@@ -115,6 +118,8 @@ def export_package(
         pruners = [*pruners, Pruner("none")]
     _check(model, pruners)
     load_coremltools()
+    # The language model may stay on the disk.
+    mx.eval([part for name, part in model.parameters().items() if name != _LANGUAGE])
     whole = len(pruners) == 1 or options.shares
     groups = {output: pruners}
     if not whole:
@@ -230,8 +235,8 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
     total = grid[0] * grid[1]
     if not pruner.keeps_all and pruner.count(total) == total:
         raise InputError(
-            f"a keep ratio of {pruner.keep_ratio:g} keeps all {total} visual tokens; "
-            "expected one that drops some, or method 'none'"
+            f"all {total} visual tokens would stay, which is no pruning; expected fewer "
+            "to keep, or method 'none'"
         )
     pruned, selection = capture(prune, *seen), pruner(Features(seen[0], grid, *seen[1:]))
     looks = any(pruned.reaches())

@@ -1,0 +1,97 @@
+"""A Core ML package as the vision path of `generate`. Core ML itself is macOS only."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from ..features import Selection
+from ..pipeline import VisualTokens
+from .describe import Function, read_functions
+from .export import load_coremltools
+
+
+@dataclass(frozen=True)
+class CoreMLVision:
+    """One function of a package: tower, pruner and perhaps projector in one call.
+
+    predict: Core ML's, from arrays or pictures by name to arrays by name.
+    """
+
+    function: Function
+    predict: Callable[[Mapping], Mapping]
+
+    def __call__(self, model, pixels: mx.array) -> VisualTokens:
+        """(B, S, S, 3) pixels in [0, 1] -> kept and projected visual tokens."""
+        found = [self.predict(self._input(picture)) for picture in np.array(pixels)]
+        features, indices = (
+            mx.array(np.concatenate([np.asarray(f[name]) for f in found]))
+            for name in ("image_features", "kept_indices")
+        )
+        if not self.function.projector:
+            features = model.project(features)
+        selection = Selection(indices.astype(mx.int32))
+        return VisualTokens(features, selection, self.function.grid)
+
+    def _input(self, picture: np.ndarray) -> dict:
+        if not self.function.image:
+            return {self.function.input: picture.transpose(2, 0, 1)[None]}
+        rgb = Image.fromarray(np.round(picture * 255).astype(np.uint8))
+        return {self.function.input: rgb}
+
+    def check(self, model) -> None:
+        """Raise `InputError` unless the package was made from a model like this."""
+        size, expected = self.function.image_size, model.image_size
+        if size != expected:
+            raise InputError(
+                f"the package takes pictures of {size} pixels and the model of "
+                f"{expected}; export it from this model"
+            )
+        args = model.args
+        size, expected = self.function.channels, args.text["hidden_size"]
+        if not self.function.projector:
+            expected = args.mm_hidden_size
+        if size != expected:
+            raise InputError(
+                f"the package gives features of size {size} and the model takes "
+                f"{expected}; export it from this model"
+            )
+
+
+def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVision:
+    """The function of the package at `path` with this keep ratio, or its first.
+
+    Raises `InputError` when there is no such package or function, and on Linux.
+    """
+    ct = load_coremltools()
+    if not (Path(path) / "Manifest.json").is_file():
+        raise InputError(
+            f"{path} is no Core ML package; expected a .mlpackage that "
+            "mlx_tokprune.coreml wrote"
+        )
+    functions = read_functions(ct.utils.load_spec(str(path)), str(path))
+    function = _choose(functions, keep_ratio, path)
+    name = function.name if len(functions) > 1 else None
+    return CoreMLVision(function, _predict(ct, path, name))
+
+
+def _choose(functions: list[Function], keep_ratio: float | None, path) -> Function:
+    for function in functions:
+        if keep_ratio is None or (function.keep_ratio or 1) == keep_ratio:
+            return function
+    known = ", ".join(f"{function.keep_ratio or 1:g}" for function in functions)
+    raise InputError(
+        f"{path} has no function that keeps {keep_ratio:g} of the visual tokens; it has "
+        f"{known}"
+    )
+
+
+def _predict(ct, path: str | Path, function: str | None) -> Callable:
+    if sys.platform != "darwin":
+        raise InputError("Core ML runs on macOS only; leave out --vision here")
+    return ct.models.MLModel(str(path), function_name=function).predict
