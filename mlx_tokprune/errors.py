@@ -19,8 +19,9 @@ class InputError(ValueError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"`, or nothing when no known word is close."""
-    close = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), names, n=1)
+    return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,7 +14,7 @@ from coremltools.proto import Model_pb2
 
 # MIL.DataType: numbers of the protobuf.
 TYPES = {1: bool, 2: str, 10: np.float16, 11: np.float32, 23: np.int32}
-TYPES |= {21: np.int8, 22: np.int16, 31: np.uint8, 32: np.uint16}
+TYPES |= {21: np.int8, 22: np.int16, 31: np.uint8, 32: np.uint16, 33: np.uint32}
 TYPES |= dict.fromkeys((35, 36, 37, 38, 39), np.uint8)  # of 4, 2, 1, 6 and 3 bits
 BITS = {9: 1, 10: 2, 11: 4, 12: 3, 13: 6}  # by the number of their type in the file
 SENTINEL = 0xDEADBEEF
@@ -31,7 +31,8 @@ class Package:
         model = data / items[manifest["rootModelIdentifier"]]["path"]
         self.spec.ParseFromString(model.read_bytes())
         (weights,) = [i for i in items.values() if i["name"] == "weights"]
-        self.blob = (data / weights["path"] / "weight.bin").read_bytes()
+        file = data / weights["path"] / "weight.bin"
+        self.blob = file.read_bytes() if file.exists() else b""
         self.functions = self.spec.mlProgram.functions
 
     def block(self, function: str | None = None):
@@ -148,7 +149,8 @@ def conv(x, weight, bias=None, strides=(1, 1), pad=(0,) * 4, groups=1, **rest):
     assert rest.get("pad_type", "custom") in ("custom", "valid")
     outputs, per_group, *size = weight.shape
     x = np.pad(x, ((0, 0), (0, 0), tuple(pad[:2]), tuple(pad[2:])))
-    height, width = ((n - k) // s + 1 for n, k, s in zip(x.shape[2:], size, strides))
+    steps = zip(x.shape[2:], size, strides, strict=True)
+    height, width = ((n - k) // s + 1 for n, k, s in steps)
     total = np.zeros((x.shape[0], outputs, height, width), np.float32)
     if per_group == 1:
         x = np.repeat(x, outputs // x.shape[1], axis=1)
@@ -243,14 +245,11 @@ def shifted_scaled(data, scale, offset=None):
     return scale * (data if offset is None else data - offset)
 
 
-def looked_up_flat(indices, lut, shape):
-    """iOS 16: indices are packed bytes."""
-    places = _unpacked(indices, int(math.log2(lut.size)), math.prod(shape))
-    return lut[places].reshape(shape)
-
-
-def looked_up(indices, lut):
-    """iOS 18: a table of numbers for every block of the indices, here for all."""
+def looked_up(indices, lut, shape=None):
+    """iOS 16: indices are packed bytes, with a shape. iOS 18: a table for all."""
+    if shape is not None:
+        places = _unpacked(indices, int(math.log2(lut.size)), math.prod(shape))
+        return lut[places].reshape(shape)
     assert lut.size == lut.shape[-2]
     return lut.reshape(-1)[indices]
 
@@ -303,9 +302,7 @@ OPERATIONS = {
     "equal": binary(np.equal),
     "constexpr_affine_dequantize": floating(dequantized),
     "constexpr_blockwise_shift_scale": floating(shifted_scaled),
-    "constexpr_lut_to_dense": lambda indices, lut, shape=None: (
-        looked_up(indices, lut) if shape is None else looked_up_flat(indices, lut, shape)
-    ),
+    "constexpr_lut_to_dense": looked_up,
     **{
         name: floating(function)
         for name, function in {

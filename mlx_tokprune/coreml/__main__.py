@@ -10,6 +10,7 @@ from ..hub import resolve
 from ..pruners import Pruner, get_method
 from .describe import Function
 from .export import COMPRESSIONS, PRECISIONS, TARGETS, Options, export_package
+from .plan import check_platform, compute_plan, format_plan
 
 DEFAULT_METHOD = "norm"
 
@@ -48,6 +49,8 @@ def build_parser() -> Parser:
     add("--target", default="iOS18", help=f"{', '.join(TARGETS)} (default: iOS18)")
     add("--precision", default="float16", help=f"{' or '.join(PRECISIONS)}")
     add("--compress", help=f"weights: {', '.join(COMPRESSIONS)} (default: as they are)")
+    plan = "say on which device Core ML means to run each operation (macOS)"
+    add("--compute-plan", action="store_true", help=plan)
     return parser
 
 
@@ -61,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         precision=args.precision,
         compress=args.compress,
     )
+    if args.compute_plan:
+        check_platform()
     pruners = _pruners(args.method, args.keep_ratio, args.keep_tokens, args.seed)
     import mlx.core as mx
 
@@ -73,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     for path, functions in made.items():
         print(format_package(path, functions, options))
+        if args.compute_plan:
+            print(format_plan(compute_plan(path)))
     print(f"exported in {seconds:.1f} s")
 
 

@@ -39,6 +39,11 @@ class Function:
     image: bool
 
     @property
+    def share(self) -> float:
+        """The keep ratio, or what comes to the same."""
+        return self.keep_ratio or self.keep / (self.grid[0] * self.grid[1])
+
+    @property
     def input(self) -> str:
         """The name of the input; that of numbers is the one of Apple's FastVLM app."""
         return "image" if self.image else "images"
@@ -51,7 +56,9 @@ def describe(
     about = spec.description.metadata
     kept = ", ".join(f"{f.name}: {f.method}, {f.keep} tokens" for f in functions)
     model = source.resolve().name if source else "a model"
-    about.shortDescription = f"Vision path of {model} with visual-token pruning ({kept})"
+    about.shortDescription = (
+        f"Vision path of {model} with visual-token pruning ({kept})"
+    )
     about.versionString = metadata.version("mlx-tokprune")
     about.author = f"mlx_tokprune {about.versionString}"
     about.license = _license(source)

@@ -113,7 +113,9 @@ def export_package(
     """
     options, output = options or Options(), Path(output)
     if output.suffix != ".mlpackage":
-        raise InputError(f"{output} is no name for a package; it must end in .mlpackage")
+        raise InputError(
+            f"{output} is no name for a package; it must end in .mlpackage"
+        )
     if len(pruners) > 1 and not any(pruner.keeps_all for pruner in pruners):
         pruners = [*pruners, Pruner("none")]
     _check(model, pruners)
@@ -235,10 +237,13 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
     total = grid[0] * grid[1]
     if not pruner.keeps_all and pruner.count(total) == total:
         raise InputError(
-            f"all {total} visual tokens would stay, which is no pruning; expected fewer "
-            "to keep, or method 'none'"
+            f"all {total} visual tokens would stay, which is no pruning; expected to "
+            "keep fewer, or method 'none'"
         )
-    pruned, selection = capture(prune, *seen), pruner(Features(seen[0], grid, *seen[1:]))
+    pruned, selection = (
+        capture(prune, *seen),
+        pruner(Features(seen[0], grid, *seen[1:])),
+    )
     looks = any(pruned.reaches())
     if not looks:
         selection = pruner(Features(mx.zeros(seen[0].shape), grid))
@@ -346,4 +351,5 @@ def _compressed(package, compress: str | None):
             mode="kmeans", nbits=_PALETTES[compress], weight_threshold=10_000
         )
         apply = optimize.palettize_weights
-    return apply(package, optimize.OptimizationConfig(global_config=settings))
+    with np.errstate(divide="ignore", invalid="ignore"):  # of weights that are all 0
+        return apply(package, optimize.OptimizationConfig(global_config=settings))

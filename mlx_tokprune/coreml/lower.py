@@ -178,15 +178,12 @@ def _select(build: Builder, node: Node, cond: Value, a: Value, b: Value) -> Valu
 
 @_entry("AsType")
 def _cast(build: Builder, node: Node, x: Value) -> Value:
-    return build.elementwise("identity", node.shapes[0], x=x) if _same_type(
-        x, node
-    ) else Value(build("cast", x=build.dense(x), dtype=_DTYPES[node.dtypes[0]]), x.shape)
-
-
-def _same_type(x: Value, node: Node) -> bool:
     from coremltools.converters.mil.mil import types
 
-    return types.builtin_to_string(x.var.dtype) == _DTYPES[node.dtypes[0]]
+    wanted = _DTYPES[node.dtypes[0]]
+    if types.builtin_to_string(x.var.dtype) == wanted:
+        return x
+    return Value(build("cast", x=build.dense(x), dtype=wanted), x.shape)
 
 
 # Shapes -----------------------------------------------------------------------------

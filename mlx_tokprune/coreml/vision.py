@@ -82,12 +82,12 @@ def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVisi
 
 def _choose(functions: list[Function], keep_ratio: float | None, path) -> Function:
     for function in functions:
-        if keep_ratio is None or (function.keep_ratio or 1) == keep_ratio:
+        if keep_ratio in (None, function.share):
             return function
-    known = ", ".join(f"{function.keep_ratio or 1:g}" for function in functions)
+    known = ", ".join(f"{function.share:g}" for function in functions)
     raise InputError(
-        f"{path} has no function that keeps {keep_ratio:g} of the visual tokens; it has "
-        f"{known}"
+        f"{path} has no function that keeps {keep_ratio:g} of the visual tokens; it "
+        f"has {known}"
     )
 
 
