@@ -1,0 +1,110 @@
+import CoreML
+import CoreVideo
+import Foundation
+
+/// A vision path that `mlx_tokprune.coreml` exported: tower, pruner and projector.
+///
+///     let vision = try await PrunedVision(contentsOf: url, keepRatio: 0.25)
+///     let seen = try await vision(pixelBuffer)
+///     // seen.features: (1, K, C), ready for the language model
+public final class PrunedVision {
+
+    /// What one function of a package does, as its metadata says.
+    public struct Function: Decodable, Equatable {
+        public let name: String
+        public let method: String
+        public let keepRatio: Double?
+        /// K, the visual tokens that it gives.
+        public let keep: Int
+        /// Rows and columns of all N visual tokens.
+        public let grid: [Int]
+        public let channels: Int
+        /// Pixels per side of the picture that it takes.
+        public let imageSize: Int
+        /// Whether the features are past the projector.
+        public let projector: Bool
+        /// Whether the input is a picture, or else numbers.
+        public let image: Bool
+    }
+
+    public struct Output {
+        /// (1, K, C) features of the kept visual tokens, in raster order.
+        public let features: MLShapedArray<Float>
+        /// Which of the N visual tokens they are. Their original positions in the prompt.
+        public let keptIndices: [Int]
+    }
+
+    public enum Failure: Error, Equatable {
+        case notFromMLXTokprune
+        case noSuchFunction(String)
+        case takesNumbers
+        case wrongSize(expected: Int, width: Int, height: Int)
+    }
+
+    public let function: Function
+    private let model: MLModel
+
+    /// Loads a compiled package (`.mlmodelc`; Xcode and `MLModel.compileModel` make it).
+    ///
+    /// `keepRatio` chooses a function of a package with several, 1 the unpruned one. The
+    /// first is used without it.
+    public init(
+        contentsOf url: URL, keepRatio: Double? = nil, computeUnits: MLComputeUnits = .all
+    ) async throws {
+        let configuration = MLModelConfiguration()
+        configuration.computeUnits = computeUnits
+        if let keepRatio {
+            configuration.functionName = Self.functionName(keepRatio: keepRatio)
+        }
+        model = try await MLModel.load(contentsOf: url, configuration: configuration)
+        let functions = try Self.functions(of: model)
+        let name = configuration.functionName ?? functions[0].name
+        guard let function = functions.first(where: { $0.name == name }) else {
+            throw Failure.noSuchFunction(name)
+        }
+        guard function.image else { throw Failure.takesNumbers }
+        self.function = function
+    }
+
+    /// Sees and prunes a picture of `function.imageSize` pixels per side; see `square`.
+    public func callAsFunction(_ picture: CVPixelBuffer) async throws -> Output {
+        let side = function.imageSize
+        let width = CVPixelBufferGetWidth(picture)
+        let height = CVPixelBufferGetHeight(picture)
+        guard width == side, height == side else {
+            throw Failure.wrongSize(expected: side, width: width, height: height)
+        }
+        let input = try MLDictionaryFeatureProvider(dictionary: [
+            "image": MLFeatureValue(pixelBuffer: picture)
+        ])
+        let output = try await model.prediction(from: input)
+        guard let features = output.featureValue(for: "image_features")?.multiArrayValue,
+            let indices = output.featureValue(for: "kept_indices")?.multiArrayValue
+        else { throw Failure.notFromMLXTokprune }
+        // A shaped array knows the strides; the memory of an MLMultiArray may be padded.
+        return Output(
+            features: MLShapedArray<Float>(converting: features),
+            keptIndices: MLShapedArray<Int32>(converting: indices).scalars.map(Int.init))
+    }
+
+    /// `keep_50` for 0.5 and `keep_12_5` for 0.125, as the exporter names them.
+    public static func functionName(keepRatio: Double) -> String {
+        guard keepRatio != 1 else { return "unpruned" }
+        let percent = String(format: "%g", keepRatio * 100)
+        return "keep_" + percent.replacingOccurrences(of: ".", with: "_")
+    }
+
+    /// The functions that the package of `model` says it has.
+    static func functions(of model: MLModel) throws -> [Function] {
+        let metadata = model.modelDescription.metadata[.creatorDefinedKey]
+        let text = (metadata as? [String: String])?["mlx_tokprune"]
+        guard let text else { throw Failure.notFromMLXTokprune }
+        return try decode(text)
+    }
+
+    static func decode(_ text: String) throws -> [Function] {
+        let decoder = JSONDecoder()
+        decoder.keyDecodingStrategy = .convertFromSnakeCase
+        return try decoder.decode([Function].self, from: Data(text.utf8))
+    }
+}
