@@ -1,7 +1,8 @@
 """The way of a picture: encode -> prune -> project -> splice -> prefill.
 
 The only place that knows models, pruners and prompts together; every command calls
-these functions. All but `measure_stages` are lazy: they evaluate nothing.
+these functions. All but `measure_stages` are lazy and evaluate nothing, except the
+chunks of a long prompt.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from .prompt import Prompt, original_positions, splice
 from .pruners import Pruner
 
 POSITIONS = ("original", "contiguous")
+PREFILL_STEP = 2048  # tokens of a prompt that are read at once, as in mlx-lm
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,29 @@ def assemble(
 
 
 def first_logits(
-    model: FastVLM, prefill: Prefill, cache: list | None = None
+    model: FastVLM,
+    prefill: Prefill,
+    cache: list | None = None,
+    known: int = 0,
+    step: int = PREFILL_STEP,
 ) -> mx.array:
     """(1, V) logits after the last prompt token, filling `cache` when given.
 
-    In two calls, as mlx-lm does it: only the last token goes through the output head.
+    known: tokens of the prompt that are in `cache` already. step: tokens read at once.
+    mlx-lm would read the weights twice, for the prompt and for its last token; here
+    only that token goes through the output head, in the same call.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = cache or make_prompt_cache(model)
+    embeddings, hidden = prefill.embeddings[:, known:], None
     with model.positions.using(prefill.positions, prefill.shift):
-        for part in (prefill.embeddings[:, :-1], prefill.embeddings[:, -1:]):
-            logits = model(None, cache=cache, input_embeddings=part)
-    return logits[:, -1]
+        for start in range(0, embeddings.shape[1], step):
+            if hidden is not None:
+                mx.eval(hidden, [layer.state for layer in cache])
+            part = embeddings[:, start : start + step]
+            hidden = model.hidden_states(part, cache)
+    return model.logits(hidden[:, -1:])[:, -1]
 
 
 class Clock:

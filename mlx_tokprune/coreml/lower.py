@@ -221,7 +221,6 @@ def _transpose(build: Builder, node: Node, x: Value) -> Value:
 @_entry("Slice")
 def _slice(build: Builder, node: Node, x: Value) -> Value:
     begin, end, stride = map(list, node.arguments)
-    end = [e + n if e < 0 else e for e, n in zip(end, x.shape, strict=True)]
     var = build("slice_by_index", x=build.dense(x), begin=begin, end=end, stride=stride)
     return Value(var, node.shapes[0])
 

@@ -146,6 +146,16 @@ class FastVLM(nn.Module):
         """(B, T) token ids -> (B, T, D)."""
         return self.language_model.model.embed_tokens(token_ids)
 
+    def hidden_states(self, embeddings: mx.array, cache: list | None) -> mx.array:
+        """(B, T, D) -> (B, T, D) after the final norm; causal."""
+        return self.language_model.model(None, cache, embeddings)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(B, T, D) hidden states -> (B, T, V)."""
+        if self.language_model.args.tie_word_embeddings:
+            return self.language_model.model.embed_tokens.as_linear(hidden)
+        return self.language_model.lm_head(hidden)
+
     def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
         """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
         return self.language_model(inputs, cache, input_embeddings)
