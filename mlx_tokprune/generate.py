@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .budget import fit_image_size
 from .commands import (
     DEFAULT_POSITIONS,
     add_budget,
@@ -29,13 +30,17 @@ from .commands import (
 from .demo import CHECKPOINT, PICTURES
 from .errors import InputError, Parser, command
 from .image import load_image
+from .loading import PADDINGS
+from .memory import Memory, opening_of, picture_key
 from .models.openvla import OpenVLA
 from .pipeline import (
     POSITIONS,
+    PREFILL_STEP,
     Prefill,
     Vision,
     VisualTokens,
     assemble,
+    first_logits,
     measure_stages,
     see,
 )
@@ -49,7 +54,8 @@ class Response:
     """One piece of a streamed answer; the last one has `finish_reason`.
 
     text: this piece. token: its id. visual: the kept tokens. ttft_ms: from decoded
-    pictures and prompt string to the first token id on the host.
+    pictures and prompt string to the first token id on the host. reused: tokens of the
+    prompt that a `Memory` knew.
     """
 
     text: str
@@ -58,6 +64,69 @@ class Response:
     ttft_ms: float
     decode_tokens_per_second: float
     finish_reason: str | None = None
+    reused: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is generated; names and defaults are those of mlx-lm.
+
+    positions: `original` keeps the place each kept token had, `contiguous` closes the
+    gaps. Raises `InputError` for values out of range.
+    """
+
+    positions: str = DEFAULT_POSITIONS
+    max_tokens: int = 256
+    temp: float = 0.0
+    top_p: float = 0.0
+    seed: int | None = None
+    prefill_step_size: int = PREFILL_STEP
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    def __post_init__(self):
+        if self.seed is not None:
+            check_seed(self.seed)
+        if self.positions not in POSITIONS:
+            names = " or ".join(POSITIONS)
+            raise InputError(f"positions are {names}, not {self.positions!r}")
+        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise InputError(
+                f"cannot generate {self.max_tokens} tokens; the least is 1"
+            )
+        temp, top_p = self.temp, self.top_p
+        if not (math.isfinite(temp) and temp >= 0 and 0 <= top_p <= 1):
+            raise InputError(
+                f"temperature {temp:g} and top-p {top_p:g} are out of range; expected "
+                "a temperature of at least 0 and a top-p in [0, 1]"
+            )
+        if self.prefill_step_size < 1 or self.quantized_kv_start < 0:
+            raise InputError(
+                "a prefill step has at least 1 token, and a cache is quantized from "
+                "token 0 or later"
+            )
+        if self.kv_bits not in (None, 4, 8) or self.kv_group_size not in (32, 64, 128):
+            raise InputError(
+                f"cannot quantize the cache to {self.kv_bits} bits in groups of "
+                f"{self.kv_group_size}; expected 4 or 8 bits, and 32, 64 or 128"
+            )
+
+    @property
+    def quantization(self) -> dict:
+        """As mlx-lm's functions take it."""
+        names = ("kv_bits", "kv_group_size", "quantized_kv_start")
+        return {name: getattr(self, name) for name in names}
+
+    def check(self, model) -> None:
+        """Raise `InputError` unless this model's cache can be quantized so."""
+        text = model.args.text
+        size = text["hidden_size"] // text["num_attention_heads"]
+        if self.kv_bits and size % self.kv_group_size:
+            raise InputError(
+                f"groups of {self.kv_group_size} do not divide this model's keys of "
+                f"{size} numbers; choose a --kv-group-size that does"
+            )
 
 
 def stream_generate(
@@ -67,26 +136,23 @@ def stream_generate(
     prompt: str,
     *,
     pruner: Pruner | None = None,
-    positions: str = DEFAULT_POSITIONS,
-    max_tokens: int = 256,
-    temp: float = 0.0,
-    top_p: float = 0.0,
-    seed: int | None = None,
     vision: Vision | None = None,
+    memory: Memory | None = None,
+    **settings,
 ) -> Iterator[Response]:
     """Stream an answer about `images` (files, arrays or PIL images, in order).
 
-    pruner: a `Pruner`; every visual token when `None`. positions: `original` keeps the
-    place each kept token had, `contiguous` closes the gaps. vision: a Core ML package
-    (`coreml.vision.open_vision`) instead of the model's tower and `pruner`. The rest is
-    as in mlx-lm.
-    Raises `InputError` before anything is computed, but for more tokens to keep than
-    there are, which the first step finds.
+    pruner: a `Pruner`; every visual token when `None`. vision: a Core ML package
+    (`coreml.vision.open_vision`) instead of the model's tower and `pruner`. memory: a
+    `Memory`, which makes another question about the same pictures quick. settings:
+    fields of `Settings`. Raises `InputError` before anything is computed, but for more
+    tokens to keep than there are, which the first step finds.
     """
-    pruner = pruner or Pruner("none")
+    pruner, chosen = pruner or Pruner("none"), Settings(**settings)
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
-    _check(images, positions, max_tokens, temp, top_p, seed)
+    if len(images) == 0:
+        raise InputError("no picture was given; expected at least one")
     if isinstance(model, OpenVLA):
         raise InputError(
             "this model answers in actions, not in words; use mlx_tokprune.act, or "
@@ -97,50 +163,55 @@ def stream_generate(
             f"method {pruner.method!r} looks at the prompt, which only policies can do "
             "here (mlx_tokprune.act); choose another, such as 'norm'"
         )
+    chosen.check(model)
     images = [load_image(image) for image in images]
     processor.prompt(prompt, len(images))
     if vision:
         vision.check(model)
-    if seed is not None:
-        mx.random.seed(seed)
-    looks = vision or (lambda model, pixels: see(model, pixels, pruner))
-    return _stream(
-        model, processor, images, prompt, looks, positions, max_tokens, temp, top_p
-    )
+    if chosen.seed is not None:
+        mx.random.seed(chosen.seed)
+    return _stream(model, processor, images, prompt, pruner, vision, memory, chosen)
 
 
 def _stream(
-    model, processor, images, text, looks: Vision, positions, max_tokens, temp, top_p
+    model, processor, images, text, pruner, vision, memory, settings: Settings
 ) -> Iterator[Response]:
-    from mlx_lm.generate import generate_step, generation_stream, wired_limit
+    from mlx_lm.generate import generation_stream, wired_limit
+    from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.sample_utils import make_sampler
+
+    def look() -> VisualTokens:
+        pixels = mx.array(processor.pixels(images))
+        return vision(model, pixels) if vision else see(model, pixels, pruner)
 
     start = time.perf_counter()
     prompt = processor.prompt(text, len(images))
-    visual = looks(model, mx.array(processor.pixels(images)))
-    prefill = assemble(model, prompt, visual, positions)
-    first: list[float] = []
-
-    def on_progress(done: int, total: int) -> None:
-        # mlx-lm says so as soon as the first token id is on the host.
-        if done == total and not first:
-            first.append(time.perf_counter())
-
-    steps = generate_step(
-        mx.array([], mx.int32),
-        model,
-        max_tokens=max_tokens,
-        sampler=make_sampler(temp, top_p),
-        input_embeddings=prefill.embeddings[0],
-        prompt_progress_callback=on_progress,
-    )
+    cache, known = make_prompt_cache(model), 0
+    if memory is None:
+        visual = look()
+    else:
+        size = (processor.image_size, processor.padding)
+        key = picture_key(images, *size, pruner.key, vision)
+        visual = memory.see(model, key, look)
+    prefill = assemble(model, prompt, visual, settings.positions)
+    if memory is not None:
+        opening, length = opening_of(prompt, prefill, settings.positions)
+        known = memory.recall(key, opening, cache)
+    step = settings.prefill_step_size
+    logits = first_logits(model, prefill, cache, known, step)
+    sampler = make_sampler(settings.temp, settings.top_p)
+    token = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
+    first = time.perf_counter()
+    if memory is not None and not known:
+        memory.keep(key, opening, cache, length)
+    steps = _steps(model, token, cache, sampler, settings)
     tokenizer = processor.tokenizer
     detokenizer = tokenizer.detokenizer
     detokenizer.reset()
     with wired_limit(model, [generation_stream]):
-        for number, (token, _) in enumerate(_with_positions(model, prefill, steps), 1):
-            elapsed = time.perf_counter() - first[0]
-            reason = "length" if number == max_tokens else None
+        for number, token in enumerate(_with_positions(model, prefill, steps), 1):
+            elapsed = time.perf_counter() - first
+            reason = "length" if number == settings.max_tokens else None
             if token in tokenizer.eos_token_ids:
                 reason = "stop"
             else:
@@ -151,12 +222,31 @@ def _stream(
                 text=detokenizer.last_segment,
                 token=token,
                 visual=visual,
-                ttft_ms=(first[0] - start) * 1e3,
+                ttft_ms=(first - start) * 1e3,
                 decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
                 finish_reason=reason,
+                reused=known,
             )
             if reason:
                 return
+
+
+def _steps(model, token: int, cache: list, sampler, settings: Settings) -> Iterator:
+    """`token`, which the prompt in `cache` led to, and those that follow it."""
+    from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
+
+    yield token
+    if settings.max_tokens > 1:
+        maybe_quantize_kv_cache(cache, **settings.quantization)
+        for following, _ in generate_step(
+            mx.array([token]),
+            model,
+            max_tokens=settings.max_tokens - 1,
+            sampler=sampler,
+            prompt_cache=cache,
+            **settings.quantization,
+        ):
+            yield following
 
 
 def _with_positions(model, prefill: Prefill, steps: Iterator) -> Iterator:
@@ -170,22 +260,6 @@ def _with_positions(model, prefill: Prefill, steps: Iterator) -> Iterator:
             yield step
     finally:
         steps.close()
-
-
-def _check(images, positions, max_tokens, temp, top_p, seed) -> None:
-    if seed is not None:
-        check_seed(seed)
-    if len(images) == 0:
-        raise InputError("no picture was given; expected at least one")
-    if positions not in POSITIONS:
-        raise InputError(f"positions are {' or '.join(POSITIONS)}, not {positions!r}")
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise InputError(f"cannot generate {max_tokens} tokens; the least is 1")
-    if not (math.isfinite(temp) and temp >= 0 and 0 <= top_p <= 1):
-        raise InputError(
-            f"temperature {temp:g} and top-p {top_p:g} are out of range; expected a "
-            "temperature of at least 0 and a top-p in [0, 1]"
-        )
 
 
 def generate(model, processor, images: Sequence, prompt: str, **options) -> str:
@@ -206,17 +280,29 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", help="folder or hub id (default: the embedded demo model)")
     add("--image", action="append", default=[], help="a picture; repeat for several")
-    add("--prompt", help="the question; <image> marks a picture's place")
+    help_ = "a question; <image> marks a picture's place; repeat to ask more than one"
+    add("--prompt", action="append", default=[], help=help_)
     add("--method", help="pruning method, see below (default: norm)")
     add_budget(parser)
     package = "a package of mlx_tokprune.coreml that sees and prunes (macOS)"
     add("--vision", metavar="FILE.mlpackage", help=package)
+    help_ = "encode the black border of a padded picture, or leave it out"
+    add("--padding", choices=PADDINGS, default="keep", help=f"{help_} (default: keep)")
+    size = parser.add_mutually_exclusive_group()
+    help_ = "pixels of the longer side (default: as trained)"
+    size.add_argument("--image-size", type=int, help=help_)
+    help_ = "the largest input size whose TTFT is expected to stay below MS"
+    size.add_argument("--vision-budget", type=float, metavar="MS", help=help_)
     add("--max-tokens", type=int, default=256)
     add("--temp", type=float, default=0.0, help="sampling temperature (default: 0)")
     add("--top-p", type=float, default=0.0)
     add("--seed", type=int, default=0, help="of sampling and of method random")
+    add("--prefill-step-size", type=int, default=PREFILL_STEP)
+    add("--kv-bits", type=int, help="quantize the cache to 4 or 8 bits")
+    add("--kv-group-size", type=int, default=64)
+    add("--quantized-kv-start", type=int, default=5000, help="token from which on")
     add("--overlay", help="write a picture of what was kept to this PNG")
-    add("--json", action="store_true", help="end stdout with one line of JSON")
+    add("--json", action="store_true", help="a line of JSON on stdout per question")
     return parser
 
 
@@ -224,59 +310,97 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     pruner, vision = _pruner_and_vision(args)
-    pictures, prompt = args.image, args.prompt
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    pictures, prompts = args.image, args.prompt
     if args.model is None:
         pictures = pictures or [PICTURES[0].path]
-        prompt = PICTURES[0].question if prompt is None else prompt
-    if prompt is None:
+        prompts = prompts or [PICTURES[0].question]
+    if not prompts:
         raise InputError("no prompt was given; say --prompt TEXT")
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
     from .loading import load
 
     model, processor = load(CHECKPOINT if args.model is None else args.model)
-    mx.reset_peak_memory()
-    ids, pieces = [], []
-    for piece in stream_generate(
-        model,
-        processor,
-        images,
-        prompt,
-        pruner=pruner,
-        positions=args.positions,
-        max_tokens=args.max_tokens,
-        temp=args.temp,
-        top_p=args.top_p,
-        seed=args.seed,
-        vision=vision,
-    ):
-        ids.append(piece.token)
-        pieces.append(piece.text)
-        print(piece.text, end="", flush=True)
-    print()
-    peak = mx.get_peak_memory() / 1e6
-    asked = (model, processor, images, prompt, pruner, args.positions)
-    stages = measure_stages(*asked, vision)
-    visual = piece.visual
+    asking = _Asking(args, model, processor, images, pruner, vision, settings)
+    asking.fit(prompts[0])
+    for prompt in prompts:
+        record, visual = asking.answer(prompt)
+        print(format_report(record), file=sys.stderr if args.json else sys.stdout)
+        if args.json:
+            print(json.dumps(record))
     if args.overlay:
         write_overlay(args.overlay, images, visual.selection, visual.grid)
-    record = {
-        "text": "".join(pieces),
-        "token_ids": ids,
-        "visual_tokens": visual.total,
-        "kept_indices": visual.selection.indices.tolist(),
-        "stages_ms": dataclasses.asdict(stages),
-        "ttft_ms": piece.ttft_ms,
-        "decode_tokens_per_second": piece.decode_tokens_per_second,
-        "peak_memory_mb": peak,
-        "method": vision.function.method if vision else pruner.method,
-        "keep": visual.selection.keep,
-        "positions": args.positions,
-        "device": device_name(),
-    }
-    print(format_report(record), file=sys.stderr if args.json else sys.stdout)
-    if args.json:
-        print(json.dumps(record))
+
+
+@dataclass
+class _Asking:
+    """The command's questions, one after another."""
+
+    args: object
+    model: object
+    processor: object
+    images: list
+    pruner: Pruner
+    vision: Vision | None
+    settings: Settings
+    memory: Memory = field(default_factory=Memory)
+
+    def fit(self, prompt: str) -> None:
+        """Choose the input size."""
+        args, size = self.args, self.processor.image_size
+        if isinstance(self.model, OpenVLA) or self.vision:
+            if args.image_size or args.vision_budget or args.padding != "keep":
+                raise InputError(
+                    "input size and padding can only be chosen for a FastVLM that sees "
+                    "by itself; leave them out"
+                )
+            return
+        self.processor = self.processor.at(args.image_size or size, args.padding)
+        if args.vision_budget is not None:
+            fit = fit_image_size(
+                *(self.model, self.processor, self.images, prompt, self.pruner),
+                *(self.settings.positions, args.vision_budget),
+            )
+            self.processor = self.processor.at(fit.image_size)
+
+    def answer(self, prompt: str) -> tuple[dict, VisualTokens]:
+        """Prints an answer; gives its record and visual tokens."""
+        asked = (self.model, self.processor, self.images, prompt)
+        mx.reset_peak_memory()
+        pieces = []
+        for piece in stream_generate(
+            *asked,
+            pruner=self.pruner,
+            vision=self.vision,
+            memory=self.memory if len(self.args.prompt) > 1 else None,
+            **dataclasses.asdict(self.settings),
+        ):
+            pieces.append(piece)
+            print(piece.text, end="", flush=True)
+        print()
+        peak = mx.get_peak_memory() / 1e6
+        positions, visual = self.settings.positions, piece.visual
+        stages = measure_stages(*asked, self.pruner, positions, self.vision)
+        by = self.vision.function if self.vision else self.pruner
+        record = {
+            "text": "".join(piece.text for piece in pieces),
+            "token_ids": [piece.token for piece in pieces],
+            "visual_tokens": visual.total,
+            "kept_indices": visual.selection.indices.tolist(),
+            "stages_ms": dataclasses.asdict(stages),
+            "ttft_ms": piece.ttft_ms,
+            "decode_tokens_per_second": piece.decode_tokens_per_second,
+            "peak_memory_mb": peak,
+            "method": by.method,
+            "keep": visual.selection.keep,
+            "positions": positions,
+            "image_size": self.processor.image_size,
+            "reused_tokens": piece.reused,
+            "device": device_name(),
+        }
+        return record, visual
 
 
 def _pruner_and_vision(args) -> tuple[Pruner, Vision | None]:
@@ -296,14 +420,15 @@ def _pruner_and_vision(args) -> tuple[Pruner, Vision | None]:
 
 def format_report(record: dict) -> str:
     """The figures of one answer, for people."""
-    stages = record["stages_ms"]
+    stages, reused = record["stages_ms"], record["reused_tokens"]
     times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
     return "\n".join(
         [
             f"visual tokens   {record['visual_tokens']} per picture, kept "
             f"{record['keep']} ({record['method']}, {record['positions']} positions)",
             f"stages          {times} ms (fenced, in a second run)",
-            f"TTFT            {record['ttft_ms']:.1f} ms (first run, cold, not fenced)",
+            f"TTFT            {record['ttft_ms']:.1f} ms (cold, not fenced)"
+            + (f", {reused} tokens of the prompt known" if reused else ""),
             f"decode          {record['decode_tokens_per_second']:.1f} tokens/s",
             f"peak memory     {record['peak_memory_mb']:.0f} MB (MLX arrays)",
             f"device          {record['device']}",

@@ -128,6 +128,33 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(square, dtype=np.float32) / 255
 
 
+def preprocess_content(
+    images: Sequence[Image.Image], size: int, stride: int
+) -> np.ndarray:
+    """RGB pictures -> (B, h, w, 3) float32 in [0, 1], without padding to a square.
+
+    Longer sides get `size` pixels, as when padded; every picture is centred on the
+    smallest black rectangle of multiples of `stride` that holds all of them.
+    """
+    contents = [_content_size(image.size, size) for image in images]
+    width, height = (
+        -(-max(sides) // stride) * stride for sides in zip(*contents, strict=True)
+    )
+    frames = np.zeros((len(images), height, width, 3), np.float32)
+    for frame, image, (w, h) in zip(frames, images, contents, strict=True):
+        if image.size != (w, h):
+            image = image.resize((w, h), Image.Resampling.BICUBIC)
+        left, top = (width - w) // 2, (height - h) // 2
+        frame[top : top + h, left : left + w] = np.asarray(image, np.float32) / 255
+    return frames
+
+
+def _content_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """(width, height) scaled so that the longer one is `longest`."""
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return width, height
+
+
 def center_crop(image: Image.Image, share: float) -> Image.Image:
     """The middle of a picture, `share` of its area, cut between pixels if need be."""
     margin = (1 - share**0.5) / 2

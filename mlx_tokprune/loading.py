@@ -1,5 +1,6 @@
 """From a path or hub id to `(model, processor)`, whatever layout the folder has."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from .convert.checkpoint import Checkpoint, read_json
 from .convert.families import identify
 from .errors import InputError
 from .hub import resolve
-from .image import preprocess, preprocess_naive
+from .image import preprocess, preprocess_content, preprocess_naive
+from .models.fastvithd import TOTAL_STRIDE
 from .models.fastvlm import FastVLM
 from .models.openvla import OpenVLA
 from .prompt import Prompt, action_prompt, place_pictures, tokenize
+
+PADDINGS = ("keep", "skip")
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,32 @@ class Processor:
     image_token: str
     prefix: str
     suffix: str
+    padding: str = "keep"
+
+    def at(self, image_size: int, padding: str | None = None) -> "Processor":
+        """The same for another input size, or another way with padding.
+
+        padding: `keep` pads pictures to a square, as the model was trained; `skip`
+        leaves the padding out. Raises `InputError` for a size that cannot be encoded.
+        """
+        padding = padding or self.padding
+        if padding not in PADDINGS:
+            raise InputError(f"padding is {' or '.join(PADDINGS)}, not {padding!r}")
+        if image_size < TOTAL_STRIDE or image_size % TOTAL_STRIDE:
+            near = max(TOTAL_STRIDE, round(image_size / TOTAL_STRIDE) * TOTAL_STRIDE)
+            raise InputError(
+                f"cannot encode pictures of {image_size} px; expected a multiple of "
+                f"{TOTAL_STRIDE}, such as {near}"
+            )
+        return dataclasses.replace(self, image_size=image_size, padding=padding)
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures -> (B, S, S, 3) float32 in [0, 1]."""
+        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], or (B, h, w, 3) if skipping.
+
+        The longer side of a skipped picture is S.
+        """
+        if self.padding == "skip":
+            return preprocess_content(images, self.image_size, TOTAL_STRIDE)
         return preprocess(images, self.image_size)
 
     def prompt(self, text: str, pictures: int) -> Prompt:

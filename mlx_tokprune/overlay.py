@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .features import Selection
-from .image import pad_to_square, square_offset
 
 _SIDE = 768  # pixels of a drawn square
 _DIM = 0.25  # brightness that dropped patches keep
@@ -24,7 +23,7 @@ def draw_overlay(
     """The pictures side by side, without their padding, patches shaded.
 
     selection: of all pictures, or the kept tokens of each. padded: whether the model
-    saw them padded to a square, else stretched to one.
+    saw them padded (to a square where `grid` is one), else stretched to a square.
 
     Selectors: dropped patches are dimmed. Merging methods: patches that went to the
     same kept token share a colour, and a ring marks where that token sits.
@@ -49,29 +48,34 @@ def draw_overlay(
 def _panel(
     image: Image.Image, kept, groups, grid: tuple[int, int], padded: bool
 ) -> Image.Image:
-    square = pad_to_square(image) if padded else image
-    square = square.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-    pixels = np.asarray(square, dtype=np.float32)
+    scale = _SIDE / max(image.size)
+    size = [max(1, round(scale * side)) for side in image.size]
+    frame = [round(_SIDE * cells / max(grid)) for cells in (grid[1], grid[0])]
+    left, top = ((f - s) // 2 for f, s in zip(frame, size, strict=True))
+    canvas = Image.new("RGB", frame)
+    seen = image.resize(size if padded else frame, Image.Resampling.BICUBIC)
+    canvas.paste(seen, (left, top) if padded else (0, 0))
+    pixels = np.asarray(canvas, dtype=np.float32)
     if groups is None:
         mask = np.full(grid[0] * grid[1], _DIM, np.float32)
         mask[kept] = 1
-        shaded = pixels * _stretch(mask.reshape(grid))[..., None]
+        shaded = pixels * _stretch(mask.reshape(grid), pixels)[..., None]
     else:
         colors = _colors(len(kept))[groups].reshape(*grid, 3)
-        shaded = (1 - _TINT) * pixels + _TINT * _stretch(colors)
+        shaded = (1 - _TINT) * pixels + _TINT * _stretch(colors, pixels)
     panel = Image.fromarray(shaded.round().astype(np.uint8))
     if groups is not None:
         _mark(panel, kept, grid)
     if padded:
-        return panel.crop(_content(image.size))
-    scale = _SIDE / max(image.size)
-    return panel.resize([max(1, round(scale * v)) for v in image.size])
+        return panel.crop((left, top, left + size[0], top + size[1]))
+    return panel.resize(size)
 
 
-def _stretch(cells: np.ndarray) -> np.ndarray:
-    """(H, W, ...) per patch -> (SIDE, SIDE, ...) per pixel."""
-    rows = np.arange(_SIDE) * cells.shape[0] // _SIDE
-    columns = np.arange(_SIDE) * cells.shape[1] // _SIDE
+def _stretch(cells: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """(H, W, ...) per patch -> (h, w, ...) per pixel of (h, w, 3) pixels."""
+    height, width = pixels.shape[:2]
+    rows = np.arange(height) * cells.shape[0] // height
+    columns = np.arange(width) * cells.shape[1] // width
     return cells[rows[:, None], columns[None]]
 
 
@@ -83,18 +87,9 @@ def _colors(count: int) -> np.ndarray:
 
 def _mark(panel: Image.Image, kept, grid: tuple[int, int]) -> None:
     draw = ImageDraw.Draw(panel)
-    height, width = _SIDE / grid[0], _SIDE / grid[1]
+    height, width = panel.height / grid[0], panel.width / grid[1]
     radius = min(height, width) / 5
     for index in kept:
         x, y = (index % grid[1] + 0.5) * width, (index // grid[1] + 0.5) * height
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(box, outline="white", width=3)
-
-
-def _content(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box of the unpadded picture on the drawn square."""
-    scale = _SIDE / max(size)
-    left, top = (round(v * scale) for v in square_offset(size))
-    right = max(left + 1, round(left + size[0] * scale))
-    bottom = max(top + 1, round(top + size[1] * scale))
-    return left, top, right, bottom

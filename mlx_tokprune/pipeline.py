@@ -26,7 +26,8 @@ PREFILL_STEP = 2048  # tokens of a prompt that are read at once, as in mlx-lm
 class VisualTokens:
     """The kept tokens of B pictures, ready to be spliced into a prompt.
 
-    embeddings: (B, K, D). selection: which of the N tokens on `grid` they are.
+    embeddings: (B, K, D). selection: which of the N tokens on `grid` they are. A grid
+    that is not square is the middle of one whose padding was not encoded.
     """
 
     embeddings: mx.array
@@ -37,6 +38,16 @@ class VisualTokens:
     def total(self) -> int:
         """N, the tokens of one picture before pruning."""
         return self.grid[0] * self.grid[1]
+
+    def places(self) -> tuple[mx.array, int]:
+        """(B, K) places of the kept tokens on the square grid, and how many it has."""
+        rows, columns = self.grid
+        side, indices = max(self.grid), self.selection.indices
+        if rows == columns:
+            return indices, self.total
+        top, left = (side - rows) // 2, (side - columns) // 2
+        row, column = indices // columns + top, indices % columns + left
+        return row * side + column, side * side
 
 
 # What can stand in for `see`: a Core ML package.
@@ -68,10 +79,10 @@ def assemble(
 ) -> Prefill:
     """Splice pictures into the prompt, with `original` or `contiguous` positions."""
     embeddings = splice(prompt, model.embed, visual.embeddings)
-    indices = visual.selection.indices
-    if positions == "contiguous" or indices.shape[1] == visual.total:
+    places, total = visual.places()
+    if positions == "contiguous" or places.shape[1] == total:
         return Prefill(embeddings, None, 0)
-    where, shift = original_positions(prompt, list(indices), visual.total)
+    where, shift = original_positions(prompt, list(places), total)
     return Prefill(embeddings, where, shift)
 
 

@@ -16,6 +16,7 @@ FLOORS = (
     ("convert.fastvlm", "convert.openvla"),
     ("convert.families",),
     ("loading", "pipeline", "control"),
+    ("memory", "budget"),
     ("coreml",),
     ("commands",),
     ("generate", "act", "train", "convert.command", "convert.__main__"),

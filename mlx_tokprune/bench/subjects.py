@@ -18,7 +18,6 @@ from ..pipeline import Prefill, assemble, first_logits, measure_stages, see
 from ..pruners import Pruner
 from .graph import Cost, count
 
-STRIDE = 64  # pixels: FastViTHD takes squares of multiples of it
 LOWER_SIZES = (256, 512, 768)  # rows without pruning, to compare with
 
 
@@ -59,16 +58,9 @@ class Answering:
         """Input sizes to compare pruning with."""
         return tuple(size for size in LOWER_SIZES if size < self.image_size)
 
-    def at(self, size: int) -> "Answering":
-        """The same with pictures of another size."""
-        if size < STRIDE or size % STRIDE:
-            near = max(STRIDE, round(size / STRIDE) * STRIDE)
-            raise InputError(
-                f"cannot encode pictures of {size} px; expected a multiple of "
-                f"{STRIDE}, such as {near}"
-            )
-        resized = dataclasses.replace(self.processor, image_size=size)
-        return dataclasses.replace(self, processor=resized)
+    def at(self, size: int, padding: str | None = None) -> "Answering":
+        """The same with pictures of another size, or other padding."""
+        return dataclasses.replace(self, processor=self.processor.at(size, padding))
 
     def run(self, asked: Asked, tokens: int) -> dict[str, float | None]:
         """Unfenced times of an answer of at most `tokens`."""
@@ -127,7 +119,9 @@ class Acting:
     def image_size(self) -> int:
         return self.processor.image_size
 
-    def at(self, size: int) -> "Acting":
+    def at(self, size: int, padding: str | None = None) -> "Acting":
+        if padding == "skip":
+            raise InputError(f"{self.name} stretches pictures, so there is no padding")
         if size != self.image_size:
             raise InputError(
                 f"{self.name} sees pictures of {self.image_size} px only, not {size}"

@@ -12,7 +12,7 @@ from ..commands import DEFAULT_POSITIONS
 from ..demo import EMBEDDED
 from ..errors import InputError, Parser, command
 from ..files import write_text
-from ..loading import check, load
+from ..loading import PADDINGS, check, load
 from ..pipeline import POSITIONS
 from ..pruners import get_method, list_pruners
 from .actions import ActionEvaluator
@@ -46,6 +46,7 @@ def build_parser() -> Parser:
     tokens = {"nargs": "+", "type": int, "metavar": "K", "default": []}
     budget.add_argument("--eval-budgets", help="visual tokens instead", **tokens)
     add("--image-size", type=int, help="of the input, px (default: the model's own)")
+    add("--padding", choices=PADDINGS, default="keep", help="of pictures to squares")
     add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
     add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
     add("--workers", type=int, default=1, help="processes on this machine")
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {reason}")
     subject = subject_of(name, *load(EMBEDDED.get(name, name)))
-    subject = subject.at(args.image_size or subject.image_size)
+    subject = subject.at(args.image_size or subject.image_size, args.padding)
     _check_methods(rows, subject)
     header = describe_run(
         subject.model,
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         positions=args.positions,
         max_tokens=args.max_tokens,
         image_size=subject.image_size,
+        padding=args.padding,
     )
     journal = Journal(_journal_file(args.output, workers), header)
     mine = workers.share(len(questions.items))
@@ -176,7 +178,7 @@ def _report(args, result: dict) -> None:
     machine = result["machine"]
     print(
         f"{result['questions']} questions of {result['data']}, {args.positions} "
-        f"positions, {machine['device']}, MLX {mx.__version__}"
+        f"positions, padding {args.padding}, {machine['device']}, MLX {mx.__version__}"
     )
     print(markdown(result["rows"]))
     print(f"\nwrote {args.output}")

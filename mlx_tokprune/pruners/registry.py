@@ -202,6 +202,12 @@ class Pruner:
         ratio_is_full = self.keep_ratio is None or self.keep_ratio == 1
         return self.method == "none" or (ratio_is_full and self.keep_tokens is None)
 
+    @property
+    def key(self) -> tuple:
+        """What tells pruners apart, hashable."""
+        options = tuple(sorted(self.options.items()))
+        return self.method, self.keep_ratio, self.keep_tokens, self.seed, options
+
     def count(self, total: int) -> int:
         """How many of `total` visual tokens to keep."""
         if self.keep_tokens is None:

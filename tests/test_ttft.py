@@ -1,0 +1,410 @@
+"""What makes the first token come sooner: one prefill, memory, padding, input size."""
+
+import dataclasses
+import json
+import weakref
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from mlx_tokprune import Pruner, budget, generate, load, pipeline, stream_generate
+from mlx_tokprune.demo import CHECKPOINT, PICTURES
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.generate import main as command
+from mlx_tokprune.image import load_image, preprocess, preprocess_content
+from mlx_tokprune.memory import Memory
+from mlx_tokprune.overlay import draw_overlay
+from mlx_tokprune.pipeline import assemble, see
+
+IMAGE = TINY / "image_0.png"
+QUESTIONS = ("What does the sign say?", "How many shapes are there?", "Where is it?")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(CHECKPOINT)
+
+
+def answer(model, processor, images, prompt, **options) -> tuple[list[int], int]:
+    """Token ids, and prompt tokens that were known."""
+    pieces = list(stream_generate(model, processor, images, prompt, **options))
+    return [piece.token for piece in pieces], pieces[-1].reused
+
+
+# Prefill ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+def test_tokens_are_those_of_mlx_lm(demo, positions, temp):
+    """mlx-lm reads the prompt and its last token in calls of their own."""
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+
+    model, processor = demo
+    pruner = Pruner("norm", keep_ratio=0.5)
+    image = load_image(PICTURES[0].path)
+    visual = see(model, mx.array(processor.pixels([image])), pruner)
+    prompt = processor.prompt(QUESTIONS[1], 1)
+    prefill = assemble(model, prompt, visual, positions)
+    mx.random.seed(5)
+    with model.positions.using(prefill.positions, prefill.shift):
+        steps = generate_step(
+            mx.array([], mx.int32),
+            model,
+            max_tokens=8,
+            sampler=make_sampler(temp),
+            input_embeddings=prefill.embeddings[0],
+        )
+        expected = [token for token, _ in steps]
+    options = {"positions": positions, "max_tokens": 8, "temp": temp, "seed": 5}
+    asked = (model, processor, [image], QUESTIONS[1])
+    found, _ = answer(*asked, pruner=pruner, **options)
+    assert found == expected[: len(found)]
+
+
+@pytest.mark.parametrize("step", [1, 7, 64, 77, 78])
+def test_a_prompt_read_in_chunks_gives_the_same_tokens(demo, step):
+    model, processor = demo
+    for picture in PICTURES:
+        asked = (model, processor, [picture.path], picture.question)
+        whole = answer(*asked, pruner=Pruner("norm", 0.5))
+        assert answer(*asked, pruner=Pruner("norm", 0.5), prefill_step_size=step) == (
+            whole
+        )
+
+
+def test_the_prompt_goes_through_the_model_once(demo, monkeypatch):
+    model, processor = demo
+    lengths = []
+    inner = type(model.language_model.model)
+    run = inner.__call__
+
+    def counted(self, inputs, cache=None, input_embeddings=None):
+        given = inputs if input_embeddings is None else input_embeddings
+        lengths.append(given.shape[1])
+        return run(self, inputs, cache, input_embeddings)
+
+    monkeypatch.setattr(inner, "__call__", counted)
+    stream = stream_generate(model, processor, [PICTURES[0].path], "Hi")
+    next(stream)
+    assert len(lengths) == 1
+    assert lengths[0] > 64
+
+
+def test_a_quantized_cache(demo):
+    model, processor = demo
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    picture = PICTURES[0]
+    asked = (model, processor, [picture.path], picture.question)
+    assert generate(*asked, **options) == picture.answer
+    memory = Memory()
+    assert answer(*asked, memory=memory, **options)[1] == 0
+    assert answer(*asked, memory=memory, **options)[1] > 0  # prefilled unquantized
+    with pytest.raises(InputError, match="groups of 64 do not divide"):
+        generate(*asked, kv_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_bits": 3}, "cannot quantize the cache to 3 bits"),
+        ({"kv_group_size": 48}, "in groups of 48"),
+        ({"prefill_step_size": 0}, "a prefill step has at least 1 token"),
+        ({"quantized_kv_start": -1}, "from token 0 or later"),
+    ],
+)
+def test_settings_out_of_range(tiny, settings, message):
+    with pytest.raises(InputError, match=message):
+        stream_generate(*tiny, [IMAGE], "Hi", **settings)
+
+
+# Memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("method", ["none", "norm", "similarity"])
+def test_asking_again_gives_the_same_tokens(demo, method, positions):
+    model, processor = demo
+    pruner = Pruner(method, keep_ratio=None if method == "none" else 0.5)
+    memory = Memory()
+    for number, question in enumerate(QUESTIONS):
+        asked = (model, processor, [PICTURES[1].path], question)
+        options = {"pruner": pruner, "positions": positions}
+        expected, nothing = answer(*asked, **options)
+        found, known = answer(*asked, memory=memory, **options)
+        assert found == expected
+        assert nothing == 0
+        assert (known > pruner.count(64)) == (number > 0)
+
+
+def test_a_second_question_sees_and_reads_nothing_again(demo, monkeypatch):
+    model, processor = demo
+    memory = Memory()
+    asked = (model, processor, [PICTURES[0].path])
+    answer(*asked, QUESTIONS[0], memory=memory)
+    looks = []
+    monkeypatch.setattr(type(processor), "pixels", lambda *_: looks.append(1))
+    assert answer(*asked, QUESTIONS[1], memory=memory)[1] > 64
+    assert not looks
+
+
+CHANGES = {
+    "pixel": {},
+    "method": {"pruner": Pruner("attention", keep_ratio=0.5)},
+    "ratio": {"pruner": Pruner("norm", keep_ratio=0.25)},
+    "seed": {"pruner": Pruner("random", keep_ratio=0.5, seed=1)},
+    "positions": {"positions": "contiguous"},
+    "size": {},
+    "padding": {},
+    "words before the picture": {},
+    "vision": {},
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_anything_that_matters_is_a_miss(demo, change):
+    model, processor = demo
+    image, question = load_image(PICTURES[1].path), QUESTIONS[0]
+    first = Pruner("random", keep_ratio=0.5) if change == "seed" else None
+    options = {"pruner": first or Pruner("norm", keep_ratio=0.5)}
+    memory = Memory()
+    before = answer(model, processor, [image], question, memory=memory, **options)
+    again = answer(model, processor, [image], question, memory=memory, **options)
+    assert again[0] == before[0]
+    assert again[1] > 0
+    options |= CHANGES[change]
+    if change == "pixel":
+        image = image.copy()
+        r, g, b = image.getpixel((5, 5))
+        image.putpixel((5, 5), (r, g, b ^ 1))
+    elif change == "size":
+        processor = processor.at(256)
+    elif change == "padding":
+        processor = processor.at(512, "skip")
+    elif change == "words before the picture":
+        question = f"Look: <image> {question}"
+    elif change == "vision":
+        options["vision"] = Watched(options["pruner"])
+    expected = answer(model, processor, [image], question, **options)[0]
+    found, known = answer(model, processor, [image], question, memory=memory, **options)
+    assert found == expected
+    assert known == 0
+
+
+class Watched:
+    """Stands in for a Core ML package."""
+
+    def __init__(self, pruner: Pruner):
+        self.pruner = pruner
+
+    def check(self, model) -> None:
+        pass
+
+    def __call__(self, model, pixels):
+        return see(model, pixels, self.pruner)
+
+
+def test_a_memory_is_bounded_and_forgets_the_oldest(demo):
+    model, processor = demo
+    memory = Memory(2)
+    image = load_image(PICTURES[0].path)
+    pictures = [image, image.rotate(90), image.rotate(180)]
+    for picture in (*pictures[:2], pictures[0], pictures[2]):
+        answer(model, processor, [picture], "Hi", memory=memory, max_tokens=1)
+    assert len(memory) == 2
+    options = {"memory": memory, "max_tokens": 1}
+    assert answer(model, processor, [pictures[0]], "Hi", **options)[1] > 0
+    assert answer(model, processor, [pictures[1]], "Hi", **options)[1] == 0
+    with pytest.raises(InputError, match="cannot remember 0 pictures"):
+        Memory(0)
+
+
+def test_another_model_empties_the_memory(demo, tiny):
+    memory = Memory()
+    for model, processor in (demo, tiny, demo):
+        known = answer(model, processor, [IMAGE], "Hi", memory=memory, max_tokens=1)[1]
+        assert known == 0
+    memory.clear()
+    assert answer(*demo, [IMAGE], "Hi", memory=memory, max_tokens=1)[1] == 0
+
+
+def test_two_pictures_are_remembered_together(demo):
+    model, processor = demo
+    memory, images = Memory(), [picture.path for picture in PICTURES]
+    text = "<image> is first, <image> is second. "
+    for number, question in enumerate(QUESTIONS):
+        asked = (model, processor, images, text + question)
+        expected = answer(*asked)[0]
+        found, known = answer(*asked, memory=memory)
+        assert found == expected
+        assert (known > 128) == (number > 0)
+    swapped = (model, processor, images[::-1], text + QUESTIONS[0])
+    assert answer(*swapped, memory=memory)[1] == 0
+
+
+def test_an_answer_does_not_change_what_is_remembered(demo):
+    """A cache writes into the arrays it holds."""
+    model, processor = demo
+    memory = Memory()
+    asked = (model, processor, [PICTURES[0].path], QUESTIONS[1])
+    expected = answer(*asked)[0]
+    for _ in range(3):
+        assert answer(*asked, memory=memory)[0] == expected
+
+
+def test_the_command_asks_several_questions(capsys):
+    command(["--json", "--prompt", QUESTIONS[0], "--prompt", PICTURES[0].question])
+    lines = capsys.readouterr().out.splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [record["reused_tokens"] > 0 for record in records] == [False, True]
+    assert records[1]["text"] == PICTURES[0].answer
+
+
+# Padding ----------------------------------------------------------------------------
+
+
+def wide(width: int, height: int) -> Image.Image:
+    """A picture without symmetry."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((512, 288), (320, 512)),
+        ((288, 512), (512, 320)),
+        ((512, 512), (512, 512)),
+        ((1920, 1080), (320, 512)),
+        ((2000, 3), (64, 512)),
+        ((512, 321), (384, 512)),
+    ],
+)
+def test_padding_that_is_skipped_leaves_the_picture(size, shape):
+    image = wide(*size)
+    (found,) = preprocess_content([image], 512, 64)
+    assert found.shape == (*shape, 3)
+    width, height = (max(1, round(side * 512 / max(size))) for side in size)
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    scaled = image.resize((width, height), Image.Resampling.BICUBIC)
+    content = found[top : top + height, left : left + width]
+    np.testing.assert_array_equal(content, np.asarray(scaled, np.float32) / 255)
+    assert found.sum() == pytest.approx(content.sum())
+
+
+def test_pixels_of_a_picture_without_resizing_are_those_of_the_square():
+    image = wide(512, 256)
+    (square,), (content,) = (
+        preprocess([image], 512),
+        preprocess_content([image], 512, 64),
+    )
+    np.testing.assert_array_equal(content, square[128:384])
+
+
+def test_pictures_of_different_shapes_share_a_rectangle(demo):
+    model, processor = demo
+    processor = processor.at(512, "skip")
+    images = [wide(512, 200), wide(400, 300)]
+    assert processor.pixels(images).shape == (2, 384, 512, 3)
+    text = generate(model, processor, images, "What?", max_tokens=2)
+    assert isinstance(text, str)
+
+
+def test_places_are_those_in_the_padded_square(demo):
+    model, processor = demo
+    processor = processor.at(512, "skip")
+    for size, places in (((512, 256), range(16, 48)), ((256, 512), None)):
+        pixels = mx.array(processor.pixels([wide(*size)]))
+        visual = see(model, pixels, Pruner("none"))
+        assert visual.total == 32
+        found, total = visual.places()
+        assert total == 64
+        columns = [8 * row + column for row in range(8) for column in range(2, 6)]
+        assert found.tolist() == [list(places or columns)]
+        prompt = processor.prompt("Hi", 1)
+        before, after = map(len, prompt.segments)
+        prefill = assemble(model, prompt, visual, "original")
+        expected = [*range(before), *(before + p for p in found.tolist()[0])]
+        expected += [before + 64 + i for i in range(after)]
+        assert prefill.positions.tolist() == expected
+        assert prefill.shift == 32
+        assert assemble(model, prompt, visual, "contiguous").positions is None
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.path.name)
+def test_the_demo_answers_without_padding(demo, picture):
+    model, processor = demo
+    asked = (model, processor.at(512, "skip"), [picture.path], picture.question)
+    assert generate(*asked, pruner=Pruner("norm", keep_ratio=0.5)) == picture.answer
+
+
+def test_an_overlay_without_padding_shows_the_same_places(demo):
+    model, processor = demo
+    image = wide(512, 256)
+    pixels = mx.array(processor.at(512, "skip").pixels([image]))
+    visual = see(model, pixels, Pruner("norm", keep_ratio=0.5))
+    drawn = draw_overlay([image], visual.selection, visual.grid)
+    places, _ = visual.places()
+    square = dataclasses.replace(visual.selection, indices=places)
+    expected = draw_overlay([image], square, (8, 8))
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image-size", "100"], "expected a multiple of 64, such as 128"),
+        (["--image-size", "-64"], "such as 64"),
+        (["--padding", "crop"], "invalid choice"),
+        (["--vision-budget", "0.001"], "the smallest, 64 px, takes about"),
+        (["--image-size", "64", "--vision-budget", "9"], "not allowed with"),
+    ],
+)
+def test_bad_sizes_are_one_sentence(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        command(
+            [*arguments, "--model", str(TINY), "--image", str(IMAGE)] + ["--prompt=a"]
+        )
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# Budget -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "size"), [(1e6, 512), (140, 448), (74.1, 256), (26.7, 64)]
+)
+def test_the_largest_size_that_fits(demo, monkeypatch, milliseconds, size):
+    """Of a machine that takes 20 ms and 6.6 ms for every 128 px squared."""
+    model, processor = demo
+    runs = []
+
+    def measured(model, processor, *_):
+        runs.append(processor.image_size)
+        total = 25 + 50 * (processor.image_size / 256) ** 2
+        return pipeline.StageTimes(total - 10, 5, 3, 1, 1)
+
+    monkeypatch.setattr(budget, "measure_stages", measured)
+    asked = (model, processor, [], "Hi", Pruner("none"), "original")
+    expected = 25 + 50 * (size / 256) ** 2
+    if milliseconds < expected:
+        milliseconds = expected + 0.1
+    fit = budget.fit_image_size(*asked, milliseconds)
+    assert fit.image_size == size
+    assert fit.predicted_ms == pytest.approx(expected)
+    assert runs == [256, 256, 512, 512]
+
+
+def test_memory_does_not_keep_a_model_that_is_gone():
+    model, processor = load(TINY)
+    memory = Memory()
+    answer(model, processor, [IMAGE], "Hi", memory=memory, max_tokens=1)
+    gone = weakref.ref(memory)
+    del model, processor, memory
+    assert gone() is None
