@@ -6,6 +6,7 @@ which tokens stay.
 """
 
 import contextlib
+import gc
 import io
 import logging
 import shutil
@@ -167,6 +168,8 @@ def _write(model, pruners, folder: Path, options: Options, bar) -> list[Function
         function, package = _convert(model, pruner, options)
         alone = str(work / f"{function.name}.mlpackage")
         package.save(alone)
+        del package
+        gc.collect()  # coremltools' programs hold each other
         merged.add_function(alone, "main", function.name)
         merged.default_function_name = (functions or [function])[0].name
         functions.append(function)
