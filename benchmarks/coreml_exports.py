@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--picture", default=str(PICTURES[0].path))
     parser.add_argument("--methods", nargs="+", help="only these")
+    alone = "only the first keep ratio of each package, where memory is short"
+    parser.add_argument("--alone", action="store_true", help=alone)
     args = parser.parse_args()
     model, processor = mlx_tokprune.load(args.model, mx.float32)
     pixels = processor.pixels([load_image(args.picture)])
@@ -63,6 +65,7 @@ def main() -> None:
     for method, ratios, options in CASES:
         if args.methods and method not in args.methods:
             continue
+        ratios = ratios[:1] if args.alone else ratios
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "vision.mlpackage"
             seconds, memory = export(args.model, path, method, ratios, options)

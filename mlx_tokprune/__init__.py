@@ -21,11 +21,12 @@ warnings.filterwarnings(
     "ignore", ".*found in sys.modules after import", RuntimeWarning, "runpy"
 )
 
-from .act import Policy, predict_action  # noqa: E402
+from .act import predict_action  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .features import Features, Selection, StageTimes  # noqa: E402
 from .generate import generate, stream_generate  # noqa: E402
 from .loading import load  # noqa: E402
+from .policy import Policy  # noqa: E402
 from .pruners import Pruner, list_pruners  # noqa: E402
 
 __version__ = "0.1.0"

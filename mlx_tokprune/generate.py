@@ -324,6 +324,7 @@ def main(argv: list[str] | None = None) -> None:
 
     model, processor = load(CHECKPOINT if args.model is None else args.model)
     asking = _Asking(args, model, processor, images, pruner, vision, settings)
+    asking.check(prompts)
     asking.fit(prompts[0])
     for prompt in prompts:
         record, visual = asking.answer(prompt)
@@ -346,6 +347,12 @@ class _Asking:
     vision: Vision | None
     settings: Settings
     memory: Memory = field(default_factory=Memory)
+
+    def check(self, prompts: list[str]) -> None:
+        """Refuse any before answering the first."""
+        if not isinstance(self.model, OpenVLA):
+            for prompt in prompts:
+                self.processor.prompt(prompt, len(self.images))
 
     def fit(self, prompt: str) -> None:
         """Choose the input size."""
@@ -397,6 +404,7 @@ class _Asking:
             "keep": visual.selection.keep,
             "positions": positions,
             "image_size": self.processor.image_size,
+            "padding": self.processor.padding,
             "reused_tokens": piece.reused,
             "device": device_name(),
         }
@@ -424,8 +432,9 @@ def format_report(record: dict) -> str:
     times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
     return "\n".join(
         [
-            f"visual tokens   {record['visual_tokens']} per picture, kept "
-            f"{record['keep']} ({record['method']}, {record['positions']} positions)",
+            f"visual tokens   {record['visual_tokens']} per picture of "
+            f"{record['image_size']} px, kept {record['keep']} "
+            f"({record['method']}, {record['positions']} positions)",
             f"stages          {times} ms (fenced, in a second run)",
             f"TTFT            {record['ttft_ms']:.1f} ms (cold, not fenced)"
             + (f", {reused} tokens of the prompt known" if reused else ""),

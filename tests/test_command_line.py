@@ -24,6 +24,9 @@ FIELDS = {
     "keep",
     "positions",
     "device",
+    "image_size",
+    "padding",
+    "reused_tokens",
 }
 
 

@@ -9,7 +9,7 @@ from conftest import OFT, TINY_POLICY, copy_policy, side_tensors
 from PIL import Image
 
 from mlx_tokprune import control, load
-from mlx_tokprune.act import Policy, main, predict_action
+from mlx_tokprune.act import main, predict_action
 from mlx_tokprune.actions import read_bounds
 from mlx_tokprune.convert import convert, sidefiles
 from mlx_tokprune.convert.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from mlx_tokprune.convert.families import identify
 from mlx_tokprune.convert.openvla import OPENVLA
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image, preprocess_naive
+from mlx_tokprune.policy import Policy
 from mlx_tokprune.pruners import Pruner
 
 PICTURE = load_image(TINY_POLICY / "image_0.png")

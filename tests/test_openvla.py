@@ -8,9 +8,10 @@ import pytest
 from conftest import TINY_POLICY
 
 from mlx_tokprune import control, load
-from mlx_tokprune.act import Policy, main, predict_action
+from mlx_tokprune.act import main, predict_action
 from mlx_tokprune.convert import convert
 from mlx_tokprune.image import load_image
+from mlx_tokprune.policy import Policy
 from mlx_tokprune.pruners import Pruner
 
 METHODS = ("norm", "mean_similarity")

@@ -299,10 +299,8 @@ def test_padding_that_is_skipped_leaves_the_picture(size, shape):
 
 def test_pixels_of_a_picture_without_resizing_are_those_of_the_square():
     image = wide(512, 256)
-    (square,), (content,) = (
-        preprocess([image], 512),
-        preprocess_content([image], 512, 64),
-    )
+    (square,) = preprocess([image], 512)
+    (content,) = preprocess_content([image], 512, 64)
     np.testing.assert_array_equal(content, square[128:384])
 
 
@@ -366,10 +364,9 @@ def test_an_overlay_without_padding_shows_the_same_places(demo):
     ],
 )
 def test_bad_sizes_are_one_sentence(capsys, arguments, message):
+    asked = ["--model", str(TINY), "--image", str(IMAGE), "--prompt=a"]
     with pytest.raises(SystemExit) as stopped:
-        command(
-            [*arguments, "--model", str(TINY), "--image", str(IMAGE)] + ["--prompt=a"]
-        )
+        command([*arguments, *asked])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

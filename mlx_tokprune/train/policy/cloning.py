@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from ...act import Policy
+from ...policy import Policy
 from ...pruners import Pruner
 from .demonstrations import (
     CORRECTION_SEEDS,

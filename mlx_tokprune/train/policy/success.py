@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ...act import Policy
+from ...policy import Policy
 from ...pruners import Pruner, get_method, list_pruners
 from .table import read_log
 from .worlds import HORIZON, TASKS, World
