@@ -3,8 +3,9 @@
     python benchmarks/coreml_exports.py --model FOLDER [--picture FILE] [--methods ...]
 
 Each package is written by a process of its own, read back from disk, and run by the
-NumPy interpreter of tests/mil.py on one picture. The last column says in how many of
-the kept tokens it agrees with MLX in float32. Needs the extras coreml and test; runs on
+NumPy interpreter of tests/mil.py on one picture. The last columns are the shares of the
+kept tokens that MLX keeps in float32, and, for merging methods, of all tokens that join
+the group they join there. Needs the extras coreml and test; runs on
 Linux, where Core ML itself does not.
 """
 
@@ -59,7 +60,7 @@ def main() -> None:
     seen = {}
     print(
         f"{'method, functions, options':44}{'MB':>8}{'s':>7}{'GB':>6}  "
-        "function    rel. error      dB  same tokens",
+        "function    rel. error      dB  same tokens, groups",
         flush=True,
     )
     for method, ratios, options in CASES:
@@ -78,9 +79,11 @@ def main() -> None:
                 if (method, ratio) not in seen:
                     pruner = Pruner(method, keep_ratio=ratio)
                     visual = see(model, mx.array(pixels), pruner)
+                    groups = visual.selection.assignment()
                     seen[method, ratio] = (
                         np.array(visual.embeddings),
                         np.array(visual.selection.indices),
+                        None if groups is None else np.array(groups),
                     )
                     mx.clear_cache()
                 name = f"keep_{ratio * 100:g}" if len(ratios) > 1 else None
@@ -105,10 +108,11 @@ def export(model, path, method, ratios, options) -> tuple[float, float]:
 
 
 def compare(package: Package, function: str | None, pixels, expected) -> str:
-    features, indices = expected
+    features, indices, groups = expected
     image = np.round(pixels * 255).astype(np.float32).transpose(0, 3, 1, 2)
     found = package.predict({"image": image}, function)
     same = np.isin(found["kept_indices"], indices).mean()
+    joined = "" if groups is None else f"{(found['assignment'] == groups).mean():8.3f}"
     if same < 1:  # compare the tokens that both keep
         both = np.intersect1d(found["kept_indices"], indices)
         here = np.searchsorted(indices[0], both)
@@ -120,6 +124,7 @@ def compare(package: Package, function: str | None, pixels, expected) -> str:
     ratio = (features**2).sum() / ((result - features) ** 2).sum()
     return (
         f" {function or 'main':10}{error:12.1e}{10 * np.log10(ratio):8.1f}{same:12.3f}"
+        f"{joined}"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_tokprune.models import layers
-from mlx_tokprune.models.fastvithd import FastViTHD, VisionConfig, fold_batch_norms
+from mlx_tokprune.models.fastvithd import FastViTHD, VisionConfig, fold
 from mlx_tokprune.models.layers import plain_operations
 from mlx_tokprune.models.positions import PositionedRoPE, Positions
 
@@ -72,7 +72,7 @@ def test_attention_forms_agree():
 
 
 def trained_like(inference: bool) -> FastViTHD:
-    """A small tower whose batch norms are not the identity."""
+    """A small tower whose batch norms and layer scales are not the identity."""
     mx.random.seed(0)
     tower = FastViTHD(SMALL, inference)
     for name, module in tower.named_modules():
@@ -81,14 +81,16 @@ def trained_like(inference: bool) -> FastViTHD:
             module.running_var = mx.random.uniform(0.5, 2, module.running_var.shape)
             module.weight = mx.random.uniform(0.5, 2, module.weight.shape)
             module.bias = 0.3 * mx.random.normal(module.bias.shape)
+        for part in [key for key in module if key.startswith("layer_scale")]:
+            module[part] = mx.random.uniform(0.5, 2, module[part].shape)
     return tower.eval()
 
 
 def test_folded_tower_equals_the_unfolded_one():
     plain, folded = trained_like(inference=False), FastViTHD(SMALL)
     weights = dict(tree_flatten(plain.parameters()))
-    once = fold_batch_norms(weights)
-    twice = fold_batch_norms(once)
+    once = fold(weights)
+    twice = fold(once)
     assert all(mx.array_equal(once[k], twice[k]) for k in once)
     folded.load_weights(list(once.items()))
     pixels = mx.random.uniform(shape=(2, 128, 128, 3))

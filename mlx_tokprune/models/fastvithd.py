@@ -2,8 +2,8 @@
 
 A convolutional stem, three stages of RepMixer blocks and two of attention blocks, then
 a squeeze-and-excite expansion; total stride 64 and no CLS token. Attribute names are
-those of the MLX checkpoints. In `inference` form the batch norms are folded into the
-convolutions before them; the other form has exactly the tensors of a checkpoint.
+those of the MLX checkpoints. In `inference` form batch norms and layer scales are
+folded into the layers before them; the other form has a checkpoint's exact tensors.
 """
 
 from dataclasses import dataclass
@@ -132,11 +132,12 @@ class RepMixerBlock(nn.Module):
         super().__init__()
         self.token_mixer = RepConv(channels, 3)
         self.convffn = ConvFFN(channels, hidden, inference)
-        self.layer_scale = mx.ones((1, 1, channels))
+        if not inference:
+            self.layer_scale = mx.ones((1, 1, channels))
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.token_mixer(x)
-        return x + self.layer_scale * self.convffn(x)
+        return x + _scaled(self, "layer_scale", self.convffn(x))
 
 
 class AttentionBlock(nn.Module):
@@ -145,16 +146,21 @@ class AttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=1e-5)
         self.token_mixer = Attention(channels, head_dim)
         self.convffn = ConvFFN(channels, hidden, inference)
-        self.layer_scale_1 = mx.ones((1, 1, channels))
-        self.layer_scale_2 = mx.ones((1, 1, channels))
+        if not inference:
+            self.layer_scale_1 = mx.ones((1, 1, channels))
+            self.layer_scale_2 = mx.ones((1, 1, channels))
 
     def attend(self, x: mx.array, return_received: bool):
         mixed, received = self.token_mixer(self.norm(x), return_received)
-        x = x + self.layer_scale_1 * mixed
-        return x + self.layer_scale_2 * self.convffn(x), received
+        x = x + _scaled(self, "layer_scale_1", mixed)
+        return x + _scaled(self, "layer_scale_2", self.convffn(x)), received
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.attend(x, False)[0]
+
+
+def _scaled(block: nn.Module, name: str, x: mx.array) -> mx.array:
+    return block[name] * x if name in block else x
 
 
 class LargeKernelConv(nn.Module):
@@ -253,11 +259,30 @@ def _as_list(part) -> list:
     return part if isinstance(part, list) else [part]
 
 
-def fold_batch_norms(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Fold each `*.bn.*` into the bias-free `*.conv.weight` beside it.
+def fold(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Checkpoint tensors -> those of the `inference` form.
 
-    Idempotent: weights without batch norms come back as they are.
+    Each `*.bn.*` goes into the bias-free `*.conv.weight` beside it, each layer scale
+    into the last layer of what it scales. Idempotent.
     """
+    return _fold_layer_scales(_fold_batch_norms(weights))
+
+
+def _fold_layer_scales(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    folded = {k: v for k, v in weights.items() if ".layer_scale" not in k}
+    for name in weights.keys() - folded.keys():
+        block, _, which = name.rpartition(".")
+        last = "token_mixer.proj" if which == "layer_scale_1" else "convffn.fc2"
+        scale = weights[name].astype(mx.float32).reshape(-1)
+        for part in ("weight", "bias"):
+            key = f"{block}.{last}.{part}"
+            shape = (-1, *(1,) * (folded[key].ndim - 1))
+            scaled = folded[key].astype(mx.float32) * scale.reshape(shape)
+            folded[key] = scaled.astype(folded[key].dtype)
+    return folded
+
+
+def _fold_batch_norms(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     norms = {k[: -len("bn.weight")] for k in weights if k.endswith(".bn.weight")}
     folded = {k: v for k, v in weights.items() if ".bn." not in k}
     for prefix in norms:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..errors import InputError
 from ..features import Features
 from .checks import check_language, expect, is_size, object_of
-from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, fold_batch_norms
+from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, fold
 from .layers import gelu
 from .positions import Positions, use_positions
 
@@ -163,7 +163,7 @@ class FastVLM(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """MLX-layout tensors -> what the inference form holds. Idempotent."""
         weights = {k: v for k, v in weights.items() if ".vision_model.head." not in k}
-        return fold_batch_norms(weights)
+        return fold(weights)
 
     @staticmethod
     def quant_predicate(path: str, module: nn.Module) -> bool:
