@@ -2,8 +2,9 @@
 
 On a GPU these are MLX's own operations. MLX's CPU backend runs grouped convolutions,
 `erf` and `exp` slowly and each on one core, so there depthwise convolutions become
-shifted multiply-adds, GELU and softmax polynomials, compiled and split over the cores.
-`plain_operations()` turns the CPU forms off, so that tests can compare both.
+matrix products (large kernels) or shifted multiply-adds, GELU and softmax polynomials,
+all split over the cores. `plain_operations()` turns the CPU forms off, so that tests
+can compare both.
 """
 
 import contextlib
@@ -99,15 +100,23 @@ def _exp_terms() -> list[float]:
 
 @mx.compile
 def _polynomial_gelu(x: mx.array) -> mx.array:
-    u = mx.clip(x * math.sqrt(0.5), -_ERF_LIMIT, _ERF_LIMIT)
+    u = x * math.sqrt(0.5)  # `mx.clip` would keep the kernel from being vectorized
+    u = mx.where(u > _ERF_LIMIT, _ERF_LIMIT, mx.where(u < -_ERF_LIMIT, -_ERF_LIMIT, u))
     return 0.5 * x * (1 + u * _evaluate(_erf_terms(), u * u * (2 / _ERF_LIMIT**2) - 1))
 
 
+def _exp_below(x: mx.array, largest: mx.array) -> mx.array:
+    """exp(x - largest) for x <= largest."""
+    return _polynomial_exp(mx.maximum(x - largest, -_EXP_LIMIT))
+
+
 @mx.compile
-def _polynomial_exp(x: mx.array, largest: mx.array) -> mx.array:
-    """exp(x - largest) for x <= largest, as exp((x - largest) / 32)**32."""
-    t = mx.maximum(x - largest, -_EXP_LIMIT) * (2 / _EXP_LIMIT) + 1
-    root = _evaluate(_exp_terms(), t)
+def _polynomial_exp(x: mx.array) -> mx.array:
+    """exp(x) for -_EXP_LIMIT <= x <= 0, as exp(x / 32)**32.
+
+    Limits are kept outside: in here they would keep the kernel from being vectorized.
+    """
+    root = _evaluate(_exp_terms(), x * (2 / _EXP_LIMIT) + 1)
     for _ in range(5):
         root = root * root
     return root
@@ -128,7 +137,7 @@ def _powers(q: mx.array, k: mx.array, scale: float) -> tuple[mx.array, mx.array]
 
     def part(start: int, stop: int) -> mx.array:
         some = scores[:, start:stop]
-        return _polynomial_exp(some, mx.max(some, axis=-1, keepdims=True))
+        return _exp_below(some, mx.max(some, axis=-1, keepdims=True))
 
     powers = _on_all_cores(part, scores.shape)
     return powers, mx.sum(powers, axis=-1, keepdims=True)
@@ -151,6 +160,65 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
 
 # Convolutions -----------------------------------------------------------------------
+
+
+_TILE = 16  # columns of a picture that one band matrix makes
+_LARGE = 5  # kernels from here on are faster as matrix products
+
+
+def _bands(weight: mx.array) -> mx.array:
+    """(C, k, k, 1) -> (C, k, _TILE, _TILE + k - 1): each kernel row as a band matrix.
+
+    Row r of a matrix has the kernel row from column r on: written one after another,
+    rows are kernel row and `_TILE` zeros over and over.
+    """
+    channels, size = weight.shape[:2]
+    zeros = mx.zeros((channels, size, _TILE), weight.dtype)
+    period = mx.concatenate([weight[..., 0], zeros], axis=-1)
+    width = _TILE + size - 1
+    flat = mx.tile(period, (1, 1, _TILE))[..., : _TILE * width]
+    return flat.reshape(channels, size, _TILE, width)
+
+
+def _banded_products(x: mx.array, weight: mx.array) -> mx.array:
+    """Depthwise convolution (H, W, C) -> (H, W, C) of stride 1, by matrix products.
+
+    Channels first, a picture is cut into tiles of `_TILE` columns and their borders,
+    and each row of the kernel is one product of all tiles' rows with its band matrix.
+    Rows between two tiles are computed along and dropped.
+    """
+    (height, width, channels), size = x.shape, weight.shape[1]
+    pad, tiles = size // 2, -(-width // _TILE)
+    high, wide = height + 2 * pad, tiles * _TILE + 2 * pad
+    border = ((0, 0), (pad, pad), (pad, wide - width - pad))
+    picture = mx.contiguous(mx.pad(x.transpose(2, 0, 1), border))
+    cut = (channels, tiles, high, _TILE + 2 * pad)
+    rows = mx.as_strided(picture, cut, (high * wide, _TILE, wide, 1))
+    rows = mx.contiguous(rows).reshape(channels, tiles * high, -1)
+    bands, count, total = _bands(weight).swapaxes(-1, -2), tiles * high - 2 * pad, None
+    for i in range(size):
+        some = rows[:, i : i + count]
+        first = total is None
+        total = some @ bands[:, i] if first else mx.addmm(total, some, bands[:, i])
+    total = mx.pad(total, ((0, 0), (0, 2 * pad), (0, 0)))
+    total = total.reshape(channels, tiles, high, _TILE)[:, :, :height]
+    return total.transpose(2, 1, 3, 0).reshape(height, -1, channels)[:, :width]
+
+
+def _banded_convolution(x: mx.array, weight: mx.array) -> mx.array:
+    """(B, H, W, C), the channels split over the cores."""
+    streams, channels = _cpu_streams(), x.shape[-1]
+    edges = [channels * i // len(streams) for i in range(len(streams) + 1)]
+    pictures = []
+    for picture in x:
+        parts = []
+        for stream, start, stop in zip(streams, edges, edges[1:], strict=False):
+            if start < stop:
+                with mx.stream(stream):
+                    some = picture[..., start:stop], weight[start:stop]
+                    parts.append(_banded_products(*some))
+        pictures.append(mx.concatenate(parts, axis=-1))
+    return mx.stack(pictures)
 
 
 @functools.lru_cache(maxsize=256)
@@ -180,6 +248,8 @@ def depthwise_convolution(x: mx.array, weight: mx.array, stride: int = 1) -> mx.
     pad = size // 2
     if not use_cpu_forms():
         return mx.conv2d(x, weight, stride, pad, groups=channels)
+    if size >= _LARGE and stride == 1 and weight.shape[0] == channels:
+        return _banded_convolution(x, weight)
     if weight.shape[0] != channels:
         x = mx.repeat(x, weight.shape[0] // channels, axis=-1)
     height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
