@@ -26,6 +26,7 @@ from .errors import InputError  # noqa: E402
 from .features import Features, Selection, StageTimes  # noqa: E402
 from .generate import generate, stream_generate  # noqa: E402
 from .loading import load  # noqa: E402
+from .memory import Memory  # noqa: E402
 from .policy import Policy  # noqa: E402
 from .pruners import Pruner, list_pruners  # noqa: E402
 
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Features",
     "InputError",
+    "Memory",
     "Policy",
     "Pruner",
     "Selection",
