@@ -5,6 +5,7 @@ keeps the time.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -45,6 +46,7 @@ from .pipeline import (
     see,
 )
 from .pruners import Pruner, check_seed
+from .temporal import Temporal
 
 DEFAULT_METHOD = "norm"
 
@@ -286,6 +288,8 @@ def build_parser() -> Parser:
     add_budget(parser)
     package = "a package of mlx_tokprune.coreml that sees and prunes (macOS)"
     add("--vision", metavar="FILE.mlpackage", help=package)
+    help_ = "pictures are frames: ask about each, encoding what changed since the last"
+    add("--temporal", action="store_true", help=help_)
     help_ = "encode the black border of a padded picture, or leave it out"
     add("--padding", choices=PADDINGS, default="keep", help=f"{help_} (default: keep)")
     size = parser.add_mutually_exclusive_group()
@@ -326,13 +330,15 @@ def main(argv: list[str] | None = None) -> None:
     asking = _Asking(args, model, processor, images, pruner, vision, settings)
     asking.check(prompts)
     asking.fit(prompts[0])
-    for prompt in prompts:
+    frames = [[image] for image in images] if args.temporal else [images]
+    for seen, prompt in itertools.product(frames, prompts):
+        asking.images = seen
         record, visual = asking.answer(prompt)
         print(format_report(record), file=sys.stderr if args.json else sys.stdout)
         if args.json:
             print(json.dumps(record))
     if args.overlay:
-        write_overlay(args.overlay, images, visual.selection, visual.grid)
+        write_overlay(args.overlay, seen, visual.selection, visual.grid)
 
 
 @dataclass
@@ -352,12 +358,14 @@ class _Asking:
         """Refuse any before answering the first."""
         if not isinstance(self.model, OpenVLA):
             for prompt in prompts:
-                self.processor.prompt(prompt, len(self.images))
+                pictures = 1 if self.args.temporal else len(self.images)
+                self.processor.prompt(prompt, pictures)
 
     def fit(self, prompt: str) -> None:
         """Choose the input size."""
         args, size = self.args, self.processor.image_size
-        if isinstance(self.model, OpenVLA) or self.vision:
+        package = self.vision and not args.temporal
+        if isinstance(self.model, OpenVLA) or package:
             if args.image_size or args.vision_budget or args.padding != "keep":
                 raise InputError(
                     "input size and padding can only be chosen for a FastVLM that sees "
@@ -372,6 +380,12 @@ class _Asking:
             )
             self.processor = self.processor.at(fit.image_size)
 
+    @property
+    def _memory(self) -> Memory | None:
+        """Frames are each asked about once."""
+        several = len(self.args.prompt) > 1 and not self.args.temporal
+        return self.memory if several else None
+
     def answer(self, prompt: str) -> tuple[dict, VisualTokens]:
         """Prints an answer; gives its record and visual tokens."""
         asked = (self.model, self.processor, self.images, prompt)
@@ -381,7 +395,7 @@ class _Asking:
             *asked,
             pruner=self.pruner,
             vision=self.vision,
-            memory=self.memory if len(self.args.prompt) > 1 else None,
+            memory=self._memory,
             **dataclasses.asdict(self.settings),
         ):
             pieces.append(piece)
@@ -389,8 +403,10 @@ class _Asking:
         print()
         peak = mx.get_peak_memory() / 1e6
         positions, visual = self.settings.positions, piece.visual
-        stages = measure_stages(*asked, self.pruner, positions, self.vision)
-        by = self.vision.function if self.vision else self.pruner
+        package = None if self.args.temporal else self.vision
+        encoded = self.vision.encoded if self.args.temporal else None
+        stages = measure_stages(*asked, self.pruner, positions, package)
+        by = package.function if package else self.pruner
         record = {
             "text": "".join(piece.text for piece in pieces),
             "token_ids": [piece.token for piece in pieces],
@@ -406,16 +422,20 @@ class _Asking:
             "image_size": self.processor.image_size,
             "padding": self.processor.padding,
             "reused_tokens": piece.reused,
+            "encoded": encoded,
             "device": device_name(),
         }
         return record, visual
 
 
 def _pruner_and_vision(args) -> tuple[Pruner, Vision | None]:
-    """What prunes, MLX or a package; the other one of the two does nothing."""
+    """What prunes, and what sees in place of the model's tower, if anything."""
     if args.vision is None:
         budget = (args.keep_ratio, args.keep_tokens)
-        return make_pruner(args.method, *budget, args.seed, DEFAULT_METHOD), None
+        pruner = make_pruner(args.method, *budget, args.seed, DEFAULT_METHOD)
+        return pruner, Temporal(pruner) if args.temporal else None
+    if args.temporal:
+        raise InputError("a package sees whole frames; leave out --temporal")
     if args.method is not None or args.keep_tokens is not None:
         raise InputError(
             "a package has its own method; with --vision, say only --keep-ratio, to "
@@ -430,6 +450,8 @@ def format_report(record: dict) -> str:
     """The figures of one answer, for people."""
     stages, reused = record["stages_ms"], record["reused_tokens"]
     times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
+    seen = record["encoded"]
+    seen = "" if seen is None else f", {seen:.0%} of the frame encoded"
     return "\n".join(
         [
             f"visual tokens   {record['visual_tokens']} per picture of "
@@ -437,7 +459,8 @@ def format_report(record: dict) -> str:
             f"({record['method']}, {record['positions']} positions)",
             f"stages          {times} ms (fenced, in a second run)",
             f"TTFT            {record['ttft_ms']:.1f} ms (cold, not fenced)"
-            + (f", {reused} tokens of the prompt known" if reused else ""),
+            + (f", {reused} tokens of the prompt known" if reused else "")
+            + seen.replace("%", " %"),
             f"decode          {record['decode_tokens_per_second']:.1f} tokens/s",
             f"peak memory     {record['peak_memory_mb']:.0f} MB (MLX arrays)",
             f"device          {record['device']}",

@@ -16,7 +16,7 @@ FLOORS = (
     ("convert.fastvlm", "convert.openvla"),
     ("convert.families",),
     ("loading", "pipeline", "control"),
-    ("memory", "budget", "drafting"),
+    ("memory", "budget", "drafting", "temporal"),
     ("coreml",),
     ("commands",),
     ("act_inputs",),

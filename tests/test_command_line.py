@@ -26,6 +26,7 @@ FIELDS = {
     "device",
     "image_size",
     "padding",
+    "encoded",
     "reused_tokens",
 }
 

@@ -1,0 +1,181 @@
+"""Frames of a video: what changed is encoded, the rest keeps its tokens."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from mlx_tokprune import InputError, Pruner, generate, load, temporal
+from mlx_tokprune.generate import main as command
+from mlx_tokprune.pipeline import see
+from mlx_tokprune.temporal import Temporal
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(TINY)[0]
+
+
+def frame_of(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.repeat(np.repeat(rng.random((8, 8, 3)), 64, 0), 64, 1).astype(np.float32)
+
+
+def look(video: Temporal, model, frame: np.ndarray):
+    return video(model, mx.array(frame[None]))
+
+
+def full(model, frame: np.ndarray, pruner: Pruner | None = None):
+    return see(model, mx.array(frame[None]), pruner or Pruner("none"))
+
+
+def difference(a, b) -> float:
+    return mx.max(mx.abs(a.embeddings - b.embeddings)).item()
+
+
+def test_a_first_frame_is_seen_whole(model):
+    video, frame = Temporal(Pruner("norm", 0.5)), frame_of()
+    seen, expected = look(video, model, frame), full(model, frame, Pruner("norm", 0.5))
+    assert difference(seen, expected) == 0
+    assert seen.selection.indices.tolist() == expected.selection.indices.tolist()
+    assert video.encoded == 1
+
+
+def test_a_frame_without_changes_is_not_encoded(model, monkeypatch):
+    video, frame = Temporal(), frame_of()
+    first = look(video, model, frame)
+    monkeypatch.setattr(type(model), "encode", None)
+    again = look(video, model, frame + 0.04)  # below the threshold
+    assert difference(first, again) == 0
+    assert video.encoded == 0
+
+
+def test_only_what_changed_is_encoded(model, monkeypatch):
+    video, frame = Temporal(), frame_of()
+    before = look(video, model, frame)
+    sizes, encode = [], type(model).encode
+
+    def watched(self, pixels, *rest):
+        sizes.append(pixels.shape[1:3])
+        return encode(self, pixels, *rest)
+
+    monkeypatch.setattr(type(model), "encode", watched)
+    changed = frame.copy()
+    changed[2 * 64 : 4 * 64, 3 * 64 : 4 * 64] = 0.5
+    after = look(video, model, changed)
+    assert sizes == [(4 * 64, 3 * 64)]
+    assert video.encoded == 12 / 64
+    same = mx.all(before.embeddings == after.embeddings, axis=-1)[0].tolist()
+    cells = [8 * row + column for row in (2, 3) for column in (3,)]
+    assert [number for number, equal in enumerate(same) if not equal] == cells
+    window = full(model, changed[64 : 5 * 64, 2 * 64 : 5 * 64])
+    inner = [window.embeddings[0, 3 * row + 1] for row in (1, 2)]
+    found = [after.embeddings[0, cell] for cell in cells]
+    assert mx.max(mx.abs(mx.stack(inner) - mx.stack(found))).item() < 1e-5
+
+
+def test_a_change_that_creeps_is_seen(model):
+    """Each step is small, but tokens are compared with what they were made from."""
+    video, frame = Temporal(threshold=0.1, max_age=100), frame_of() * 0.5
+    look(video, model, frame)
+    encoded = []
+    for step in range(1, 5):
+        crept = frame.copy()
+        crept[:64, :64] += 0.04 * step
+        look(video, model, crept)
+        encoded.append(video.encoded)
+    assert encoded == [0, 0, 4 / 64, 0]
+
+
+def test_no_token_gets_older_than_asked(model):
+    video, frame = Temporal(max_age=2), frame_of()
+    shares = []
+    for _ in range(7):
+        look(video, model, frame)
+        shares.append(video.encoded)
+    assert shares == [1, 0, 0, 1, 0, 0, 1]
+
+
+def test_a_part_that_was_renewed_ages_from_then_on(model):
+    video, frame = Temporal(max_age=3), frame_of()
+    look(video, model, frame)
+    changed = frame.copy()
+    changed[-64:, -64:] = 0
+    shares = []
+    for _ in range(4):
+        look(video, model, changed)
+        shares.append(video.encoded)
+    assert shares[:3] == [4 / 64, 0, 0]
+    assert shares[3] == 1  # all cells but one are too old
+
+
+def test_much_change_encodes_the_whole_frame(model):
+    video = Temporal()
+    look(video, model, frame_of())
+    corners = frame_of()
+    corners[:64, :64] = corners[-64:, -64:] = 0.5
+    seen = look(video, model, corners)
+    assert video.encoded == 1
+    assert difference(seen, full(model, corners)) == 0
+
+
+def test_reset_and_other_sizes_begin_again(model):
+    video, frame = Temporal(), frame_of()
+    look(video, model, frame)
+    video.reset()
+    look(video, model, frame)
+    assert video.encoded == 1
+    look(video, model, frame[:256])
+    assert video.encoded == 1
+
+
+def test_in_a_stream(tiny):
+    model, processor = tiny
+    video = Temporal(Pruner("norm", keep_ratio=0.5))
+    asked = (model, processor, [TINY / "image_0.png"], "What?")
+    plain = generate(*asked, pruner=Pruner("norm", keep_ratio=0.5), max_tokens=4)
+    assert generate(*asked, vision=video, max_tokens=4) == plain
+    assert generate(*asked, vision=video, max_tokens=4) == plain
+    assert video.encoded == 0
+
+
+def test_the_command_asks_about_each_frame(capsys, tmp_path):
+    frames = []
+    for number in range(3):
+        pixels = (frame_of() * 255).astype(np.uint8)
+        pixels[:64, :64] = 80 * number
+        frames += ["--image", str(tmp_path / f"{number}.png")]
+        Image.fromarray(pixels).save(frames[-1])
+    command(["--temporal", *frames, "--prompt", "Hi", "--max-tokens", "2"])
+    out = capsys.readouterr().out
+    assert out.count("encoded") == 3
+    assert "100 % of the frame encoded" in out
+    assert out.count("6 % of the frame encoded") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruner": Pruner("attention", 0.5)}, "needs more of a frame than its tokens"),
+        ({"pruner": Pruner("trimvla", 0.5)}, "choose another, such as 'norm'"),
+        ({"threshold": 1.5}, "threshold 1.5"),
+        ({"max_age": -1}, "max age -1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        Temporal(**options)
+
+
+def test_what_cannot_be_seen_in_parts_is_refused(model, policy_model):
+    with pytest.raises(InputError, match="only FastVLM's tower"):
+        Temporal().check(policy_model)
+    with pytest.raises(InputError, match="frames come one by one; 2 given"):
+        Temporal()(model, mx.zeros((2, 512, 512, 3)))
+    assert temporal._BORDER >= 1
+
+
+@pytest.fixture
+def policy_model(tiny_policy):
+    return tiny_policy[0]
