@@ -4,8 +4,8 @@ FastViTHD is convolutional with conditional positions, so any part of a picture 
 encoded alone. Of each frame only the smallest rectangle of cells with changes is
 encoded, with a border of unchanged cells around it; its tokens replace the old ones.
 Tokens far from a change would have changed a little, too, through the tower's attention
-and its squeeze-and-excite: this is an approximation. VLA-Cache (arXiv 2502.02175) reuses
-keys and values of unchanged patches in the language model in the same spirit.
+and its squeeze-and-excite: this is an approximation. In the same spirit VLA-Cache
+(arXiv 2502.02175) reuses keys and values of unchanged patches in the language model.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,74 @@
+"""Frames that change in one place: answers and vision time with `Temporal` and without.
+
+    python benchmarks/temporal.py [--pictures 64]
+
+For each held-out picture of the demo, a block of 128 x 128 pixels at a random place is
+replaced by that of another picture. The demo model is asked its questions about the
+changed frame, seen whole and seen by `Temporal` after the unchanged one. Times take
+turns, after a warm-up.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+
+import mlx_tokprune
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+from mlx_tokprune import Pruner, generate
+from mlx_tokprune.demo import CHECKPOINT
+from mlx_tokprune.evaluate.data import read_questions
+from mlx_tokprune.image import load_image
+from mlx_tokprune.intervals import of_share
+from mlx_tokprune.pipeline import see
+from mlx_tokprune.temporal import Temporal
+
+BLOCK, PRUNER = 128, Pruner("norm", keep_ratio=0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=64)
+    args = parser.parse_args()
+    model, processor = mlx_tokprune.load(CHECKPOINT)
+    items = defaultdict(list)
+    for item in read_questions("demo", args.pictures, None).items:
+        items[item.picture].append(item)
+    frames = {name: load_image(some[0].load()) for name, some in items.items()}
+    rng = np.random.default_rng(0)
+    agreed, times, shares = [], defaultdict(list), []
+    for name, frame in frames.items():
+        other = frames[rng.choice(list(frames))].resize(frame.size)
+        left, top = (int(rng.integers(0, side - BLOCK + 1)) for side in frame.size)
+        box = (left, top, left + BLOCK, top + BLOCK)
+        changed = frame.copy()
+        changed.paste(other.crop(box), box)
+        video = Temporal(PRUNER)
+        before, after = (mx.array(processor.pixels([f])) for f in (frame, changed))
+        mx.eval(video(model, before).embeddings)
+        start = time.perf_counter()
+        mx.eval(video(model, after).embeddings)
+        times["temporal"].append(time.perf_counter() - start)
+        shares.append(video.encoded)
+        start = time.perf_counter()
+        mx.eval(see(model, after, PRUNER).embeddings)
+        times["whole"].append(time.perf_counter() - start)
+        for item in items[name]:
+            asked = (model, processor, [changed], item.question)
+            whole = generate(*asked, pruner=PRUNER, max_tokens=16)
+            again = generate(*asked, vision=video, max_tokens=16)
+            agreed.append(whole == again)
+    low, high = of_share(sum(agreed), len(agreed))
+    ratios = [t / w for t, w in zip(times["temporal"], times["whole"], strict=True)]
+    print(
+        f"{sum(agreed)} of {len(agreed)} answers are the same ({low:.1%} to "
+        f"{high:.1%}); {statistics.mean(shares):.0%} of the cells encoded; "
+        f"vision takes {statistics.median(ratios):.2f} of the time"
+    )
+
+
+if __name__ == "__main__":
+    main()
