@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import mlx_tokprune
-from mlx_tokprune.bench.graph import count, launches_compiled
+from mlx_tokprune.bench.graph import Cost, count, launches_compiled
 
 import mlx.core as mx  # isort: skip
 
@@ -24,16 +24,17 @@ def our_stages(folder: Path) -> dict:
     model, _ = mlx_tokprune.load(folder)
 
     def prefill(embeddings):
-        return model(None, input_embeddings=embeddings)
+        return model.logits(model.hidden_states(embeddings, None)[:, -1:])
 
     return {
-        "vision": lambda pixels: model.encode(pixels).tokens,
-        "project": model.project,
-        "prefill": prefill,
+        "vision": [lambda pixels: model.encode(pixels).tokens],
+        "project": [model.project],
+        "prefill": [prefill],
     }, model
 
 
 def their_stages(folder: Path) -> dict:
+    from mlx_lm.models.cache import make_prompt_cache
     from mlx_vlm.utils import load_model
 
     model = load_model(folder)
@@ -41,16 +42,30 @@ def their_stages(folder: Path) -> dict:
     def vision(pixels):
         return model.vision_tower(pixels)[1]
 
-    def prefill(embeddings):
+    def language(embeddings, cache=None):
         ids = mx.zeros(embeddings.shape[:2], mx.int32)
-        return model.language_model(ids, inputs_embeds=embeddings).logits
+        given = {"inputs_embeds": embeddings, "cache": cache}
+        return model.language_model(ids, **given).logits
 
-    return {"vision": vision, "project": model.mm_projector, "prefill": prefill}
+    def all_but_the_last(embeddings):
+        cache = make_prompt_cache(model.language_model)
+        language(embeddings[:, :-1], cache)
+        return [array for layer in cache for array in (layer.keys, layer.values)]
+
+    def the_last(embeddings):
+        return language(embeddings[:, -1:])
+
+    return {
+        "vision": [vision],
+        "project": [model.mm_projector],
+        "prefill": [all_but_the_last, the_last],
+    }
 
 
-def line(name: str, function, given: mx.array) -> str:
-    cost = count(function, given)
-    fused = launches_compiled(function, given)
+def line(name: str, functions: list, given: mx.array) -> str:
+    """The calls of a stage, added up."""
+    cost = sum((count(function, given) for function in functions), Cost())
+    fused = sum(launches_compiled(function, given) for function in functions)
     return (
         f"{name:16}{cost.launches:10}{fused:10}{cost.bytes / 1e6:12.1f}"
         f"{cost.weights / 1e6:12.1f}{cost.flops / 1e9:12.2f}"

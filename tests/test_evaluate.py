@@ -471,3 +471,18 @@ def test_the_tiny_model_can_be_asked(tiny):
     evaluator = measure.Evaluator(*tiny, ROWS[:2], "original", 3)
     records = evaluator.ask(data.Item(str(TINY / "image_0.png"), "Hi", ("x",)))
     assert records["norm 0.5"]["kept"] == 32
+
+
+def test_the_demos_pictures_come_without_their_padding():
+    from mlx_tokprune.image import preprocess
+    from mlx_tokprune.train.accuracy import held_out
+
+    pixels = [picture for some, _ in held_out(8) for picture in np.array(some)]
+    items = {item.picture: item for item in data.read_questions("demo", 8, None).items}
+    shapes = set()
+    for number, item in enumerate(items.values()):
+        image = item.load()
+        shapes.add(image.width == image.height)
+        (again,) = preprocess([image], 512)
+        np.testing.assert_allclose(again, pixels[number], atol=1e-6)
+    assert shapes == {True, False}

@@ -147,6 +147,7 @@ def _demo(pictures: int) -> Iterator[Item]:
     for pixels, asked in held_out(pictures):
         for picture, questions in zip(np.array(pixels), asked, strict=True):
             image = Image.fromarray(np.round(picture * 255).astype(np.uint8))
+            image = image.crop(image.getbbox())  # they come padded with black
             for question in filter(None, questions):
                 yield Item(
                     f"demo {number}",
