@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx_tokprune
 from mlx_tokprune.bench.graph import Cost, count, launches_compiled
+from mlx_tokprune.pipeline import Prefill, first_logits
 
 import mlx.core as mx  # isort: skip
 
@@ -24,7 +25,7 @@ def our_stages(folder: Path) -> dict:
     model, _ = mlx_tokprune.load(folder)
 
     def prefill(embeddings):
-        return model.logits(model.hidden_states(embeddings, None)[:, -1:])
+        return first_logits(model, Prefill(embeddings, None, 0))
 
     return {
         "vision": [lambda pixels: model.encode(pixels).tokens],

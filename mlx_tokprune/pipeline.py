@@ -106,10 +106,10 @@ def first_logits(
     with model.positions.using(prefill.positions, prefill.shift):
         for start in range(0, embeddings.shape[1], step):
             if hidden is not None:
-                mx.eval(hidden, [layer.state for layer in cache])
+                mx.eval([layer.state for layer in cache])
             part = embeddings[:, start : start + step]
-            hidden = model.hidden_states(part, cache)
-    return model.logits(hidden[:, -1:])[:, -1]
+            hidden = model.last_hidden_state(part, cache)
+    return model.logits(hidden)[:, -1]
 
 
 class Clock:

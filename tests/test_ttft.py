@@ -78,21 +78,21 @@ def test_a_prompt_read_in_chunks_gives_the_same_tokens(demo, step):
 
 
 def test_the_prompt_goes_through_the_model_once(demo, monkeypatch):
+    """And the last layer's answer is only asked for where it is needed."""
     model, processor = demo
-    lengths = []
-    inner = type(model.language_model.model)
-    run = inner.__call__
+    layer, lengths = type(model.layers[0]), []
+    run = layer.__call__
 
-    def counted(self, inputs, cache=None, input_embeddings=None):
-        given = inputs if input_embeddings is None else input_embeddings
-        lengths.append(given.shape[1])
-        return run(self, inputs, cache, input_embeddings)
+    def counted(self, x, *rest):
+        lengths.append(x.shape[1])
+        return run(self, x, *rest)
 
-    monkeypatch.setattr(inner, "__call__", counted)
+    monkeypatch.setattr(layer, "__call__", counted)
     stream = stream_generate(model, processor, [PICTURES[0].path], "Hi")
     next(stream)
-    assert len(lengths) == 1
-    assert lengths[0] > 64
+    total = lengths[0]
+    assert total > 64
+    assert lengths == [total] * (len(model.layers) - 1) + [total - 1, 1]
 
 
 def test_a_quantized_cache(demo):

@@ -146,9 +146,18 @@ class FastVLM(nn.Module):
         """(B, T) token ids -> (B, T, D)."""
         return self.language_model.model.embed_tokens(token_ids)
 
-    def hidden_states(self, embeddings: mx.array, cache: list | None) -> mx.array:
-        """(B, T, D) -> (B, T, D) after the final norm; causal."""
-        return self.language_model.model(None, cache, embeddings)
+    def last_hidden_state(self, embeddings: mx.array, cache: list) -> mx.array:
+        """(B, T, D) -> (B, 1, D): of the last token after the final norm; causal.
+
+        The last layer computes what fills `cache` for all tokens and the rest for the
+        last one only.
+        """
+        h, (*layers, last) = embeddings, self.layers
+        for layer, part in zip(layers, cache, strict=False):
+            h = layer(h, "causal", part)
+        if h.shape[1] > 1:
+            last(h[:, :-1], "causal", cache[-1])  # lazy: but for the cache, dropped
+        return self.language_model.model.norm(last(h[:, -1:], None, cache[-1]))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(B, T, D) hidden states -> (B, T, V)."""
