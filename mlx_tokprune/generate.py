@@ -179,6 +179,16 @@ def _stream(
     model, processor, images, text, pruner, vision, memory, settings: Settings
 ) -> Iterator[Response]:
     from mlx_lm.generate import generation_stream, wired_limit
+
+    with wired_limit(model, [generation_stream]):
+        yield from _answer(
+            model, processor, images, text, pruner, vision, memory, settings
+        )
+
+
+def _answer(
+    model, processor, images, text, pruner, vision, memory, settings: Settings
+) -> Iterator[Response]:
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.sample_utils import make_sampler
 
@@ -210,27 +220,26 @@ def _stream(
     tokenizer = processor.tokenizer
     detokenizer = tokenizer.detokenizer
     detokenizer.reset()
-    with wired_limit(model, [generation_stream]):
-        for number, token in enumerate(_with_positions(model, prefill, steps), 1):
-            elapsed = time.perf_counter() - first
-            reason = "length" if number == settings.max_tokens else None
-            if token in tokenizer.eos_token_ids:
-                reason = "stop"
-            else:
-                detokenizer.add_token(token)
-            if reason:
-                detokenizer.finalize()
-            yield Response(
-                text=detokenizer.last_segment,
-                token=token,
-                visual=visual,
-                ttft_ms=(first - start) * 1e3,
-                decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
-                finish_reason=reason,
-                reused=known,
-            )
-            if reason:
-                return
+    for number, token in enumerate(_with_positions(model, prefill, steps), 1):
+        elapsed = time.perf_counter() - first
+        reason = "length" if number == settings.max_tokens else None
+        if token in tokenizer.eos_token_ids:
+            reason = "stop"
+        else:
+            detokenizer.add_token(token)
+        if reason:
+            detokenizer.finalize()
+        yield Response(
+            text=detokenizer.last_segment,
+            token=token,
+            visual=visual,
+            ttft_ms=(first - start) * 1e3,
+            decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
+            finish_reason=reason,
+            reused=known,
+        )
+        if reason:
+            return
 
 
 def _steps(model, token: int, cache: list, sampler, settings: Settings) -> Iterator:

@@ -16,7 +16,7 @@ import pytest
 from conftest import TINY
 
 import mlx_tokprune
-from mlx_tokprune import Pruner
+from mlx_tokprune import Pruner, generate
 from mlx_tokprune.coreml import __main__ as cli
 from mlx_tokprune.coreml import export, lower, vision
 from mlx_tokprune.coreml.capture import LAYER_NORM, capture
@@ -563,7 +563,7 @@ def test_generate_with_a_package(core_ml, packages, capsys, apple):
     assert records[0]["stages_ms"]["prune"] == 0
 
 
-def test_a_package_must_fit_the_question_and_the_model(core_ml, packages, tiny, policy):
+def test_a_package_must_fit_question_and_model(core_ml, packages, demo, tiny, policy):
     path = packages("norm", (0.5, 0.25, 0.125))
     with pytest.raises(InputError, match=r"0.4 of the visual tokens; it has 0.5, 0.25"):
         vision.open_vision(path, 0.4)
@@ -574,6 +574,10 @@ def test_a_package_must_fit_the_question_and_the_model(core_ml, packages, tiny, 
         package.check(policy[0])
     with pytest.raises(InputError, match="is no Core ML package"):
         vision.open_vision(path.parent)
+    model, processor = demo
+    wide = (model, processor.at(512, "skip"), [PICTURES[0].path], "What?")
+    with pytest.raises(InputError, match="512 x 512 pixels, not 512 x 320"):
+        generate(*wide, vision=package)
 
 
 def test_a_package_of_someone_else_is_refused(core_ml, packages, tmp_path):

@@ -28,6 +28,13 @@ class CoreMLVision:
 
     def __call__(self, model, pixels: mx.array) -> VisualTokens:
         """(B, S, S, 3) pixels in [0, 1] -> kept and projected visual tokens."""
+        size = self.function.image_size
+        if pixels.shape[1:3] != (size, size):
+            raise InputError(
+                f"the package takes pictures of {size} x {size} pixels, not "
+                f"{pixels.shape[2]} x {pixels.shape[1]}; leave size and padding as "
+                "they are"
+            )
         found = [self.predict(self._input(picture)) for picture in np.array(pixels)]
         features, indices = (
             mx.array(np.concatenate([np.asarray(f[name]) for f in found]))
