@@ -29,6 +29,7 @@ from .loading import load  # noqa: E402
 from .memory import Memory  # noqa: E402
 from .policy import Policy  # noqa: E402
 from .pruners import Pruner, list_pruners  # noqa: E402
+from .temporal import Temporal  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "Pruner",
     "Selection",
     "StageTimes",
+    "Temporal",
     "generate",
     "list_pruners",
     "load",

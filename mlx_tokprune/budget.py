@@ -40,25 +40,42 @@ def fit_image_size(
     of fenced stages, which is a little more than TTFT without fences. Raises
     `InputError` when even the smallest size does not fit.
     """
-    largest = model.image_size
-    asked = (images, text, pruner, positions)
+    largest, least = model.image_size, pruner.keep_tokens or 0
     probes = sorted({min(256, largest), min(512, largest)})
-    times = [_measure(model, processor.at(size), *asked) for size in probes]
+    times = []
+    for size in probes:
+        small = processor.at(size)
+        enough = not least or _tokens(small, images) >= least
+        asked = (images, text, pruner if enough else Pruner("none"), positions)
+        times.append(_measure(model, small, *asked))
     slope, start = 0.0, times[0]
     if len(probes) > 1:
         areas = [size * size for size in probes]
         slope = max(0.0, (times[1] - times[0]) / (areas[1] - areas[0]))
         start = times[0] - slope * areas[0]
     sizes = range(TOTAL_STRIDE, largest + 1, TOTAL_STRIDE)
+    if least:
+        sizes = [s for s in sizes if _tokens(processor.at(s), images) >= least]
+    if not sizes:
+        raise InputError(
+            f"cannot keep {least} visual tokens; at {largest} px there are "
+            f"{_tokens(processor.at(largest), images)}"
+        )
     fits = [Fit(size, start + slope * size * size) for size in sizes]
     fitting = [fit for fit in fits if fit.predicted_ms <= milliseconds]
     if not fitting:
         raise InputError(
             f"no input size is expected to reach the first token in {milliseconds:g} "
-            f"ms; the smallest, {TOTAL_STRIDE} px, takes about "
+            f"ms; the smallest, {fits[0].image_size} px, takes about "
             f"{fits[0].predicted_ms:.0f} ms"
         )
     return fitting[-1]
+
+
+def _tokens(processor: Processor, images: Sequence[Image.Image]) -> int:
+    """Visual tokens of a picture at this input size."""
+    height, width = processor.pixels(images).shape[1:3]
+    return (height // TOTAL_STRIDE) * (width // TOTAL_STRIDE)
 
 
 def _measure(model, processor: Processor, images, text, pruner, positions) -> float:

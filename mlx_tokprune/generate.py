@@ -1,26 +1,17 @@
-"""Answers about pictures: `generate`, `stream_generate`, and the command.
-
-Streaming, sampling and the cache are mlx-lm's; this file feeds them pruned prompts and
-keeps the time.
-"""
+"""Answers about pictures, from the command line; `answering.py` is what it runs."""
 
 import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
-from PIL import Image
 
+from .answering import Settings, generate, stream_generate
 from .budget import fit_image_size
 from .commands import (
-    DEFAULT_POSITIONS,
     add_budget,
     check_overlay,
     describe_methods,
@@ -31,255 +22,16 @@ from .commands import (
 from .demo import CHECKPOINT, PICTURES
 from .errors import InputError, Parser, command
 from .image import load_image
-from .loading import PADDINGS
-from .memory import Memory, opening_of, picture_key
+from .loading import PADDINGS, load
+from .memory import Memory
 from .models.openvla import OpenVLA
-from .pipeline import (
-    POSITIONS,
-    PREFILL_STEP,
-    Prefill,
-    Vision,
-    VisualTokens,
-    assemble,
-    first_logits,
-    measure_stages,
-    see,
-)
-from .pruners import Pruner, check_seed
+from .pipeline import PREFILL_STEP, Vision, VisualTokens, measure_stages
+from .pruners import Pruner
 from .temporal import Temporal
 
+__all__ = ["generate", "main", "stream_generate"]  # as `mlx_lm.generate` has them
+
 DEFAULT_METHOD = "norm"
-
-
-@dataclass(frozen=True)
-class Response:
-    """One piece of a streamed answer; the last one has `finish_reason`.
-
-    text: this piece. token: its id. visual: the kept tokens. ttft_ms: from decoded
-    pictures and prompt string to the first token id on the host. reused: tokens of the
-    prompt that a `Memory` knew.
-    """
-
-    text: str
-    token: int
-    visual: VisualTokens = field(repr=False)
-    ttft_ms: float
-    decode_tokens_per_second: float
-    finish_reason: str | None = None
-    reused: int = 0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an answer is generated; names and defaults are those of mlx-lm.
-
-    positions: `original` keeps the place each kept token had, `contiguous` closes the
-    gaps. Raises `InputError` for values out of range.
-    """
-
-    positions: str = DEFAULT_POSITIONS
-    max_tokens: int = 256
-    temp: float = 0.0
-    top_p: float = 0.0
-    seed: int | None = None
-    prefill_step_size: int = PREFILL_STEP
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-
-    def __post_init__(self):
-        if self.seed is not None:
-            check_seed(self.seed)
-        if self.positions not in POSITIONS:
-            names = " or ".join(POSITIONS)
-            raise InputError(f"positions are {names}, not {self.positions!r}")
-        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise InputError(
-                f"cannot generate {self.max_tokens} tokens; the least is 1"
-            )
-        temp, top_p = self.temp, self.top_p
-        if not (math.isfinite(temp) and temp >= 0 and 0 <= top_p <= 1):
-            raise InputError(
-                f"temperature {temp:g} and top-p {top_p:g} are out of range; expected "
-                "a temperature of at least 0 and a top-p in [0, 1]"
-            )
-        if self.prefill_step_size < 1 or self.quantized_kv_start < 0:
-            raise InputError(
-                "a prefill step has at least 1 token, and a cache is quantized from "
-                "token 0 or later"
-            )
-        if self.kv_bits not in (None, 4, 8) or self.kv_group_size not in (32, 64, 128):
-            raise InputError(
-                f"cannot quantize the cache to {self.kv_bits} bits in groups of "
-                f"{self.kv_group_size}; expected 4 or 8 bits, and 32, 64 or 128"
-            )
-
-    @property
-    def quantization(self) -> dict:
-        """As mlx-lm's functions take it."""
-        names = ("kv_bits", "kv_group_size", "quantized_kv_start")
-        return {name: getattr(self, name) for name in names}
-
-    def check(self, model) -> None:
-        """Raise `InputError` unless this model's cache can be quantized so."""
-        text = model.args.text
-        size = text["hidden_size"] // text["num_attention_heads"]
-        if self.kv_bits and size % self.kv_group_size:
-            raise InputError(
-                f"groups of {self.kv_group_size} do not divide this model's keys of "
-                f"{size} numbers; choose a --kv-group-size that does"
-            )
-
-
-def stream_generate(
-    model,
-    processor,
-    images: Sequence,
-    prompt: str,
-    *,
-    pruner: Pruner | None = None,
-    vision: Vision | None = None,
-    memory: Memory | None = None,
-    **settings,
-) -> Iterator[Response]:
-    """Stream an answer about `images` (files, arrays or PIL images, in order).
-
-    pruner: a `Pruner`; every visual token when `None`. vision: a Core ML package
-    (`coreml.vision.open_vision`) instead of the model's tower and `pruner`. memory: a
-    `Memory`, which makes another question about the same pictures quick. settings:
-    fields of `Settings`. Raises `InputError` before anything is computed, but for more
-    tokens to keep than there are, which the first step finds.
-    """
-    pruner, chosen = pruner or Pruner("none"), Settings(**settings)
-    if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
-        images = [images]
-    if len(images) == 0:
-        raise InputError("no picture was given; expected at least one")
-    if isinstance(model, OpenVLA):
-        raise InputError(
-            "this model answers in actions, not in words; use mlx_tokprune.act, or "
-            "give a FastVLM checkpoint"
-        )
-    if pruner.stage != "vision":
-        raise InputError(
-            f"method {pruner.method!r} looks at the prompt, which only policies can do "
-            "here (mlx_tokprune.act); choose another, such as 'norm'"
-        )
-    chosen.check(model)
-    images = [load_image(image) for image in images]
-    processor.prompt(prompt, len(images))
-    if vision:
-        vision.check(model)
-    if chosen.seed is not None:
-        mx.random.seed(chosen.seed)
-    return _stream(model, processor, images, prompt, pruner, vision, memory, chosen)
-
-
-def _stream(
-    model, processor, images, text, pruner, vision, memory, settings: Settings
-) -> Iterator[Response]:
-    from mlx_lm.generate import generation_stream, wired_limit
-
-    with wired_limit(model, [generation_stream]):
-        yield from _answer(
-            model, processor, images, text, pruner, vision, memory, settings
-        )
-
-
-def _answer(
-    model, processor, images, text, pruner, vision, memory, settings: Settings
-) -> Iterator[Response]:
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.sample_utils import make_sampler
-
-    def look() -> VisualTokens:
-        pixels = mx.array(processor.pixels(images))
-        return vision(model, pixels) if vision else see(model, pixels, pruner)
-
-    start = time.perf_counter()
-    prompt = processor.prompt(text, len(images))
-    cache, known = make_prompt_cache(model), 0
-    if memory is None:
-        visual = look()
-    else:
-        size = (processor.image_size, processor.padding)
-        key = picture_key(images, *size, pruner.key, vision)
-        visual = memory.see(model, key, look)
-    prefill = assemble(model, prompt, visual, settings.positions)
-    if memory is not None:
-        opening, length = opening_of(prompt, prefill, settings.positions)
-        known = memory.recall(key, opening, cache)
-    step = settings.prefill_step_size
-    logits = first_logits(model, prefill, cache, known, step)
-    sampler = make_sampler(settings.temp, settings.top_p)
-    token = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
-    first = time.perf_counter()
-    if memory is not None and not known:
-        memory.keep(key, opening, cache, length)
-    steps = _steps(model, token, cache, sampler, settings)
-    tokenizer = processor.tokenizer
-    detokenizer = tokenizer.detokenizer
-    detokenizer.reset()
-    for number, token in enumerate(_with_positions(model, prefill, steps), 1):
-        elapsed = time.perf_counter() - first
-        reason = "length" if number == settings.max_tokens else None
-        if token in tokenizer.eos_token_ids:
-            reason = "stop"
-        else:
-            detokenizer.add_token(token)
-        if reason:
-            detokenizer.finalize()
-        yield Response(
-            text=detokenizer.last_segment,
-            token=token,
-            visual=visual,
-            ttft_ms=(first - start) * 1e3,
-            decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
-            finish_reason=reason,
-            reused=known,
-        )
-        if reason:
-            return
-
-
-def _steps(model, token: int, cache: list, sampler, settings: Settings) -> Iterator:
-    """`token`, which the prompt in `cache` led to, and those that follow it."""
-    from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
-
-    yield token
-    if settings.max_tokens > 1:
-        maybe_quantize_kv_cache(cache, **settings.quantization)
-        for following, _ in generate_step(
-            mx.array([token]),
-            model,
-            max_tokens=settings.max_tokens - 1,
-            sampler=sampler,
-            prompt_cache=cache,
-            **settings.quantization,
-        ):
-            yield following
-
-
-def _with_positions(model, prefill: Prefill, steps: Iterator) -> Iterator:
-    """Advance `steps` with the prompt's positions in force, and only then."""
-    try:
-        while True:
-            with model.positions.using(prefill.positions, prefill.shift):
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
-    finally:
-        steps.close()
-
-
-def generate(model, processor, images: Sequence, prompt: str, **options) -> str:
-    """The whole answer as text; takes what `stream_generate` takes."""
-    pieces = stream_generate(model, processor, images, prompt, **options)
-    return "".join(piece.text for piece in pieces)
-
-
-# The command ------------------------------------------------------------------------
 
 
 def build_parser() -> Parser:
@@ -314,8 +66,9 @@ def build_parser() -> Parser:
     add("--kv-bits", type=int, help="quantize the cache to 4 or 8 bits")
     add("--kv-group-size", type=int, default=64)
     add("--quantized-kv-start", type=int, default=5000, help="token from which on")
-    add("--overlay", help="write a picture of what was kept to this PNG")
-    add("--json", action="store_true", help="a line of JSON on stdout per question")
+    help_ = "write a picture of what was kept, at last, to this PNG"
+    add("--overlay", help=help_)
+    add("--json", action="store_true", help="a line of JSON after each answer")
     return parser
 
 
@@ -331,10 +84,15 @@ def main(argv: list[str] | None = None) -> None:
         prompts = prompts or [PICTURES[0].question]
     if not prompts:
         raise InputError("no prompt was given; say --prompt TEXT")
+    if not pictures:
+        raise InputError("no picture was given; say --image FILE")
+    budget = args.vision_budget
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        raise InputError(
+            f"a TTFT of {budget:g} ms cannot be kept; expected more than 0"
+        )
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
-    from .loading import load
-
     model, processor = load(CHECKPOINT if args.model is None else args.model)
     asking = _Asking(args, model, processor, images, pruner, vision, settings)
     asking.check(prompts)
@@ -367,8 +125,7 @@ class _Asking:
         """Refuse any before answering the first."""
         if not isinstance(self.model, OpenVLA):
             for prompt in prompts:
-                pictures = 1 if self.args.temporal else len(self.images)
-                self.processor.prompt(prompt, pictures)
+                self.processor.prompt(prompt, len(self._shown))
 
     def fit(self, prompt: str) -> None:
         """Choose the input size."""
@@ -381,19 +138,19 @@ class _Asking:
                     "by itself; leave them out"
                 )
             return
-        self.processor = self.processor.at(args.image_size or size, args.padding)
+        size = size if args.image_size is None else args.image_size
+        self.processor = self.processor.at(size, args.padding)
         if args.vision_budget is not None:
             fit = fit_image_size(
-                *(self.model, self.processor, self.images, prompt, self.pruner),
+                *(self.model, self.processor, self._shown, prompt, self.pruner),
                 *(self.settings.positions, args.vision_budget),
             )
             self.processor = self.processor.at(fit.image_size)
 
     @property
-    def _memory(self) -> Memory | None:
-        """Frames are each asked about once."""
-        several = len(self.args.prompt) > 1 and not self.args.temporal
-        return self.memory if several else None
+    def _shown(self) -> list:
+        """The pictures of one prompt."""
+        return self.images[:1] if self.args.temporal else self.images
 
     def answer(self, prompt: str) -> tuple[dict, VisualTokens]:
         """Prints an answer; gives its record and visual tokens."""
@@ -404,7 +161,7 @@ class _Asking:
             *asked,
             pruner=self.pruner,
             vision=self.vision,
-            memory=self._memory,
+            memory=self.memory if len(self.args.prompt) > 1 else None,
             **dataclasses.asdict(self.settings),
         ):
             pieces.append(piece)
@@ -417,6 +174,7 @@ class _Asking:
         stages = measure_stages(*asked, self.pruner, positions, package)
         by = package.function if package else self.pruner
         record = {
+            "prompt": prompt,
             "text": "".join(piece.text for piece in pieces),
             "token_ids": [piece.token for piece in pieces],
             "visual_tokens": visual.total,
@@ -466,7 +224,8 @@ def format_report(record: dict) -> str:
             f"visual tokens   {record['visual_tokens']} per picture of "
             f"{record['image_size']} px, kept {record['keep']} "
             f"({record['method']}, {record['positions']} positions)",
-            f"stages          {times} ms (fenced, in a second run)",
+            f"stages          {times} ms (fenced, in a second run"
+            + (", of the whole frame)" if seen else ")"),
             f"TTFT            {record['ttft_ms']:.1f} ms (cold, not fenced)"
             + (f", {reused} tokens of the prompt known" if reused else "")
             + seen.replace("%", " %"),

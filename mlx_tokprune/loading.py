@@ -23,6 +23,7 @@ from .models.openvla import OpenVLA
 from .prompt import Prompt, action_prompt, place_pictures, tokenize
 
 PADDINGS = ("keep", "skip")
+_LARGEST = 4096  # px of an input, four times what FastVLM was trained on
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Processor:
             raise InputError(
                 f"cannot encode pictures of {image_size} px; expected a multiple of "
                 f"{TOTAL_STRIDE}, such as {near}"
+            )
+        if image_size > _LARGEST:
+            raise InputError(
+                f"cannot encode pictures of {image_size} px; the most is {_LARGEST}"
             )
         return dataclasses.replace(self, image_size=image_size, padding=padding)
 
@@ -139,12 +144,12 @@ def load(
     family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
     config = family.read_config(checkpoint)
     model = family.build(config, True)
-    weights = model.sanitize(family.to_mlx_layout(checkpoint.load()))
+    weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
+    if dtype is not None:  # before anything is folded, which costs precision
+        weights = {k: _cast(v, dtype) for k, v in weights.items()}
+    weights = model.sanitize(weights)
     if config.get("quantization"):
         _quantize(model, config["quantization"], weights)
-    dtype = dtype or default_dtype()
-    if dtype is not None:
-        weights = {k: _cast(v, dtype) for k, v in weights.items()}
     model.load_weights(list(weights.items()))
     model.eval()
     if not lazy:

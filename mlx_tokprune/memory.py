@@ -87,10 +87,15 @@ class Memory:
             picture = self._pictures[key]
             picture.opening = opening
             picture.layers = tuple(
-                (layer.keys[..., :length, :], layer.values[..., :length, :])
+                (_copied(layer.keys, length), _copied(layer.values, length))
                 for layer in cache
             )
             mx.eval(picture.layers)
+
+
+def _copied(array: mx.array, length: int) -> mx.array:
+    """The first tokens of (..., T, D); a mere slice would keep all of them alive."""
+    return mx.contiguous(array[..., :length, :]) + 0
 
 
 def picture_key(images: Sequence[Image.Image], *settings: Hashable) -> Hashable:

@@ -40,8 +40,8 @@ class Temporal:
     """Sees frames in order: `stream_generate(..., vision=Temporal(pruner))`.
 
     threshold: how much a pixel, in [0, 1], must change. max_age: for how many frames a
-    token may be reused. `reset` begins another video; so does a frame of another size.
-    `encoded` is the share of cells that the last frame had encoded.
+    token may be reused. `reset` begins another video; so does a frame of another size,
+    or another model. `encoded` is the share of cells that the last frame had encoded.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Temporal:
         threshold: float = 0.05,
         max_age: int = 8,
     ):
-        self.pruner = pruner or Pruner("none")
-        if self.pruner.stage != "vision" or self.pruner.needs:
+        self._pruner = pruner or Pruner("none")
+        if self._pruner.stage != "vision" or self._pruner.needs:
             raise InputError(
-                f"method {self.pruner.method!r} needs more of a frame than its tokens, "
-                "which parts of it cannot give; choose another, such as 'norm'"
+                f"method {self._pruner.method!r} needs more of a frame than its "
+                "tokens, which parts of it cannot give; choose another, such as 'norm'"
             )
         if not 0 <= threshold < 1 or not isinstance(max_age, int) or max_age < 0:
             raise InputError(
@@ -66,6 +66,7 @@ class Temporal:
 
     def reset(self) -> None:
         self._last: _Frame | None = None
+        self._model = None
         self.encoded = 0.0
 
     def check(self, model) -> None:
@@ -75,6 +76,9 @@ class Temporal:
 
     def __call__(self, model, pixels: mx.array) -> VisualTokens:
         """(1, h, w, 3) pixels of the next frame -> kept and projected visual tokens."""
+        if self._model is not model:
+            self.reset()
+            self._model = model
         if pixels.shape[0] != 1:
             raise InputError(f"frames come one by one; {pixels.shape[0]} given")
         frame = np.array(pixels)[0]
@@ -85,7 +89,7 @@ class Temporal:
             box = _box(self._stale(frame, cells))
         self._last = self._updated(model, frame, cells, box)
         features = Features(self._last.tokens.flatten(1, 2), cells)
-        selection = self.pruner(features)
+        selection = self._pruner(features)
         kept = selection.apply(features.tokens)
         return VisualTokens(model.project(kept), selection, cells)
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("coreml",),
     ("commands",),
     ("act_inputs",),
-    ("policy",),
+    ("policy", "answering"),
     ("generate", "act", "train", "convert.command", "convert.__main__"),
     ("demo.__main__", "coreml.__main__", "bench", "evaluate"),
     ("report",),

@@ -27,6 +27,7 @@ FIELDS = {
     "image_size",
     "padding",
     "encoded",
+    "prompt",
     "reused_tokens",
 }
 

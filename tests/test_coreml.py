@@ -285,11 +285,12 @@ def test_a_package_describes_itself(demo, packages, tmp_path):
         assert described.input[0].type.imageType.width == 512
     source = tmp_path / "source"
     source.mkdir()
+    (source / "LICENSE").write_text("The code.")
     (source / "LICENSE_MODEL").write_text("Only on Sundays.")
     path = tmp_path / "p.mlpackage"
     export_package(demo[0], [Pruner("none")], path, Options(), source)
     about = Package(path).spec.description.metadata
-    assert about.license == "Only on Sundays."
+    assert about.license == "The code.\n\nOnly on Sundays."
     assert "source" in about.shortDescription
 
 
@@ -491,6 +492,36 @@ def test_output_names_and_output_that_exists(tmp_path, capsys):
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["v.mlpackage"]
+
+
+def test_python_callers_get_a_sentence_too(demo, tmp_path):
+    path = tmp_path / "v.mlpackage"
+    with pytest.raises(InputError, match="no pruner was given"):
+        export_package(demo[0], [], path)
+    half = mlx_tokprune.load(CHECKPOINT, mx.bfloat16)[0]
+    with pytest.raises(InputError, match=r"bfloat16; load it with dtype=mx.float32"):
+        export_package(half, [Pruner("none")], path)
+    with pytest.raises(InputError, match="unknown compression ''"):
+        Options(compress="")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_damaged_package_is_refused(core_ml, packages, tmp_path):
+    path = tmp_path / "damaged.mlpackage"
+    path.mkdir()
+    (path / "Manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="is damaged"):
+        vision.open_vision(path)
+    spec = Package(packages("norm")).spec
+    about = spec.description.metadata.userDefined
+    about["mlx_tokprune"] = '[{"name": "main"}]'
+    with pytest.raises(InputError, match="another version of mlx_tokprune"):
+        read_functions(spec, "it")
+
+
+def test_a_package_can_be_read_by_all(packages):
+    for part in packages("norm").rglob("*"):
+        assert part.stat().st_mode & 0o777 == (0o755 if part.is_dir() else 0o644)
 
 
 def test_without_coremltools(tmp_path, capsys, monkeypatch):

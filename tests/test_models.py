@@ -8,7 +8,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_tokprune.models import layers
-from mlx_tokprune.models.fastvithd import FastViTHD, VisionConfig, fold
+from mlx_tokprune.models.fastvithd import (
+    FastViTHD,
+    VisionConfig,
+    drop_layer_scales,
+    fold,
+)
 from mlx_tokprune.models.layers import plain_operations
 from mlx_tokprune.models.positions import PositionedRoPE, Positions
 
@@ -92,9 +97,20 @@ def test_folded_tower_equals_the_unfolded_one():
     once = fold(weights)
     twice = fold(once)
     assert all(mx.array_equal(once[k], twice[k]) for k in once)
+    drop_layer_scales(folded)
     folded.load_weights(list(once.items()))
     pixels = mx.random.uniform(shape=(2, 128, 128, 3))
     assert difference(folded(pixels).tokens, plain(pixels).tokens) < 1e-5
+
+
+def test_half_precision_keeps_its_layer_scales():
+    """Folded, small scales would make weights that have hardly any digits."""
+    weights = dict(tree_flatten(trained_like(inference=False).parameters()))
+    half = {name: array.astype(mx.float16) for name, array in weights.items()}
+    assert {k for k in half if ".layer_scale" in k} == {
+        k for k in fold(half) if ".layer_scale" in k
+    }
+    assert not any(".layer_scale" in name for name in fold(weights))
 
 
 def test_tower_shapes_and_plain_form():

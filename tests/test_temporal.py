@@ -1,5 +1,7 @@
 """Frames of a video: what changed is encoded, the rest keeps its tokens."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -130,6 +132,14 @@ def test_reset_and_other_sizes_begin_again(model):
     assert video.encoded == 1
 
 
+def test_another_model_begins_again(model):
+    video, frame, other = Temporal(), frame_of(), load(TINY)[0]
+    other.mm_projector[0].weight *= 0
+    look(video, model, frame)
+    assert difference(look(video, other, frame), full(other, frame)) == 0
+    assert video.encoded == 1
+
+
 def test_in_a_stream(tiny):
     model, processor = tiny
     video = Temporal(Pruner("norm", keep_ratio=0.5))
@@ -152,6 +162,14 @@ def test_the_command_asks_about_each_frame(capsys, tmp_path):
     assert out.count("encoded") == 3
     assert "100 % of the frame encoded" in out
     assert out.count("6 % of the frame encoded") == 2
+    asked = ["--prompt", "Hi", "--prompt", "Ho", "--vision-budget", "1e6"]
+    command(["--temporal", *frames, *asked, "--max-tokens", "1", "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [record["prompt"] for record in records] == ["Hi", "Ho"] * 3
+    assert [record["reused_tokens"] > 0 for record in records] == [False, True] * 3
+    shares = [round(record["encoded"], 2) for record in records]
+    assert shares == [1, 1, 0.06, 0.06, 0.06, 0.06]
 
 
 @pytest.mark.parametrize(

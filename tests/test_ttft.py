@@ -188,7 +188,7 @@ def test_anything_that_matters_is_a_miss(demo, change):
     elif change == "words before the picture":
         question = f"Look: <image> {question}"
     elif change == "vision":
-        options["vision"] = Watched(options["pruner"])
+        options["vision"] = Watched(options.pop("pruner"))
     expected = answer(model, processor, [image], question, **options)[0]
     found, known = answer(model, processor, [image], question, memory=memory, **options)
     assert found == expected
@@ -254,6 +254,25 @@ def test_an_answer_does_not_change_what_is_remembered(demo):
     expected = answer(*asked)[0]
     for _ in range(3):
         assert answer(*asked, memory=memory)[0] == expected
+
+
+def test_a_memory_holds_no_more_than_the_opening(demo):
+    model, processor = demo
+    held = []
+    for question in ("Hi", "Which of these words is it? " * 200):
+        memory = Memory()
+        answer(model, processor, [PICTURES[0].path], question, memory=memory, temp=0.0)
+        picture = next(iter(memory._pictures.values()))
+        before = mx.get_active_memory()
+        picture.layers = ()
+        held.append(before - mx.get_active_memory())
+    assert 0 < held[1] < 1.1 * held[0]
+
+
+def test_vision_and_a_pruner_exclude_each_other(demo):
+    pruner = Pruner("norm", keep_ratio=0.5)
+    with pytest.raises(InputError, match="what sees also prunes"):
+        generate(*demo, [PICTURES[0].path], "Hi", vision=Watched(pruner), pruner=pruner)
 
 
 def test_the_command_asks_several_questions(capsys):
@@ -361,6 +380,10 @@ def test_an_overlay_without_padding_shows_the_same_places(demo):
         (["--padding", "crop"], "invalid choice"),
         (["--vision-budget", "0.001"], "the smallest, 64 px, takes about"),
         (["--image-size", "64", "--vision-budget", "9"], "not allowed with"),
+        (["--image-size", "0"], "such as 64"),
+        (["--image-size", "640000"], "the most is 4096"),
+        (["--vision-budget", "nan"], "a TTFT of nan ms"),
+        (["--vision-budget", "1e9", "--keep-tokens", "65"], "at 512 px there are 64"),
     ],
 )
 def test_bad_sizes_are_one_sentence(capsys, arguments, message):
@@ -396,6 +419,32 @@ def test_the_largest_size_that_fits(demo, monkeypatch, milliseconds, size):
     assert fit.image_size == size
     assert fit.predicted_ms == pytest.approx(expected)
     assert runs == [256, 256, 512, 512]
+
+
+def test_a_budget_leaves_room_for_the_tokens_to_keep(demo, monkeypatch):
+    model, processor = demo
+    times = pipeline.StageTimes(1, 1, 1, 1, 1)
+    monkeypatch.setattr(budget, "measure_stages", lambda *_: times)
+    image = load_image(PICTURES[0].path).resize((300, 300))
+    asked = (
+        model,
+        processor,
+        [image],
+        "Hi",
+        Pruner("norm", keep_tokens=40),
+        "original",
+    )
+    assert budget.fit_image_size(*asked, 1e6).image_size == 512
+    with pytest.raises(InputError, match="the smallest, 448 px, takes about 5 ms"):
+        budget.fit_image_size(*asked, 1)
+
+
+@pytest.mark.parametrize("extra", [["--temporal"], ["--vision-budget", "9"]])
+def test_a_command_without_a_picture(capsys, extra):
+    with pytest.raises(SystemExit) as stopped:
+        command(["--model", str(TINY), "--prompt", "a", *extra])
+    assert stopped.value.code == 2
+    assert "no picture was given; say --image FILE" in capsys.readouterr().err
 
 
 def test_memory_does_not_keep_a_model_that_is_gone():

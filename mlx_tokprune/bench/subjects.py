@@ -10,9 +10,9 @@ import numpy as np
 
 from .. import control
 from ..act import predict_action
+from ..answering import stream_generate
 from ..errors import InputError
 from ..features import StageTimes
-from ..generate import stream_generate
 from ..models.openvla import OpenVLA
 from ..pipeline import Prefill, assemble, first_logits, measure_stages, see
 from ..pruners import Pruner

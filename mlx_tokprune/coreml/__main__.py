@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     source = resolve(args.model or CHECKPOINT)
     model, _ = load(source, mx.float32, lazy=True)
     start = time.perf_counter()
-    made = export_package(model, pruners, args.output, options, source)
+    name = Path(args.model).name if args.model else "mlx_tokprune's demo model"
+    made = export_package(model, pruners, args.output, options, source, name)
     seconds = time.perf_counter() - start
     for path, functions in made.items():
         print(format_package(path, functions, options))

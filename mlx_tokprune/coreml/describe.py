@@ -50,12 +50,16 @@ class Function:
 
 
 def describe(
-    spec, functions: Sequence[Function], source: Path | None, **settings: str
+    spec,
+    functions: Sequence[Function],
+    source: Path | None,
+    name: str | None,
+    **settings: str,
 ) -> None:
     """Write names, versions, licence and descriptions into a package's `spec`."""
     about = spec.description.metadata
     kept = ", ".join(f"{f.name}: {f.method}, {f.keep} tokens" for f in functions)
-    model = source.resolve().name if source else "a model"
+    model = name or (source.resolve().name if source else "a model")
     about.shortDescription = (
         f"Vision path of {model} with visual-token pruning ({kept})"
     )
@@ -76,9 +80,12 @@ def describe(
 
 
 def _license(source: Path | None) -> str:
-    """The text of the checkpoint's licence, or where to look for it."""
-    for file in sorted(source.glob("LICENSE*")) if source else []:
-        return file.read_text(encoding="utf-8", errors="replace")
+    """The text of the checkpoint's licences, or where to look for them."""
+    files = sorted(source.glob("LICEN[CS]E*")) if source else []
+    if files:
+        return "\n\n".join(
+            file.read_text(encoding="utf-8", errors="replace") for file in files
+        )
     return "that of the source checkpoint, which came without a licence file"
 
 
@@ -87,4 +94,9 @@ def read_functions(spec, name: str) -> list[Function]:
     text = spec.description.metadata.userDefined.get(_KEY)
     if not text:
         raise InputError(f"{name} was not written by mlx_tokprune.coreml")
-    return [Function(**f | {"grid": tuple(f["grid"])}) for f in json.loads(text)]
+    try:
+        return [Function(**f | {"grid": tuple(f["grid"])}) for f in json.loads(text)]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(
+            f"{name} was written by another version of mlx_tokprune; export it again"
+        ) from None

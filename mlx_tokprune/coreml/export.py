@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ..convert.checkpoint import new_folder
@@ -57,12 +58,13 @@ class Options:
         for name, value, known in (
             ("deployment target", self.target, TARGETS),
             ("precision", self.precision, PRECISIONS),
-            ("compression", self.compress or COMPRESSIONS[0], COMPRESSIONS),
+            ("compression", self.compress, (None, *COMPRESSIONS)),
         ):
             if value not in known:
+                names = [choice for choice in known if choice]
                 raise InputError(
-                    f"unknown {name} {value!r}; expected one of {', '.join(known)}."
-                    + nearest(value, known)
+                    f"unknown {name} {value!r}; expected one of {', '.join(names)}."
+                    + nearest(str(value), names)
                 )
         if self.precision == "float32" and self.compress in _PALETTES:
             raise InputError(
@@ -104,15 +106,20 @@ def export_package(
     output: str | Path,
     options: Options | None = None,
     source: str | Path | None = None,
+    name: str | None = None,
 ) -> dict[Path, list[Function]]:
     """Write `model`'s vision path to `output`; gives the functions of each package.
 
     One pruner gives a package with one function, `main`. Several give one package that
     shares their weights and also has `unpruned`, or a package each where the target
-    does not allow that. source: the checkpoint's folder, for its name and licence.
-    Raises `InputError` for what cannot be exported, or when `output` exists.
+    does not allow that. The model must be loaded in float32. source: the checkpoint's
+    folder, for its licence; name: what the package says the model is, by default that
+    folder's. Raises `InputError` for what cannot be exported, or when `output` exists.
     """
     options, output = options or Options(), Path(output)
+    pruners = [pruners] if isinstance(pruners, Pruner) else list(pruners)
+    if not pruners:
+        raise InputError("no pruner was given; expected at least one, such as norm 0.5")
     if output.suffix != ".mlpackage":
         raise InputError(
             f"{output} is no name for a package; it must end in .mlpackage"
@@ -136,7 +143,7 @@ def export_package(
         folders = {path: stack.enter_context(new_folder(path)) for path in groups}
         for path, folder in folders.items():
             made[path] = _write(model, groups[path], folder, options, bar)
-            _describe(folder, made[path], options, source)
+            _describe(folder, made[path], options, source, name)
     return made
 
 
@@ -157,6 +164,13 @@ def _check(model, pruners: Sequence[Pruner]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"function {name} was asked for more than once")
+    for name, part in model.parameters().items():
+        for _, array in tree_flatten(part) if name != _LANGUAGE else []:
+            if array.dtype != mx.float32:
+                raise InputError(
+                    f"the model's weights are {array.dtype}; load it with "
+                    "dtype=mx.float32 (precision is an option of the export)"
+                )
 
 
 def _write(model, pruners, folder: Path, options: Options, bar) -> list[Function]:
@@ -181,16 +195,19 @@ def _write(model, pruners, folder: Path, options: Options, bar) -> list[Function
     for part in Path(alone).iterdir():
         part.rename(folder / part.name)
     shutil.rmtree(work)
+    for part in folder.rglob("*"):  # coremltools leaves them private
+        part.chmod(0o755 if part.is_dir() else 0o644)
     return functions
 
 
-def _describe(folder: Path, functions, options: Options, source) -> None:
+def _describe(folder: Path, functions, options: Options, source, name) -> None:
     (file,) = folder.glob("Data/*/*.mlmodel")
     spec = load_coremltools().utils.load_spec(str(file))
     describe(
         spec,
         functions,
         Path(source) if source else None,
+        name,
         precision=options.precision,
         compression=options.compress or "none",
     )

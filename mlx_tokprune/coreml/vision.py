@@ -81,7 +81,11 @@ def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVisi
             f"{path} is no Core ML package; expected a .mlpackage that "
             "mlx_tokprune.coreml wrote"
         )
-    functions = read_functions(ct.utils.load_spec(str(path)), str(path))
+    try:
+        spec = ct.utils.load_spec(str(path))
+    except Exception as error:  # whatever coremltools' readers run into
+        raise InputError(f"{path} is damaged ({type(error).__name__})") from None
+    functions = read_functions(spec, str(path))
     function = _choose(functions, keep_ratio, path)
     name = function.name if len(functions) > 1 else None
     return CoreMLVision(function, _predict(ct, path, name))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from .. import control
 from ..act import DEFAULT_METHOD, predict_action
+from ..answering import stream_generate
 from ..commands import DEFAULT_POSITIONS, device_name
 from ..convert import convert
 from ..errors import Parser, command
-from ..generate import stream_generate
 from ..image import load_image
 from ..loading import load
 from ..overlay import draw_overlay

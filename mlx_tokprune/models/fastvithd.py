@@ -2,8 +2,9 @@
 
 A convolutional stem, three stages of RepMixer blocks and two of attention blocks, then
 a squeeze-and-excite expansion; total stride 64 and no CLS token. Attribute names are
-those of the MLX checkpoints. In `inference` form batch norms and layer scales are
-folded into the layers before them; the other form has a checkpoint's exact tensors.
+those of the MLX checkpoints. In `inference` form batch norms are folded into the layers
+before them, and in float32 layer scales, too; the other form has a checkpoint's exact
+tensors.
 """
 
 from dataclasses import dataclass
@@ -132,8 +133,7 @@ class RepMixerBlock(nn.Module):
         super().__init__()
         self.token_mixer = RepConv(channels, 3)
         self.convffn = ConvFFN(channels, hidden, inference)
-        if not inference:
-            self.layer_scale = mx.ones((1, 1, channels))
+        self.layer_scale = mx.ones((1, 1, channels))
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.token_mixer(x)
@@ -146,9 +146,8 @@ class AttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=1e-5)
         self.token_mixer = Attention(channels, head_dim)
         self.convffn = ConvFFN(channels, hidden, inference)
-        if not inference:
-            self.layer_scale_1 = mx.ones((1, 1, channels))
-            self.layer_scale_2 = mx.ones((1, 1, channels))
+        self.layer_scale_1 = mx.ones((1, 1, channels))
+        self.layer_scale_2 = mx.ones((1, 1, channels))
 
     def attend(self, x: mx.array, return_received: bool):
         mixed, received = self.token_mixer(self.norm(x), return_received)
@@ -255,6 +254,13 @@ class FastViTHD(nn.Module):
         return Features(x.flatten(1, 2), (x.shape[1], x.shape[2]), received)
 
 
+def drop_layer_scales(tower: nn.Module) -> None:
+    """Make room for weights whose layer scales are folded."""
+    for module in tower.modules():
+        for name in [key for key in module if key.startswith("layer_scale")]:
+            del module[name]
+
+
 def _as_list(part) -> list:
     return part if isinstance(part, list) else [part]
 
@@ -263,22 +269,25 @@ def fold(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Checkpoint tensors -> those of the `inference` form.
 
     Each `*.bn.*` goes into the bias-free `*.conv.weight` beside it, each layer scale
-    into the last layer of what it scales. Idempotent.
+    into the last layer of what it scales; only in float32, since small scales would
+    push half precision weights to where they have few digits. Idempotent.
     """
     return _fold_layer_scales(_fold_batch_norms(weights))
 
 
 def _fold_layer_scales(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    folded = {k: v for k, v in weights.items() if ".layer_scale" not in k}
-    for name in weights.keys() - folded.keys():
+    scales = {k for k in weights if ".layer_scale" in k}
+    if any(weights[name].dtype != mx.float32 for name in scales):
+        return weights
+    folded = {k: v for k, v in weights.items() if k not in scales}
+    for name in scales:
         block, _, which = name.rpartition(".")
         last = "token_mixer.proj" if which == "layer_scale_1" else "convffn.fc2"
-        scale = weights[name].astype(mx.float32).reshape(-1)
+        scale = weights[name].reshape(-1)
         for part in ("weight", "bias"):
             key = f"{block}.{last}.{part}"
             shape = (-1, *(1,) * (folded[key].ndim - 1))
-            scaled = folded[key].astype(mx.float32) * scale.reshape(shape)
-            folded[key] = scaled.astype(folded[key].dtype)
+            folded[key] = folded[key] * scale.reshape(shape)
     return folded
 
 

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..errors import InputError
 from ..features import Features
 from .checks import check_language, expect, is_size, object_of
-from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, fold
+from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .layers import gelu
 from .positions import Positions, use_positions
 
@@ -170,9 +170,15 @@ class FastVLM(nn.Module):
         return self.language_model(inputs, cache, input_embeddings)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """MLX-layout tensors -> what the inference form holds. Idempotent."""
+        """MLX-layout tensors -> what the inference form holds. Idempotent.
+
+        Takes the modules away whose tensors were folded into others.
+        """
         weights = {k: v for k, v in weights.items() if ".vision_model.head." not in k}
-        return fold(weights)
+        folded = fold(weights)
+        if not any(".layer_scale" in name for name in folded):
+            drop_layer_scales(self.vision_tower)
+        return folded
 
     @staticmethod
     def quant_predicate(path: str, module: nn.Module) -> bool:

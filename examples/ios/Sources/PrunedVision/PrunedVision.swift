@@ -46,16 +46,16 @@ public final class PrunedVision {
 
     /// Loads a compiled package (`.mlmodelc`; Xcode and `MLModel.compileModel` make it).
     ///
-    /// `keepRatio` chooses a function of a package with several, 1 the unpruned one. The
-    /// first is used without it.
+    /// `keepRatio` chooses a function of a package with several, 1 the unpruned one, and
+    /// `functionName` one by its name, such as `tokens_64`. Without either it is the first.
     public init(
-        contentsOf url: URL, keepRatio: Double? = nil, computeUnits: MLComputeUnits = .all
+        contentsOf url: URL, keepRatio: Double? = nil, functionName: String? = nil,
+        computeUnits: MLComputeUnits = .all
     ) async throws {
         let configuration = MLModelConfiguration()
         configuration.computeUnits = computeUnits
-        if let keepRatio {
-            configuration.functionName = Self.functionName(keepRatio: keepRatio)
-        }
+        configuration.functionName =
+            functionName ?? keepRatio.map { Self.functionName(keepRatio: $0) }
         model = try await MLModel.load(contentsOf: url, configuration: configuration)
         let functions = try Self.functions(of: model)
         let name = configuration.functionName ?? functions[0].name
