@@ -1,7 +1,6 @@
 """The benchmark: a clock that can be trusted, counts that can be checked by hand."""
 
 import dataclasses
-import importlib
 import json
 import sys
 import types
@@ -12,7 +11,7 @@ import pytest
 from conftest import TINY, TINY_POLICY
 from PIL import Image
 
-from mlx_tokprune import act, control, load, pipeline
+from mlx_tokprune import act, answering, control, load, pipeline
 from mlx_tokprune.bench import graph, machine, measure, plots, table
 from mlx_tokprune.bench.__main__ import main
 from mlx_tokprune.bench.subjects import Asked, subject_of
@@ -22,7 +21,6 @@ from mlx_tokprune.image import load_image
 from mlx_tokprune.pruners import Pruner
 from mlx_tokprune.pruners.registry import temporary
 
-generate = importlib.import_module("mlx_tokprune.generate")  # not the function
 SLEEP = 50.0  # ms
 STAGES = ("preprocess", "vision", "prune", "project", "prefill")
 
@@ -35,7 +33,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        for module in (pipeline, generate, act):
+        for module in (pipeline, answering, act):
             clock = types.SimpleNamespace(perf_counter=lambda: self.now)
             monkeypatch.setattr(module, "time", clock)
 
@@ -86,7 +84,7 @@ def test_a_stage_that_sleeps_moves_ttft_and_itself(slowed, monkeypatch, stage):
         else:
             assert taken == 0
     asked = (model, processor, [image], "Hi")
-    first = next(generate.stream_generate(*asked, pruner=pruner, max_tokens=1))
+    first = next(answering.stream_generate(*asked, pruner=pruner, max_tokens=1))
     assert first.ttft_ms == pytest.approx(sum(vars(stages).values()), abs=1e-6)
 
 
