@@ -15,9 +15,9 @@ from mlx_tokprune.demo import CHECKPOINT, PICTURES
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.generate import main as command
 from mlx_tokprune.image import load_image, preprocess, preprocess_content
-from mlx_tokprune.memory import Memory
+from mlx_tokprune.memory import Memory, opening_of, picture_key
 from mlx_tokprune.overlay import draw_overlay
-from mlx_tokprune.pipeline import assemble, see
+from mlx_tokprune.pipeline import assemble, first_logits, see
 
 IMAGE = TINY / "image_0.png"
 QUESTIONS = ("What does the sign say?", "How many shapes are there?", "Where is it?")
@@ -139,6 +139,27 @@ def test_asking_again_gives_the_same_tokens(demo, method, positions):
         assert found == expected
         assert nothing == 0
         assert (known > pruner.count(64)) == (number > 0)
+
+
+def test_what_is_recalled_gives_the_same_logits(demo):
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, processor = demo
+    image, memory = load_image(PICTURES[0].path), Memory()
+    pixels = mx.array(processor.pixels([image]))
+    key = picture_key([image])
+    visual = memory.see(model, key, lambda: see(model, pixels, Pruner("norm", 0.5)))
+    for number, question in enumerate(QUESTIONS):
+        prompt = processor.prompt(question, 1)
+        prefill = assemble(model, prompt, visual, "original")
+        opening, length = opening_of(prompt, prefill, "original")
+        cache = make_prompt_cache(model)
+        known = memory.recall(key, opening, cache)
+        assert known == (length if number else 0)
+        logits = first_logits(model, prefill, cache, known)
+        memory.keep(key, opening, cache, length)
+        whole = first_logits(model, prefill)
+        assert mx.max(mx.abs(logits - whole)).item() < 1e-4
 
 
 def test_a_second_question_sees_and_reads_nothing_again(demo, monkeypatch):
