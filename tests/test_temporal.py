@@ -90,6 +90,20 @@ def test_a_change_that_creeps_is_seen(model):
     assert encoded == [0, 0, 4 / 64, 0]
 
 
+def test_a_change_that_creeps_beside_another_is_seen(model):
+    """What was not encoded is compared with what its token was made from."""
+    video, frame = Temporal(threshold=0.1, max_age=100), frame_of() * 0.5
+    look(video, model, frame)
+    encoded = []
+    for step in range(1, 5):
+        moved = frame.copy()
+        moved[:64, :64] += 0.04 * step
+        moved[-64:, -64:] = 0.2 * step
+        look(video, model, moved)
+        encoded.append(video.encoded)
+    assert encoded == [4 / 64, 4 / 64, 1, 4 / 64]  # both corners: the whole frame
+
+
 def test_no_token_gets_older_than_asked(model):
     video, frame = Temporal(max_age=2), frame_of()
     shares = []
@@ -105,9 +119,11 @@ def test_a_part_that_was_renewed_ages_from_then_on(model):
     changed = frame.copy()
     changed[-64:, -64:] = 0
     shares = []
-    for _ in range(4):
+    for number in range(4):
         look(video, model, changed)
         shares.append(video.encoded)
+        ages = video._last.ages
+        assert number == 3 or (ages[-1, -1], ages[0, 0]) == (number, number + 1)
     assert shares[:3] == [4 / 64, 0, 0]
     assert shares[3] == 1  # all cells but one are too old
 

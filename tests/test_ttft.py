@@ -158,8 +158,9 @@ def test_what_is_recalled_gives_the_same_logits(demo):
         assert known == (length if number else 0)
         logits = first_logits(model, prefill, cache, known)
         memory.keep(key, opening, cache, length)
-        whole = first_logits(model, prefill)
-        assert mx.max(mx.abs(logits - whole)).item() < 1e-4
+        with model.positions.using(prefill.positions, prefill.shift):
+            whole = model(None, input_embeddings=prefill.embeddings)[:, -1]
+        assert mx.max(mx.abs(logits - whole)).item() < 1e-3
 
 
 def test_a_second_question_sees_and_reads_nothing_again(demo, monkeypatch):
