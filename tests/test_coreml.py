@@ -282,7 +282,9 @@ def test_a_package_describes_itself(demo, packages, tmp_path):
     for described in spec.description.functions:
         for feature in [*described.input, *described.output]:
             assert feature.shortDescription
-        assert described.input[0].type.imageType.width == 512
+        image = described.input[0].type.imageType
+        assert (image.width, image.height) == (512, 512)
+        assert image.colorSpace == image.ColorSpace.Value("RGB")
     source = tmp_path / "source"
     source.mkdir()
     (source / "LICENSE").write_text("The code.")
