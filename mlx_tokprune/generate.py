@@ -132,7 +132,8 @@ class _Asking:
         args, size = self.args, self.processor.image_size
         package = self.vision and not args.temporal
         if isinstance(self.model, OpenVLA) or package:
-            if args.image_size or args.vision_budget or args.padding != "keep":
+            sizes = (args.image_size, args.vision_budget)
+            if any(size is not None for size in sizes) or args.padding != "keep":
                 raise InputError(
                     "input size and padding can only be chosen for a FastVLM that sees "
                     "by itself; leave them out"

@@ -1,8 +1,10 @@
 import gzip
 import json
 import os
+import platform
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # some GPUs would round float32 products
@@ -11,6 +13,20 @@ import mlx_tokprune
 
 import mlx.core as mx  # isort: skip
 import pytest  # isort: skip
+
+# coremltools leaves temporary folders to be cleaned up by the garbage collector.
+COREMLTOOLS_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def needs_coremltools() -> None:
+    """Skip a whole module where coremltools has no wheel, and only there."""
+    machine = sys.platform == "darwin" or platform.machine() == "x86_64"
+    if sys.version_info >= (3, 14) or not machine:
+        pytest.skip("coremltools has no wheel for this Python", allow_module_level=True)
+
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "fastvlm-tiny"
@@ -145,3 +161,26 @@ def write_headers(folder: Path, tensors: dict, config: dict, shards: int = 2) ->
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": weight_map})
     )
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory):
+    """Core ML packages of the demo model by method and options, written once."""
+    from mlx_tokprune.coreml.export import Options, export_package
+    from mlx_tokprune.demo import CHECKPOINT
+
+    folder, made = tmp_path_factory.mktemp("packages"), {}
+    model, _ = mlx_tokprune.load(CHECKPOINT, mx.float32)
+
+    def package(method: str, ratios=(0.5,), options=None) -> Path:
+        options = options or Options(precision="float32")
+        key = (method, ratios, options)
+        if key not in made:
+            made[key] = folder / f"{len(made)}.mlpackage"
+            pruners = [
+                mlx_tokprune.Pruner(method, keep_ratio=ratio) for ratio in ratios
+            ]
+            export_package(model, pruners, made[key], options, CHECKPOINT)
+        return made[key]
+
+    return package

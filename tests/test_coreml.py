@@ -1,9 +1,7 @@
 """Core ML packages, read back from disk and run in NumPy (`mil.py`), against MLX."""
 
 import dataclasses
-import json
 import os
-import platform
 import shutil
 import sys
 from pathlib import Path
@@ -13,35 +11,27 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import COREMLTOOLS_WARNINGS, TINY, needs_coremltools
 
 import mlx_tokprune
-from mlx_tokprune import Pruner, generate
+from mlx_tokprune import Pruner
 from mlx_tokprune.coreml import __main__ as cli
-from mlx_tokprune.coreml import export, lower, vision
-from mlx_tokprune.coreml.capture import LAYER_NORM, capture
+from mlx_tokprune.coreml import lower
 from mlx_tokprune.coreml.describe import read_functions
 from mlx_tokprune.coreml.export import Options, export_package
 from mlx_tokprune.coreml.plan import compute_plan, format_plan
 from mlx_tokprune.demo import CHECKPOINT, PICTURES, POLICY, POLICY_FRAME
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.generate import main as generate_command
 from mlx_tokprune.image import load_image
 from mlx_tokprune.pipeline import see
 from mlx_tokprune.pruners import registry
 
-machine = sys.platform == "darwin" or platform.machine() == "x86_64"
-if sys.version_info >= (3, 14) or not machine:
-    pytest.skip("coremltools has no wheel for this Python", allow_module_level=True)
+needs_coremltools()
 
 import coremltools  # noqa: E402
 from mil import Package  # noqa: E402
 
-# coremltools leaves temporary folders to be cleaned up by the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = COREMLTOOLS_WARNINGS
 FLOAT32 = Options(precision="float32")
 
 
@@ -53,22 +43,6 @@ def demo():
 @pytest.fixture(scope="module")
 def policy():
     return mlx_tokprune.load(POLICY, mx.float32)
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory, demo):
-    """Packages of the demo model by method and options, written once."""
-    folder, made = tmp_path_factory.mktemp("packages"), {}
-
-    def package(method: str, ratios=(0.5,), options=FLOAT32) -> Path:
-        key = (method, ratios, options)
-        if key not in made:
-            made[key] = folder / f"{len(made)}.mlpackage"
-            pruners = [Pruner(method, keep_ratio=ratio) for ratio in ratios]
-            export_package(demo[0], pruners, made[key], options, CHECKPOINT)
-        return made[key]
-
-    return package
 
 
 def pixels_of(processor, picture=PICTURES[0]) -> np.ndarray:
@@ -296,154 +270,6 @@ def test_a_package_describes_itself(demo, packages, tmp_path):
     assert "source" in about.shortDescription
 
 
-# The table --------------------------------------------------------------------------
-
-
-def random(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
-
-
-def ints(*shape: int) -> mx.array:
-    return mx.random.randint(0, 5, shape, key=mx.random.key(1))
-
-
-W, BIAS, SCALE = random(6, 5, seed=2), random(6), random(4, seed=3)
-GROUPED, WHOLE = random(8, 3, 3, 1), random(8, 3, 3, 4)
-mx.eval(W, BIAS, SCALE, GROUPED, WHOLE)  # or they would be part of what is traced
-CASES = {
-    "Add": (lambda x, y: x + y[:, None], random(2, 3, 4), random(2, 4)),
-    "AddMM": (lambda x: mx.addmm(BIAS, x, W.T), random(2, 3, 4, 5)),
-    "Arange": (lambda x: x * mx.arange(4), random(3, 4)),
-    "ArgReduce": (lambda x: mx.argmax(x, 1) + mx.argmin(x, 1), ints(2, 6, 3) * 1.0),
-    "ArgSort": (lambda x: mx.argsort(x, 1).astype(mx.int32), ints(1, 9) * 1.0),
-    "AsType": (lambda x: (x > 0).astype(mx.float32) + x.astype(mx.int32), random(2, 3)),
-    "BitwiseBinary": (
-        lambda x: mx.where((x > 0) & (x < 1) | (x < -1), x, 0.0),
-        random(4, 5),
-    ),
-    "Broadcast": (lambda x: mx.broadcast_to(x, (2, 3, 4)).reshape(6, 4), random(3, 1)),
-    "Concatenate": (lambda x, y: mx.concatenate([x, y], 1), random(2, 3), random(2, 1)),
-    "Convolution": (
-        lambda x: (
-            mx.conv2d(x, GROUPED, 2, 1, groups=4) + mx.conv2d(x, WHOLE, (2, 2), (1, 1))
-        ),
-        random(1, 8, 6, 4),
-    ),
-    "Divide": (lambda x, y: x / y, random(2, 3), random(3)),
-    "Equal": (lambda x: (x == mx.array([1, 2, 3])).astype(mx.int32), ints(4, 3)),
-    "Erf": (mx.erf, random(3, 4)),
-    "ExpandDims": (lambda x: mx.expand_dims(x, (0, 2)), random(2, 3)),
-    "Flatten": (lambda x: x.flatten(1, 2), random(2, 3, 4)),
-    "Full": (lambda x: x + mx.ones_like(x), random(2, 3)),
-    "GatherAxis": (
-        lambda x, i: (
-            mx.take_along_axis(x, i[..., None], 1)
-            + mx.take_along_axis(x, mx.zeros((1, 3, 4), mx.int32) + i[..., None], 1)
-        ),
-        random(1, 6, 4),
-        ints(1, 3),
-    ),
-    "Greater": (lambda x: mx.where(x > x[:1], 1.0, 2.0), random(3, 4)),
-    LAYER_NORM: (
-        lambda x: (
-            mx.fast.layer_norm(x, SCALE, SCALE + 1, 1e-5)
-            + mx.fast.layer_norm(x, None, None, 1e-5)
-        ),
-        random(2, 3, 4),
-    ),
-    "Less": (lambda x: mx.where(x < 0.3, x, 2.0), random(3, 4)),
-    "Matmul": (lambda x, y: (x @ y) @ W.T, random(2, 3, 4), random(2, 4, 5)),
-    "Maximum": (lambda x: mx.maximum(x, 0.1), random(3, 4)),
-    "Minimum": (lambda x: mx.minimum(x, 0.1), random(3, 4)),
-    "Multiply": (lambda x: x * x[:1] * 2, random(3, 4)),
-    "Negative": (lambda x: -x, random(3, 4)),
-    "Reduce": (
-        lambda x: mx.sum(x, 1) + mx.max(x, 1) + mx.min(x, 1) + mx.mean(x, 1),
-        random(2, 3, 4),
-    ),
-    "Reshape": (lambda x: x.reshape(4, -1).reshape(2, 2, 6), random(2, 3, 4)),
-    "Select": (lambda x: mx.where(x[:1] > 0, x, x[:, :1]), random(3, 4)),
-    "Sigmoid": (mx.sigmoid, random(3, 4)),
-    "Slice": (lambda x: x[:, 1:-1, ::2], random(2, 5, 6)),
-    "Softmax": (lambda x: mx.softmax(x, -1, precise=True), random(2, 3, 4)),
-    "Sort": (lambda x: mx.sort(x, 1), ints(1, 9)),
-    "Split": (
-        lambda x: mx.split(x, 3, -1)[1] + mx.split(x, [1, 3], -1)[1],
-        random(2, 5, 6),
-    ),
-    "Sqrt": (lambda x: mx.sqrt(x + 9) + mx.rsqrt(x + 9), random(3, 4)),
-    "Square": (mx.square, random(3, 4)),
-    "Squeeze": (lambda x: x.squeeze(1), random(2, 1, 3)),
-    "Subtract": (lambda x, y: x - y, random(2, 3), random(3)),
-    "Transpose": (lambda x: x.transpose(2, 0, 1), random(2, 3, 4)),
-    "Unflatten": (lambda x: mx.unflatten(x, 1, (2, 3)), random(2, 6)),
-}
-
-
-def through_core_ml(path: Path, function, *arrays: mx.array) -> tuple[np.ndarray, set]:
-    """The function's result from a package, and which primitives it has."""
-    from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil import mil
-    from coremltools.converters.mil.mil import types
-
-    graph = capture(lambda *arrays: [function(*arrays)], *arrays)
-    kinds = {mx.float32: types.fp32, mx.int32: types.int32}
-    inputs = {
-        f"x{i}": mb.placeholder(a.shape, kinds[a.dtype]) for i, a in enumerate(arrays)
-    }
-    with mil.Function(inputs, opset_version=coremltools.target.iOS18) as body:
-        (result,) = lower.lower("part", graph, list(body.inputs.values()))
-        body.set_outputs([mb.identity(x=result, name="y")])
-    program = mil.Program()
-    program.add_function("main", body)
-    with export._quiet():
-        package = coremltools.convert(
-            program,
-            source="milinternal",
-            convert_to="mlprogram",
-            minimum_deployment_target=coremltools.target.iOS18,
-            compute_precision=coremltools.precision.FLOAT32,
-            skip_model_load=True,
-        )
-    package.save(str(path))
-    given = {f"x{i}": np.array(array) for i, array in enumerate(arrays)}
-    return Package(path).predict(given)["y"], {node.kind for node in graph.nodes}
-
-
-@pytest.mark.parametrize("kind", sorted(CASES))
-def test_every_entry_of_the_table(tmp_path, kind):
-    function, *arrays = CASES[kind]
-    found, kinds = through_core_ml(tmp_path / "op.mlpackage", function, *arrays)
-    assert kind in kinds
-    expected = np.array(function(*arrays))
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
-
-
-def test_every_entry_has_a_case():
-    assert set(lower.TABLE) == set(CASES)
-
-
-def test_a_primitive_without_an_entry_is_named():
-    with pytest.raises(InputError, match=r"Cos .* of \(3, 4\) has no counterpart"):
-        through_core_ml(None, mx.cos, random(3, 4))
-
-
-@pytest.mark.parametrize(
-    ("function", "array", "message"),
-    [
-        (lambda x: mx.sort(x, 0), random(3, 4), "Sort along axis 0"),
-        (lambda x: mx.prod(x, 1), random(3, 4), "Reduce 3 of"),
-        (lambda x: mx.addmm(x, x, x), random(3, 3), "AddMM is known for constant"),
-        (lambda x: x | 1, ints(3, 4), "BitwiseBinary 1 is known for bools"),
-        (lambda x: mx.conv1d(x, WHOLE[0]), random(1, 8, 4), "Convolution"),
-    ],
-)
-def test_forms_that_are_not_known_are_refused(function, array, message):
-    with pytest.raises(InputError, match=message):
-        through_core_ml(None, function, array)
-
-
 # Bad input --------------------------------------------------------------------------
 
 
@@ -508,19 +334,6 @@ def test_python_callers_get_a_sentence_too(demo, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_damaged_package_is_refused(core_ml, packages, tmp_path):
-    path = tmp_path / "damaged.mlpackage"
-    path.mkdir()
-    (path / "Manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="is damaged"):
-        vision.open_vision(path)
-    spec = Package(packages("norm")).spec
-    about = spec.description.metadata.userDefined
-    about["mlx_tokprune"] = '[{"name": "main"}]'
-    with pytest.raises(InputError, match="another version of mlx_tokprune"):
-        read_functions(spec, "it")
-
-
 def test_a_package_can_be_read_by_all(packages):
     for part in packages("norm").rglob("*"):
         assert part.stat().st_mode & 0o777 == (0o755 if part.is_dir() else 0o644)
@@ -559,82 +372,7 @@ def test_the_command(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["v.mlpackage"]
 
 
-# As a vision path -------------------------------------------------------------------
-
-
-class Stand:
-    """Core ML's `predict`, played by the interpreter."""
-
-    def __init__(self, path, function):
-        self.package, self.function = Package(path), function
-
-    def __call__(self, inputs):
-        ((name, value),) = inputs.items()
-        if name == "image":
-            value = np.asarray(value, np.float32).transpose(2, 0, 1)[None]
-        return self.package.predict({name: value}, self.function)
-
-
-@pytest.fixture
-def core_ml(monkeypatch):
-    monkeypatch.setattr(vision, "_predict", lambda ct, path, name: Stand(path, name))
-
-
-@pytest.mark.parametrize("apple", [False, True])
-def test_generate_with_a_package(core_ml, packages, capsys, apple):
-    if apple:
-        options = Options(projector=False, image=False, precision="float32")
-        path, ratio = packages("norm", options=options), 0.5
-    else:
-        path, ratio = packages("norm", (0.5, 0.25, 0.125)), 0.25
-    records = []
-    for arguments in (["--vision", str(path)], ["--method", "norm"]):
-        generate_command(["--json", "--keep-ratio", str(ratio), *arguments])
-        records.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    same = ("text", "token_ids", "kept_indices", "visual_tokens", "method", "keep")
-    assert [records[0][key] for key in same] == [records[1][key] for key in same]
-    assert records[0]["stages_ms"]["prune"] == 0
-
-
-def test_a_package_must_fit_question_and_model(core_ml, packages, demo, tiny, policy):
-    path = packages("norm", (0.5, 0.25, 0.125))
-    with pytest.raises(InputError, match=r"0.4 of the visual tokens; it has 0.5, 0.25"):
-        vision.open_vision(path, 0.4)
-    package = vision.open_vision(path)
-    with pytest.raises(InputError, match="gives features of size 192"):
-        package.check(tiny[0])
-    with pytest.raises(InputError, match="pictures of 512 pixels"):
-        package.check(policy[0])
-    with pytest.raises(InputError, match="is no Core ML package"):
-        vision.open_vision(path.parent)
-    model, processor = demo
-    wide = (model, processor.at(512, "skip"), [PICTURES[0].path], "What?")
-    with pytest.raises(InputError, match="512 x 512 pixels, not 512 x 320"):
-        generate(*wide, vision=package)
-
-
-def test_a_package_of_someone_else_is_refused(core_ml, packages, tmp_path):
-    path = tmp_path / "other.mlpackage"
-    shutil.copytree(packages("norm"), path)
-    (file,) = path.glob("Data/*/*.mlmodel")
-    spec = Package(path).spec
-    del spec.description.metadata.userDefined["mlx_tokprune"]
-    file.write_bytes(spec.SerializeToString())
-    with pytest.raises(InputError, match="was not written by mlx_tokprune"):
-        vision.open_vision(path)
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="says what other systems say")
-def test_core_ml_is_macos_only(packages, capsys):
-    with pytest.raises(SystemExit):
-        generate_command(["--vision", str(packages("norm"))])
-    assert "Core ML runs on macOS only" in capsys.readouterr().err
-
-
-def test_vision_and_method_exclude_each_other(capsys):
-    with pytest.raises(SystemExit):
-        generate_command(["--vision", "v", "--method", "norm"])
-    assert "a package has its own method" in capsys.readouterr().err
+# Core ML itself --------------------------------------------------------------------
 
 
 @pytest.mark.macos

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from mlx_tokprune import InputError, Pruner, generate, load, temporal
+from mlx_tokprune import InputError, Pruner, generate, load
 from mlx_tokprune.generate import main as command
 from mlx_tokprune.pipeline import see
 from mlx_tokprune.temporal import Temporal
@@ -207,7 +207,6 @@ def test_what_cannot_be_seen_in_parts_is_refused(model, policy_model):
         Temporal().check(policy_model)
     with pytest.raises(InputError, match="frames come one by one; 2 given"):
         Temporal()(model, mx.zeros((2, 512, 512, 3)))
-    assert temporal._BORDER >= 1
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -419,11 +418,9 @@ def test_bad_sizes_are_one_sentence(capsys, arguments, message):
 # Budget -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("milliseconds", "size"), [(1e6, 512), (140, 448), (74.1, 256), (26.7, 64)]
-)
-def test_the_largest_size_that_fits(demo, monkeypatch, milliseconds, size):
-    """Of a machine that takes 20 ms and 6.6 ms for every 128 px squared."""
+@pytest.mark.parametrize("size", [512, 448, 256, 64])
+def test_the_largest_size_that_fits(demo, monkeypatch, size):
+    """Of a machine that takes 25 ms, and 50 for every 256 px squared."""
     model, processor = demo
     runs = []
 
@@ -435,9 +432,7 @@ def test_the_largest_size_that_fits(demo, monkeypatch, milliseconds, size):
     monkeypatch.setattr(budget, "measure_stages", measured)
     asked = (model, processor, [], "Hi", Pruner("none"), "original")
     expected = 25 + 50 * (size / 256) ** 2
-    if milliseconds < expected:
-        milliseconds = expected + 0.1
-    fit = budget.fit_image_size(*asked, milliseconds)
+    fit = budget.fit_image_size(*asked, expected + 0.1)
     assert fit.image_size == size
     assert fit.predicted_ms == pytest.approx(expected)
     assert runs == [256, 256, 512, 512]
@@ -467,12 +462,3 @@ def test_a_command_without_a_picture(capsys, extra):
         command(["--model", str(TINY), "--prompt", "a", *extra])
     assert stopped.value.code == 2
     assert "no picture was given; say --image FILE" in capsys.readouterr().err
-
-
-def test_memory_does_not_keep_a_model_that_is_gone():
-    model, processor = load(TINY)
-    memory = Memory()
-    answer(model, processor, [IMAGE], "Hi", memory=memory, max_tokens=1)
-    gone = weakref.ref(memory)
-    del model, processor, memory
-    assert gone() is None

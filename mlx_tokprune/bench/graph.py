@@ -3,8 +3,8 @@
 Nothing is evaluated, so a model larger than memory can be counted. The graph is the
 plain one, without the forms for the CPU, and operations that Metal has a kernel for
 (attention, norms, rotary positions) count as one. Counted on Linux, so a model of what
-Metal does, not a measurement. The tracing API of MLX is experimental; it is used here
-and nowhere else.
+Metal does, not a measurement. The tracing API of MLX is experimental; besides this file
+only `coreml/capture.py` uses it.
 """
 
 import contextlib

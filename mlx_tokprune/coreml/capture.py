@@ -7,7 +7,7 @@ that a Mac and a Linux machine get the same graph.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -95,11 +95,3 @@ def _whole_layer_norm() -> Iterator[None]:
         yield
     finally:
         mx.fast.layer_norm = fused
-
-
-def shapes_of(graph: Graph, names: Sequence[str]) -> list[tuple[int, ...]]:
-    """Shapes of arrays of `graph`, for messages."""
-    known = {name: value.shape for name, value in graph.constants.items()}
-    for node in graph.nodes:
-        known |= dict(zip(node.outputs, node.shapes, strict=True))
-    return [known[name] for name in names if name in known]

@@ -260,19 +260,16 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
             f"all {total} visual tokens would stay, which is no pruning; expected to "
             "keep fewer, or method 'none'"
         )
-    pruned, selection = (
-        capture(prune, *seen),
-        pruner(Features(seen[0], grid, *seen[1:])),
-    )
+    pruned = capture(prune, *seen)
     looks = any(pruned.reaches())
-    if not looks:
-        selection = pruner(Features(mx.zeros(seen[0].shape), grid))
+    blank = [mx.zeros(array.shape) for array in seen]
+    selection = pruner(Features(blank[0], grid, *blank[1:]))
     chosen = selection.indices if selection.weights is None else selection.weights
     (result,) = finish(seen[0], chosen)
     return _Parts(
         capture(encode, pixels),
         pruned if looks else None,
-        capture(finish, mx.zeros(seen[0].shape), mx.zeros(chosen.shape, chosen.dtype)),
+        capture(finish, blank[0], mx.zeros(chosen.shape, chosen.dtype)),
         selection,
         grid,
         result.shape[-1],
