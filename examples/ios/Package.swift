@@ -1,4 +1,4 @@
-// swift-tools-version: 5.10
+// swift-tools-version: 6.0
 import PackageDescription
 
 let package = Package(
@@ -8,5 +8,7 @@ let package = Package(
     targets: [
         .target(name: "PrunedVision"),
         .testTarget(name: "PrunedVisionTests", dependencies: ["PrunedVision"]),
-    ]
+    ],
+    // Mode 6 would make errors of Apple's annotations, which differ between SDKs.
+    swiftLanguageModes: [.v5]
 )

@@ -1,3 +1,4 @@
+import CoreImage
 import CoreML
 import CoreVideo
 import Foundation
@@ -5,12 +6,16 @@ import Foundation
 /// A vision path that `mlx_tokprune.coreml` exported: tower, pruner and projector.
 ///
 ///     let vision = try await PrunedVision(contentsOf: url, keepRatio: 0.25)
-///     let seen = try await vision(pixelBuffer)
-///     // seen.features: (1, K, C), ready for the language model
-public final class PrunedVision {
+///     let seen = try await vision(vision.square(picture))
+///     // seen.features: K times C numbers for the language model
+///
+/// Nothing in it changes after loading, Core ML's asynchronous predictions may overlap,
+/// and so may the renderings of a `CIContext`: hence Sendable, which not every SDK says
+/// of the two classes.
+public final class PrunedVision: @unchecked Sendable {
 
     /// What one function of a package does, as its metadata says.
-    public struct Function: Decodable, Equatable {
+    public struct Function: Decodable, Equatable, Sendable {
         public let name: String
         public let method: String
         public let keepRatio: Double?
@@ -27,10 +32,11 @@ public final class PrunedVision {
         public let image: Bool
     }
 
-    public struct Output {
-        /// (1, K, C) features of the kept visual tokens, in raster order.
-        public let features: MLShapedArray<Float>
-        /// Which of the N visual tokens they are. Their original positions in the prompt.
+    public struct Output: Sendable {
+        /// K times C features, row by row, of the kept visual tokens in raster order.
+        /// float32 whatever the package computes in: cast them to the language model's type.
+        public let features: [Float]
+        /// Which of the N visual tokens they are: their original places among them.
         public let keptIndices: [Int]
     }
 
@@ -39,10 +45,14 @@ public final class PrunedVision {
         case noSuchFunction(String)
         case takesNumbers
         case wrongSize(expected: Int, width: Int, height: Int)
+        case cannotDraw
     }
 
     public let function: Function
     private let model: MLModel
+    /// Without colour management: the model was trained on pictures that Pillow resized in
+    /// the numbers that they store, and a default context resizes in linear light.
+    let context = CIContext(options: [.workingColorSpace: NSNull()])
 
     /// Loads a compiled package (`.mlmodelc`; Xcode and `MLModel.compileModel` make it).
     ///
@@ -57,13 +67,8 @@ public final class PrunedVision {
         configuration.functionName =
             functionName ?? keepRatio.map { Self.functionName(keepRatio: $0) }
         model = try await MLModel.load(contentsOf: url, configuration: configuration)
-        let functions = try Self.functions(of: model)
-        let name = configuration.functionName ?? functions[0].name
-        guard let function = functions.first(where: { $0.name == name }) else {
-            throw Failure.noSuchFunction(name)
-        }
-        guard function.image else { throw Failure.takesNumbers }
-        self.function = function
+        function = try Self.choose(
+            configuration.functionName, from: Self.functions(of: model))
     }
 
     /// Sees and prunes a picture of `function.imageSize` pixels per side; see `square`.
@@ -83,23 +88,35 @@ public final class PrunedVision {
         else { throw Failure.notFromMLXTokprune }
         // A shaped array knows the strides; the memory of an MLMultiArray may be padded.
         return Output(
-            features: MLShapedArray<Float>(converting: features),
-            keptIndices: MLShapedArray<Int32>(converting: indices).scalars.map(Int.init))
+            features: MLShapedArray<Float>(converting: features).scalars,
+            keptIndices: MLShapedArray<Int32>(converting: indices).scalars.map { Int($0) })
     }
 
     /// `keep_50` for 0.5 and `keep_12_5` for 0.125, as the exporter names them.
     public static func functionName(keepRatio: Double) -> String {
         guard keepRatio != 1 else { return "unpruned" }
         let percent = String(format: "%g", keepRatio * 100)
-        return "keep_" + percent.replacingOccurrences(of: ".", with: "_")
+        return "keep_" + String(percent.map { ".-".contains($0) ? "_" : $0 })
     }
 
     /// The functions that the package of `model` says it has.
     static func functions(of model: MLModel) throws -> [Function] {
         let metadata = model.modelDescription.metadata[.creatorDefinedKey]
-        let text = (metadata as? [String: String])?["mlx_tokprune"]
-        guard let text else { throw Failure.notFromMLXTokprune }
+        guard let text = (metadata as? [String: String])?["mlx_tokprune"] else {
+            throw Failure.notFromMLXTokprune
+        }
         return try decode(text)
+    }
+
+    /// The function of this name, or the first, which Core ML loads when it is given none.
+    static func choose(_ name: String?, from functions: [Function]) throws -> Function {
+        guard let first = functions.first else { throw Failure.notFromMLXTokprune }
+        let wanted = name ?? first.name
+        guard let chosen = functions.first(where: { $0.name == wanted }) else {
+            throw Failure.noSuchFunction(wanted)
+        }
+        guard chosen.image else { throw Failure.takesNumbers }
+        return chosen
     }
 
     static func decode(_ text: String) throws -> [Function] {
