@@ -1,3 +1,5 @@
-from .command import main
+"""`python -m mlx_tokprune.convert`."""
+
+from ..commands.convert import main
 
 main()

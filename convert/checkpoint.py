@@ -4,21 +4,20 @@ Knows safetensors and folders, no model family. Headers are read and checked bef
 tensor is, so a damaged checkpoint is refused before work begins.
 """
 
-import contextlib
 import errno
 import json
 import math
 import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..errors import InputError
+from ..files import read_json
 from ..hub import COMPANIONS
 
 INDEX = "model.safetensors.index.json"
@@ -84,22 +83,6 @@ class Checkpoint:
         for file in sorted({t.file for t in stored.values()}):
             weights.update(mx.load(str(file), format="safetensors"))
         return {n: weights[n] for n in stored} | self.extra
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; `InputError` says what is wrong with it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path.parent} has no {path.name}; expected a checkpoint folder with "
-            "config.json and safetensors files"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return value
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -200,44 +183,6 @@ def copy_companions(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
-
-
-@contextlib.contextmanager
-def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` when the block ends well.
-
-    It is made beside `target`; on any error it is removed and `target` never exists.
-    Raises `InputError` when `target` exists or the disk is full.
-    """
-    target = Path(target)
-    if os.path.lexists(target) or target.name in ("", ".."):
-        raise InputError(
-            f"{target} already exists; choose a new folder or remove it first"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
-        )
-    except OSError as error:
-        raise InputError(
-            f"cannot write in {target.parent} ({error.strerror})"
-        ) from None
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(target)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(_full_disk(target)) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _full_disk(target: Path) -> str:
-    free = shutil.disk_usage(target.parent).free >> 20
-    return f"the disk of {target.parent} is full ({free} MB free); nothing was written"
 
 
 def write_config(folder: Path, config: dict) -> None:

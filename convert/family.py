@@ -1,4 +1,4 @@
-"""What the converter and the loader know of a model family: names, axes, and a model.
+"""What the converter and the loader know of a model family: names, axes, its config.
 
 One `Family` per file of key tables; `families.py` picks the one of a checkpoint.
 """
@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from .checkpoint import FLOATS, Checkpoint, check_shapes
 
 Shape = tuple[int, ...]
-# What building a model from an impossible config runs into.
-_MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+# Names and shapes of the MLX layout for a config; the runtime's models say.
+Expected = Callable[[dict], dict[str, Shape]]
 
 
 @dataclass(frozen=True)
@@ -26,9 +24,8 @@ class Family:
     reads: what can be read, for people. is_mlx: whether names and shapes are those of
     the MLX layout, else the original one. keys: original names -> MLX names, tried in
     order; `None` drops the tensor. axes: how an original tensor is transposed, by its
-    MLX name. optional: tensors carried along that no visual token needs. build: the
-    model of a config; with `inference` false its parameters are the MLX layout.
-    complete: the config with what the tensors say.
+    MLX name. optional: tensors carried along that no visual token needs. complete: the
+    config with what the tensors say.
     """
 
     name: str
@@ -36,7 +33,6 @@ class Family:
     is_mlx: Callable[[Mapping[str, Shape]], bool]
     keys: tuple[tuple[str, str | None], ...]
     axes: Callable[[str, int], tuple[int, ...] | None]
-    build: Callable[[dict, bool], nn.Module]
     complete: Callable[[Checkpoint, dict[str, Shape]], dict]
     optional: re.Pattern = re.compile(r"(?!)")
 
@@ -81,30 +77,19 @@ class Family:
                 renamed[new] = array.transpose(*axes) if axes else array
         return renamed
 
-    def expected_shapes(self, config: dict) -> dict[str, Shape]:
-        """Every tensor of the MLX layout for this config, with its shape."""
-        try:
-            model = self.build(config, False)
-        except InputError:
-            raise
-        except _MISFITS as e:
-            raise InputError(
-                f"config.json does not describe a {self.name} model ({e})"
-            ) from None
-        return {name: array.shape for name, array in tree_flatten(model.parameters())}
-
-    def read_config(self, checkpoint: Checkpoint) -> dict:
+    def read_config(self, checkpoint: Checkpoint, expected: Expected) -> dict:
         """The config, with what the tensors say where published configs are wrong.
 
         Raises `InputError` unless every tensor is there once, with its shape.
         """
         shapes = self.shapes(checkpoint)
         config = self.complete(checkpoint, shapes)
-        self._check(checkpoint, shapes, config)
+        self._check(checkpoint, shapes, config, expected(config))
         return config
 
-    def _check(self, checkpoint: Checkpoint, found: dict, config: dict) -> None:
-        expected = self.expected_shapes(config)
+    def _check(
+        self, checkpoint: Checkpoint, found: dict, config: dict, expected: dict
+    ) -> None:
         found = {k: v for k, v in found.items() if not self.optional.match(k)}
         quantized = _quantized_paths(found, expected)
         if quantized:

@@ -7,7 +7,7 @@ loads too.
 import re
 from collections.abc import Iterable
 
-from ..models.fastvlm import FastVLM, ModelArgs
+from ..files import object_of
 from .checkpoint import Checkpoint
 from .family import Family, Shape
 
@@ -59,7 +59,6 @@ def _axes(name: str, ndim: int) -> tuple[int, ...] | None:
 
 def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     config = dict(checkpoint.config)
-    ModelArgs.from_dict(config)
     tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
@@ -67,7 +66,7 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     head = shapes.get(f"{_TOWER}.head.proj")
     if head is not None and head[-1] != 768:
         # mlx-vlm builds this unused head 768 wide unless the config says otherwise.
-        vision = config.get("vision_config") or {}
+        vision = object_of(config, "vision_config")
         config["vision_config"] = vision | {"projection_dim": head[-1]}
     return config
 
@@ -83,7 +82,6 @@ FASTVLM = Family(
     ),
     keys=_KEYS,
     axes=_axes,
-    build=lambda config, inference: FastVLM(ModelArgs.from_dict(config), inference),
     complete=_complete,
     optional=_OPTIONAL,
 )

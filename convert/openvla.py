@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..errors import InputError
-from ..models.checks import object_of
-from ..models.openvla import ModelArgs, OpenVLA
-from .checkpoint import Checkpoint, read_json
+from ..files import object_of, read_json
+from .checkpoint import Checkpoint
 from .family import Family, Shape
 from .sidefiles import add_side_files
 
@@ -100,6 +99,5 @@ OPENVLA = Family(
     is_mlx=_is_mlx,
     keys=_KEYS,
     axes=_axes,
-    build=lambda config, inference: OpenVLA(ModelArgs.from_dict(config), inference),
     complete=_complete,
 )

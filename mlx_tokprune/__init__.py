@@ -22,14 +22,14 @@ warnings.filterwarnings(
 )
 
 from .act import predict_action  # noqa: E402
+from .answer.memory import Memory  # noqa: E402
+from .answer.temporal import Temporal  # noqa: E402
 from .errors import InputError  # noqa: E402
-from .features import Features, Selection, StageTimes  # noqa: E402
+from .features import Features, Selection  # noqa: E402
 from .generate import generate, stream_generate  # noqa: E402
 from .loading import load  # noqa: E402
-from .memory import Memory  # noqa: E402
-from .policy import Policy  # noqa: E402
-from .pruners import Pruner, list_pruners  # noqa: E402
-from .temporal import Temporal  # noqa: E402
+from .pruners import Pruner, list_pruners, register  # noqa: E402
+from .robot.policy import Policy  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -40,11 +40,11 @@ __all__ = [
     "Policy",
     "Pruner",
     "Selection",
-    "StageTimes",
     "Temporal",
     "generate",
     "list_pruners",
     "load",
     "predict_action",
+    "register",
     "stream_generate",
 ]

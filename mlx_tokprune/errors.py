@@ -24,6 +24,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
+def import_matplotlib() -> None:
+    """Raise `InputError` that says how to install it, where it is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "plots need matplotlib; pip install 'mlx-tokprune[bench]'"
+        ) from None
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence and exit code 2.
 

@@ -1,35 +1,61 @@
-"""The contract between vision towers and pruners: `Features` in, `Selection` out.
+"""The contract between what sees and what prunes: `Features` in, `Selection` out.
 
-Shapes use B pictures, N visual tokens in raster order, K kept tokens, C channels.
+Shapes use B samples, N visual tokens in raster order, K kept tokens, C channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a vision tower says about B pictures.
+    """The visual tokens that a pruner chooses from.
 
-    tokens: (B, N, C) visual tokens in raster order.
-    grid: (H, W) with H * W = N.
-    attention: (B, N) attention that each token receives in the tower's last attention
-        block, mean over heads and queries (from the class token where there is one).
-    text: (B, T, D) embeddings that follow the visual tokens in the prompt.
-    queries, keys: (B, heads, N, d) of the visual tokens and (B, heads, T, d) of the
-        text, in the language model's first layer, without rotary positions.
+    tokens: (B, N, C), those of the `pictures` of a sample after each other, each in
+        raster order.
+    grid: (H, W) of one picture, N = pictures * H * W; `None` where some are gone.
+    extras: what a method asked for by name, when the model has it at that place:
 
-    Extras are there only when the pruner asks for them. Prompt-stage pruners get
-    projected tokens, those of all pictures of a sample after each other.
+        attention (B, N): what each token receives, mean over heads. At the tower: in
+            its last attention block, mean over queries (from the class token where
+            there is one). In the language model: from the prompt's last token.
+        text (B, T, D): embeddings of the prompt after the visual tokens.
+        queries, text_keys (B, heads, N, d) and (B, heads, T, d): of visual tokens and
+            of text in the language model's first layer, without rotary positions.
+        scores (B, N): what the pruner's scorer says.
+
+    Raises `ValueError` for shapes that do not fit together.
     """
 
     tokens: mx.array
-    grid: tuple[int, int]
-    attention: mx.array | None = None
-    text: mx.array | None = None
-    queries: mx.array | None = None
-    keys: mx.array | None = None
+    grid: tuple[int, int] | None
+    pictures: int = 1
+    extras: Mapping[str, mx.array] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.tokens.ndim != 3:
+            raise ValueError(f"tokens are (B, N, C), not {self.tokens.shape}")
+        batch, total, _ = self.tokens.shape
+        if self.grid and self.pictures * self.grid[0] * self.grid[1] != total:
+            raise ValueError(
+                f"{self.pictures} grids {self.grid} have other than {total} tokens"
+            )
+        per_token = ("attention", "keys", "scores", "scores_previous")
+        for name, array in self.extras.items():
+            size = (batch, total) if name in per_token else (batch,)
+            if array.shape[: len(size)] != size:
+                raise ValueError(f"{name} has shape {array.shape}, not {size} in front")
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return self.tokens.shape[1]
+
+    def arrays(self) -> list[mx.array]:
+        """All that is computed."""
+        return [self.tokens, *self.extras.values()]
 
 
 @dataclass(frozen=True)
@@ -40,11 +66,22 @@ class Selection:
         token whose place a merged token takes.
     weights: (B, K, N), rows sum to 1, for methods that merge; `None` for selectors.
     mask: (B, K) bool, false where a sample keeps fewer than K; `None` when all keep K.
+
+    Raises `ValueError` for shapes that do not fit together.
     """
 
     indices: mx.array
     weights: mx.array | None = None
     mask: mx.array | None = None
+
+    def __post_init__(self):
+        shape = self.indices.shape
+        if len(shape) != 2 or not mx.issubdtype(self.indices.dtype, mx.integer):
+            raise ValueError(f"indices are (B, K) integers, not {shape}")
+        if self.weights is not None and self.weights.shape[:2] != shape:
+            raise ValueError(f"weights {self.weights.shape} do not fit {shape}")
+        if self.mask is not None and self.mask.shape != shape:
+            raise ValueError(f"mask {self.mask.shape} does not fit {shape}")
 
     @property
     def keep(self) -> int:
@@ -53,9 +90,7 @@ class Selection:
 
     def apply(self, values: mx.array) -> mx.array:
         """(B, N, D) -> (B, K, D): gather or merge anything that is per token."""
-        if self.weights is not None:
-            return self.weights.astype(values.dtype) @ values
-        return mx.take_along_axis(values, self.indices[..., None], axis=1)
+        return keep_rows(values, self.indices if self.weights is None else self.weights)
 
     def assignment(self) -> mx.array | None:
         """(B, N) int32: the kept token (0..K-1) each token went to; `None` if none."""
@@ -63,13 +98,14 @@ class Selection:
             return None
         return mx.argmax(self.weights, axis=1).astype(mx.int32)
 
+    def arrays(self) -> dict[str, mx.array]:
+        """Those of its fields that there are."""
+        found = {"indices": self.indices, "weights": self.weights, "mask": self.mask}
+        return {name: array for name, array in found.items() if array is not None}
 
-@dataclass(frozen=True)
-class StageTimes:
-    """Milliseconds of each stage, each measured between evaluated results."""
 
-    preprocess: float
-    vision: float
-    prune: float
-    project: float
-    prefill: float
+def keep_rows(values: mx.array, chosen: mx.array) -> mx.array:
+    """(B, N, D) -> (B, K, D) by indices (B, K) or by weights (B, K, N)."""
+    if chosen.ndim == 3:
+        return chosen.astype(values.dtype) @ values
+    return mx.take_along_axis(values, chosen[..., None], axis=1)

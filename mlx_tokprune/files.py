@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, and JSON that is read."""
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,25 +28,97 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             os.remove(partial)
 
 
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Nobody else writes what belongs to `path`, for the length of a `with` block.
+
+    Raises `InputError` where somebody does.
+    """
+    import fcntl
+
+    lock = Path(f"{path}.lock")
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another run is writing {path}; wait for it, or choose another output"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, or leave what was there."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
-def read_result(file: str | Path, schema: str) -> dict:
-    """The JSON of a result file; `InputError` unless it has this `schema`."""
-    try:
-        result = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
+@contextlib.contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` when the block ends well.
+
+    It is made beside `target`; on any error it is removed and `target` never exists.
+    Raises `InputError` when `target` exists or the disk is full.
+    """
+    target = Path(target)
+    if os.path.lexists(target) or target.name in ("", ".."):
         raise InputError(
-            f"{file} is no JSON file that can be read; expected a result of schema "
-            f"{schema!r}"
+            f"{target} already exists; choose a new folder or remove it first"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot write in {target.parent} ({error.strerror})"
         ) from None
-    found = result.get("schema") if isinstance(result, dict) else None
-    if found != schema:
-        raise InputError(f"{file} has schema {found!r}; expected {schema!r}")
-    return result
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(target)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(_full_disk(target)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _full_disk(target: Path) -> str:
+    free = shutil.disk_usage(target.parent).free >> 20
+    return f"the disk of {target.parent} is full ({free} MB free); nothing was written"
+
+
+# JSON -------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; `InputError` says what is wrong with it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path.parent} has no {path.name}; expected a checkpoint folder with "
+            "config.json and safetensors files"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def object_of(config: Mapping, name: str) -> dict:
+    """The object under `name` of a config, empty when there is none."""
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"config.json says {name} {value!r}; expected an object")
+    return value
 
 
 def _umask() -> int:

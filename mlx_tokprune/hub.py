@@ -1,10 +1,10 @@
-"""A model folder on disk from a path or a hub id."""
+"""A model's folder on disk from its name: the one door of every command."""
 
 import os
 import re
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, nearest
 
 # What travels with the weights: tokenizer, licence and model card.
 COMPANIONS = (
@@ -29,18 +29,28 @@ COMPANIONS = (
 _PATTERNS = ("*.json", "*.safetensors", "*_checkpoint.pt", *COMPANIONS)
 
 
-def resolve(path_or_id: str | Path) -> Path:
-    """The folder itself, or a downloaded snapshot of a hub id such as `apple/x`.
+# The embedded demo models, by name.
+EMBEDDED = {
+    "demo": Path(__file__).parent / "demo" / "checkpoint",
+    "demo-policy": Path(__file__).parent / "demo" / "policy",
+}
 
-    Raises `InputError` when it is neither.
+
+def resolve(path_or_id: str | Path) -> Path:
+    """`demo`, `demo-policy`, a folder, or a downloaded snapshot of a hub id.
+
+    Raises `InputError` when it is none of these.
     """
+    if str(path_or_id) in EMBEDDED:
+        return EMBEDDED[str(path_or_id)]
     path = Path(path_or_id)
     if os.path.exists(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
         raise InputError(
-            f"{path_or_id} does not exist; expected a checkpoint folder or a hub id "
-            "such as apple/FastVLM-0.5B"
+            f"{path_or_id} does not exist; expected a checkpoint folder, a hub id such "
+            f"as apple/FastVLM-0.5B, or {' or '.join(EMBEDDED)}."
+            + nearest(str(path_or_id), EMBEDDED)
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -13,6 +13,23 @@ from .errors import InputError
 _LONGEST = 8192  # pixels; longer pictures shrink before they are padded
 
 
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def list_pictures(path: str | Path) -> list[Path]:
+    """The pictures of a folder by name, or the one file.
+
+    Raises `InputError` for a folder without any.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    if not found:
+        raise InputError(f"folder {path} has no pictures; expected PNG, JPEG or WebP")
+    return found
+
+
 def load_image(source: str | Path | np.ndarray | Image.Image) -> Image.Image:
     """A decoded RGB picture from a file, an (H, W, 3) uint8 array or a PIL image.
 
@@ -30,7 +47,8 @@ def load_image(source: str | Path | np.ndarray | Image.Image) -> Image.Image:
             raise InputError(f"a picture of shape {source.shape} has no pixels")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _decode(source, "the picture")
+        plain = source.mode == "RGB" and type(source) is Image.Image
+        return source if plain and not source.info else _decode(source, "the picture")
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             f"a picture is a file, an array or a PIL image, not {type(source).__name__}"

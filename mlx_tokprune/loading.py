@@ -1,130 +1,84 @@
-"""From a path or hub id to `(model, processor)`, whatever layout the folder has."""
+"""From a name to `(model, processor)`, whatever layout the folder has."""
 
-import dataclasses
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
+from mlx.utils import tree_flatten
 from PIL import Image
 
-from .actions import Bounds, bin_values, choose_statistics, read_bounds
-from .convert.checkpoint import Checkpoint, read_json
+from .convert.checkpoint import Checkpoint
 from .convert.families import identify
+from .convert.family import Family
 from .errors import InputError
+from .files import read_json
 from .hub import resolve
-from .image import preprocess, preprocess_content, preprocess_naive
-from .models.fastvithd import TOTAL_STRIDE
-from .models.fastvlm import FastVLM
-from .models.openvla import OpenVLA
-from .prompt import Prompt, action_prompt, place_pictures, tokenize
+from .models import fastvlm, openvla
+from .models.family import VisionModel
+from .processor import ActionProcessor, Processor
 
-PADDINGS = ("keep", "skip")
-_LARGEST = 4096  # px of an input, four times what FastVLM was trained on
-
-
-@dataclass(frozen=True)
-class Processor:
-    """Pictures and text to what the model takes; `tokenizer` is mlx-lm's wrapper."""
-
-    tokenizer: object
-    image_size: int
-    image_token: str
-    prefix: str
-    suffix: str
-    padding: str = "keep"
-
-    def at(self, image_size: int, padding: str | None = None) -> "Processor":
-        """The same for another input size, or another way with padding.
-
-        padding: `keep` pads pictures to a square, as the model was trained; `skip`
-        leaves the padding out. Raises `InputError` for a size that cannot be encoded.
-        """
-        padding = padding or self.padding
-        if padding not in PADDINGS:
-            raise InputError(f"padding is {' or '.join(PADDINGS)}, not {padding!r}")
-        if image_size < TOTAL_STRIDE or image_size % TOTAL_STRIDE:
-            near = max(TOTAL_STRIDE, round(image_size / TOTAL_STRIDE) * TOTAL_STRIDE)
-            raise InputError(
-                f"cannot encode pictures of {image_size} px; expected a multiple of "
-                f"{TOTAL_STRIDE}, such as {near}"
-            )
-        if image_size > _LARGEST:
-            raise InputError(
-                f"cannot encode pictures of {image_size} px; the most is {_LARGEST}"
-            )
-        return dataclasses.replace(self, image_size=image_size, padding=padding)
-
-    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], or (B, h, w, 3) if skipping.
-
-        The longer side of a skipped picture is S.
-        """
-        if self.padding == "skip":
-            return preprocess_content(images, self.image_size, TOTAL_STRIDE)
-        return preprocess(images, self.image_size)
-
-    def prompt(self, text: str, pictures: int) -> Prompt:
-        """The user's text in the chat template, as token ids around the pictures."""
-        text = place_pictures(text, pictures, self.image_token)
-        chat = f"{self.prefix}{text}{self.suffix}"
-        return tokenize(chat, self.image_token, self._encode)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+# The models of each family of checkpoints.
+_MODELS = {
+    "FastVLM": (fastvlm.FastVLM, fastvlm.ModelArgs),
+    "OpenVLA": (openvla.OpenVLA, openvla.ModelArgs),
+}
+# What building a model from an impossible config runs into.
+_MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
 
-@dataclass(frozen=True)
-class ActionProcessor:
-    """Pictures, instructions and robot states to what a policy takes, and back.
+class Opened(NamedTuple):
+    """A checkpoint whose headers were read and fit its config."""
 
-    limit: the most tokens that an instruction's prompt may have. norm_stats: of each
-    data set, by unnorm key. crop: share of the picture's area that is looked at.
-    resample: how pictures are resized.
+    family: Family
+    checkpoint: Checkpoint
+    config: dict
+
+
+def open_checkpoint(path_or_hf_repo: str | Path) -> Opened:
+    """Find and check a checkpoint, from its headers alone.
+
+    Raises `InputError` unless every tensor is there once, with its shape.
     """
+    family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
 
-    tokenizer: object
-    image_size: int
-    vocabulary: int
-    bins: int
-    empty_token_id: int
-    limit: int
-    norm_stats: dict
-    rule: str = "bounds_q99"
-    crop: float = 1.0
-    resample: Image.Resampling = Image.Resampling.BICUBIC
+    def expected(config: dict) -> dict:
+        return expected_shapes(family, config, len(checkpoint.tensors))
 
-    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], resized without padding."""
-        return preprocess_naive(images, self.image_size, self.crop, self.resample)
+    return Opened(family, checkpoint, family.read_config(checkpoint, expected))
 
-    def prompt(self, instruction: str) -> tuple[int, tuple[int, ...]]:
-        """The id that opens the sequence, and the ids that follow the pictures.
 
-        Raises `InputError` for an empty instruction or one that does not fit.
-        """
-        text = action_prompt(instruction)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if ids[-1:] != [self.empty_token_id]:
-            ids = [*ids, self.empty_token_id]
-        if len(ids) > self.limit:
-            raise InputError(
-                f"the instruction is too long: with its prompt it has {len(ids)} "
-                f"tokens, and the most is {self.limit}"
-            )
-        return self.tokenizer.bos_token_id, tuple(ids)
+def _build(family: Family, config: dict, inference: bool, tensors: int | None = None):
+    """The model of a config; with `inference` false its parameters are its tensors."""
+    model, args = _MODELS[family.name]
+    args = args.from_dict(config)
+    depth = args.depth
+    if tensors is not None and depth > tensors:
+        raise InputError(
+            f"config.json describes {depth} layers, but the checkpoint has only "
+            f"{tensors} tensors"
+        )
+    return model(args, inference)
 
-    def bounds(self, part: str, unnorm_key: str | None) -> Bounds:
-        """The range of `action` or `proprio` in one data set."""
-        statistics = choose_statistics(self.norm_stats, unnorm_key)
-        return read_bounds(statistics, part, self.rule)
 
-    def values(self, ids: np.ndarray) -> np.ndarray:
-        """(..., A) action token ids -> values in [-1, 1]."""
-        return bin_values(ids, self.vocabulary, self.bins)
+def expected_shapes(
+    family: Family, config: dict, tensors: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the MLX layout for this config, with its shape.
+
+    tensors: how many there are; a config of more layers is not built.
+    """
+    try:
+        model = _build(family, config, False, tensors)
+    except InputError:
+        raise
+    except _MISFITS as e:
+        raise InputError(
+            f"config.json does not describe a {family.name} model ({e})"
+        ) from None
+    return {name: array.shape for name, array in tree_flatten(model.parameters())}
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -134,16 +88,16 @@ def default_dtype() -> mx.Dtype | None:
 
 def load(
     path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None, lazy: bool = False
-) -> tuple[FastVLM | OpenVLA, Processor | ActionProcessor]:
-    """Load a checkpoint, converted or original, from a folder or the hub.
+) -> tuple[VisionModel, Processor | ActionProcessor]:
+    """Load a checkpoint, converted or original: `demo`, a folder, or one of the hub.
 
     dtype: of float weights; `default_dtype()` when `None`. lazy: leave weights on the
-    disk until something needs them. A FastVLM comes with a `Processor`, an OpenVLA with
-    an `ActionProcessor`. Raises `InputError` when the folder cannot be used.
+    disk until something needs them. A model that answers comes with a `Processor`, a
+    policy with an `ActionProcessor`. Raises `InputError` when the folder cannot be
+    used, or a weight is not finite.
     """
-    family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
-    config = family.read_config(checkpoint)
-    model = family.build(config, True)
+    family, checkpoint, config = open_checkpoint(path_or_hf_repo)
+    model = _build(family, config, True)
     weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
     if dtype is not None:  # before anything is folded, which costs precision
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
@@ -154,27 +108,42 @@ def load(
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
+        check_finite(tree_flatten(model.parameters()))
     tokenizer = load_tokenizer(checkpoint.folder, config)
-    _check_vocabulary(tokenizer, model.args.text["vocab_size"], checkpoint.folder)
-    if isinstance(model, OpenVLA):
-        return model, _action_processor(model, tokenizer, config)
-    processor = Processor(
+    vocabulary = tokenizer.get_vocab()
+    _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
+    longest = max(map(len, vocabulary), default=1)
+    make = _processor if model.answers == "text" else _action_processor
+    return model, make(model, tokenizer, config, longest)
+
+
+def check_finite(tensors: list[tuple[str, mx.array]]) -> None:
+    """Raise `InputError` that names a tensor with NaN or infinity."""
+    floats = [(n, a) for n, a in tensors if mx.issubdtype(a.dtype, mx.floating)]
+    sums = [mx.all(mx.isfinite(mx.sum(mx.abs(a)))) for _, a in floats]
+    for (name, array), finite in zip(floats, sums, strict=True):
+        # A sum may overflow where no number does.
+        if not finite.item() and not mx.all(mx.isfinite(array)).item():
+            raise InputError(
+                f"tensor {name} has numbers that are not finite; the checkpoint is "
+                "damaged, or its training went wrong"
+            )
+
+
+def _processor(model, tokenizer, config: Mapping, longest: int) -> Processor:
+    return Processor(
         tokenizer,
         model.image_size,
         model.image_token,
         model.prompt_prefix,
         model.prompt_suffix,
+        model.stride,
+        model.args.context,
+        longest=longest,
     )
-    return model, processor
 
 
-def check(path_or_hf_repo: str | Path) -> None:
-    """Raise `InputError` unless a checkpoint can be loaded, from its headers alone."""
-    family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
-    family.read_config(checkpoint)
-
-
-def _action_processor(model: OpenVLA, tokenizer, config: dict) -> ActionProcessor:
+def _action_processor(model, tokenizer, config: Mapping, longest: int):
     args = model.args
     if tokenizer.bos_token_id is None:
         raise InputError(
@@ -188,9 +157,10 @@ def _action_processor(model: OpenVLA, tokenizer, config: dict) -> ActionProcesso
         args.empty_token_id,
         args.longest_prompt,
         config["norm_stats"],
-        args.oft.rule if args.oft else "bounds_q99",
-        args.oft.crop if args.oft else 1.0,
+        args.rule,
+        args.crop,
         Image.Resampling.LANCZOS if args.oft else Image.Resampling.BICUBIC,
+        longest,
     )
 
 
@@ -244,8 +214,8 @@ def load_tokenizer(folder: Path, config: dict):
     return tokenizer
 
 
-def _check_vocabulary(tokenizer, size: int, folder: Path) -> None:
-    highest = max(tokenizer.get_vocab().values(), default=0)
+def _check_vocabulary(vocabulary: dict, size: int, folder: Path) -> None:
+    highest = max(vocabulary.values(), default=0)
     if highest >= size:
         raise InputError(
             f"the tokenizer of {folder} has token id {highest}, but the model only "

@@ -1,178 +1,340 @@
-"""The way of a picture: encode -> prune -> project -> splice -> prefill.
+"""The way of a picture: encode -> prune -> project -> assemble -> read.
 
-The only place that knows models, pruners and prompts together; every command calls
-these functions. All but `measure_stages` are lazy and evaluate nothing, except the
-chunks of a long prompt.
+The only place that knows models, pruners and prompts together. Everything that
+answers, acts, measures, exports or trains calls `run`, or one of the steps it is made
+of. All of it is lazy, but for the chunks of a long prompt, methods that choose their
+own count, and what a clock fences.
 """
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
-from PIL import Image
 
-from .features import Selection, StageTimes
-from .models.fastvlm import FastVLM
-from .prompt import Prompt, original_positions, splice
-from .pruners import Pruner
+from .errors import InputError
+from .features import Features, Selection
+from .models.family import VisionModel
+from .models.language import PREFILL_STEP, Read, Sequence
+from .prompt import Prompt
+from .pruners import Plan, Pruner, get_method, list_pruners
+from .timing import NO_CLOCK, NoClock
 
 POSITIONS = ("original", "contiguous")
-PREFILL_STEP = 2048  # tokens of a prompt that are read at once, as in mlx-lm
+DEFAULT_POSITIONS = "original"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What B samples see and are told.
+
+    pixels: (B * G * n, h, w, 3), for each sample and each of the G places of the prompt
+    its n pictures after each other; `None` where their visual tokens are known. state:
+    (B, p) normalised robot states, or `None`.
+    """
+
+    pixels: mx.array | None
+    prompt: Prompt
+    batch: int = 1
+    state: mx.array | None = None
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The kept tokens of B pictures, ready to be spliced into a prompt.
+    """The kept visual tokens, ready to go into a prompt.
 
-    embeddings: (B, K, D). selection: which of the N tokens on `grid` they are. A grid
-    that is not square is the middle of one whose padding was not encoded.
+    A group is what stands at one place of the prompt: `pictures` pictures, whose tokens
+    are numbered on through all of them.
+
+    embeddings: (groups, K, D). indices: (groups, K), which of the N tokens they are.
+    mask: (groups, K) bool, false for padding where groups keep different counts, else
+    `None`. selection: the last pruner's, of each picture or of each group. grid: of one
+    picture; one that is not square is the middle of one whose padding was left out.
     """
 
     embeddings: mx.array
+    indices: mx.array
     selection: Selection
     grid: tuple[int, int]
+    pictures: int = 1
+    mask: mx.array | None = None
+
+    @property
+    def keep(self) -> int:
+        """K, the visual tokens of a group that stay."""
+        return self.indices.shape[1]
 
     @property
     def total(self) -> int:
-        """N, the tokens of one picture before pruning."""
-        return self.grid[0] * self.grid[1]
+        """N, the visual tokens of a group before pruning."""
+        return self.pictures * self.grid[0] * self.grid[1]
 
     def places(self) -> tuple[mx.array, int]:
-        """(B, K) places of the kept tokens on the square grid, and how many it has."""
+        """(groups, K) places of the tokens on square grids, and how many those have."""
         rows, columns = self.grid
-        side, indices = max(self.grid), self.selection.indices
         if rows == columns:
-            return indices, self.total
+            return self.indices, self.total
+        side, each = max(self.grid), rows * columns
         top, left = (side - rows) // 2, (side - columns) // 2
-        row, column = indices // columns + top, indices % columns + left
-        return row * side + column, side * side
+        picture, index = self.indices // each, self.indices % each
+        row, column = index // columns + top, index % columns + left
+        square = picture * side * side + row * side + column
+        return square, self.pictures * side * side
 
 
-# What can stand in for `see`: a Core ML package.
-Vision = Callable[[FastVLM, mx.array], VisualTokens]
+_ALL = Pruner("none")
+# What can stand in for `look`: a part of a video, a Core ML package.
+Look = Callable[[VisionModel, Scene, Plan, NoClock], VisualTokens]
 
 
-@dataclass(frozen=True)
-class Prefill:
-    """A spliced prompt: embeddings (1, T, D), and positions (T,) unless contiguous.
-
-    shift: what later tokens add to their cache offset.
-    """
-
-    embeddings: mx.array
-    positions: mx.array | None
-    shift: int
-
-
-def see(model: FastVLM, pixels: mx.array, pruner: Pruner) -> VisualTokens:
-    """(B, S, S, 3) pixels -> kept and projected visual tokens."""
-    features = model.encode(pixels, pruner.needs)
-    selection = pruner(features)
-    embeddings = model.project(selection.apply(features.tokens))
-    return VisualTokens(embeddings, selection, features.grid)
-
-
-def assemble(
-    model: FastVLM, prompt: Prompt, visual: VisualTokens, positions: str
-) -> Prefill:
-    """Splice pictures into the prompt, with `original` or `contiguous` positions."""
-    embeddings = splice(prompt, model.embed, visual.embeddings)
-    places, total = visual.places()
-    if positions == "contiguous" or places.shape[1] == total:
-        return Prefill(embeddings, None, 0)
-    where, shift = original_positions(prompt, list(places), total)
-    return Prefill(embeddings, where, shift)
-
-
-def first_logits(
-    model: FastVLM,
-    prefill: Prefill,
+def run(
+    model: VisionModel,
+    scene: Scene,
+    plan: Plan = (),
+    *,
+    positions: str = DEFAULT_POSITIONS,
+    vision: Look | None = None,
+    after: mx.array | None = None,
+    rows: int = 1,
     cache: list | None = None,
     known: int = 0,
     step: int = PREFILL_STEP,
-) -> mx.array:
-    """(1, V) logits after the last prompt token, filling `cache` when given.
+    clock: NoClock = NO_CLOCK,
+) -> tuple[Read, VisualTokens]:
+    """From a scene to what the language model makes of it.
 
-    known: tokens of the prompt that are in `cache` already. step: tokens read at once.
-    mlx-lm would read the weights twice, for the prompt and for its last token; here
-    only that token goes through the output head, in the same call.
+    vision: looks in the place of the model's tower. after: (B, L) token ids read behind
+    the prompt. rows: how many of the prompt's last tokens are answered for; all of
+    `after` are, besides. cache, known, step: as `Decoder.read` takes them.
     """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = cache or make_prompt_cache(model)
-    embeddings, hidden = prefill.embeddings[:, known:], None
-    with model.positions.using(prefill.positions, prefill.shift):
-        for start in range(0, embeddings.shape[1], step):
-            if hidden is not None:
-                mx.eval([layer.state for layer in cache])
-            part = embeddings[:, start : start + step]
-            hidden = model.last_hidden_state(part, cache)
-    return model.logits(hidden)[:, -1]
-
-
-class Clock:
-    """Milliseconds of named stages, each between evaluated results."""
-
-    def __init__(self):
-        self.times: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[list]:
-        results: list = []
-        start = time.perf_counter()
-        yield results
-        mx.eval(results)
-        mx.synchronize()
-        self.times[name] = (time.perf_counter() - start) * 1e3
-
-
-def measure_stages(
-    model: FastVLM,
-    processor,
-    images: Sequence[Image.Image],
-    text: str,
-    pruner: Pruner,
-    positions: str,
-    vision: Vision | None = None,
-) -> StageTimes:
-    """Run the path once from decoded pictures to the first token, fencing each stage.
-
-    On a warm model the sum is a little larger than the time to first token without
-    fences; the first run of a process is slower than both. All of `vision` counts as
-    vision.
-    """
-    clock = Clock()
-    with clock.stage("preprocess") as done:
-        pixels = mx.array(processor.pixels(images))
-        prompt = processor.prompt(text, len(images))
-        done.append(pixels)
-    if vision:
-        with clock.stage("vision") as done:
-            visual = vision(model, pixels)
-            done.append(visual.embeddings)
-        clock.times |= {"prune": 0.0, "project": 0.0}
-    else:
-        visual = _see_in_stages(model, pixels, pruner, clock)
+    visual = (vision or look)(model, scene, plan, clock)
+    visual = choose(model, scene, plan, visual, clock)
     with clock.stage("prefill") as done:
-        prefill = assemble(model, prompt, visual, positions)
-        logits = first_logits(model, prefill)
-        done.append(mx.argmax(logits, axis=-1))
-    return StageTimes(**clock.times)
+        sequence = assemble(model, scene, visual, plan, positions)
+        if after is not None:
+            sequence = sequence.extended(model.decoder.embed(after))
+            rows += after.shape[1]
+        layers = [pruner for pruner in plan if pruner.place == "layer"]
+        read = model.decoder.read(
+            sequence, cache, rows=rows, plan=layers, known=known, step=step
+        )
+        done.append(read.hidden)
+    return read, visual
 
 
-def _see_in_stages(
-    model: FastVLM, pixels: mx.array, pruner: Pruner, clock: Clock
+# The steps --------------------------------------------------------------------------
+
+
+def look(
+    model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
 ) -> VisualTokens:
+    """What the picture alone decides: encode it, prune at the tower, project."""
+    return prune(model, scene, plan, encode(model, scene, plan, clock), clock)
+
+
+def encode(
+    model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
+) -> Features:
+    """The tower's features of every picture, with the extras that the plan needs."""
+    needs = _needs(plan, "tower")
     with clock.stage("vision") as done:
-        features = model.encode(pixels, pruner.needs)
-        done += [a for a in (features.tokens, features.attention) if a is not None]
+        features = model.encode(scene.pixels, needs, scene.prompt)
+        done += features.arrays()
+    return features
+
+
+def prune(
+    model: VisionModel,
+    scene: Scene,
+    plan: Plan,
+    features: Features,
+    clock: NoClock = NO_CLOCK,
+) -> VisualTokens:
+    """Prune at the tower, each picture by itself, and project what is left."""
+    pruner = _at(plan, "tower") or _ALL
     with clock.stage("prune") as done:
         selection = pruner(features)
-        kept = selection.apply(features.tokens)
-        done += [kept, selection.indices]
+        tokens = features.tokens
+        kept = tokens if selection.keep == features.total else selection.apply(tokens)
+        done += [kept, *selection.arrays().values()]
     with clock.stage("project") as done:
-        visual = VisualTokens(model.project(kept), selection, features.grid)
-        done.append(visual.embeddings)
-    return visual
+        embeddings = model.project(kept)
+        done.append(embeddings)
+    groups = scene.batch * scene.prompt.places
+    return grouped(embeddings, selection, features.grid, groups)
+
+
+def grouped(
+    embeddings: mx.array, selection: Selection, grid: tuple[int, int], groups: int
+) -> VisualTokens:
+    """(pictures, K, D) projected tokens, those of a group joined."""
+    pictures, kept, size = embeddings.shape
+    each = pictures // groups
+    offsets = mx.arange(pictures) % each * (grid[0] * grid[1])
+    indices = (selection.indices + offsets[:, None]).reshape(groups, each * kept)
+    mask = selection.mask
+    return VisualTokens(
+        embeddings.reshape(groups, each * kept, size),
+        indices.astype(mx.int32),
+        selection,
+        grid,
+        each,
+        None if mask is None else mask.reshape(groups, each * kept),
+    )
+
+
+def choose(
+    model: VisionModel,
+    scene: Scene,
+    plan: Plan,
+    visual: VisualTokens,
+    clock: NoClock = NO_CLOCK,
+) -> VisualTokens:
+    """Prune by the prompt, among the tokens of all pictures of a group."""
+    pruner = _at(plan, "prompt")
+    if pruner is None:
+        return visual
+    with clock.stage("prune") as done:
+        selection = pruner(_asked(model, scene, pruner, visual))
+        embeddings = selection.apply(visual.embeddings)
+        indices = mx.take_along_axis(visual.indices, selection.indices, axis=1)
+        done += [embeddings, indices]
+    if visual.keep < visual.total:  # a pruner at the tower was there before
+        selection = Selection(indices, mask=selection.mask)
+    return dataclasses.replace(
+        visual,
+        embeddings=embeddings,
+        indices=indices,
+        selection=selection,
+        mask=selection.mask,
+    )
+
+
+def _asked(
+    model: VisionModel, scene: Scene, pruner: Pruner, visual: VisualTokens
+) -> Features:
+    """Visual tokens at the language model's input, and the prompt behind them."""
+    tokens, needs, extras = visual.embeddings, pruner.needs, {}
+    text = model.text(scene.prompt, scene.state)[-1].astype(tokens.dtype)
+    if "text" in needs:
+        shape = (tokens.shape[0], *text.shape[1:])
+        extras["text"] = mx.broadcast_to(text, shape)
+    if "queries" in needs or "text_keys" in needs:
+        prepared = pruner.prepare(tokens), pruner.prepare(text)
+        queries, keys = model.decoder.queries_and_keys(*prepared)
+        keys = mx.broadcast_to(keys, (tokens.shape[0], *keys.shape[1:]))
+        extras |= {"queries": queries, "text_keys": keys}
+    whole = visual.keep == visual.total
+    grid = visual.grid if whole else None
+    return Features(tokens, grid, visual.pictures if whole else 1, extras)
+
+
+def assemble(
+    model: VisionModel,
+    scene: Scene,
+    visual: VisualTokens,
+    plan: Plan = (),
+    positions: str = DEFAULT_POSITIONS,
+) -> Sequence:
+    """Texts and visual tokens in one sequence.
+
+    positions: `original` as if no visual token had been dropped, or `contiguous`.
+    """
+    texts, batch = model.text(scene.prompt, scene.state), scene.batch
+    where, total = visual.places()
+    # A group's row in a batch is that of its place in the prompt.
+    tokens, where = (
+        array.reshape(batch, -1, *array.shape[1:])
+        for array in (visual.embeddings, where)
+    )
+    parts, places, keys, slices, start, length = [], [], [], [], 0, 0
+    for number, text in enumerate(texts):
+        size = text.shape[1]
+        parts.append(mx.broadcast_to(text, (batch, *text.shape[1:])))
+        places.append(mx.broadcast_to(start + mx.arange(size), (batch, size)))
+        keys.append(mx.ones((batch, size), mx.bool_))
+        start, length = start + size, length + size
+        if number < scene.prompt.places:
+            parts.append(tokens[:, number].astype(text.dtype))
+            places.append(start + where[:, number])
+            slices.append(slice(length, length + visual.keep))
+            start, length = start + total, length + visual.keep
+    if visual.mask is not None:
+        masks = visual.mask.reshape(batch, -1, visual.keep)
+        for number in range(scene.prompt.places):
+            keys.insert(2 * number + 1, masks[:, number])
+    embeddings = mx.concatenate(parts, axis=1)
+    mask, seen = model.attends, None
+    if visual.mask is not None:
+        seen = mx.concatenate(keys, axis=1)
+        mask = _visible(seen, model.attends)
+    drops = any(pruner.place == "layer" for pruner in plan)
+    if positions == "original" and (length < start or seen is not None or drops):
+        found = mx.concatenate([p.astype(mx.int32) for p in places], axis=1)
+        found = found[0] if batch == 1 else found
+        return Sequence(embeddings, found, start, mask, tuple(slices))
+    if seen is None:
+        return Sequence(embeddings, None, length, mask, tuple(slices))
+    # Padding takes no place: only what each sample kept is counted.
+    counted = mx.cumsum(seen.astype(mx.int32), axis=1)
+    ends = counted[:, -1]
+    return Sequence(embeddings, counted - 1, ends, mask, tuple(slices))
+
+
+def _visible(seen: mx.array, attends: str) -> mx.array:
+    """(B, T, T) bool: everybody sees the tokens (B, T) that are not padding."""
+    batch, length = seen.shape
+    mask = mx.broadcast_to(seen[:, None], (batch, length, length))
+    return mask & mx.tri(length, length, 0, mx.bool_) if attends == "causal" else mask
+
+
+# Plans ------------------------------------------------------------------------------
+
+
+def _at(plan: Plan, place: str) -> Pruner | None:
+    return next((pruner for pruner in plan if pruner.place == place), None)
+
+
+def _needs(plan: Plan, place: str) -> tuple[str, ...]:
+    found = [p.needs for p in plan if p.place == place]
+    return tuple(dict.fromkeys(name for needs in found for name in needs))
+
+
+def check_plan(model: VisionModel, plan: Plan) -> None:
+    """Raise `InputError` unless the model has what each pruner needs at its place."""
+    for pruner in plan:
+        provided = model.provides.get(pruner.place, ())
+        missing = [name for name in pruner.needs if name not in provided]
+        if missing:
+            fitting = [m for m in list_pruners() if _fits(m, pruner.place, provided)]
+            raise InputError(
+                f"method {pruner.method!r} needs {', '.join(missing)}, which this "
+                f"model does not have at {pruner.at!r}; choose another, such as "
+                f"{fitting[0]!r}, or another place"
+            )
+        if pruner.place == "layer":
+            _check_layer(pruner, len(model.decoder.layers))
+
+
+def _check_layer(pruner: Pruner, layers: int) -> None:
+    if pruner.at >= layers:
+        raise InputError(
+            f"cannot prune after layer {pruner.at} of {layers}; expected 1 to "
+            f"{layers - 1}"
+        )
+    if pruner.has_own_count:
+        raise InputError(
+            f"method {pruner.method!r} decides itself how many visual tokens to keep, "
+            "which cannot be done inside the language model; give it a budget, or "
+            "leave out the place"
+        )
+
+
+def _fits(method: str, place: str, provided: tuple[str, ...]) -> bool:
+    known = get_method(method)
+    return method != "none" and all(name in provided for name in known.needs)
+
+
+def check_positions(positions: str) -> None:
+    if positions not in POSITIONS:
+        raise InputError(f"positions are {' or '.join(POSITIONS)}, not {positions!r}")

@@ -1,6 +1,6 @@
-"""Prompts: chat template, token ids around pictures, and the splice of embeddings."""
+"""Prompts: the chat template, and token ids around pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,13 +10,21 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of the text between pictures: one segment more than pictures."""
+    """Token ids of the text around pictures: one segment more than places of pictures.
 
-    segments: tuple[tuple[int, ...], ...]
+    Segments are tuples of numbers, or arrays (L,) in a compiled call.
+    """
+
+    segments: tuple[tuple[int, ...] | mx.array, ...]
 
     @property
-    def pictures(self) -> int:
+    def places(self) -> int:
+        """Where pictures go."""
         return len(self.segments) - 1
+
+    def arrays(self) -> list[mx.array]:
+        """Each segment as (1, L) int32."""
+        return [mx.array(ids, mx.int32)[None] for ids in self.segments]
 
 
 def place_pictures(text: str, pictures: int, image_token: str) -> str:
@@ -63,35 +71,3 @@ def action_prompt(instruction: str) -> str:
 def tokenize(text: str, image_token: str, encode: Callable[[str], list[int]]) -> Prompt:
     """Split at the pictures and encode each part on its own, as LLaVA does."""
     return Prompt(tuple(tuple(encode(part)) for part in text.split(image_token)))
-
-
-def splice(
-    prompt: Prompt, embed: Callable[[mx.array], mx.array], visual: mx.array
-) -> mx.array:
-    """(1, T, D) embeddings: text segments with the pictures (n, K, D) between them."""
-    parts = []
-    for number, segment in enumerate(prompt.segments):
-        if segment:
-            parts.append(embed(mx.array([segment])))
-        if number < prompt.pictures:
-            parts.append(visual[number : number + 1].astype(parts[0].dtype))
-    return mx.concatenate(parts, axis=1)
-
-
-def original_positions(
-    prompt: Prompt, indices: Sequence[mx.array], total: int
-) -> tuple[mx.array, int]:
-    """Positions of the spliced prompt as if no visual token had been dropped.
-
-    indices: per picture (K,), the kept tokens of `total`. Returns (T,) int32 and the
-    shift of every token after the prompt.
-    """
-    parts, start, dropped = [], 0, 0
-    for number, segment in enumerate(prompt.segments):
-        parts.append(mx.arange(start, start + len(segment)))
-        start += len(segment)
-        if number < prompt.pictures:
-            parts.append(start + indices[number])
-            start += total
-            dropped += total - indices[number].shape[0]
-    return mx.concatenate([p.astype(mx.int32) for p in parts]), dropped

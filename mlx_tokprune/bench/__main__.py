@@ -2,16 +2,23 @@
 
 from pathlib import Path
 
-from ..commands import DEFAULT_POSITIONS
-from ..demo import EMBEDDED, PICTURES, POLICY_FRAME
+from ..commands.options import (
+    add_common,
+    begin_logging,
+    options_by_method,
+    read_options,
+)
+from ..demo import PICTURES, POLICY_FRAME
 from ..errors import InputError, Parser, command
-from ..image import load_image
+from ..evaluate.results import accuracies, read_result
+from ..hub import resolve
+from ..image import list_pictures, load_image
 from ..loading import load
-from ..pipeline import POSITIONS
-from ..pruners import get_method, list_pruners
+from ..measure.subject import Subject, default_methods, subject_of
+from ..pipeline import DEFAULT_POSITIONS, POSITIONS, check_plan
+from ..pruners import as_plan, get_method
 from .measure import Benchmark, make_rows
 from .plots import Accuracy, draw_all
-from .subjects import Acting, Answering, subject_of
 from .table import markdown
 
 RATIOS = (1.0, 0.5, 0.25, 0.11)
@@ -26,7 +33,8 @@ def build_parser() -> Parser:
         default=[],
         help="folder, hub id, demo or demo-policy; repeat for several (default: demo)",
     )
-    add("--image", help="a picture (default: that of the demo)")
+    help_ = "a picture or a folder of them, each timed alone; repeat"
+    add("--image", action="append", default=[], help=f"{help_} (default: the demo's)")
     add("--prompt", action="append", default=[], help="a question; repeat for several")
     add("--methods", nargs="+", help="default: all that take a budget")
     add("--keep-ratios", nargs="+", type=float, default=RATIOS, metavar="R")
@@ -45,26 +53,33 @@ def build_parser() -> Parser:
     add("--plots", help="draw pictures to this folder")
     help_ = "results of mlx_tokprune.evaluate, for the Pareto plot"
     add("--accuracy", nargs="+", default=[], metavar="FILE", help=help_)
+    add_common(parser)
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    begin_logging(args.verbose)
     _check(args)
     subjects = _load(args.model or ["demo"])
-    if len({subject.method_stages for subject in subjects}) > 1:
+    subject = subjects[0]
+    if len({subject.kind for subject in subjects}) > 1:
         raise InputError("give models that answer or models that act, not both")
     for size in args.image_sizes:
-        subjects[0].at(size)
-    methods = args.methods or _methods(subjects[0])
-    _check_methods(methods, subjects[0])
-    acts = "prompt" in subjects[0].method_stages
-    example = POLICY_FRAME if acts else PICTURES[0]
-    images = [load_image(args.image or example.path)]
+        subject.at(size)
+    methods = args.methods or default_methods(subject)
+    options = options_by_method(methods, read_options(args.option))
+    example = POLICY_FRAME if subject.kind == "acting" else PICTURES[0]
+    paths = args.image or [example.path]
+    images = [load_image(file) for path in paths for file in list_pictures(path)]
     prompts = args.prompt or [example.question]
-    how = (args.keep_ratios, args.image_sizes, prompts, args.positions)
-    rows = make_rows(subjects, methods, *how)
+    rows = make_rows(
+        *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
+        *(args.positions, len(images), options),
+    )
+    for row in rows:  # refuse any before measuring the first
+        check_plan(subject.model, as_plan(row.pruner))
     output = Path(args.output)
     result = Benchmark(output, subjects, rows, images, args.tokens).run(args.runs)
     print(markdown(result))
@@ -74,33 +89,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"wrote {path}")
 
 
-def _methods(subject: Answering | Acting) -> list[str]:
-    """Those that take a budget."""
-    methods = map(get_method, list_pruners())
-    return [
-        m.name
-        for m in methods
-        if m.stage in subject.method_stages and m.counts != "own" and m.name != "none"
-    ]
-
-
-def _load(names: list[str]) -> list[Answering | Acting]:
+def _load(names: list[str]) -> list[Subject]:
     """Under their last names in the table, where those tell them apart."""
-    shown = [name if name in EMBEDDED else Path(name).name for name in names]
+    shown = [Path(name).name for name in names]
     shown = shown if len(set(shown)) == len(shown) else names
     return [
-        subject_of(label, *load(EMBEDDED.get(name, name)))
-        for label, name in zip(shown, names, strict=True)
+        subject_of(label, *load(name)) for label, name in zip(shown, names, strict=True)
     ]
-
-
-def _check_methods(methods: list[str], subject: Answering | Acting) -> None:
-    for name in methods:
-        if name not in _methods(subject):
-            raise InputError(
-                f"method {name!r} cannot be given a budget with {subject.name}; choose "
-                f"one of {', '.join(_methods(subject))}"
-            )
 
 
 def _check(args) -> None:
@@ -109,7 +104,7 @@ def _check(args) -> None:
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
             raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
-    places = [str(Path(name).resolve()) for name in args.model]
+    places = [str(resolve(name).resolve()) for name in args.model]
     for name, place in zip(args.model, places, strict=True):
         if places.count(place) > 1:
             raise InputError(f"model {name} was given twice; each is measured once")
@@ -122,8 +117,6 @@ def _check(args) -> None:
 
 def _accuracy(files: list[str]) -> Accuracy:
     """Accuracies in results of `mlx_tokprune.evaluate`."""
-    from ..evaluate.measure import accuracies, read_result
-
     found: Accuracy = {}
     for file in files:
         found |= accuracies(read_result(Path(file)))

@@ -4,83 +4,110 @@ TTFT is unfenced and starts with a decoded picture; stages are fenced, in a run 
 own. Every round measures each row once, so that a machine that slows down slows all.
 """
 
-import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
 
-from .. import files
 from ..errors import InputError
 from ..files import write_text
-from ..pruners import Pruner
-from .graph import Cost
-from .machine import describe, measure_rates
-from .subjects import Acting, Answering, Asked
+from ..measure.cost import Cost
+from ..measure.machine import describe, measure_rates
+from ..measure.results import MACHINE, NUMBER, Optional, Table, read_result
+from ..measure.subject import Asked, Subject
+from ..pipeline import DEFAULT_POSITIONS
+from ..pruners import Pruner, as_plan, get_method
 
 SCHEMA = "mlx_tokprune.bench/1"
-SAMPLES = (
-    *("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb"),
-    "stages_ms",
-)
+_TIMES = ("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb")
+SAMPLES = (*_TIMES, "stages_ms")
+_STAGES = Table(NUMBER)
+_COST = dict.fromkeys(("flops", "bytes", "weights", "launches"), NUMBER)
+# What a file holds; docs/results.md says what it means.
+SHAPE = {
+    "machine": {**MACHINE, "cores": int, "system": str},
+    "rates": {"flops_per_second": NUMBER, "bytes_per_second": NUMBER},
+    "options": {"tokens": int, "rows": [dict]},
+    "rows": [
+        {
+            **{"model": str, "image_size": int, "prompt": str, "method": str},
+            **{"keep_ratio": Optional(NUMBER), "positions": str},
+            **{"visual_tokens": int, "kept": int, "limit_ms": NUMBER},
+            "costs": {name: _COST for name in ("vision", "project", "prefill")},
+            "samples": {
+                **{name: [Optional(NUMBER)] for name in _TIMES},
+                "stages_ms": [_STAGES],
+            },
+        }
+    ],
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: everything but the machine."""
+    """What is measured: everything but the machine.
+
+    keep_ratio: `None` where the method says how many tokens stay. picture: its number.
+    """
 
     model: str
     image_size: int
     prompt: str
     method: str
-    keep_ratio: float
-    positions: str = "original"
+    keep_ratio: float | None
+    positions: str = DEFAULT_POSITIONS
+    picture: int = 0
+    options: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def pruner(self) -> Pruner:
         if self.keep_ratio == 1:
             return Pruner("none")
-        return Pruner(self.method, self.keep_ratio)
+        return Pruner(self.method, self.keep_ratio, options=self.options)
 
 
 def make_rows(
-    subjects: Sequence[Answering | Acting],
+    subjects: Sequence[Subject],
     methods: Sequence[str],
     ratios: Sequence[float],
     sizes: Sequence[int],
     prompts: Sequence[str],
     positions: str,
+    pictures: int = 1,
+    options: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Row]:
     """Every combination, in sizes besides each model's own.
 
     Unpruned rows are always there: of each size, and of lower ones than the model's.
     """
-    rows = []
-    for subject, prompt in itertools.product(subjects, prompts):
+    rows, everything = [], (subjects, prompts, range(pictures))
+    for subject, prompt, picture in itertools.product(*everything):
         pruned = {subject.image_size, *sizes}
         for size in sorted({*pruned, *subject.lower_sizes}):
             case = (subject.name, size, prompt)
-            rows.append(Row(*case, "none", 1.0, positions))
-            for method, ratio in itertools.product(methods, ratios):
-                if ratio < 1 and size in pruned:
-                    rows.append(Row(*case, method, ratio, positions))
+            rows.append(Row(*case, "none", 1.0, positions, picture))
+            for method in methods if size in pruned else ():
+                own = (options or {}).get(method, {})
+                itself = get_method(method).counts_itself(own)
+                for ratio in [None] if itself else [r for r in ratios if r < 1]:
+                    rows.append(Row(*case, method, ratio, positions, picture, own))
     return rows
 
 
 # Measuring --------------------------------------------------------------------------
 
 
-def run_once(subject: Answering | Acting, asked: Asked, tokens: int) -> dict:
+def run_once(subject: Subject, asked: Asked, tokens: int) -> dict:
     """One sample of each quantity; `tokens` is how many are generated."""
     mx.reset_peak_memory()
     times = subject.run(asked, tokens)
     peak = mx.get_peak_memory() / 1e6
-    stages = dataclasses.asdict(subject.stages(asked))
+    stages = subject.run(asked, 1, stages=True)["stages_ms"]
     return {**times, "peak_memory_mb": peak, "stages_ms": stages}
 
 
@@ -101,7 +128,7 @@ class Benchmark:
     def __init__(
         self,
         file: Path,
-        subjects: Sequence[Answering | Acting],
+        subjects: Sequence[Subject],
         rows: Sequence[Row],
         images: list,
         tokens: int,
@@ -111,7 +138,7 @@ class Benchmark:
         self.result = self._opened()
 
     def _opened(self) -> dict:
-        options = {"tokens": self.tokens, "rows": [vars(row) for row in self.rows]}
+        options = {"tokens": self.tokens, "rows": [_described(r) for r in self.rows]}
         if not self.file.exists():
             return {
                 "schema": SCHEMA,
@@ -120,7 +147,7 @@ class Benchmark:
                 "options": options,
                 "rows": [],
             }
-        result = read_result(self.file)
+        result = read_result(self.file, SCHEMA, SHAPE)
         if result["options"] != options:
             raise InputError(
                 f"{self.file} holds a benchmark of other rows; choose another file, or "
@@ -150,7 +177,8 @@ class Benchmark:
 
     def _of(self, row: Row) -> tuple:
         subject = self.subjects[row.model].at(row.image_size)
-        return subject, Asked(self.images, row.prompt, row.pruner, row.positions)
+        images, plan = [self.images[row.picture]], as_plan(row.pruner)
+        return subject, Asked(images, row.prompt, plan, row.positions)
 
     def _prepared(self, row: Row) -> dict:
         """What is known before measuring; runs the row once to warm it up."""
@@ -158,9 +186,10 @@ class Benchmark:
         counted = subject.count(asked)
         self._measured(row)
         return {
-            **vars(row),
+            **_described(row),
             "visual_tokens": counted.total,
             "kept": counted.kept,
+            "cache_bytes": counted.cache_bytes,
             "costs": {name: vars(cost) for name, cost in counted.costs.items()},
             "limit_ms": limit_ms(counted.costs, self.result["rates"]),
             "samples": {name: [] for name in SAMPLES},
@@ -187,9 +216,11 @@ class Benchmark:
         write_text(self.file, json.dumps(self.result, indent=1) + "\n")
 
 
-def read_result(file: Path) -> dict:
-    """A result file; `InputError` unless it is one of this schema."""
-    return files.read_result(file, SCHEMA)
+def _described(row: Row) -> dict:
+    """As JSON; what every row has alike is left out."""
+    fields = dict(vars(row)) | {"options": dict(row.options)}
+    plain = {"picture": 0, "options": {}}
+    return {k: v for k, v in fields.items() if k not in plain or v != plain[k]}
 
 
 def median(values: Sequence[float | None]) -> float | None:

@@ -4,25 +4,18 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import import_matplotlib
 from ..files import replacing
+from ..timing import STAGES
 from .measure import median
 from .table import describe, label, stage
-
-STAGES = ("preprocess", "vision", "prune", "project", "prefill")
-
 
 Accuracy = dict[tuple[str, int], float]  # by label and input size
 
 
 def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
     """Writes the pictures to `folder`; the Pareto plot where accuracy is known."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "plots need matplotlib; pip install 'mlx-tokprune[bench]'"
-        ) from None
+    import_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
         _save(folder / "ttft_by_stage.png", result, _draw_stages),
@@ -55,6 +48,8 @@ def _name(row: dict, rows: list[dict]) -> str:
     for key, unit in (("image_size", " px"), ("model", ""), ("prompt", "")):
         if len({other[key] for other in rows}) > 1:
             parts.append(f"{str(row[key])[:24]}{unit}")
+    if len({other.get("picture", 0) for other in rows}) > 1:
+        parts.append(f"picture {row.get('picture', 0) + 1}")
     return ", ".join(parts)
 
 
@@ -83,7 +78,7 @@ def _cases(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows that share model, size and prompt, by what sets them apart."""
     cases: dict[tuple, list[dict]] = {}
     for row in rows:
-        case = (row["model"], row["image_size"], row["prompt"])
+        case = (row["model"], row["image_size"], row["prompt"], row.get("picture", 0))
         cases.setdefault(case, []).append(row)
     names = [_name(found[0], rows).removeprefix("none, ") for found in cases.values()]
     found = {k: v for k, v in zip(names, cases.values(), strict=True) if len(v) > 1}
@@ -140,7 +135,7 @@ def _draw_pareto(figure, result: dict, accuracy: Accuracy) -> None:
         points.sort(key=lambda point: point[0])
         xs, ys, _ = zip(*points, strict=True)
         (line,) = axes.plot(xs, ys, "-", lw=1, label=method)
-        sizes = [20 + 60 * row["keep_ratio"] for *_, row in points]
+        sizes = [20 + 60 * row["kept"] / row["visual_tokens"] for *_, row in points]
         axes.scatter(xs, ys, sizes, color=line.get_color())
         for x, y, row in points if method == "none" else ():
             how = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 7}

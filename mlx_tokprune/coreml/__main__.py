@@ -3,8 +3,12 @@
 import time
 from pathlib import Path
 
-from ..commands import describe_methods
-from ..demo import CHECKPOINT
+from ..commands.options import (
+    add_common,
+    begin_logging,
+    describe_methods,
+    read_options,
+)
 from ..errors import InputError, Parser, command
 from ..hub import resolve
 from ..pruners import Pruner, get_method
@@ -19,10 +23,10 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="mlx_tokprune.coreml",
         description=__doc__,
-        epilog=describe_methods(["vision"]),
+        epilog=describe_methods(),
     )
     add = parser.add_argument
-    add("--model", help="folder or hub id (default: the embedded demo model)")
+    add("--model", help="demo, a folder or hub id (default: demo)")
     add("--method", default=DEFAULT_METHOD, help="pruning method (default: norm)")
     several = "several become functions of one package that shares their weights"
     keep = parser.add_mutually_exclusive_group()
@@ -51,12 +55,14 @@ def build_parser() -> Parser:
     add("--compress", help=f"weights: {', '.join(COMPRESSIONS)} (default: as they are)")
     plan = "say on which device Core ML means to run each operation (macOS)"
     add("--compute-plan", action="store_true", help=plan)
+    add_common(parser)
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    begin_logging(args.verbose)
     options = Options(
         projector=args.projector,
         image=args.input == "image",
@@ -66,15 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.compute_plan:
         check_platform()
-    pruners = _pruners(args.method, args.keep_ratio, args.keep_tokens, args.seed)
+    pruners = _pruners(args)
     import mlx.core as mx
 
     from ..loading import load
 
-    source = resolve(args.model or CHECKPOINT)
+    source = resolve(args.model or "demo")
     model, _ = load(source, mx.float32, lazy=True)
     start = time.perf_counter()
-    name = Path(args.model).name if args.model else "mlx_tokprune's demo model"
+    embedded = args.model in (None, "demo")
+    name = "mlx_tokprune's demo model" if embedded else Path(args.model).name
     made = export_package(model, pruners, args.output, options, source, name)
     seconds = time.perf_counter() - start
     for path, functions in made.items():
@@ -84,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"exported in {seconds:.1f} s")
 
 
-def _pruners(
-    method: str, ratios: list[float], tokens: list[int], seed: int
-) -> list[Pruner]:
+def _pruners(args) -> list[Pruner]:
+    method, ratios, tokens = args.method, args.keep_ratio, args.keep_tokens
+    how = {"seed": args.seed, "options": read_options(args.option)}
     if get_method(method).name == "none" and not ratios and not tokens:
         return [Pruner("none")]
     if not ratios and not tokens:
@@ -101,7 +108,7 @@ def _pruners(
         )
     budgets = [{"keep_ratio": ratio} for ratio in ratios]
     budgets += [{"keep_tokens": number} for number in tokens]
-    return [Pruner(method, seed=seed, **budget) for budget in budgets]
+    return [Pruner(method, **how, **budget) for budget in budgets]
 
 
 def format_package(path: Path, functions: list[Function], options: Options) -> str:

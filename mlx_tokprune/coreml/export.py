@@ -19,9 +19,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..convert.checkpoint import new_folder
 from ..errors import InputError, nearest
-from ..features import Features, Selection
+from ..features import Features, Selection, keep_rows
+from ..files import new_folder
+from ..loading import check_finite
+from ..pipeline import check_plan
 from ..pruners import Pruner
 from .capture import Graph, capture
 from .describe import Function, describe
@@ -129,7 +131,8 @@ def export_package(
     _check(model, pruners)
     load_coremltools()
     # The language model may stay on the disk.
-    mx.eval([part for name, part in model.parameters().items() if name != _LANGUAGE])
+    mx.eval([array for _, array in _exported(model)])
+    check_finite(_exported(model))
     whole = len(pruners) == 1 or options.shares
     groups = {output: pruners}
     if not whole:
@@ -148,29 +151,34 @@ def export_package(
 
 
 def _check(model, pruners: Sequence[Pruner]) -> None:
-    oft = getattr(model.args, "oft", None)
-    if oft and oft.film:
+    if model.reads_prompt:
         raise InputError(
             "this policy's vision tower reads the instruction (FiLM), which a vision "
             "package does not see; expected a policy without it"
         )
     for pruner in pruners:
-        if pruner.stage != "vision":
+        if not pruner.keeps_all and pruner.place != "tower":
             raise InputError(
                 f"method {pruner.method!r} looks at the prompt, which a vision package "
                 "does not see; the nearest that can be exported is 'attention'"
             )
+    check_plan(model, [pruner for pruner in pruners if not pruner.keeps_all])
     names = [function_name(pruner) for pruner in pruners]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"function {name} was asked for more than once")
-    for name, part in model.parameters().items():
-        for _, array in tree_flatten(part) if name != _LANGUAGE else []:
-            if array.dtype != mx.float32:
-                raise InputError(
-                    f"the model's weights are {array.dtype}; load it with "
-                    "dtype=mx.float32 (precision is an option of the export)"
-                )
+    for _, array in _exported(model):
+        if array.dtype != mx.float32:
+            raise InputError(
+                f"the model's weights are {array.dtype}; load it with "
+                "dtype=mx.float32 (precision is an option of the export)"
+            )
+
+
+def _exported(model) -> list[tuple[str, mx.array]]:
+    """Names and weights of all but the language model."""
+    parts = {n: p for n, p in model.parameters().items() if n != _LANGUAGE}
+    return tree_flatten(parts)
 
 
 def _write(model, pruners, folder: Path, options: Options, bar) -> list[Function]:
@@ -240,20 +248,20 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
     """Nothing is evaluated but a choice that does not depend on the picture."""
 
     def encode(pixels):
-        features = model.encode(pixels, pruner.needs)
-        return [a for a in (features.tokens, features.attention) if a is not None]
+        return model.encode(pixels, pruner.needs).arrays()
 
     def prune(*arrays):
-        return _arrays(pruner(Features(arrays[0], grid, *arrays[1:])))
+        tokens, *extras = arrays
+        extras = dict(zip(names, extras, strict=True))
+        return _arrays(pruner(Features(tokens, grid, extras=extras)))
 
     def finish(tokens, chosen):
-        merging = chosen.ndim == 3
-        selection = Selection(None, chosen) if merging else Selection(chosen)
-        tokens = tokens if pruner.keeps_all else selection.apply(tokens)
+        tokens = tokens if pruner.keeps_all else keep_rows(tokens, chosen)
         return [model.project(tokens) if projector else tokens]
 
     pixels = mx.zeros((1, model.image_size, model.image_size, 3))
-    grid, seen = model.encode(pixels).grid, encode(pixels)
+    features = model.encode(pixels, pruner.needs)
+    grid, names, seen = features.grid, list(features.extras), features.arrays()
     total = grid[0] * grid[1]
     if not pruner.keeps_all and pruner.count(total) == total:
         raise InputError(
@@ -263,7 +271,8 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
     pruned = capture(prune, *seen)
     looks = any(pruned.reaches())
     blank = [mx.zeros(array.shape) for array in seen]
-    selection = pruner(Features(blank[0], grid, *blank[1:]))
+    extras = dict(zip(names, blank[1:], strict=True))
+    selection = pruner(Features(blank[0], grid, extras=extras))
     chosen = selection.indices if selection.weights is None else selection.weights
     (result,) = finish(seen[0], chosen)
     return _Parts(

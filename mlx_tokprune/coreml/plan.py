@@ -20,7 +20,8 @@ def check_platform() -> None:
 def compute_plan(package: str | Path) -> dict[str, Counter]:
     """Kinds of operations, counted by the device that Core ML prefers for them.
 
-    Of all functions together; constants are left out.
+    Of all functions together; constants are left out, and operations of which Core ML
+    says nothing count as unknown.
     """
     ct = load_coremltools()
     from coremltools.models.compute_plan import MLComputePlan
@@ -34,13 +35,17 @@ def compute_plan(package: str | Path) -> dict[str, Counter]:
         for function in plan.model_structure.program.functions.values():
             for operation in function.block.operations:
                 usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
-                if usage is not None:
-                    kind = type(usage.preferred_compute_device).__name__
-                    device = _DEVICES.get(kind.removesuffix("ComputeDevice"), kind)
-                    # Core ML may name an operation with its version, as `ios18.conv`.
-                    name = operation.operator_name.split(".")[-1]
+                # Core ML may name an operation with its version, as `ios18.conv`.
+                name = operation.operator_name.split(".")[-1]
+                if name != "const":
+                    device = "unknown" if usage is None else _device(usage)
                     found.setdefault(device, Counter())[name] += 1
     return found
+
+
+def _device(usage) -> str:
+    kind = type(usage.preferred_compute_device).__name__
+    return _DEVICES.get(kind.removesuffix("ComputeDevice"), kind)
 
 
 def format_plan(plan: dict[str, Counter]) -> str:

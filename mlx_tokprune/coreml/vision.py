@@ -11,7 +11,9 @@ from PIL import Image
 
 from ..errors import InputError
 from ..features import Selection
-from ..pipeline import VisualTokens
+from ..pipeline import Scene, VisualTokens, grouped
+from ..pruners import Plan
+from ..timing import NO_CLOCK, NoClock
 from .describe import Function, read_functions
 from .export import load_coremltools
 
@@ -26,8 +28,22 @@ class CoreMLVision:
     function: Function
     predict: Callable[[Mapping], Mapping]
 
-    def __call__(self, model, pixels: mx.array) -> VisualTokens:
-        """(B, S, S, 3) pixels in [0, 1] -> kept and projected visual tokens."""
+    plan: Plan = ()  # the package brought its own pruner along
+
+    def __call__(
+        self, model, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
+    ) -> VisualTokens:
+        """(B, S, S, 3) pixels in [0, 1] -> kept and projected visual tokens.
+
+        All of it counts as vision.
+        """
+        with clock.stage("vision") as done:
+            features, indices = self._look(model, scene.pixels)
+            done.append(features)
+        selection = Selection(indices.astype(mx.int32))
+        return grouped(features, selection, self.function.grid, scene.prompt.places)
+
+    def _look(self, model, pixels: mx.array) -> tuple[mx.array, mx.array]:
         size = self.function.image_size
         if pixels.shape[1:3] != (size, size):
             raise InputError(
@@ -42,8 +58,7 @@ class CoreMLVision:
         )
         if not self.function.projector:
             features = model.project(features)
-        selection = Selection(indices.astype(mx.int32))
-        return VisualTokens(features, selection, self.function.grid)
+        return features, indices
 
     def _input(self, picture: np.ndarray) -> dict:
         if not self.function.image:
@@ -59,10 +74,9 @@ class CoreMLVision:
                 f"the package takes pictures of {size} pixels and the model of "
                 f"{expected}; export it from this model"
             )
-        args = model.args
-        size, expected = self.function.channels, args.text["hidden_size"]
+        size, expected = self.function.channels, model.args.text["hidden_size"]
         if not self.function.projector:
-            expected = args.mm_hidden_size
+            expected = model.feature_size
         if size != expected:
             raise InputError(
                 f"the package gives features of size {size} and the model takes "

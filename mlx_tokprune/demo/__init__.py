@@ -1,16 +1,14 @@
 """The embedded demo: a small FastVLM and a small OpenVLA that we trained, and pictures.
 
 `python -m mlx_tokprune.demo` runs the whole path on them. The checkpoints are stored as
-their families are published, so that the demo converts them like anybody's.
+their families are published, so that the demo converts them like anybody's;
+`hub.EMBEDDED` says where.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-CHECKPOINT = FOLDER / "checkpoint"
-POLICY = FOLDER / "policy"
-EMBEDDED = {"demo": CHECKPOINT, "demo-policy": POLICY}  # by name
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,26 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..bench.machine import describe
-from ..bench.subjects import Acting, Answering, Asked, subject_of
-from ..commands import DEFAULT_POSITIONS
-from ..demo import EMBEDDED
-from ..errors import InputError, Parser, command
-from ..files import write_text
-from ..loading import PADDINGS, check, load
-from ..pipeline import POSITIONS
-from ..pruners import get_method, list_pruners
-from .actions import ActionEvaluator
+from ..commands.options import (
+    add_common,
+    begin_logging,
+    options_by_method,
+    read_options,
+)
+from ..errors import InputError, Parser, command, import_matplotlib
+from ..files import locked, write_text
+from ..loading import load, open_checkpoint
+from ..measure.machine import describe
+from ..measure.results import Row, make_rows
+from ..measure.subject import Subject, default_methods, subject_of
+from ..pipeline import DEFAULT_POSITIONS, POSITIONS, check_plan
+from ..processor import PADDINGS
+from ..pruners import as_plan, get_method
 from .data import DESCRIBE, Questions, read_questions
 from .gather import Workers, launch
-from .measure import (
-    SCHEMA,
-    Evaluator,
-    Journal,
-    Row,
-    answer_all,
-    describe_run,
-    make_rows,
-)
+from .journal import Journal, answer_all
+from .measure import Evaluator, describe_run
+from .results import SCHEMA
 from .table import draw, markdown, summarize
 
 RATIOS = (0.5, 0.25, 0.11)
@@ -39,7 +38,7 @@ def build_parser() -> Parser:
     add("--data", default="demo", help="JSONL, folder of pictures, demo or metaworld")
     add("--pictures", type=int, default=64, help="of demo and metaworld (default: 64)")
     add("--prompt", help=f"asked of a folder's pictures (default: {DESCRIBE!r})")
-    add("--methods", nargs="+", help="default: all of the vision stage")
+    add("--methods", nargs="+", help="default: all that prune at the tower")
     budget = parser.add_mutually_exclusive_group()
     ratios = {"nargs": "+", "type": float, "metavar": "R"}
     budget.add_argument("--keep-ratios", default=RATIOS, **ratios)
@@ -52,26 +51,33 @@ def build_parser() -> Parser:
     add("--workers", type=int, default=1, help="processes on this machine")
     add("--output", default="evaluate.json", help="result file")
     add("--plot", help="draw accuracy against FLOPs to this PNG")
+    add_common(parser)
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    rows = _rows(args)
+    begin_logging(args.verbose)
+    _check(args)
     questions = read_questions(args.data, args.pictures, args.prompt)
     name = args.model or ("demo-policy" if args.data == "metaworld" else "demo")
     if args.workers > 1:
-        check(EMBEDDED.get(name, name))
+        open_checkpoint(name)
         launch(sys.argv[1:] if argv is None else argv, args.workers, args.output)
         return
     workers = Workers()
+    with locked(_journal_file(args.output, workers)):
+        _evaluate(args, name, questions, workers)
+
+
+def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {reason}")
-    subject = subject_of(name, *load(EMBEDDED.get(name, name)))
+    subject = subject_of(name, *load(name))
     subject = subject.at(args.image_size or subject.image_size, args.padding)
-    _check_methods(rows, subject)
+    rows = _rows(args, subject, questions)
     header = describe_run(
         subject.model,
         questions.items,
@@ -83,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     journal = Journal(_journal_file(args.output, workers), header)
     mine = workers.share(len(questions.items))
-    evaluator = _evaluator(args, subject, rows)
+    evaluator = Evaluator(subject, rows, args.positions, args.max_tokens)
     records = answer_all(evaluator, questions.items, mine, journal)
     records = workers.gather(records)
     if workers.is_first:
@@ -92,9 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             **{"model": name, "image_size": subject.image_size, "data": args.data},
             "questions": len(questions.items),
             "skipped": [list(line) for line in questions.skipped],
-            "rows": summarize(
-                questions.items, records, _flops(args, subject, rows, questions)
-            ),
+            "rows": summarize(questions.items, records),
             "answers": _answers(questions, records),
         }
         write_text(args.output, json.dumps(result, indent=1) + "\n")
@@ -102,18 +106,11 @@ def main(argv: list[str] | None = None) -> None:
         _report(args, result)
 
 
-def _evaluator(args, subject: Answering | Acting, rows: list[Row]):
-    model, processor = subject.model, subject.processor
-    if isinstance(subject, Acting):
-        return ActionEvaluator(model, processor, rows, args.positions)
-    return Evaluator(model, processor, rows, args.positions, args.max_tokens)
-
-
-def _rows(args) -> list[Row]:
+def _check(args) -> None:
+    """Refuse what can be refused before anything is read."""
     if min(args.pictures, args.max_tokens, args.workers) < 1:
         raise InputError("pictures, max tokens and workers are whole numbers from 1")
-    methods = args.methods or [m for m in list_pruners("vision") if m != "none"]
-    for name in methods:
+    for name in args.methods or ():
         get_method(name)
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
@@ -121,18 +118,37 @@ def _rows(args) -> list[Row]:
     parent = Path(args.output).absolute().parent
     if not parent.is_dir():
         raise InputError(f"--output is in {parent}, which does not exist")
-    return make_rows(
-        methods, () if args.eval_budgets else args.keep_ratios, args.eval_budgets
-    )
+    if args.plot:
+        import_matplotlib()
 
 
-def _check_methods(rows: list[Row], subject: Answering | Acting) -> None:
+def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
+    methods = args.methods or [
+        name for name in default_methods(subject) if get_method(name).at == "tower"
+    ]
+    options = options_by_method(methods, read_options(args.option))
+    ratios = () if args.eval_budgets else args.keep_ratios
+    rows = make_rows(methods, ratios, _possible(args, subject, questions), options)
     for row in rows:
-        if row.pruner.stage not in subject.method_stages:
-            raise InputError(
-                f"method {row.pruner.method!r} looks at the prompt, which only "
-                f"policies can do; choose one of {', '.join(list_pruners('vision'))}"
-            )
+        check_plan(subject.model, as_plan(row.pruner))
+    return rows
+
+
+def _possible(args, subject: Subject, questions: Questions) -> list[int]:
+    """More visual tokens than there are means all of them, which is said once.
+
+    Pictures whose padding is left out differ: the least of them counts.
+    """
+    counts = args.eval_budgets
+    if not counts:
+        return []
+    pictures = list({item.picture: item for item in questions.items}.values())
+    pictures = pictures if args.padding == "skip" else pictures[:1]
+    most = min(subject.total([item.load()]) for item in pictures)
+    over = [str(count) for count in counts if count > most]
+    if over:
+        print(f"{', '.join(over)} visual tokens are more than the {most}, so all stay")
+    return list(dict.fromkeys(min(count, most) for count in counts))
 
 
 def _journal_file(output: str, workers: Workers) -> Path:
@@ -145,19 +161,6 @@ def _remove_journals(output: str, workers: Workers) -> None:
     place = Path(output).absolute()
     for file in place.parent.glob(f"{place.name}.*-of-{workers.size}.jsonl"):
         file.unlink()
-
-
-def _flops(
-    args, subject: Answering | Acting, rows: list[Row], questions: Questions
-) -> dict[str, float]:
-    """Up to the first token of the first question."""
-    item = questions.items[0]
-    images, found = [item.load()], {}
-    for row in rows:
-        asked = Asked(images, item.question, row.pruner, args.positions)
-        costs = subject.count(asked).costs.values()
-        found[row.label] = sum(cost.flops for cost in costs)
-    return found
 
 
 def _answers(questions: Questions, records: dict) -> list[dict]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import InputError
-from ..image import load_image
+from ..image import list_pictures, load_image
 
 DESCRIBE = "Describe the image."
 FRAME_SEEDS = 80_000_000  # first seed of Meta-World's frames
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
 
 
 def _folder(folder: Path, prompt: str) -> Questions:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES)
-    items, skipped = [], []
+    files, items, skipped = list_pictures(folder), [], []
     for number, file in enumerate(files, 1):
         try:
             load_image(file)

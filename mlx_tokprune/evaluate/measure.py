@@ -1,136 +1,106 @@
 """Every question, unpruned and under every pruner, from features computed once."""
 
-import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
-from tqdm import tqdm
 
-from .. import files
 from ..features import Features
-from ..files import write_text
-from ..pipeline import Prefill, VisualTokens, assemble, first_logits
-from ..pruners import Pruner
+from ..measure.results import Row, fingerprint
+from ..measure.subject import Subject
+from ..pipeline import Scene, VisualTokens, encode, prune, run
+from ..pruners import Plan, as_plan
+from .actions import Actions
 from .data import Item
-from .vqa import accuracy, normalize
-
-SCHEMA = "mlx_tokprune.evaluate/1"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A pruner and the label it has in tables."""
-
-    label: str
-    pruner: Pruner
-
-
-def make_rows(
-    methods: Sequence[str], ratios: Sequence[float], budgets: Sequence[int]
-) -> list[Row]:
-    """The unpruned model, then every method at every ratio or number of tokens."""
-    rows = [Row("none", Pruner("none"))]
-    for method in methods:
-        rows += [Row(f"{method} {r:g}", Pruner(method, r)) for r in ratios if r < 1]
-        rows += [
-            Row(f"{method} {n} tokens", Pruner(method, keep_tokens=n)) for n in budgets
-        ]
-    return list({row.label: row for row in rows}.values())
+from .results import SCHEMA
+from .words import Words
 
 
 class Evaluator:
-    """Answers questions about pictures with one model, keeping its last picture."""
+    """Asks one model about pictures, keeping the features of the last one."""
 
     def __init__(
-        self, model, processor, rows: Sequence[Row], positions: str, most: int
+        self, subject: Subject, rows: Sequence[Row], positions: str, most: int
     ):
-        self.model, self.processor = model, processor
-        self.rows, self.positions, self.most = rows, positions, most
-        self._needs = tuple({name for row in rows for name in row.pruner.needs})
+        self.subject, self.rows, self.positions = subject, rows, positions
+        self.model = subject.model
+        kinds = {"answering": Words, "acting": Actions}
+        self._speech = kinds[subject.kind](subject, most)
+        # Every extra that some row needs, computed at once.
+        self._all = tuple(p for row in rows for p in as_plan(row.pruner))
         self._last: tuple[str, Features] | None = None
 
     def ask(self, item: Item) -> dict[str, dict]:
         """By label: the answer, its accuracy (`None` if unknown), whether it is the
-        unpruned one, the mean KL divergence per token against it, and tokens kept.
+        unpruned one, the mean KL divergence per token against it, tokens kept, and
+        FLOPs up to the first token.
         """
-        features = self._features(item)
-        prompt = self.processor.prompt(item.question, 1)
-        records, reference = {}, None
+        scene = self.subject.scene([item.load()], item.question)
+        features, records, reference = self._features(scene, item), {}, None
         for row in self.rows:
-            prefill, kept = self._prefill(prompt, features, row.pruner)
+            plan = as_plan(row.pruner)
+            asked = _Asked(self.model, scene, plan, self.positions, features)
             if reference is None:
-                ids = self._greedy(prefill)
-                reference = Reference(ids, self._forced(prefill, ids))
-                given, divergence = ids, 0.0
+                given = self._greedy(asked)
+                reference = Reference(given, asked.forced(given))
+                divergence = 0.0
             else:
-                logits = self._forced(prefill, reference.ids)
+                logits = asked.forced(reference.ids)
                 divergence = reference.divergence(logits)
                 same = np.array(mx.argmax(logits, axis=-1)).tolist() == reference.ids
-                given = reference.ids if same else self._greedy(prefill)
-            text = self._text(given)
-            right = accuracy(text, item.answers) if item.answers else None
+                given = reference.ids if same else self._greedy(asked)
+            own = asked.kept if row.pruner.has_own_count else None
             records[row.label] = {
-                "answer": text,
-                "accuracy": right,
-                "agrees": normalize(text) == normalize(self._text(reference.ids)),
+                **self._speech.judged(given, reference.ids, item.answers),
                 "divergence": divergence,
-                "kept": kept,
+                "kept": asked.kept,
+                "flops": self.subject.count_shapes(scene, plan, own).flops,
             }
         return records
 
-    def _features(self, item: Item) -> Features:
+    def _features(self, scene: Scene, item: Item) -> Features:
         """Of the item's picture, kept for the next question about it."""
-        if self._last and self._last[0] == item.picture:
-            return self._last[1]
-        pixels = mx.array(self.processor.pixels([item.load()]))
-        features = self.model.encode(pixels, self._needs)
-        mx.eval([a for a in (features.tokens, features.attention) if a is not None])
-        self._last = (item.picture, features)
-        return features
+        if not self._last or self._last[0] != item.picture:
+            features = encode(self.model, scene, self._all)
+            mx.eval(features.arrays())
+            self._last = (item.picture, features)
+        return self._last[1]
 
-    def _prefill(self, prompt, features: Features, pruner: Pruner):
-        selection = pruner(features)
-        embeddings = self.model.project(selection.apply(features.tokens))
-        visual = VisualTokens(embeddings, selection, features.grid)
-        return assemble(self.model, prompt, visual, self.positions), selection.keep
-
-    def _greedy(self, prefill: Prefill) -> list[int]:
+    def _greedy(self, asked: "_Asked") -> list[int]:
         """Token ids up to and with the one that stops."""
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache, ids = make_prompt_cache(self.model), []
-        logits = first_logits(self.model, prefill, cache)
+        decoder, cache = self.model.decoder, self.model.decoder.make_cache()
+        read, ids = asked.read(cache=cache), []
+        hidden, cache = read.hidden, read.cache
         while True:
-            ids.append(mx.argmax(logits, axis=-1).item())
-            if ids[-1] in self.processor.tokenizer.eos_token_ids:
+            ids.append(mx.argmax(decoder.logits(hidden)[0, -1]).item())
+            if ids[-1] in self._speech.stops or len(ids) == self._speech.most:
                 return ids
-            if len(ids) == self.most:
-                return ids
-            with self.model.positions.using(prefill.positions, prefill.shift):
-                logits = self.model(mx.array([ids[-1:]]), cache=cache)[:, -1]
+            hidden = decoder.follow(mx.array([ids[-1:]]), cache)
 
-    def _forced(self, prefill: Prefill, ids: list[int]) -> mx.array:
+
+class _Asked:
+    """One question under one plan; the picture is looked at once."""
+
+    def __init__(self, model, scene: Scene, plan: Plan, positions, features: Features):
+        self._model, self._scene, self._plan = model, scene, plan
+        self._positions = positions
+        self._visual = prune(model, scene, plan, features)
+        self.kept = 0
+
+    def read(self, **how):
+        def known(*_) -> VisualTokens:
+            return self._visual
+
+        how |= {"positions": self._positions, "vision": known}
+        read, visual = run(self._model, self._scene, self._plan, **how)
+        self.kept = visual.keep
+        return read
+
+    def forced(self, ids: list[int]) -> mx.array:
         """Logits (len(ids), V) from which each of `ids` follows, given those before."""
-        told = self.model.embed(mx.array([ids[:-1]], mx.int32))
-        whole = mx.concatenate([prefill.embeddings, told], axis=1)
-        where = prefill.positions
-        if where is not None:
-            length = prefill.embeddings.shape[1]
-            more = length + prefill.shift + mx.arange(len(ids) - 1)
-            where = mx.concatenate([where, more.astype(where.dtype)])
-        with self.model.positions.using(where, prefill.shift):
-            logits = self.model(None, input_embeddings=whole)
-        return logits[0, -len(ids) :]
-
-    def _text(self, ids: list[int]) -> str:
-        stops = self.processor.tokenizer.eos_token_ids
-        return self.processor.tokenizer.decode([i for i in ids if i not in stops])
+        read = self.read(after=mx.array([ids[:-1]], mx.int32))
+        return self._model.decoder.logits(read.hidden)[0]
 
 
 class Reference:
@@ -151,43 +121,6 @@ def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-# Keeping what was measured ----------------------------------------------------------
-
-
-class Journal:
-    """A line of JSON for each question that was answered.
-
-    The first line says what was asked of which weights; a journal of anything else is
-    begun again.
-    """
-
-    def __init__(self, file: Path, header: dict):
-        self.file, self.records, self._lines = file, {}, [json.dumps(header)]
-        lines = file.read_text().splitlines() if file.exists() else []
-        if lines and _parsed(lines[0]) == header:
-            for line in filter(None, map(_parsed, lines[1:])):
-                self.records[line["item"]] = line["rows"]
-                self._lines.append(json.dumps(line))
-
-    def add(self, item: int, rows: dict) -> None:
-        line = json.dumps({"item": item, "rows": rows})
-        if self._lines:  # what was there, without a line that was cut
-            write_text(self.file, "\n".join([*self._lines, line]) + "\n")
-            self._lines = []
-        else:
-            with self.file.open("a") as stream:
-                stream.write(line + "\n")
-        self.records[item] = rows
-
-
-def _parsed(line: str) -> dict | None:
-    """The last line of a run that was killed may be cut."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def describe_run(model, items: Sequence[Item], rows: Sequence[Row], **options) -> dict:
     """What makes two runs the same."""
     asked = hashlib.sha256()
@@ -197,39 +130,6 @@ def describe_run(model, items: Sequence[Item], rows: Sequence[Row], **options) -
         "schema": SCHEMA,
         "weights": fingerprint(model),
         "questions": asked.hexdigest()[:16],
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [row.described() for row in rows],
         **options,
     }
-
-
-def fingerprint(model) -> str:
-    """Of a model's weights: of what each tensor is called, and a sum over it."""
-    digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
-        total = mx.sum(mx.abs(array.astype(mx.float32))).item()
-        digest.update(f"{name} {array.shape} {total!r}".encode())
-    return digest.hexdigest()[:16]
-
-
-def answer_all(
-    evaluator: Evaluator, items: Sequence[Item], mine: Sequence[int], journal: Journal
-) -> dict[int, dict]:
-    """Records of the items whose numbers are `mine`."""
-    todo = [number for number in mine if number not in journal.records]
-    for number in tqdm(todo, desc="questions", unit="question", disable=None):
-        journal.add(number, evaluator.ask(items[number]))
-    return {number: journal.records[number] for number in mine}
-
-
-def accuracies(result: dict) -> dict[tuple[str, int], float]:
-    """Accuracy over all questions, by label and input size."""
-    return {
-        (row["label"], result["image_size"]): row["accuracy"]["all"]["value"]
-        for row in result["rows"]
-        if row["accuracy"]
-    }
-
-
-def read_result(file: Path) -> dict:
-    """A result file; `InputError` unless it is one of this schema."""
-    return files.read_result(file, SCHEMA)

@@ -3,31 +3,27 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import import_matplotlib
 from ..files import replacing
-from ..intervals import of_mean, of_share
+from ..measure.intervals import bootstrap, of_share
 from .data import Item
 
 
-def summarize(
-    items: Sequence[Item], records: dict[int, dict], flops: dict
-) -> list[dict]:
-    """A row for each label: accuracy and agreement by kind, and divergence.
-
-    flops: up to the first token, by label.
-    """
+def summarize(items: Sequence[Item], records: dict[int, dict]) -> list[dict]:
+    """A row for each label: accuracy and agreement by kind, divergence, and FLOPs."""
     labels = list(next(iter(records.values())))
-    return [_row(label, items, records, flops.get(label)) for label in labels]
+    return [_row(label, items, records) for label in labels]
 
 
-def _row(label: str, items, records: dict[int, dict], flops: float | None) -> dict:
+def _row(label: str, items, records: dict[int, dict]) -> dict:
     mine = {number: rows[label] for number, rows in records.items()}
     known = {n: r for n, r in mine.items() if r["accuracy"] is not None}
     divergence = [record["divergence"] for record in mine.values()]
-    low, high = of_mean(divergence)
+    low, high = bootstrap(divergence, [items[number].picture for number in mine])
     return {
         "label": label,
         "kept": sum(r["kept"] for r in mine.values()) / len(mine),
-        "flops": flops,
+        "flops": sum(r["flops"] for r in mine.values()) / len(mine),
         "accuracy": _by_kind({n: r["accuracy"] for n, r in known.items()}, items),
         "agreement": _by_kind({n: r["agrees"] for n, r in mine.items()}, items),
         "divergence": {
@@ -41,16 +37,19 @@ def _row(label: str, items, records: dict[int, dict], flops: float | None) -> di
 
 def _by_kind(values: dict[int, float], items) -> dict[str, dict]:
     """`all`, then each kind of question: share, interval and number of questions."""
-    kinds: dict[str, list[float]] = {"all": []} if values else {}
-    for number, value in values.items():
-        kinds["all"].append(float(value))
+    kinds: dict[str, list[int]] = {"all": []} if values else {}
+    for number in values:
+        kinds["all"].append(number)
         if items[number].kind:
-            kinds.setdefault(items[number].kind, []).append(float(value))
-    return {kind: _share(found) for kind, found in kinds.items()}
+            kinds.setdefault(items[number].kind, []).append(number)
+    return {
+        kind: _share([float(values[n]) for n in found], [items[n] for n in found])
+        for kind, found in kinds.items()
+    }
 
 
-def _share(values: list[float]) -> dict:
-    low, high = of_share(sum(values), len(values))
+def _share(values: list[float], items: list[Item]) -> dict:
+    low, high = of_share(values, [item.picture for item in items])
     value = sum(values) / len(values)
     return {"value": value, "low": low, "high": high, "n": len(values)}
 
@@ -83,8 +82,9 @@ def _percent(share: dict) -> str:
 def draw(rows: list[dict], file: Path) -> None:
     """Accuracy (else agreement) against FLOPs, a line per method, as a PNG.
 
-    Needs matplotlib. Bars are 95 % intervals.
+    Bars are 95 % intervals. Raises `InputError` without matplotlib.
     """
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     what = "accuracy" if rows[0]["accuracy"] else "agreement"

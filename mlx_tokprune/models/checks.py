@@ -18,13 +18,6 @@ _LIMIT = 1 << 20  # larger sizes are mistakes, and would take the memory to prov
 _HUGE = 1e6  # the same of other numbers
 
 
-def object_of(config: Mapping[str, Any], name: str) -> dict:
-    """The object under `name`, empty when there is none."""
-    value = config.get(name) or {}
-    expect(isinstance(value, dict), name, value, "an object")
-    return value
-
-
 def expect(right: bool, name: str, value, expected: str) -> None:
     """Raise `InputError` unless `right`."""
     if not right:

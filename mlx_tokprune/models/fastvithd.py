@@ -251,7 +251,8 @@ class FastViTHD(nn.Module):
         else:
             x = last(x)
         x = self.conv_exp(x)
-        return Features(x.flatten(1, 2), (x.shape[1], x.shape[2]), received)
+        extras = {} if received is None else {"attention": received}
+        return Features(x.flatten(1, 2), (x.shape[1], x.shape[2]), extras=extras)
 
 
 def drop_layer_scales(tower: nn.Module) -> None:

@@ -14,10 +14,13 @@ import mlx.nn as nn
 
 from ..errors import InputError
 from ..features import Features
-from .checks import check_language, expect, is_size, object_of
+from ..files import object_of
+from ..prompt import Prompt
+from .checks import check_language, expect, is_size
+from .family import PROVIDES
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
+from .language import Decoder
 from .layers import gelu
-from .positions import Positions, use_positions
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class ModelArgs:
     text: dict
     vision: VisionConfig = field(default_factory=VisionConfig)
     mm_hidden_size: int = 3072
+
+    @property
+    def depth(self) -> int:
+        """Layers and blocks in all."""
+        return self.text["num_hidden_layers"] + sum(self.vision.layers)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the language model can read."""
+        return self.text.get("max_position_embeddings", 32768)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
@@ -100,6 +113,13 @@ class FastVLM(nn.Module):
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     )
     prompt_suffix = "<|im_end|>\n<|im_start|>assistant\n"
+    answers = "text"
+    stride = TOTAL_STRIDE
+    pictures = None
+    sees_parts = True
+    reads_prompt = False
+    attends = "causal"
+    provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
@@ -114,8 +134,7 @@ class FastVLM(nn.Module):
             nn.Linear(hidden, hidden),
         ]
         self.language_model = qwen2.Model(qwen2.ModelArgs.from_dict(args.text))
-        self._positions = Positions()
-        use_positions(self.layers, self._positions)
+        self._decoder = Decoder(self.language_model)
 
     @property
     def image_size(self) -> int:
@@ -123,15 +142,24 @@ class FastVLM(nn.Module):
         return self.args.vision.image_size
 
     @property
+    def feature_size(self) -> int:
+        """C, the channels of a visual token before the projector."""
+        return self.args.mm_hidden_size
+
+    @property
     def layers(self) -> list:
         return self.language_model.layers
 
     @property
-    def positions(self) -> Positions:
-        """Where the rotary positions of a pruned prompt are set."""
-        return self._positions
+    def decoder(self) -> Decoder:
+        return self._decoder
 
-    def encode(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
+    def encode(
+        self,
+        pixels: mx.array,
+        needs: tuple[str, ...] = (),
+        prompt: Prompt | None = None,
+    ) -> Features:
         """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector."""
         dtype = self.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv
         return self.vision_tower(pixels.astype(dtype.weight.dtype), needs)
@@ -142,28 +170,9 @@ class FastVLM(nn.Module):
             tokens = layer(tokens)
         return tokens
 
-    def embed(self, token_ids: mx.array) -> mx.array:
-        """(B, T) token ids -> (B, T, D)."""
-        return self.language_model.model.embed_tokens(token_ids)
-
-    def last_hidden_state(self, embeddings: mx.array, cache: list) -> mx.array:
-        """(B, T, D) -> (B, 1, D): of the last token after the final norm; causal.
-
-        The last layer computes what fills `cache` for all tokens and the rest for the
-        last one only.
-        """
-        h, (*layers, last) = embeddings, self.layers
-        for layer, part in zip(layers, cache, strict=False):
-            h = layer(h, "causal", part)
-        if h.shape[1] > 1:
-            last(h[:, :-1], "causal", cache[-1])  # lazy: but for the cache, dropped
-        return self.language_model.model.norm(last(h[:, -1:], None, cache[-1]))
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """(B, T, D) hidden states -> (B, T, V)."""
-        if self.language_model.args.tie_word_embeddings:
-            return self.language_model.model.embed_tokens.as_linear(hidden)
-        return self.language_model.lm_head(hidden)
+    def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
+        """(1, L, D) for each text around the pictures."""
+        return [self.decoder.embed(ids) for ids in prompt.arrays()]
 
     def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
         """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""

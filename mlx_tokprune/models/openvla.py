@@ -15,17 +15,19 @@ import mlx.nn as nn
 from ..actions import MOST_NUMBERS
 from ..errors import InputError
 from ..features import Features
+from ..files import object_of
+from ..prompt import Prompt
 from .checks import (
     check_language,
     check_token,
     expect,
     is_number,
     is_size,
-    object_of,
 )
+from .family import PROVIDES
+from .language import Decoder
 from .layers import gelu
 from .oft import ActionHead, OFTConfig, ProprioProjector
-from .positions import Positions, use_positions
 from .vit import ViT, ViTConfig, tower_config
 
 TOWERS = ("featurizer", "fused_featurizer")
@@ -80,15 +82,35 @@ class ModelArgs:
         args = cls(text, towers, means, stds, bins, padding, empty, oft)
         if args.longest_prompt < 1:
             raise InputError(
-                f"config.json says max_position_embeddings {args.positions}, which has "
+                f"config.json says max_position_embeddings {args.context}, which has "
                 f"no room for a prompt beside {args.visual_tokens} visual tokens and "
                 f"{args.action_tokens} of actions"
             )
         return args
 
     @property
+    def depth(self) -> int:
+        """Layers and blocks in all."""
+        return self.text["num_hidden_layers"] + sum(t.depth for t in self.towers)
+
+    @property
     def pictures(self) -> int:
         return self.oft.pictures if self.oft else 1
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the robot's state that are read, 0 for none."""
+        return self.oft.proprio_dim if self.oft else 0
+
+    @property
+    def rule(self) -> str:
+        """What scales actions: quantiles (`bounds_q99`) or extremes (`bounds`)."""
+        return self.oft.rule if self.oft else "bounds_q99"
+
+    @property
+    def crop(self) -> float:
+        """Share of a picture's area that is looked at."""
+        return self.oft.crop if self.oft else 1.0
 
     @property
     def visual_tokens(self) -> int:
@@ -100,13 +122,14 @@ class ModelArgs:
         return self.oft.slots if self.oft else MOST_NUMBERS
 
     @property
-    def positions(self) -> int:
+    def context(self) -> int:
+        """Tokens that the language model can read."""
         return self.text.get("max_position_embeddings", 2048)
 
     @property
     def longest_prompt(self) -> int:
         """Tokens of an instruction's prompt that fit; 3 are <s>, </s> and the state."""
-        return self.positions - self.visual_tokens - self.action_tokens - 3
+        return self.context - self.visual_tokens - self.action_tokens - 3
 
     @property
     def vocabulary(self) -> int:
@@ -221,7 +244,9 @@ class VisionBackbone(nn.Module):
             tokens.append(some)
             attention = received if i == asked else attention
         side = towers[0].config.side
-        return Features(mx.concatenate(tokens, axis=-1), (side, side), attention)
+        extras = {} if attention is None else {"attention": attention}
+        joined = mx.concatenate(tokens, axis=-1)
+        return Features(joined, (side, side), extras=extras)
 
 
 class Projector(nn.Module):
@@ -248,6 +273,9 @@ class OpenVLA(nn.Module):
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
     """
 
+    sees_parts = False
+    provides = PROVIDES
+
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
         from mlx_lm.models import llama
@@ -262,8 +290,23 @@ class OpenVLA(nn.Module):
             self.action_head = ActionHead(args.oft, hidden)
             if args.oft.proprio_dim:
                 self.proprio_projector = ProprioProjector(args.oft.proprio_dim, hidden)
-        self._positions = Positions()
-        use_positions(self.layers, self._positions)
+        self._decoder = Decoder(self.language_model)
+
+    @property
+    def answers(self) -> str:
+        return "slots" if self.args.oft else "bins"
+
+    @property
+    def attends(self) -> str:
+        return "full" if self.args.oft else "causal"
+
+    @property
+    def reads_prompt(self) -> bool:
+        return bool(self.args.oft and self.args.oft.film)
+
+    @property
+    def pictures(self) -> int:
+        return self.args.pictures
 
     @property
     def image_size(self) -> int:
@@ -271,71 +314,66 @@ class OpenVLA(nn.Module):
         return self.args.towers[0].image_size
 
     @property
+    def stride(self) -> int:
+        return self.args.towers[0].patch_size
+
+    @property
+    def feature_size(self) -> int:
+        """C, the channels of a visual token before the projector."""
+        return sum(tower.embed_dim for tower in self.args.towers)
+
+    @property
     def layers(self) -> list:
         return self.language_model.layers
 
     @property
-    def positions(self) -> Positions:
-        """Where the rotary positions of a pruned prompt are set."""
-        return self._positions
+    def decoder(self) -> Decoder:
+        return self._decoder
 
     def encode(
         self,
         pixels: mx.array,
         needs: tuple[str, ...] = (),
-        language: mx.array | None = None,
+        prompt: Prompt | None = None,
     ) -> Features:
         """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector.
 
-        language: (B, D) mean prompt embedding, read by policies with FiLM.
+        prompt: conditions the towers of policies with FiLM.
         """
+        language = None
+        if self.reads_prompt and prompt is not None:
+            mean = mx.mean(self._words(prompt), axis=1)
+            language = mx.broadcast_to(mean, (pixels.shape[0], mean.shape[-1]))
         return self.vision_backbone(pixels, needs, language)
+
+    def _words(self, prompt: Prompt) -> mx.array:
+        """(1, T, D): what the reference calls the language: all but action slots."""
+        ids = mx.concatenate([*prompt.arrays(), self._stop], axis=1)
+        return self.decoder.embed(ids)
+
+    @property
+    def _stop(self) -> mx.array:
+        return mx.array([[self.args.text["eos_token_id"]]])
 
     def project(self, tokens: mx.array) -> mx.array:
         """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
         return self.projector(tokens)
 
-    def embed(self, token_ids: mx.array) -> mx.array:
-        """(B, T) token ids -> (B, T, D)."""
-        return self.language_model.model.embed_tokens(token_ids)
+    def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
+        """(1 or B, L, D) for each text around the pictures.
 
-    def first_layer(
-        self, visual: mx.array, text: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Queries of (B, N, D) visual tokens and keys of (B, T, D) text.
-
-        Of the first layer, without rotary positions and on parameter-free RMS norms, as
-        TrimVLA scores: (B, heads, N, d) and (B, heads, T, d).
+        For OFT the last one is the robots' `state` (B, p), the prompt, empty action
+        slots and a stop.
         """
-        attention = self.layers[0].self_attn
-
-        def heads(project: nn.Module, x: mx.array, count: int) -> mx.array:
-            x = project(mx.fast.rms_norm(x, None, 1e-6))
-            return x.reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
-
-        queries = heads(attention.q_proj, visual, attention.n_heads)
-        keys = heads(attention.k_proj, text, attention.n_kv_heads)
-        groups = attention.n_heads // attention.n_kv_heads
-        return queries, mx.repeat(keys, groups, axis=1)
-
-    def hidden_states(
-        self, embeddings: mx.array, mask: mx.array | str | None, cache: list | None
-    ) -> mx.array:
-        """(B, T, D) -> (B, T, D) after the final norm, under a mask of our own.
-
-        mask: boolean or additive, "causal", or `None` for full attention.
-        """
-        h = embeddings
-        cache = cache or [None] * len(self.layers)
-        for layer, part in zip(self.layers, cache, strict=True):
-            h = layer(h, mask, part)
-        return self.language_model.model.norm(h)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """(B, T, D) hidden states -> (B, T, V)."""
-        if self.args.text["tie_word_embeddings"]:
-            return self.language_model.model.embed_tokens.as_linear(hidden)
-        return self.language_model.lm_head(hidden)
+        *before, last = [self.decoder.embed(ids) for ids in prompt.arrays()]
+        if self.args.oft:
+            empty = mx.zeros((1, self.args.oft.slots, last.shape[-1]), last.dtype)
+            last = mx.concatenate([last, empty, self.decoder.embed(self._stop)], axis=1)
+        if state is not None:
+            token = self.proprio_projector(state.astype(last.dtype))[:, None]
+            last = mx.broadcast_to(last, (token.shape[0], *last.shape[1:]))
+            last = mx.concatenate([token, last], axis=1)
+        return [*before, last]
 
     def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
         """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""

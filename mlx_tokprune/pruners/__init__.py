@@ -1,20 +1,17 @@
 """Choosing which visual tokens stay: `Pruner`, `list_pruners`, and the methods."""
 
 from . import baseline, merging, saliency, text  # noqa: F401  (registers them)
-from .registry import (
-    Pruner,
-    check_seed,
-    count_kept,
-    get_method,
-    list_pruners,
-    register,
-)
+from .pruner import Plan, Pruner, as_plan, check_seed, count_kept
+from .registry import get_method, is_registered, list_pruners, register
 
 __all__ = [
+    "Plan",
     "Pruner",
+    "as_plan",
     "check_seed",
     "count_kept",
     "get_method",
+    "is_registered",
     "list_pruners",
     "register",
 ]

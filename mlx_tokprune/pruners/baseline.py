@@ -26,7 +26,7 @@ def random(features: Features, *, keep: int, seed: int = 0) -> Selection:
     return keep_highest(scores, keep)
 
 
-@register("uniform")
+@register("uniform", needs=("grid",))
 def uniform(features: Features, *, keep: int) -> Selection:
     """Control: keep the tokens at the cell centres of the grid that `spatial` uses."""
     return Selection(spatial(features, keep=keep).indices)

@@ -56,7 +56,7 @@ def similarity(features: Features, *, keep: int) -> Selection:
     return Selection(kept, average(members.astype(mx.float32)))
 
 
-@register("spatial", aliases=("spatial_pool",))
+@register("spatial", aliases=("spatial_pool",), needs=("grid",))
 def spatial(features: Features, *, keep: int) -> Selection:
     """Average neighbouring tokens on the largest grid with at most `keep` cells.
 

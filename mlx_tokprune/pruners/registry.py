@@ -1,43 +1,56 @@
-"""Pruners by name, and `Pruner`: a method with its budget, ready to call.
+"""Methods by name: `register`, `get_method`, `list_pruners`.
 
-A pruner is a pure function `(Features, *, keep, **options) -> Selection`. `keep` is a
-Python int, so every shape is static; only prompt-stage methods that choose a count per
-sample get `None`. Registering one makes it known to every command.
+A method is a pure function `(Features, *, keep, **options) -> Selection`. `keep` is a
+Python int, so every shape is static; only methods that choose a count of their own get
+`None`. Registering one makes it known to every command. One of somebody else's comes by
+`package.module:function`, or by the entry-point group `mlx_tokprune.pruners`.
 """
 
 import contextlib
 import functools
+import importlib
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import InputError, nearest
-from ..features import Features, Selection
+from ..features import Selection
 
+Place = Literal["tower", "prompt"] | int
 PruneFunction = Callable[..., Selection]
 # (options, whether there is a budget) -> None, or `InputError`
 OptionCheck = Callable[[Mapping[str, float], bool], None]
+GROUP = "mlx_tokprune.pruners"
 
 
 @dataclass(frozen=True)
 class Method:
     """A registered method: `needs` names the extras of `Features` that it reads.
 
-    stage: `vision` before the projector, `prompt` at the language model's input.
-    counts: who says how many tokens stay: the `budget`, the method's `own` rule, or
-    the budget when there is one (`either`). check: of the values of its options.
+    at: where it runs unless a pruner says otherwise: "tower" (before the projector),
+    "prompt" (at the language model's input) or a number of layers. counts: who says how
+    many tokens stay: the `budget`, the method's `own` rule, or the budget when there is
+    one (`either`); counting: options that say it in place of a budget. check: of the
+    values of its options. prepare: what is done to tokens and text before the first
+    layer makes `queries` and `text_keys` of them.
     """
 
     name: str
     function: PruneFunction
     needs: tuple[str, ...] = ()
     seeded: bool = False
-    stage: str = "vision"
+    at: Place = "tower"
     counts: str = "budget"
+    counting: tuple[str, ...] = ()
     check: OptionCheck | None = None
+    prepare: Callable[[mx.array], mx.array] | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -47,7 +60,25 @@ class Method:
 
     @property
     def summary(self) -> str:
-        return (self.function.__doc__ or "").strip().splitlines()[0]
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+    def counts_itself(self, options: Mapping[str, float]) -> bool:
+        """Whether the method, given these options, takes no budget."""
+        return self.counts == "own" or any(name in self.counting for name in options)
+
+    @functools.cached_property
+    def can_compile(self) -> bool:
+        """Whether a compiled call would go on choosing as the function does.
+
+        MLX keeps the arrays that a function closes over as they were when it was
+        compiled; a seeded one would be compiled for each seed.
+        """
+        function = self.function
+        if self.seeded or not inspect.isfunction(function):
+            return False
+        found = inspect.getclosurevars(function)
+        closed = (*found.nonlocals.values(), *found.globals.values())
+        return not any(isinstance(value, (mx.array, nn.Module)) for value in closed)
 
 
 _METHODS: dict[str, Method] = {}
@@ -55,22 +86,18 @@ _NAMES: dict[str, str] = {}  # every name and alias -> name
 
 
 def register(
-    name: str,
-    *,
-    needs: tuple[str, ...] = (),
-    aliases: tuple[str, ...] = (),
-    seeded: bool = False,
-    stage: str = "vision",
-    counts: str = "budget",
-    check: OptionCheck | None = None,
+    name: str, *, aliases: tuple[str, ...] = (), **known
 ) -> Callable[[PruneFunction], PruneFunction]:
-    """Register a pruner function under `name`; raises `ValueError` on a known name."""
+    """Register a pruner function under `name`; takes the fields of `Method`.
+
+    Raises `ValueError` on a known name.
+    """
 
     def add(function: PruneFunction) -> PruneFunction:
         for word in (name, *aliases):
             if word in _NAMES:
                 raise ValueError(f"pruner name {word!r} is already registered")
-        _METHODS[name] = Method(name, function, needs, seeded, stage, counts, check)
+        _METHODS[name] = Method(name, function, **known)
         _NAMES.update({word: name for word in (name, *aliases)})
         return function
 
@@ -88,15 +115,30 @@ def temporary(name: str, **options) -> Iterator[Callable]:
         _METHODS.pop(name, None)
 
 
-def list_pruners(stage: str | None = None) -> list[str]:
-    """Names of the methods (of one stage), in the order of registration."""
-    return [m.name for m in _METHODS.values() if stage in (None, m.stage)]
+def list_pruners(at: Place | None = None) -> list[str]:
+    """Names of the methods (of one place), in the order of registration.
+
+    Methods that choose by a scorer are left out: they need one to be given.
+    """
+    _load_entry_points()
+    return [
+        m.name
+        for m in _METHODS.values()
+        if at in (None, m.at) and "scores" not in m.needs
+    ]
 
 
 def get_method(name: str) -> Method:
-    """The method of this name or alias; `InputError` lists the known ones."""
+    """The method of this name or alias, or `package.module:function`.
+
+    `InputError` lists the known ones.
+    """
+    if isinstance(name, str) and name not in _NAMES:
+        _load_entry_points()
+        if ":" in name and name not in _NAMES:
+            return _imported(name)
     if not isinstance(name, str) or name not in _NAMES:
-        known = ", ".join(_METHODS)
+        known = ", ".join(list_pruners())
         raise InputError(
             f"unknown pruning method {name!r}; known methods are {known}."
             + nearest(str(name), _NAMES)
@@ -104,160 +146,40 @@ def get_method(name: str) -> Method:
     return _METHODS[_NAMES[name]]
 
 
-def count_kept(total: int, keep_ratio: float) -> int:
-    """K = max(1, int(N * ratio)), the one place where a ratio becomes a count."""
-    return max(1, int(total * keep_ratio))
+def is_registered(name: str) -> bool:
+    """Whether this name is known without importing somebody's module for it."""
+    _load_entry_points()
+    return name in _NAMES
 
 
-def check_seed(seed: int) -> None:
-    """Raise `InputError` unless MLX takes `seed`."""
-    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
-        raise InputError(f"seed {seed} is out of range; expected 0 to 2**64 - 1")
+def _imported(path: str) -> Method:
+    """The method of a function by its path; registered under that unless it is."""
+    module, _, attribute = path.partition(":")
+    if "" not in sys.path:  # an installed command would not see this folder
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"method {path!r} cannot be imported ({error}); expected "
+            "package.module:function"
+        ) from None
+    for method in _METHODS.values():
+        if method.function is function:
+            return method
+    if not callable(function):
+        raise InputError(f"method {path!r} is no function (features, *, keep)")
+    register(path)(function)
+    return _METHODS[path]
 
 
-@dataclass(frozen=True)
-class Pruner:
-    """A method and its budget: `Pruner("norm", keep_ratio=0.5)(features)`.
-
-    Give `keep_ratio` in (0, 1] or `keep_tokens` (at least 1), not both; neither keeps
-    every token, or as many as a method with a rule of its own says. `seed` is read by
-    seeded methods only; `options` are the method's own. Raises `InputError` for an
-    unknown method or option, a budget out of range, or more tokens than there are.
-    """
-
-    method: str = "norm"
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
-    seed: int = 0
-    options: Mapping[str, float] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "method", get_method(self.method).name)
-        self._check_options()
-        ratio, tokens = self.keep_ratio, self.keep_tokens
-        if ratio is not None and tokens is not None:
-            raise InputError("give a keep ratio or a number of tokens, not both")
-        number = isinstance(ratio, Real) and not isinstance(ratio, bool)
-        if ratio is not None and not (number and 0 < ratio <= 1):
-            shown = f"{ratio:g}" if number else repr(ratio)
-            raise InputError(
-                f"keep ratio {shown} is outside (0, 1]; 1 keeps every visual token"
+@functools.lru_cache(maxsize=1)
+def _load_entry_points() -> None:
+    """Import what installed packages name; each registers its methods."""
+    for entry in metadata.entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:  # whatever somebody else's package runs into
+            warnings.warn(
+                f"methods of {entry.value} are left out: {error}", stacklevel=2
             )
-        whole = isinstance(tokens, Integral) and not isinstance(tokens, bool)
-        if tokens is not None and not (whole and tokens >= 1):
-            raise InputError(
-                f"cannot keep {tokens} visual tokens; expected a whole number from 1"
-            )
-        check_seed(self.seed)
-        if self.method == "none" and (ratio or 1) < 1:
-            raise InputError(
-                f"method 'none' keeps every visual token, so a keep ratio of "
-                f"{ratio:g} needs another method, such as 'norm'"
-            )
-
-    def _check_options(self) -> None:
-        known = get_method(self.method).options
-        if not isinstance(self.options, Mapping) or not all(
-            isinstance(name, str) and isinstance(value, Real)
-            for name, value in self.options.items()
-        ):
-            raise InputError(f"options are numbers by name, not {self.options!r}")
-        for name in self.options:
-            if name not in known:
-                takes = f"takes {', '.join(known)}" if known else "takes no options"
-                raise InputError(
-                    f"method {self.method!r} {takes}, not {name!r}."
-                    + nearest(name, known)
-                )
-        budget = self.keep_ratio is not None or self.keep_tokens is not None
-        if budget and get_method(self.method).counts == "own":
-            raise InputError(
-                f"method {self.method!r} decides itself how many visual tokens to keep;"
-                " leave out the keep ratio, or use 'trimvla', which takes one"
-            )
-        check = get_method(self.method).check
-        if check:
-            check(self.options, budget)
-
-    @property
-    def stage(self) -> str:
-        """`vision` or `prompt`: where in the pipeline this pruner runs."""
-        return "vision" if self.keeps_all else get_method(self.method).stage
-
-    @property
-    def has_own_count(self) -> bool:
-        """Whether the method, not a budget, says how many tokens stay."""
-        unset = self.keep_ratio is None and self.keep_tokens is None
-        return unset and get_method(self.method).counts != "budget"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The extras of `Features` this pruner reads, none when it keeps everything."""
-        return () if self.keeps_all else get_method(self.method).needs
-
-    @property
-    def keeps_all(self) -> bool:
-        if self.has_own_count:
-            return False
-        ratio_is_full = self.keep_ratio is None or self.keep_ratio == 1
-        return self.method == "none" or (ratio_is_full and self.keep_tokens is None)
-
-    @property
-    def key(self) -> tuple:
-        """What tells pruners apart, hashable."""
-        options = tuple(sorted(self.options.items()))
-        return self.method, self.keep_ratio, self.keep_tokens, self.seed, options
-
-    def count(self, total: int) -> int:
-        """How many of `total` visual tokens to keep."""
-        if self.keep_tokens is None:
-            return count_kept(total, self.keep_ratio or 1.0)
-        if self.keep_tokens > total:
-            raise InputError(
-                f"cannot keep {self.keep_tokens} visual tokens; there are {total}, "
-                f"so the most is {total}"
-            )
-        if self.method == "none" and self.keep_tokens < total:
-            raise InputError(
-                f"method 'none' keeps all {total} visual tokens, so keeping "
-                f"{self.keep_tokens} needs another method, such as 'norm'"
-            )
-        return int(self.keep_tokens)
-
-    def __call__(self, features: Features) -> Selection:
-        method = get_method(self.method)
-        total = features.tokens.shape[1]
-        keep = None if self.has_own_count else self.count(total)
-        if keep == total:
-            method = get_method("none")
-        missing = [name for name in method.needs if getattr(features, name) is None]
-        if missing:
-            raise ValueError(f"{method.name} needs features with {missing}")
-        if method.seeded:
-            return method.function(features, keep=keep, seed=int(self.seed))
-        if method.stage == "prompt":
-            return method.function(features, keep=keep, **self.options)
-        options = tuple(sorted(self.options.items())) if method.options else ()
-        return _compiled(method, keep, features.grid, options)(features)
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(method: Method, keep: int, grid: tuple[int, int], options: tuple):
-    """The method under `mx.compile`: one graph per budget, grid and options."""
-
-    def arrays(tokens, *extras):
-        features = Features(tokens, grid, *extras)
-        selection = method.function(features, keep=keep, **dict(options))
-        return (selection.indices, *filter(_is_array, (selection.weights,)))
-
-    compiled = mx.compile(arrays)
-
-    def call(features: Features) -> Selection:
-        extras = filter(_is_array, (features.attention,))
-        return Selection(*compiled(features.tokens, *extras))
-
-    return call
-
-
-def _is_array(value) -> bool:
-    return value is not None

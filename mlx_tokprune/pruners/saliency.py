@@ -34,9 +34,11 @@ def norm(features: Features, *, keep: int) -> Selection:
 def attention(features: Features, *, keep: int) -> Selection:
     """Keep the tokens that receive most attention in the tower's last attention block.
 
-    The score of VisionZip (arXiv 2412.04467) for towers without a CLS token.
+    The score of VisionZip (arXiv 2412.04467) for towers without a CLS token. Inside the
+    language model, after layer k: attention of the prompt's last token in that layer,
+    the score of FastV (arXiv 2403.06764).
     """
-    return keep_highest(features.attention, keep)
+    return keep_highest(features.extras["attention"], keep)
 
 
 @register("mean_similarity", aliases=("attention_score",))
@@ -45,3 +47,9 @@ def mean_similarity(features: Features, *, keep: int) -> Selection:
     tokens = features.tokens.astype(mx.float32)
     mean = mx.mean(tokens, axis=1, keepdims=True)
     return keep_highest(mx.sum(normalize(tokens) * normalize(mean), axis=-1), keep)
+
+
+@register("learned", needs=("scores",))
+def learned(features: Features, *, keep: int) -> Selection:
+    """Keep the tokens that a scorer, which was trained for it, gives most."""
+    return keep_highest(features.extras["scores"], keep)

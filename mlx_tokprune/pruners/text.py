@@ -1,4 +1,4 @@
-"""Prompt-stage pruners: which visual tokens does the instruction ask for?
+"""Pruners that look at the prompt: which visual tokens does it ask for?
 
 They run at the language model's input, on projected tokens, so they cost a projection
 of every token. Both may keep another number in each sample of a batch.
@@ -20,6 +20,11 @@ def rms_normalize(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6)
 
 
+def parameter_free_norm(x: mx.array) -> mx.array:
+    """The same in the type of `x`: what TrimVLA gives to the first layer."""
+    return rms_normalize(x).astype(x.dtype)
+
+
 def _check_trimvla(options: Mapping[str, float], budget: bool) -> None:
     for name in ("coverage", "min_keep_ratio"):
         value = options.get(name, 1)
@@ -38,10 +43,12 @@ def _check_trimvla(options: Mapping[str, float], budget: bool) -> None:
 
 @register(
     "trimvla",
-    needs=("queries", "keys"),
-    stage="prompt",
+    needs=("queries", "text_keys"),
+    at="prompt",
     counts="either",
+    counting=("coverage", "min_keep_ratio"),
     check=_check_trimvla,
+    prepare=parameter_free_norm,
 )
 def trimvla(
     features: Features,
@@ -60,7 +67,8 @@ def trimvla(
     `min_keep_ratio` of all. `temperature` is that of the log-sum-exp. TrimVLA
     (github.com/grisha0057/TrimVLA), with its defaults.
     """
-    scores = prompt_scores(features.queries, features.keys, temperature)
+    queries, keys = features.extras["queries"], features.extras["text_keys"]
+    scores = prompt_scores(queries, keys, temperature)
     if keep is not None:
         return keep_highest(scores, keep)
     order = mx.argsort(-scores, axis=1)
@@ -81,7 +89,7 @@ def prompt_scores(queries: mx.array, keys: mx.array, temperature: float) -> mx.a
     return mx.mean(joined, axis=1)
 
 
-@register("lightvla", needs=("text",), stage="prompt", counts="own")
+@register("lightvla", needs=("text",), at="prompt", counts="own")
 def lightvla(features: Features, *, keep: int | None = None) -> Selection:
     """Keep every token that is the best match of some token's query to the prompt.
 
@@ -89,7 +97,8 @@ def lightvla(features: Features, *, keep: int | None = None) -> Selection:
     for the visual token closest to it. LightVLA (arXiv 2509.12594), without its
     training noise. It decides itself how many tokens stay.
     """
-    tokens, text = rms_normalize(features.tokens), rms_normalize(features.text)
+    tokens = rms_normalize(features.tokens)
+    text = rms_normalize(features.extras["text"])
     scale = tokens.shape[-1] ** -0.5
     attention = mx.softmax(tokens @ text.swapaxes(-1, -2) * scale, axis=-1)
     queries = rms_normalize(attention @ text)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from ..demo import CHECKPOINT
 from ..errors import InputError, Parser, command
 from ..pipeline import POSITIONS
 
@@ -18,7 +17,7 @@ def build_parser() -> Parser:
         "--scale", type=float, default=1.0, help="of the steps (default 1)"
     )
     accuracy = commands.add_parser("accuracy", help="measure on held-out pictures")
-    accuracy.add_argument("--model", default=str(CHECKPOINT))
+    accuracy.add_argument("--model", default="demo")
     accuracy.add_argument("--pictures", type=int, default=512)
     accuracy.add_argument("--positions", choices=POSITIONS, default="original")
     accuracy.add_argument("--output", help="also write the table as JSON")

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from ..features import Features
 from ..models.fastvlm import FastVLM
-from ..pruners import Pruner, list_pruners
+from ..pipeline import Scene, encode, prune
+from ..prompt import Prompt
+from ..pruners import Pruner, as_plan, list_pruners
 from .batches import make_batch
 from .packing import answer_logits, exact_matches, pack
 from .scenes import CANVAS, KINDS, Question, ask
@@ -39,7 +41,7 @@ def held_out(pictures: int) -> Iterator[tuple[mx.array, list[list[Question | Non
 
 def rows(ratios: Sequence[float] = RATIOS) -> list[Pruner]:
     """Every method at every ratio below 1, after the unpruned model."""
-    methods = [m for m in list_pruners("vision") if m != "none"]
+    methods = [m for m in list_pruners("tower") if m != "none"]
     budgets = [r for r in ratios if r < 1]
     return [Pruner("none"), *(Pruner(m, r) for r in budgets for m in methods)]
 
@@ -57,12 +59,11 @@ def measure(
     once per picture for all rows.
     """
     pruners = pruners if pruners is not None else rows()
-    encode = processor.tokenizer.encode
-    end = encode("<|im_end|>", add_special_tokens=False)[0]
-    prefix = encode(model.prompt_prefix, add_special_tokens=False)
 
     def ids(text: str) -> list[int]:
-        return encode(text, add_special_tokens=False)
+        return processor.tokenizer.encode(text, add_special_tokens=False)
+
+    (end,), prefix = ids("<|im_end|>"), ids(model.prompt_prefix)
 
     tallies = {_label(p): _Tally() for p in pruners} | {"blank picture": _Tally()}
     everything: list[Question] = []
@@ -71,16 +72,17 @@ def measure(
     for pixels, asked in batches:
         questions = pack(asked, ids, model.prompt_suffix, end)
         everything += [q for row in asked for q in row if q is not None]
-        features = model.encode(pixels, ("attention",))
+        # One sample of as many places as there are pictures: each by itself.
+        scene = Scene(pixels, Prompt(((),) * (len(pixels) + 1)))
+        features = encode(model, scene, tuple(pruners))
 
-        def answer(label, pruner, features, questions=questions):
-            selection = pruner(features)
-            visual = model.project(selection.apply(features.tokens))
-            total = features.tokens.shape[1]
+        def answer(label, pruner, features, questions=questions, scene=scene):
+            visual = prune(model, scene, as_plan(pruner), features)
             logits = answer_logits(
-                model, prefix, visual, selection.indices, questions, total, positions
+                *(model, prefix, visual.embeddings, visual.indices),
+                *(questions, features.total, positions),
             )
-            tallies[label].add(*exact_matches(logits, questions), selection.keep)
+            tallies[label].add(*exact_matches(logits, questions), visual.keep)
 
         for pruner in pruners:
             answer(_label(pruner), pruner, features)

@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..convert.checkpoint import new_folder, write_config
+from ..convert.checkpoint import write_config
+from ..files import new_folder
 from .student import DEMO_CONFIG, Student
 
 # MLX names -> Apple's, the converter's table backwards.

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..models.fastvlm import FastVLM
+from ..models.language import Sequence as Tokens
 from .scenes import Question
 
 IGNORE = -100
@@ -65,9 +66,9 @@ def answer_logits(
     """(B, Q, L, V) logits; visual (B, K, D) are tokens `indices` (B, K) of `total`."""
     batch, kept, _ = visual.shape
     _, count, length = questions.ids.shape
-    start = len(prefix)
-    text = model.embed(mx.broadcast_to(mx.array([prefix]), (batch, start)))
-    asked = model.embed(questions.ids.reshape(batch, -1))
+    start, decoder = len(prefix), model.decoder
+    text = decoder.embed(mx.broadcast_to(mx.array([prefix]), (batch, start)))
+    asked = decoder.embed(questions.ids.reshape(batch, -1))
     hidden = mx.concatenate([text, visual.astype(text.dtype), asked], axis=1)
     where = indices if positions == "original" else mx.arange(kept)[None]
     after = start + (total if positions == "original" else kept)
@@ -82,14 +83,11 @@ def answer_logits(
         ],
         axis=1,
     )
-    mask = _mask(start + kept, count, length)
-    with model.positions.using(values):
-        for layer in model.layers:
-            hidden = layer(hidden, mask, None)
-    inner = model.language_model.model
-    hidden = inner.norm(hidden[:, start + kept :])
-    logits = inner.embed_tokens.as_linear(hidden)
-    return logits.reshape(batch, count, length, -1)
+    end = after + length
+    mask = _mask(start + kept, count, length)[None]
+    sequence = Tokens(hidden, values, end, mask)
+    read = decoder.read(sequence, rows=count * length)
+    return decoder.logits(read.hidden).reshape(batch, count, length, -1)
 
 
 def _mask(shared: int, count: int, length: int) -> mx.array:

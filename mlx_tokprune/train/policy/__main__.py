@@ -3,7 +3,6 @@
 import statistics
 from pathlib import Path
 
-from ...demo import POLICY
 from ...errors import InputError, Parser, command, nearest
 from .worlds import TASKS, import_simulator
 
@@ -16,14 +15,14 @@ def build_parser() -> Parser:
     run.add_argument("--output", required=True, help="checkpoint folder to write")
     run.add_argument("--scale", type=float, default=1.0, help="of the plan (default 1)")
     success = commands.add_parser("success", help="measure in closed loop")
-    success.add_argument("--model", default=str(POLICY))
+    success.add_argument("--model", default="demo-policy")
     success.add_argument("--episodes", type=int, default=25, help="of each task")
     success.add_argument("--tasks", nargs="+", default=list(TASKS))
     success.add_argument("--methods", nargs="+", help="default: all")
     success.add_argument("--log", required=True, help="JSON lines, added to")
     table = commands.add_parser("table", help="the table of one or more logs")
     table.add_argument("logs", nargs="+")
-    table.add_argument("--model", default=str(POLICY))
+    table.add_argument("--model", default="demo-policy")
     table.add_argument("--plot", help="also draw it to this PNG")
     table.add_argument("--runs", type=int, default=15, help="for TTFT, each row")
     return parser
@@ -89,10 +88,10 @@ def _print_table(args) -> None:
 
 def _time_saved(folder: str, runs: int) -> dict[str, float]:
     """The share of TTFT that each row saves, medians of interleaved warm runs."""
-    from ...act import predict_action
     from ...demo import POLICY_FRAME
     from ...image import load_image
     from ...loading import load
+    from ...robot.predict import predict_action
     from .success import CONTROLS, rows
 
     model, processor = load(folder)

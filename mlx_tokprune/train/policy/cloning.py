@@ -17,8 +17,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from ...policy import Policy
 from ...pruners import Pruner
+from ...robot.policy import Policy
 from .demonstrations import (
     CORRECTION_SEEDS,
     DEMONSTRATION_SEEDS,

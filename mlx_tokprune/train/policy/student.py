@@ -15,10 +15,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ...convert.checkpoint import new_folder, write_config
-from ...loading import ActionProcessor
+from ...convert.checkpoint import write_config
+from ...files import new_folder
+from ...models.language import Sequence
 from ...models.openvla import ModelArgs, OpenVLA
+from ...processor import ActionProcessor
 from ...prompt import action_prompt
+from ...pruners.text import parameter_free_norm
 from .worlds import ACTION_DIM, SIZE, TASKS
 
 BINS = 256
@@ -174,19 +177,19 @@ def losses(policy: OpenVLA, batch: Batch) -> tuple[mx.array, mx.array]:
     indices = _choose(policy, features, batch)
     kept = mx.take_along_axis(features, indices[..., None], axis=1)
     visual = policy.project(kept)
-    ids = _with_actions(batch)
+    ids, embed = _with_actions(batch), policy.decoder.embed
     total = features.shape[1]
     embeddings = mx.concatenate(
-        [policy.embed(mx.full((len(ids), 1), START)), visual, policy.embed(ids)], axis=1
+        [embed(mx.full((len(ids), 1), START)), visual, embed(ids)], axis=1
     )
     start = mx.zeros((len(ids), 1), mx.int32)
     rest = mx.broadcast_to(1 + total + mx.arange(ids.shape[1]), ids.shape)
     positions = mx.concatenate([start, 1 + indices, rest], axis=1).astype(mx.int32)
     rows = batch.keep + batch.lengths[:, None] + mx.arange(ACTION_DIM)
-    with policy.positions.using(positions):
-        hidden, received = _forward(policy, embeddings, rows)
+    end = 1 + total + ids.shape[1]
+    hidden, received = _forward(policy, Sequence(embeddings, positions, end), rows)
     at_rows = mx.take_along_axis(hidden, rows[..., None], axis=1)
-    logits = policy.logits(at_rows)[..., TEXT_TOKENS + 1 : TEXT_TOKENS + BINS]
+    logits = policy.decoder.logits(at_rows)[..., TEXT_TOKENS + 1 : TEXT_TOKENS + BINS]
     log_shares = nn.log_softmax(logits[..., ::-1].astype(mx.float32), axis=-1)
     loss = -mx.mean(mx.sum(_blurred(batch.classes) * log_shares, axis=-1))
     seen = received[..., 1 : 1 + batch.keep]
@@ -200,8 +203,9 @@ def losses(policy: OpenVLA, batch: Batch) -> tuple[mx.array, mx.array]:
 
 def _scores(policy: OpenVLA, visual: mx.array, batch: Batch) -> mx.array:
     """trimvla's scores (B, K), with padding of the prompts left out."""
-    text = mx.stop_gradient(policy.embed(batch.prompts))
-    queries, keys = policy.first_layer(visual, text)
+    text = mx.stop_gradient(policy.decoder.embed(batch.prompts))
+    prepared = parameter_free_norm(visual), parameter_free_norm(text)
+    queries, keys = policy.decoder.queries_and_keys(*prepared)
     # A key of padding must not count: one that no query likes does not.
     inside = mx.arange(text.shape[1]) < batch.lengths[:, None]
     products = queries @ keys.swapaxes(-1, -2) * queries.shape[-1] ** -0.5
@@ -231,38 +235,24 @@ def _with_actions(batch: Batch) -> mx.array:
     return mx.put_along_axis(whole, where, ids.astype(whole.dtype), axis=1)
 
 
-def _forward(policy: OpenVLA, embeddings: mx.array, rows: mx.array):
+def _forward(policy: OpenVLA, sequence: Sequence, rows: mx.array):
     """Hidden states, and the attention that tokens receive from `rows`.
 
-    The mean of heads and of all layers but the first, whose scores learn from it.
+    The mean of rows, heads and of all layers but the first, whose scores learn from it;
+    without gradient.
     """
-    length = embeddings.shape[1]
-    mask = mx.tril(mx.ones((length, length), mx.bool_))
-    h, received = embeddings, 0
-    for number, layer in enumerate(policy.layers):
-        normed = layer.input_layernorm(h)
+    decoder, received = policy.decoder, []
+
+    def watch(number: int, hidden: mx.array) -> None:
         if number:
-            received = received + _received(layer.self_attn, normed, rows)
-        h = h + layer.self_attn(normed, mask, None)
-        h = h + layer.mlp(layer.post_attention_layernorm(h))
-    return policy.language_model.model.norm(h), received / (len(policy.layers) - 1)
+            attended = decoder.attention_to(
+                number, mx.stop_gradient(hidden), rows, sequence.positions
+            )
+            received.append(mx.mean(attended, axis=1))
 
-
-def _received(attention: nn.Module, x: mx.array, rows: mx.array) -> mx.array:
-    """(B, T) attention that tokens receive from `rows`, without gradient."""
-    batch, length, _ = x.shape
-    x = mx.stop_gradient(x)
-
-    def heads(project, count):
-        return project(x).reshape(batch, length, count, -1).swapaxes(1, 2)
-
-    queries = attention.rope(heads(attention.q_proj, attention.n_heads))
-    keys = attention.rope(heads(attention.k_proj, attention.n_kv_heads))
-    queries = mx.take_along_axis(queries, rows[:, None, :, None], axis=2)
-    products = queries @ keys.swapaxes(-1, -2) * attention.scale
-    future = mx.arange(length) > rows[:, None, :, None]
-    weights = mx.softmax(mx.where(future, -1e9, products), axis=-1)
-    return mx.mean(weights, axis=(1, 2))
+    length = sequence.embeddings.shape[1]
+    read = decoder.read(sequence, rows=length, watch=watch)
+    return read.hidden, sum(received) / len(received)
 
 
 def _blurred(classes: mx.array) -> mx.array:

@@ -4,19 +4,18 @@ Seeds are never those of training. All methods meet the same episodes. Rows for 
 actions, a grey picture and the opposite instruction say what success needs.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ...policy import Policy
+from ...measure.results import fingerprint
+from ...pipeline import DEFAULT_POSITIONS
 from ...pruners import Pruner, get_method, list_pruners
+from ...robot.policy import Policy
 from .table import read_log
 from .worlds import HORIZON, TASKS, World
 
@@ -31,7 +30,7 @@ class Row:
 
     label: str
     pruner: Pruner
-    positions: str = "original"
+    positions: str = DEFAULT_POSITIONS
 
 
 def rows(methods: Iterable[str] | None = None, budgets=BUDGETS) -> list[Row]:
@@ -70,14 +69,6 @@ def measure(
             line = {"row": row.label, "task": task, "weights": weights, **result}
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def fingerprint(model) -> str:
-    """Of a model's weights."""
-    digest = hashlib.sha256()
-    for _, array in sorted(tree_flatten(model.parameters())):
-        digest.update(np.array(array.astype(mx.float32)).tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _run(model, processor, worlds: list[World], row: Row) -> dict:

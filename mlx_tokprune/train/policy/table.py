@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...intervals import of_share
+from ...measure.intervals import wilson
 from .worlds import TASKS
 
 _AT_BUDGET = re.compile(r"(\w+) ([\d.]+)")  # the label of a method's row
@@ -37,7 +37,7 @@ def markdown(lines: list[dict], saved: dict[str, float]) -> str:
     table = [head, "|---|---:|---:|---:|" + "---:|" * len(tasks)]
     for label, (kept, won, total) in _overall(lines).items():
         mine = {line["task"]: line for line in lines if line["row"] == label}
-        low, high = of_share(won, total)
+        low, high = wilson(won, total)
         cells = [
             f"{100 * np.mean(mine[task]['success']):.0f}" if task in mine else ""
             for task in tasks
@@ -78,7 +78,7 @@ def draw(lines: list[dict], file: Path) -> None:
 
 def _line(axes, points: list[tuple[float, int, int]], label: str) -> None:
     kept, won, total = np.array(points).T
-    bounds = np.array([of_share(*point[1:]) for point in points]).T
+    bounds = np.array([wilson(*point[1:]) for point in points]).T
     rate = won / total
     errors = 100 * np.abs(bounds - rate)
     axes.errorbar(kept, 100 * rate, errors, marker="o", ms=4, capsize=2, label=label)

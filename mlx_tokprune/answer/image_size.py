@@ -1,20 +1,20 @@
-"""The largest input size whose time to first token fits a budget.
+"""The largest input size whose time to first token fits a latency target.
 
 Time grows almost in proportion to pixels, so two small sizes are measured on this
 machine and a line is drawn through them.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 from PIL import Image
 
-from .errors import InputError
-from .loading import Processor
-from .models.fastvithd import TOTAL_STRIDE
-from .pipeline import measure_stages
-from .pruners import Pruner
+from ..errors import InputError
+from ..pipeline import Scene, run
+from ..processor import Processor
+from ..pruners import Plan
+from ..timing import Clock
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def fit_image_size(
     processor: Processor,
     images: Sequence[Image.Image],
     text: str,
-    pruner: Pruner,
+    plan: Plan,
     positions: str,
     milliseconds: float,
 ) -> Fit:
@@ -40,20 +40,21 @@ def fit_image_size(
     of fenced stages, which is a little more than TTFT without fences. Raises
     `InputError` when even the smallest size does not fit.
     """
-    largest, least = model.image_size, pruner.keep_tokens or 0
+    largest = model.image_size
+    least = max((pruner.keep_tokens or 0 for pruner in plan), default=0)
     probes = sorted({min(256, largest), min(512, largest)})
     times = []
     for size in probes:
         small = processor.at(size)
         enough = not least or _tokens(small, images) >= least
-        asked = (images, text, pruner if enough else Pruner("none"), positions)
+        asked = (images, text, plan if enough else (), positions)
         times.append(_measure(model, small, *asked))
     slope, start = 0.0, times[0]
     if len(probes) > 1:
         areas = [size * size for size in probes]
         slope = max(0.0, (times[1] - times[0]) / (areas[1] - areas[0]))
         start = times[0] - slope * areas[0]
-    sizes = range(TOTAL_STRIDE, largest + 1, TOTAL_STRIDE)
+    sizes = range(processor.stride, largest + 1, processor.stride)
     if least:
         sizes = [s for s in sizes if _tokens(processor.at(s), images) >= least]
     if not sizes:
@@ -75,10 +76,20 @@ def fit_image_size(
 def _tokens(processor: Processor, images: Sequence[Image.Image]) -> int:
     """Visual tokens of a picture at this input size."""
     height, width = processor.pixels(images).shape[1:3]
-    return (height // TOTAL_STRIDE) * (width // TOTAL_STRIDE)
+    return (height // processor.stride) * (width // processor.stride)
 
 
-def _measure(model, processor: Processor, images, text, pruner, positions) -> float:
+def _measure(model, processor: Processor, images, text, plan: Plan, positions) -> float:
+    """Milliseconds of the second of two runs."""
     for _ in range(2):
-        stages = measure_stages(model, processor, images, text, pruner, positions)
-    return sum(dataclasses.asdict(stages).values())
+        clock = Clock()
+        with clock.stage("preprocess") as done:
+            pixels = mx.array(processor.pixels(images))
+            scene = Scene(pixels, processor.prompt(text, len(images)))
+            done.append(pixels)
+        cache = model.decoder.make_cache()
+        how = {"positions": positions, "cache": cache, "clock": clock}
+        read, _ = run(model, scene, plan, **how)
+        with clock.stage("prefill") as done:
+            done.append(model.decoder.logits(read.hidden))
+    return sum(clock.times.values())

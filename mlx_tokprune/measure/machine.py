@@ -9,8 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..commands import device_name
-
 _SIDE = 1024  # of the matrices whose product is timed
 _COPIED = 1 << 26  # floats
 
@@ -29,6 +27,12 @@ def describe() -> dict:
         "commit": _commit(),
         "power": _power(),
     }
+
+
+def device_name() -> str:
+    """The device MLX runs on, by name where it has one."""
+    device = mx.default_device()
+    return str(mx.device_info(device).get("device_name", device.type.name))
 
 
 def measure_rates(runs: int = 20) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""VQA accuracy with the usual normalisation of answers.
+"""Answers in words: VQA accuracy with the usual normalisation.
 
 Antol et al., 2015 (arXiv 1505.00468) and the evaluation that its authors publish:
 case, punctuation, articles and number words do not count, and an answer is right when
@@ -7,6 +7,8 @@ three of ten people gave it.
 
 import re
 from collections.abc import Sequence
+
+from ..measure.subject import Subject
 
 _NUMBERS = {
     **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"},
@@ -42,3 +44,26 @@ def accuracy(given: str, answers: Sequence[str]) -> float:
     found = sum(equal)
     shares = [min(1.0, (found - one) / _ENOUGH) for one in equal]
     return sum(shares) / len(shares)
+
+
+class Words:
+    """How a model that answers speaks, and how its answers are judged.
+
+    stops: tokens that end an answer. most: tokens of one.
+    """
+
+    def __init__(self, subject: Subject, most: int):
+        self._tokenizer = subject.processor.tokenizer
+        self.stops, self.most = self._tokenizer.eos_token_ids, most
+
+    def judged(self, ids: list[int], reference: list[int], answers) -> dict:
+        """The answer, how right it is, and whether it is the unpruned one."""
+        text, unpruned = self._text(ids), self._text(reference)
+        return {
+            "answer": text,
+            "accuracy": accuracy(text, answers) if answers else None,
+            "agrees": normalize(text) == normalize(unpruned),
+        }
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([i for i in ids if i not in self.stops])

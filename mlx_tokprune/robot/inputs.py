@@ -7,38 +7,32 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .actions import Bounds
-from .errors import InputError
-from .image import load_image
-from .loading import ActionProcessor
-from .models.openvla import OpenVLA
-from .pipeline import POSITIONS
-from .pruners import Pruner
+from ..errors import InputError
+from ..image import load_image
+from ..models.family import VisionModel
+from ..pipeline import Scene
+from ..processor import ActionProcessor
+from ..prompt import Prompt
 
 
-def check_model(model, processor) -> None:
-    if not isinstance(model, OpenVLA) or not isinstance(processor, ActionProcessor):
+def check_acts(model: VisionModel, processor) -> None:
+    """Raise `InputError` for a model that answers in words."""
+    if model.answers == "text" or not isinstance(processor, ActionProcessor):
         raise InputError(
             "this model answers in words, not in actions; use mlx_tokprune.generate, "
             "or give an OpenVLA checkpoint"
         )
 
 
-def check_pruner(pruner: Pruner | None) -> Pruner:
-    if pruner is not None and not isinstance(pruner, Pruner):
-        raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")
-    return pruner or Pruner("none")
-
-
-def action_bounds(model: OpenVLA, processor, unnorm_key: str | None) -> Bounds:
-    bounds = processor.bounds("action", unnorm_key)
-    oft = model.args.oft
-    if oft and len(bounds.low) != oft.action_dim:
-        raise InputError(
-            f"norm_stats scale {len(bounds.low)} numbers of action, but the policy's "
-            f"actions have {oft.action_dim}"
-        )
-    return bounds
+def observe(
+    processor: ActionProcessor,
+    robots: Sequence[Sequence[Image.Image]],
+    prompt: Prompt,
+    state: mx.array | None = None,
+) -> Scene:
+    """What robots see, and what all of them are told."""
+    pixels = mx.array(processor.pixels([i for images in robots for i in images]))
+    return Scene(pixels, prompt, len(robots), state)
 
 
 def check_finite(normalized: np.ndarray) -> np.ndarray:
@@ -50,13 +44,13 @@ def check_finite(normalized: np.ndarray) -> np.ndarray:
     return normalized
 
 
-def check_images(model: OpenVLA, images) -> list[Image.Image]:
+def check_images(model: VisionModel, images) -> list[Image.Image]:
     """The decoded pictures of one robot."""
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
     if not isinstance(images, Sequence):
         raise InputError(f"pictures come as a list, not {type(images).__name__}")
-    wanted = model.args.pictures
+    wanted = model.pictures
     if len(images) != wanted:
         raise InputError(
             f"this policy looks at {wanted} picture{'s' * (wanted > 1)}; "
@@ -65,14 +59,9 @@ def check_images(model: OpenVLA, images) -> list[Image.Image]:
     return [load_image(image) for image in images]
 
 
-def check_positions(positions: str) -> None:
-    if positions not in POSITIONS:
-        raise InputError(f"positions are {' or '.join(POSITIONS)}, not {positions!r}")
-
-
 def normalize_states(model, processor, proprio, unnorm_key, robots: int):
     """(robots, p) normalised states; `None` for policies that read none."""
-    wanted = model.args.oft.proprio_dim if model.args.oft else 0
+    wanted = model.args.state_size
     if not wanted and proprio is None:
         return None
     if not wanted:

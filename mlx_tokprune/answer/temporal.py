@@ -8,17 +8,18 @@ and its squeeze-and-excite: this is an approximation. In the same spirit VLA-Cac
 (arXiv 2502.02175) reuses keys and values of unchanged patches in the language model.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from .errors import InputError
-from .features import Features
-from .models.fastvithd import TOTAL_STRIDE
-from .models.openvla import OpenVLA
-from .pipeline import VisualTokens
-from .pruners import Pruner
+from ..errors import InputError
+from ..features import Features
+from ..models.family import VisionModel
+from ..pipeline import Scene, VisualTokens, prune
+from ..pruners import Plan, Pruner, as_plan
+from ..timing import NO_CLOCK, NoClock
 
 _BORDER = 1  # cells of unchanged picture around what is encoded
 _MOST = 0.6  # share of the cells from which on the whole frame is encoded
@@ -46,16 +47,17 @@ class Temporal:
 
     def __init__(
         self,
-        pruner: Pruner | None = None,
+        pruner: Pruner | Iterable[Pruner] | None = None,
         threshold: float = 0.05,
         max_age: int = 8,
     ):
-        self._pruner = pruner or Pruner("none")
-        if self._pruner.stage != "vision" or self._pruner.needs:
-            raise InputError(
-                f"method {self._pruner.method!r} needs more of a frame than its "
-                "tokens, which parts of it cannot give; choose another, such as 'norm'"
-            )
+        self.plan = as_plan(pruner)
+        for chosen in self.plan:
+            if chosen.place == "tower" and set(chosen.needs) - {"grid"}:
+                raise InputError(
+                    f"method {chosen.method!r} needs more of a frame than its tokens, "
+                    "which parts of it cannot give; choose another, such as 'norm'"
+                )
         if not 0 <= threshold < 1 or not isinstance(max_age, int) or max_age < 0:
             raise InputError(
                 f"threshold {threshold:g} and max age {max_age} are out of range; "
@@ -69,34 +71,42 @@ class Temporal:
         self._model = None
         self.encoded = 0.0
 
-    def check(self, model) -> None:
+    def check(self, model: VisionModel) -> None:
         """Raise `InputError` for a model whose tower cannot see parts of a picture."""
-        if isinstance(model, OpenVLA):
+        if not model.sees_parts:
             raise InputError("only FastVLM's tower can see a part of a picture alone")
 
-    def __call__(self, model, pixels: mx.array) -> VisualTokens:
+    def __call__(
+        self, model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
+    ) -> VisualTokens:
         """(1, h, w, 3) pixels of the next frame -> kept and projected visual tokens."""
+        if scene.pixels.shape[0] != 1:
+            raise InputError(f"frames come one by one; {scene.pixels.shape[0]} given")
+        with clock.stage("vision") as done:
+            features = self._encode(model, scene.pixels)
+            done += features.arrays()
+        return prune(model, scene, plan, features, clock)
+
+    def _encode(self, model: VisionModel, pixels: mx.array) -> Features:
+        """The frame's features, of which only what changed is computed."""
         if self._model is not model:
             self.reset()
             self._model = model
-        if pixels.shape[0] != 1:
-            raise InputError(f"frames come one by one; {pixels.shape[0]} given")
-        frame = np.array(pixels)[0]
-        cells = (frame.shape[0] // TOTAL_STRIDE, frame.shape[1] // TOTAL_STRIDE)
+        frame, stride = np.array(pixels)[0], model.stride
+        cells = (frame.shape[0] // stride, frame.shape[1] // stride)
         if self._last is None or self._last.pixels.shape != frame.shape:
             box = (0, 0, *cells)
         else:
-            box = _box(self._stale(frame, cells))
+            box = _box(self._stale(frame, cells, stride))
         self._last = self._updated(model, frame, cells, box)
-        features = Features(self._last.tokens.flatten(1, 2), cells)
-        selection = self._pruner(features)
-        kept = selection.apply(features.tokens)
-        return VisualTokens(model.project(kept), selection, cells)
+        return Features(self._last.tokens.flatten(1, 2), cells)
 
-    def _stale(self, frame: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
+    def _stale(
+        self, frame: np.ndarray, cells: tuple[int, int], stride: int
+    ) -> np.ndarray:
         """(H, W) bool: cells that changed since they were encoded, or are too old."""
         change = np.abs(frame - self._last.pixels).max(axis=-1)
-        change = change.reshape(cells[0], TOTAL_STRIDE, cells[1], TOTAL_STRIDE)
+        change = change.reshape(cells[0], stride, cells[1], stride)
         changed = change.max(axis=(1, 3)) > self._threshold
         return changed | (self._last.ages >= self._max_age)
 
@@ -104,12 +114,12 @@ class Temporal:
         if box is None:
             self.encoded = 0.0
             return _Frame(self._last.pixels, self._last.tokens, self._last.ages + 1)
-        outer = _with_border(box, cells)
+        outer, stride = _with_border(box, cells), model.stride
         self.encoded = _area(outer) / (cells[0] * cells[1])
         if self.encoded > _MOST:
             box = outer = (0, 0, *cells)
             self.encoded = 1.0
-        top, left, bottom, right = (side * TOTAL_STRIDE for side in outer)
+        top, left, bottom, right = (side * stride for side in outer)
         seen = model.encode(mx.array(frame[None, top:bottom, left:right]))
         tokens = seen.tokens.reshape(1, *seen.grid, -1)
         if outer == (0, 0, *cells):
@@ -125,8 +135,8 @@ class Temporal:
         ages = self._last.ages + 1
         ages[top:bottom, left:right] = 0
         old = self._last.pixels.copy()
-        rows = slice(top * TOTAL_STRIDE, bottom * TOTAL_STRIDE)
-        columns = slice(left * TOTAL_STRIDE, right * TOTAL_STRIDE)
+        rows = slice(top * stride, bottom * stride)
+        columns = slice(left * stride, right * stride)
         old[rows, columns] = frame[rows, columns]
         mx.eval(merged)
         return _Frame(old, merged, ages)

@@ -8,20 +8,20 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from ..errors import InputError, Parser, command
-from ..hub import resolve
-from .checkpoint import (
+from ..convert.checkpoint import (
     BYTES,
     FLOATS,
     Checkpoint,
     copy_companions,
-    new_folder,
     write_config,
     write_shards,
 )
-from .families import identify
-from .family import Family
-from .openvla import OPENVLA
+from ..convert.family import Family
+from ..convert.openvla import OPENVLA
+from ..errors import InputError, Parser, command
+from ..files import new_folder
+from ..hub import resolve
+from ..loading import expected_shapes, load_tokenizer, open_checkpoint
 
 log = logging.getLogger(__name__)
 INT8_WARNING = (
@@ -51,8 +51,6 @@ def convert(
     read; its tokenizer, licence and model card are copied. Returns the new folder.
     Raises `InputError` for a source that cannot be read or an existing target.
     """
-    from ..loading import load_tokenizer
-
     if q_bits not in (4, 8) or q_group_size not in (32, 64, 128):
         raise InputError(
             f"cannot quantize to {q_bits} bits in groups of {q_group_size}; expected "
@@ -63,14 +61,13 @@ def convert(
             f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}"
         )
     target = Path(mlx_path)
-    checkpoint = Checkpoint.open(resolve(hf_path))
-    if target.resolve().is_relative_to(checkpoint.folder.resolve()):
+    source = resolve(hf_path)
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise InputError(
-            f"{target} is inside {checkpoint.folder}, which is only read; choose a "
-            "folder elsewhere"
+            f"{target} is inside {source}, which is only read; choose a folder "
+            "elsewhere"
         )
-    family, checkpoint = identify(checkpoint)
-    config = family.read_config(checkpoint)
+    family, checkpoint, config = open_checkpoint(source)
     _override_oft(config, actions_per_chunk, pictures)
     load_tokenizer(checkpoint.folder, config)  # or the result could not be used
     if quantize and q_bits == 8 and family is OPENVLA:
@@ -133,7 +130,7 @@ def _override_oft(config: dict, chunk: int | None, pictures: int | None) -> None
         raise InputError("actions per chunk and pictures are whole numbers from 1")
     if given:
         config["oft"] |= given
-        OPENVLA.expected_shapes(config)  # refuses what does not fit
+        expected_shapes(OPENVLA, config)  # refuses what does not fit
 
 
 def _target_config(config: dict, dtype, quantize: bool, bits: int, group: int) -> dict:

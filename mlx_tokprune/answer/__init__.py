@@ -1,0 +1,1 @@
+"""Answers in words: streams, memory of pictures, frames of a video, input sizes."""

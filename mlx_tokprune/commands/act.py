@@ -1,0 +1,168 @@
+"""The action of a robot policy, from the command line."""
+
+import json
+import statistics
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+
+from ..demo import POLICY_FRAME
+from ..errors import InputError, Parser, command
+from ..features import Selection
+from ..image import center_crop, load_image
+from ..loading import load
+from ..measure.machine import device_name
+from ..pipeline import VisualTokens
+from ..robot.policy import Policy
+from ..robot.predict import predict_action
+from .options import (
+    add_budget,
+    add_common,
+    add_method,
+    begin_logging,
+    check_overlay,
+    describe_methods,
+    make_pruner,
+    write_overlay,
+)
+
+DEFAULT_METHOD = "trimvla"
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="mlx_tokprune.act",
+        description=__doc__.splitlines()[0],
+        epilog=describe_methods(),
+    )
+    add = parser.add_argument
+    add("--model", help="demo-policy, a folder or hub id (default: demo-policy)")
+    add("--image", action="append", default=[], help="a picture; repeat for several")
+    add("--instruction", help="what the robot should do")
+    add("--unnorm-key", help="the data set whose units are wanted")
+    add("--proprio", type=float, nargs="+", help="robot state, in its own units")
+    add_method(parser, DEFAULT_METHOD)
+    add_budget(parser)
+    add("--coverage", type=float, help="of trimvla without a budget (default: 0.15)")
+    add("--min-keep-ratio", type=float, help="of the same (default: 0.1)")
+    add("--seed", type=int, default=0, help="of method random")
+    help_ = "warm runs of a compiled policy, for actions/s (default: none)"
+    add("--runs", type=int, default=0, help=help_)
+    help_ = "fence the run and time its stages, which makes its TTFT a little longer"
+    add("--stages", action="store_true", help=help_)
+    add("--overlay", help="write a picture of what was kept to this PNG")
+    add("--json", action="store_true", help="end stdout with one line of JSON")
+    add_common(parser)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    begin_logging(args.verbose)
+    own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
+    own = {name: value for name, value in own.items() if value is not None}
+    pruner = make_pruner(args, DEFAULT_METHOD, own)
+    pictures, instruction = args.image, args.instruction
+    if args.model is None:
+        pictures = pictures or [POLICY_FRAME.path]
+        instruction = POLICY_FRAME.question if instruction is None else instruction
+    if instruction is None:
+        raise InputError("no instruction was given; say --instruction TEXT")
+    if args.runs < 0:
+        raise InputError(f"cannot time {args.runs} runs; the least is 0")
+    check_overlay(args.overlay, pictures)
+    images = [load_image(picture) for picture in pictures]
+    model, processor = load(args.model or "demo-policy")
+    mx.reset_peak_memory()
+    asked = {"pruner": pruner, "positions": args.positions}
+    asked["unnorm_key"] = args.unnorm_key
+    action = predict_action(
+        *(model, processor, images, instruction),
+        **{"proprio": args.proprio, "stages": args.stages, **asked},
+    )
+    peak, rate = mx.get_peak_memory() / 1e6, None
+    if args.runs:
+        policy = Policy(model, processor, **asked)
+        rate = _actions_per_second(policy, images, instruction, args.proprio, args.runs)
+    visual = action.visual
+    if args.overlay:
+        selection = _per_picture(visual, len(images))
+        seen = [center_crop(image, processor.crop) for image in images]
+        write_overlay(args.overlay, seen, selection, visual.grid, padded=False)
+    record = {
+        "action": action.values.tolist(),
+        "normalized_action": action.normalized.tolist(),
+        "token_ids": action.token_ids and list(action.token_ids),
+        "visual_tokens": visual.total,
+        "kept_indices": visual.indices.tolist(),
+        "stages_ms": action.stages_ms,
+        "ttft_ms": action.ttft_ms,
+        "total_ms": action.total_ms,
+        "actions_per_second": rate,
+        "peak_memory_mb": peak,
+        "method": pruner.method,
+        "keep": visual.keep,
+        "positions": args.positions,
+        "device": device_name(),
+    }
+    print(format_report(record), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(record))
+
+
+def _actions_per_second(policy, images, instruction, proprio, runs: int) -> float:
+    """Actions of one call over the median time of warm, compiled calls."""
+    policy(images, instruction, proprio)
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        values = policy(images, instruction, proprio)
+        times.append(time.perf_counter() - start)
+    return (len(values) if values.ndim > 1 else 1) / statistics.median(times)
+
+
+def _per_picture(visual: VisualTokens, pictures: int) -> Selection | list[np.ndarray]:
+    """What was kept of each picture, also where the pruner chose among all of them."""
+    if visual.selection.indices.shape[0] == pictures:
+        return visual.selection
+    each = visual.total // pictures
+    kept = np.array(visual.indices[0])
+    return [kept[kept // each == i] % each for i in range(pictures)]
+
+
+def format_report(record: dict) -> str:
+    """The figures of one action, for people."""
+    rows = np.atleast_2d(record["action"])
+    shown = "\n                ".join(
+        " ".join(f"{value:+.4f}" for value in row) for row in rows
+    )
+    lines = [
+        f"action          {shown}",
+        f"visual tokens   {record['visual_tokens']}, kept {record['keep']} "
+        f"({record['method']}, {record['positions']} positions)",
+    ]
+    stages = record["stages_ms"]
+    if stages:
+        times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
+        lines.append(f"stages          {times} ms (fenced)")
+    lines.append(
+        f"TTFT            {record['ttft_ms']:.1f} ms, whole action "
+        f"{record['total_ms']:.1f} ms (cold, {'' if stages else 'not '}fenced)"
+    )
+    if record["actions_per_second"]:
+        rate = record["actions_per_second"]
+        lines.append(f"actions/s       {rate:.1f} (warm, compiled)")
+    return "\n".join(
+        [
+            *lines,
+            f"peak memory     {record['peak_memory_mb']:.0f} MB (MLX arrays)",
+            f"device          {record['device']}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""One HTML page from results of `bench` and `evaluate`: tables, plots and pictures.
+
+Self-contained: styles and pictures are inside, nothing is fetched.
+"""
+
+import base64
+import html
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..bench import measure as bench
+from ..bench import plots
+from ..bench import table as bench_table
+from ..errors import InputError, Parser, command, import_matplotlib
+from ..evaluate import results as evaluation
+from ..evaluate import table as evaluation_table
+from ..evaluate.data import Item, read_questions
+from ..files import write_text
+from ..loading import load
+from ..measure.results import read_any, read_result
+from ..measure.subject import Subject, subject_of
+from ..overlay import draw_overlay
+from ..pipeline import choose, look
+from ..pruners import Pruner, as_plan, get_method, is_registered
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem;
+  padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+.plot { max-width: 100%; height: auto; background: white; }
+.cards { display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+figure { margin: 0; } figure img { width: 100%; height: auto; }
+figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+.right { color: #17803d; } .wrong { color: #c2410c; }
+small, .note { color: #777; }
+"""
+_SIDE = 320  # pixels of a picture on the page
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """The whole document."""
+    body = "\n".join(sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def table_of(markdown: str) -> str:
+    """The Markdown table in a text as HTML, and what stands around it as notes."""
+    rows, notes = [], []
+    for line in filter(None, markdown.splitlines()):
+        if not line.startswith("|"):
+            notes.append(f'<p class="note">{html.escape(line)}</p>')
+        elif not set(line) <= set("|-:"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            kind = "td" if rows else "th"
+            rows.append("".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells))
+    lines = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table>{lines}</table></div>{"".join(notes)}'
+
+
+def picture(image: Image.Image, text: str, style: str = "") -> str:
+    """A figure with its caption."""
+    image = image.convert("RGB")
+    image.thumbnail((_SIDE, _SIDE))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    shown = html.escape(text)
+    source = _inline(data.getvalue(), "jpeg")
+    return (
+        f'<figure><img src="{source}" alt="{shown}">'
+        f'<figcaption class="{style}">{shown}</figcaption></figure>'
+    )
+
+
+def _inline(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _plot(file: Path) -> str:
+    name = html.escape(file.stem.replace("_", " "))
+    source = _inline(file.read_bytes(), "png")
+    return f'<p><img class="plot" src="{source}" alt="{name}"></p>'
+
+
+# Sections ---------------------------------------------------------------------------
+
+
+def bench_section(result: dict, accuracy: plots.Accuracy) -> str:
+    """Speed: the table and the plots of a benchmark."""
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = plots.draw_all(result, Path(folder), accuracy)
+        shown = "".join(_plot(file) for file in drawn)
+    return f"<h2>Speed</h2>{table_of(bench_table.markdown(result))}{shown}"
+
+
+def evaluation_section(result: dict) -> str:
+    """Answers: the table, and accuracy against FLOPs."""
+    title = html.escape(f"{result['questions']} questions of {result['data']}")
+    machine = result["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "curve.png"
+        evaluation_table.draw(result["rows"], file)
+        curve = _plot(file)
+    where = html.escape(f"{machine['device']}, {versions}, commit {machine['commit']}")
+    table = table_of(evaluation_table.markdown(result["rows"]))
+    return (
+        f"<h2>Answers: {title}</h2>{table}"
+        f'<p class="note">Shares in percent with 95 % intervals; KL against the '
+        f"unpruned model, per token. {where}</p>{curve}"
+    )
+
+
+def picture_sections(
+    result: dict, pictures: int, methods: Sequence[str]
+) -> Iterator[str]:
+    """For some questions, what each method kept beside what was answered."""
+    _check_methods(result, methods)
+    run = result["run"]
+    subject = subject_of(result["model"], *load(result["model"]))
+    subject = subject.at(result["image_size"], run.get("padding"))
+    chosen = result["answers"][:: max(1, len(result["answers"]) // pictures)]
+    items = _items(result)
+    for answer in chosen[:pictures]:
+        key = (answer["picture"], answer["question"])
+        if key not in items:
+            raise InputError(
+                f"question {key[1]!r} about {key[0]} is no longer in {result['data']}; "
+                "give --pictures 0, or the questions as they were"
+            )
+        yield _picture_section(subject, result, answer, items[key])
+
+
+def _check_methods(result: dict, methods: Sequence[str]) -> None:
+    """A file must not say whose code is imported: the user does."""
+    for name in methods:
+        get_method(name)
+    for row in result["run"]["rows"]:
+        name = row["pruner"]["method"]
+        if not is_registered(name):
+            raise InputError(
+                f"method {name!r} of the results is none that is known here; if it is "
+                f"yours, allow it with --method {name}"
+            )
+
+
+def _items(result: dict) -> dict[tuple[str, str], Item]:
+    names = {answer["picture"] for answer in result["answers"]}
+    asked = result["answers"][0]["question"] if result["answers"] else None
+    found = read_questions(result["data"], max(1, len(names)), asked)
+    return {(item.picture, item.question): item for item in found.items}
+
+
+def _picture_section(subject: Subject, result: dict, answer: dict, item: Item) -> str:
+    image, right = item.load(), answer["answers"]
+    told = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
+    cards = []
+    for row in result["run"]["rows"]:
+        overlay = _overlay(subject, image, item.question, _pruner(row["pruner"]))
+        label = row["label"]
+        score, given = answer["scores"][label], answer["given"][label]
+        style = "" if score is None else "right" if score > 0.5 else "wrong"
+        cards.append(picture(overlay, f"{label}: {given}", style))
+    question = html.escape(answer["question"] + told)
+    return f'<h2>{question}</h2><div class="cards">{"".join(cards)}</div>'
+
+
+def _pruner(described: dict) -> Pruner:
+    try:
+        return Pruner(**described)
+    except TypeError:
+        raise InputError(
+            f"the results describe a pruner as {str(described)[:80]}; expected one of "
+            "mlx_tokprune.evaluate"
+        ) from None
+
+
+def _overlay(
+    subject: Subject, image: Image.Image, text: str, pruner: Pruner
+) -> Image.Image:
+    """The picture with what was dropped dimmed, as the run saw it."""
+    model, plan = subject.model, as_plan(pruner)
+    scene = subject.scene([image], text)
+    visual = choose(model, scene, plan, look(model, scene, plan))
+    padded = subject.kind == "answering"
+    return draw_overlay([image], visual.selection, visual.grid, padded=padded)
+
+
+# The command ------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mlx_tokprune.report", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("results", nargs="+", help="JSON files of bench and evaluate")
+    add("--output", default="report.html")
+    add("--title", default="Visual tokens, pruned")
+    add("--pictures", type=int, default=4, help="to show answers of (default: 4)")
+    help_ = "a method of yours that the results name, as package.module:function"
+    add("--method", action="append", default=[], help=help_)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.pictures < 0:
+        raise InputError("pictures is a whole number from 0")
+    import_matplotlib()
+    speeds, answers = _read(args.results)
+    accuracy = {}
+    for result in answers:
+        accuracy |= evaluation.accuracies(result)
+    sections = [bench_section(result, accuracy) for result in speeds]
+    for result in answers:
+        sections.append(evaluation_section(result))
+        if args.pictures:
+            sections += picture_sections(result, args.pictures, args.method)
+    write_text(args.output, page(args.title, sections))
+    print(f"wrote {args.output}")
+
+
+def _read(files: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """Results of `bench`, and of `evaluate`."""
+    speeds, answers = [], []
+    for name in map(Path, files):
+        if read_any(name).get("schema") == bench.SCHEMA:
+            speeds.append(read_result(name, bench.SCHEMA, bench.SHAPE))
+        else:
+            answers.append(evaluation.read_result(name))
+    return speeds, answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Keeping what was answered: a line of JSON for each question."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..files import write_text
+from .data import Item
+
+
+class Journal:
+    """A line of JSON for each question that was answered.
+
+    The first line says what was asked of which weights; a journal of anything else is
+    begun again.
+    """
+
+    def __init__(self, file: Path, header: dict):
+        self.file, self.records, self._lines = file, {}, [json.dumps(header)]
+        lines = file.read_text().splitlines() if file.exists() else []
+        if lines and _parsed(lines[0]) == header:
+            for line in filter(None, map(_parsed, lines[1:])):
+                self.records[line["item"]] = line["rows"]
+                self._lines.append(json.dumps(line))
+
+    def add(self, item: int, rows: dict) -> None:
+        line = json.dumps({"item": item, "rows": rows})
+        if self._lines:  # what was there, without a line that was cut
+            write_text(self.file, "\n".join([*self._lines, line]) + "\n")
+            self._lines = []
+        else:
+            with self.file.open("a") as stream:
+                stream.write(line + "\n")
+        self.records[item] = rows
+
+
+def _parsed(line: str) -> dict | None:
+    """The last line of a run that was killed may be cut."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def answer_all(
+    evaluator, items: Sequence[Item], mine: Sequence[int], journal: Journal
+) -> dict[int, dict]:
+    """Records of the items whose numbers are `mine`."""
+    todo = [number for number in mine if number not in journal.records]
+    for number in tqdm(todo, desc="questions", unit="question", disable=None):
+        journal.add(number, evaluator.ask(items[number]))
+    return {number: journal.records[number] for number in mine}

@@ -1,0 +1,1 @@
+"""What is measured, and how: below `bench` and `evaluate`."""

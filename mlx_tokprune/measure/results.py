@@ -1,0 +1,151 @@
+"""Result files: the rows that were measured, whole files, and what they come from."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..errors import InputError
+from ..pruners import Pruner, get_method
+
+MOST_BYTES = 1 << 30  # of a result file
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pruner under the label that it has in tables."""
+
+    label: str
+    pruner: Pruner
+
+    def described(self) -> dict:
+        """As JSON."""
+        return {"label": self.label, "pruner": self.pruner.described()}
+
+
+def make_rows(
+    methods: Iterable[str],
+    ratios: Sequence[float],
+    counts: Sequence[int] = (),
+    options: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[Row]:
+    """The unpruned model, then every method at every ratio or number of tokens.
+
+    Methods that choose their own count have one row. options: of each method.
+    """
+    rows = [Row("none", Pruner("none"))]
+    for method in methods:
+        known, own = get_method(method), (options or {}).get(method, {})
+        if known.counts_itself(own):
+            rows.append(Row(f"{method} own count", Pruner(method, options=own)))
+            continue
+        rows += [
+            Row(f"{method} {ratio:g}", Pruner(method, ratio, options=own))
+            for ratio in ratios
+            if ratio < 1
+        ]
+        rows += [
+            Row(f"{method} {n} tokens", Pruner(method, keep_tokens=n, options=own))
+            for n in counts
+        ]
+    return list({row.label: row for row in rows}.values())
+
+
+def fingerprint(model) -> str:
+    """Of a model's weights: what each tensor is called, and its bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()[:16]
+
+
+# Reading ----------------------------------------------------------------------------
+# The shape of a file: a type, a tuple of types, a dict of names, or a list of one
+# shape. `Optional(x)` also takes null, `Table(x)` is an object of any names.
+
+
+@dataclass(frozen=True)
+class Optional:
+    of: object
+
+
+@dataclass(frozen=True)
+class Table:
+    of: object
+
+
+def read_result(file: str | Path, schema: str, shape: object) -> dict:
+    """The JSON of a result file.
+
+    Raises `InputError` unless it is of this `schema` and whole: of this `shape`.
+    """
+    result = read_any(file)
+    found = result.get("schema")
+    if found != schema:
+        raise InputError(f"{file} has schema {found!r}; expected {schema!r}")
+    wrong = _mismatch(result, shape, "")
+    if wrong:
+        raise InputError(f"{file} is damaged: {wrong}")
+    return result
+
+
+def read_any(file: str | Path) -> dict:
+    """The JSON object of a file that may be a result."""
+    file = Path(file)
+    try:
+        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+            raise ValueError
+        result = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        result = None
+    if not isinstance(result, dict):
+        raise InputError(
+            f"{file} is no JSON file that can be read; expected a result of "
+            "mlx_tokprune.bench or mlx_tokprune.evaluate"
+        )
+    return result
+
+
+def _mismatch(value, shape, where: str) -> str | None:
+    """What is wrong with a value, in words; `None` where it has the shape."""
+    if isinstance(shape, Optional):
+        return None if value is None else _mismatch(value, shape.of, where)
+    if isinstance(shape, (Table, dict)):
+        return _object_mismatch(value, shape, where)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{where or 'it'} is {str(value)[:40]!r}; expected a list"
+        parts = (_mismatch(v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
+        return next(filter(None, parts), None)
+    number = isinstance(value, float) and not math.isfinite(value)
+    types = shape if isinstance(shape, tuple) else (shape,)
+    boolean = isinstance(value, bool) and bool not in types
+    if number or boolean or not isinstance(value, types):
+        names = " or ".join(kind.__name__ for kind in types)
+        return f"{where} is {str(value)[:40]!r}; expected {names}"
+    return None
+
+
+def _object_mismatch(value, shape, where: str) -> str | None:
+    if not isinstance(value, dict):
+        return f"{where or 'it'} is {str(value)[:40]!r}; expected an object"
+    fields = dict.fromkeys(value, shape.of) if isinstance(shape, Table) else shape
+    for name, inner in fields.items():
+        path = f"{where}.{name}" if where else name
+        if name not in value:
+            return f"{path} is missing"
+        wrong = _mismatch(value[name], inner, path)
+        if wrong:
+            return wrong
+    return None
+
+
+NUMBER = (int, float)
+MACHINE = {"device": str, "versions": Table(Optional(str)), "commit": Optional(str)}

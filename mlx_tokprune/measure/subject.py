@@ -1,0 +1,264 @@
+"""What is measured: a model that answers or one that acts, behind one face."""
+
+import dataclasses
+import time
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from ..answer.stream import stream_generate
+from ..errors import InputError
+from ..models.family import VisionModel
+from ..models.language import Sequence
+from ..pipeline import Scene, choose, encode, look
+from ..processor import ActionProcessor, Processor
+from ..pruners import Plan, get_method, list_pruners
+from ..robot.heads import ActionHead, head_of
+from ..robot.inputs import check_images, observe
+from ..robot.predict import predict_action
+from .cost import Cost, count
+
+LOWER_SIZES = (256, 512, 768)  # rows without pruning, to compare with
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Pictures and a prompt, and what is done to the visual tokens."""
+
+    images: Many
+    prompt: str
+    plan: Plan
+    positions: str
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The cost of each stage up to the first token; tokens before and after pruning.
+
+    cache_bytes: keys and values of the prompt, of all layers.
+    """
+
+    costs: dict[str, Cost]
+    cache_bytes: int
+    total: int
+    kept: int
+
+    @property
+    def flops(self) -> float:
+        return sum(cost.flops for cost in self.costs.values())
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model under the name it has in the table."""
+
+    name: str
+    model: VisionModel
+    processor: Processor | ActionProcessor
+    _counted: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def image_size(self) -> int:
+        return self.processor.image_size
+
+    def total(self, images: Many) -> int:
+        """Visual tokens of a picture before pruning."""
+        _, height, width, _ = self.processor.pixels(images[:1]).shape
+        return (height // self.model.stride) * (width // self.model.stride)
+
+    def count(self, asked: Asked) -> Counted:
+        """The cost of every stage; looks at the picture only where a method counts."""
+        scene, kept = self.scene(asked.images, asked.prompt), None
+        if any(pruner.has_own_count for pruner in asked.plan):
+            visual = look(self.model, scene, asked.plan)
+            kept = choose(self.model, scene, asked.plan, visual).keep
+        return self.count_shapes(scene, asked.plan, kept)
+
+    def count_shapes(self, scene: Scene, plan: Plan, kept: int | None) -> Counted:
+        """The same from shapes alone. kept: of a group, where a method counts."""
+        pictures, height, width, _ = scene.pixels.shape
+        stride, groups = self.model.stride, scene.batch * scene.prompt.places
+        each, per_group = (height // stride) * (width // stride), pictures // groups
+        projected, left = each, each * per_group
+        for pruner in plan:
+            if pruner.place == "tower":
+                projected = pruner.count(each) if kept is None else kept // per_group
+                left = projected * per_group
+            elif pruner.place == "prompt":
+                left = pruner.count(left) if kept is None else kept
+        texts = [text.shape[1] for text in self.model.text(scene.prompt, scene.state)]
+        key = (scene.pixels.shape, projected, left, *texts, *(p.key for p in plan))
+        if key not in self._counted:
+            sequence = self._blank(scene.batch, texts, left)
+            tokens = mx.zeros((pictures, projected, self.model.feature_size))
+            self._counted[key] = self._costs(scene, plan, tokens, sequence)
+        return Counted(*self._counted[key], each * per_group, left)
+
+    def _blank(self, batch: int, texts: list[int], kept: int) -> Sequence:
+        """A sequence of these lengths."""
+        slices, length = [], texts[0]
+        for text in texts[1:]:
+            slices.append(slice(length, length + kept))
+            length += kept + text
+        size = (batch, length, self.model.args.text["hidden_size"])
+        return Sequence(mx.zeros(size), None, length, self.model.attends, tuple(slices))
+
+    def _costs(
+        self, scene: Scene, plan: Plan, tokens: mx.array, sequence: Sequence
+    ) -> tuple[dict[str, Cost], int]:
+        model, cache = self.model, self.model.decoder.make_cache()
+        layers = [pruner for pruner in plan if pruner.place == "layer"]
+
+        def encoded(pixels):
+            seen = dataclasses.replace(scene, pixels=pixels)
+            return encode(model, seen, plan).arrays()
+
+        def first(embeddings):
+            given = dataclasses.replace(sequence, embeddings=embeddings)
+            kept = cache if model.attends == "causal" else None
+            found = model.decoder.read(given, kept, rows=self.rows, plan=layers)
+            return model.decoder.logits(found.hidden) if kept else found.hidden
+
+        costs = {
+            "vision": count(encoded, scene.pixels),
+            "project": count(model.project, tokens),
+            "prefill": count(first, sequence.embeddings),
+        }
+        return costs, sum(map(_bytes_held, cache))
+
+
+def _bytes_held(cache) -> int:
+    """Keys and values of the tokens in a layer's cache."""
+    if cache.keys is None:
+        return 0
+    batch, heads, _, size = cache.keys.shape
+    return 2 * batch * heads * cache.offset * size * cache.keys.dtype.size
+
+
+class Answering(_Subject):
+    """A model that answers."""
+
+    kind = "answering"
+    places = ("tower",)
+    rows = 1
+
+    @property
+    def lower_sizes(self) -> tuple[int, ...]:
+        """Input sizes to compare pruning with."""
+        return tuple(size for size in LOWER_SIZES if size < self.image_size)
+
+    def at(self, size: int, padding: str | None = None) -> "Answering":
+        """The same with pictures of another size, or other padding."""
+        return dataclasses.replace(self, processor=self.processor.at(size, padding))
+
+    def scene(self, images: Many, prompt: str) -> Scene:
+        pixels = mx.array(self.processor.pixels(images))
+        return Scene(pixels, self.processor.prompt(prompt, len(images)))
+
+    def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
+        """Times of an answer of at most `tokens`; fenced with `stages`."""
+        start = time.perf_counter()
+        *_, last = stream_generate(
+            *(self.model, self.processor, asked.images, asked.prompt),
+            pruner=asked.plan,
+            positions=asked.positions,
+            max_tokens=tokens,
+            stages=stages,
+        )
+        return {
+            "ttft_ms": last.ttft_ms,
+            "total_ms": (time.perf_counter() - start) * 1e3,
+            "decode_tokens_per_second": last.decode_tokens_per_second or None,
+            "stages_ms": last.stages_ms,
+        }
+
+
+class Acting(_Subject):
+    """A policy. One of several pictures sees the picture as often as it wants them."""
+
+    kind = "acting"
+    places = ("tower", "prompt")
+    lower_sizes = ()
+
+    @property
+    def head(self) -> ActionHead:
+        size = len(self.processor.bounds("action", self.unnorm_key).low)
+        return head_of(self.model, self.processor, size)
+
+    @property
+    def rows(self) -> int:
+        return self.head.rows
+
+    def at(self, size: int, padding: str | None = None) -> "Acting":
+        if padding == "skip":
+            raise InputError(f"{self.name} stretches pictures, so there is no padding")
+        if size != self.image_size:
+            raise InputError(
+                f"{self.name} sees pictures of {self.image_size} px only, not {size}"
+            )
+        return self
+
+    def scene(self, images: Many, prompt: str) -> Scene:
+        state = self._state
+        state = None if state is None else mx.zeros((1, len(state)))
+        images = check_images(self.model, self._wanted(images))
+        prompt = self.processor.prompt(prompt)
+        return observe(self.processor, [images], prompt, state)
+
+    def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
+        """Times of one action, fenced with `stages`; `tokens` does not matter."""
+        action = predict_action(
+            *(self.model, self.processor, self._wanted(asked.images), asked.prompt),
+            unnorm_key=self.unnorm_key,
+            proprio=self._state,
+            pruner=asked.plan,
+            positions=asked.positions,
+            stages=stages,
+        )
+        more = len(action.token_ids or "") - 1
+        seconds = (action.total_ms - action.ttft_ms) / 1e3
+        return {
+            "ttft_ms": action.ttft_ms,
+            "total_ms": action.total_ms,
+            "decode_tokens_per_second": more / seconds if more > 0 else None,
+            "stages_ms": action.stages_ms,
+        }
+
+    def _wanted(self, images: Many) -> list:
+        return [images[0]] * self.model.pictures
+
+    @property
+    def unnorm_key(self) -> str | None:
+        """The first data set: times do not depend on it."""
+        return next(iter(self.processor.norm_stats), None)
+
+    @property
+    def _state(self) -> np.ndarray | None:
+        """The middle of what the robot's state can be, where it is read."""
+        if not self.model.args.state_size:
+            return None
+        bounds = self.processor.bounds("proprio", self.unnorm_key)
+        return (bounds.low + bounds.high) / 2
+
+
+Subject = Answering | Acting
+
+
+def subject_of(name: str, model: VisionModel, processor) -> Subject:
+    """A loaded model as a subject."""
+    kind = Answering if model.answers == "text" else Acting
+    return kind(name, model, processor)
+
+
+def default_methods(subject: Subject, own_counts: bool = False) -> list[str]:
+    """Methods that are measured unless others are asked for: those with a budget."""
+    methods = map(get_method, list_pruners())
+    return [
+        m.name
+        for m in methods
+        if m.at in subject.places
+        and m.name != "none"
+        and (own_counts or m.counts != "own")
+    ]

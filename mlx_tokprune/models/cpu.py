@@ -1,0 +1,210 @@
+"""Forms of operations that are fast on MLX's CPU backend, which `layers.py` chooses.
+
+MLX's CPU backend runs grouped convolutions, `erf` and `exp` slowly and each on one
+core. Here depthwise convolutions are matrix products (large kernels) or shifted
+multiply-adds, GELU and softmax polynomials, all split over the cores.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_streams() -> list[mx.ThreadLocalStream]:
+    """A stream per core: MLX's CPU backend runs each stream on one thread."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(min(cores, 8))]
+
+
+def on_all_cores(part: Callable[[int, int], mx.array], shape: tuple) -> mx.array:
+    """Join `part(start, stop)` along axis 1 of a result, a stream for each."""
+    streams, rows = cpu_streams(), shape[1]
+    if math.prod(shape) < 1 << 16 or rows < len(streams):
+        return part(0, rows)
+    edges = [rows * i // len(streams) for i in range(len(streams) + 1)]
+    parts = []
+    for stream, start, stop in zip(streams, edges, edges[1:], strict=False):
+        with mx.stream(stream):
+            parts.append(part(start, stop))
+    return mx.concatenate(parts, axis=1)
+
+
+# GELU and softmax -------------------------------------------------------------------
+
+_ERF_LIMIT = 3.7  # erf is 1 within float32 from here on
+_EXP_LIMIT = 32  # exp(-32) is nothing beside the largest weight, 1
+
+
+def _fit(function: Callable[[float], float], degree: int) -> list[float]:
+    """Coefficients, lowest first, of a polynomial close to `function` on [-1, 1]."""
+    chebyshev = np.polynomial.chebyshev
+    fit = chebyshev.chebinterpolate(np.vectorize(function), degree)
+    return [float(c) for c in chebyshev.cheb2poly(fit)]
+
+
+def _evaluate(terms: list[float], power: mx.array) -> mx.array:
+    """Estrin's scheme: a deep Horner chain would not fuse into one kernel."""
+    while len(terms) > 1:
+        last = terms[-1:] if len(terms) % 2 else []
+        pairs = zip(terms[::2], terms[1::2], strict=False)
+        terms = [low + high * power for low, high in pairs] + last
+        power = power * power
+    return terms[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _erf_terms() -> list[float]:
+    """Of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1."""
+
+    def ratio(t: float) -> float:
+        u = _ERF_LIMIT * math.sqrt((t + 1) / 2)
+        return math.erf(u) / u if u else 2 / math.sqrt(math.pi)
+
+    return _fit(ratio, 14)
+
+
+@functools.lru_cache(maxsize=1)
+def _exp_terms() -> list[float]:
+    """Of exp((t - 1) / 2) as a polynomial in t."""
+    return _fit(lambda t: math.exp((t - 1) / 2), 7)
+
+
+@mx.compile
+def _gelu(x: mx.array) -> mx.array:
+    u = x * math.sqrt(0.5)  # `mx.clip` would keep the kernel from being vectorized
+    u = mx.where(u > _ERF_LIMIT, _ERF_LIMIT, mx.where(u < -_ERF_LIMIT, -_ERF_LIMIT, u))
+    return 0.5 * x * (1 + u * _evaluate(_erf_terms(), u * u * (2 / _ERF_LIMIT**2) - 1))
+
+
+def _exp_below(x: mx.array, largest: mx.array) -> mx.array:
+    """exp(x - largest) for x <= largest."""
+    return _polynomial_exp(mx.maximum(x - largest, -_EXP_LIMIT))
+
+
+@mx.compile
+def _polynomial_exp(x: mx.array) -> mx.array:
+    """exp(x) for -_EXP_LIMIT <= x <= 0, as exp(x / 32)**32.
+
+    Limits are kept outside: in here they would keep the kernel from being vectorized.
+    """
+    root = _evaluate(_exp_terms(), x * (2 / _EXP_LIMIT) + 1)
+    for _ in range(5):
+        root = root * root
+    return root
+
+
+def polynomial_gelu(x: mx.array) -> mx.array:
+    """Exact GELU of (B, rows, ...) within 1e-6 max(1, |x|)."""
+    return on_all_cores(lambda start, stop: _gelu(x[:, start:stop]), x.shape)
+
+
+def softmax_powers(q: mx.array, k: mx.array, scale: float) -> tuple[mx.array, mx.array]:
+    """exp of the scaled products, up to a factor per row, and the sums of the rows."""
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+
+    def part(start: int, stop: int) -> mx.array:
+        some = scores[:, start:stop]
+        return _exp_below(some, mx.max(some, axis=-1, keepdims=True))
+
+    powers = on_all_cores(part, scores.shape)
+    return powers, mx.sum(powers, axis=-1, keepdims=True)
+
+
+# Convolutions -----------------------------------------------------------------------
+
+_TILE = 16  # columns of a picture that one band matrix makes
+LARGE = 5  # kernels from here on are faster as matrix products
+
+
+def _bands(weight: mx.array) -> mx.array:
+    """(C, k, k, 1) -> (C, k, _TILE, _TILE + k - 1): each kernel row as a band matrix.
+
+    Row r of a matrix has the kernel row from column r on: written one after another,
+    rows are kernel row and `_TILE` zeros over and over.
+    """
+    channels, size = weight.shape[:2]
+    zeros = mx.zeros((channels, size, _TILE), weight.dtype)
+    period = mx.concatenate([weight[..., 0], zeros], axis=-1)
+    width = _TILE + size - 1
+    flat = mx.tile(period, (1, 1, _TILE))[..., : _TILE * width]
+    return flat.reshape(channels, size, _TILE, width)
+
+
+def _banded_products(x: mx.array, weight: mx.array) -> mx.array:
+    """Depthwise convolution (H, W, C) -> (H, W, C) of stride 1, by matrix products.
+
+    Channels first, a picture is cut into tiles of `_TILE` columns and their borders,
+    and each row of the kernel is one product of all tiles' rows with its band matrix.
+    Rows between two tiles are computed along and dropped.
+    """
+    (height, width, channels), size = x.shape, weight.shape[1]
+    pad, tiles = size // 2, -(-width // _TILE)
+    high, wide = height + 2 * pad, tiles * _TILE + 2 * pad
+    border = ((0, 0), (pad, pad), (pad, wide - width - pad))
+    picture = mx.contiguous(mx.pad(x.transpose(2, 0, 1), border))
+    cut = (channels, tiles, high, _TILE + 2 * pad)
+    rows = mx.as_strided(picture, cut, (high * wide, _TILE, wide, 1))
+    rows = mx.contiguous(rows).reshape(channels, tiles * high, -1)
+    bands, count, total = _bands(weight).swapaxes(-1, -2), tiles * high - 2 * pad, None
+    for i in range(size):
+        some = rows[:, i : i + count]
+        first = total is None
+        total = some @ bands[:, i] if first else mx.addmm(total, some, bands[:, i])
+    total = mx.pad(total, ((0, 0), (0, 2 * pad), (0, 0)))
+    total = total.reshape(channels, tiles, high, _TILE)[:, :, :height]
+    return total.transpose(2, 1, 3, 0).reshape(height, -1, channels)[:, :width]
+
+
+def banded_convolution(x: mx.array, weight: mx.array) -> mx.array:
+    """Depthwise, of stride 1: (B, H, W, C), the channels split over the cores."""
+    streams, channels = cpu_streams(), x.shape[-1]
+    edges = [channels * i // len(streams) for i in range(len(streams) + 1)]
+    pictures = []
+    for picture in x:
+        parts = []
+        for stream, start, stop in zip(streams, edges, edges[1:], strict=False):
+            if start < stop:
+                with mx.stream(stream):
+                    some = picture[..., start:stop], weight[start:stop]
+                    parts.append(_banded_products(*some))
+        pictures.append(mx.concatenate(parts, axis=-1))
+    return mx.stack(pictures)
+
+
+def shifted_convolution(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    """Depthwise: (B, H, W, C) -> (B, H', W', C), the rows split over the cores."""
+    size = weight.shape[1]
+    pad = size // 2
+    height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
+    padded = mx.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def rows(start: int, stop: int) -> mx.array:
+        band = padded[:, stride * start : stride * (stop - 1) + size]
+        return _shifted_multiply_adds(stop - start, width, stride)(band, weight)
+
+    return on_all_cores(rows, (1, height, width, weight.shape[0]))
+
+
+@functools.lru_cache(maxsize=256)
+def _shifted_multiply_adds(height: int, width: int, stride: int) -> Callable:
+    """Depthwise convolution of a padded picture to (height, width), compiled."""
+
+    def convolve(padded: mx.array, weight: mx.array) -> mx.array:
+        size = weight.shape[1]
+        down, across = stride * (height - 1) + 1, stride * (width - 1) + 1
+        total = None
+        for i in range(size):
+            for j in range(size):
+                shifted = padded[:, i : i + down : stride, j : j + across : stride]
+                term = shifted * weight[:, i, j, 0]
+                total = term if total is None else total + term
+        return total
+
+    return mx.compile(convolve)

@@ -1,0 +1,62 @@
+"""What the path asks of a model, whatever its family.
+
+A family is one file here: a module with these attributes, and a `ModelArgs` that checks
+its config. What a model can do is asked for by name, never by its class.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import mlx.core as mx
+
+from ..features import Features
+from ..prompt import Prompt
+from .language import Decoder
+
+# Extras of `Features` at each kind of place, of families whose tower has attention.
+PROVIDES: Mapping[str, tuple[str, ...]] = {
+    "tower": ("grid", "attention"),
+    "prompt": ("grid", "text", "queries", "text_keys"),
+    "layer": ("attention",),
+}
+
+
+class VisionModel(Protocol):
+    """A vision-language model, or a policy.
+
+    answers: in "text", or in actions: "bins" (tokens) or "slots" (states for a head).
+    image_size, stride: pixels per side of a picture, and of a visual token. pictures:
+    how many an observation has; `None` for any number. provides: by place ("tower",
+    "prompt", "layer"), the extras of `Features` that a pruner can have there; "grid"
+    where tokens fill their grid. sees_parts: whether the tower can see a part of a
+    picture alone. reads_prompt: whether the tower is conditioned on the prompt.
+    attends: "causal" or "full".
+    """
+
+    answers: Literal["text", "bins", "slots"]
+    attends: Literal["causal", "full"]
+    image_size: int
+    stride: int
+    feature_size: int
+    pictures: int | None
+    provides: Mapping[str, tuple[str, ...]]
+    sees_parts: bool
+    reads_prompt: bool
+    decoder: Decoder
+
+    def encode(
+        self,
+        pixels: mx.array,
+        needs: tuple[str, ...] = (),
+        prompt: Prompt | None = None,
+    ) -> Features:
+        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector."""
+        ...
+
+    def project(self, tokens: mx.array) -> mx.array:
+        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
+        ...
+
+    def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
+        """(1 or B, L, D) for each text around the pictures."""
+        ...

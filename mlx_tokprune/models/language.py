@@ -1,0 +1,447 @@
+"""The language model of every family: mlx-lm's, read layer by layer.
+
+Weights, layers and cache are mlx-lm's. What this adds: tokens stand at positions of
+their own (mlx-lm numbers them by the cache offset, so kept visual tokens would close
+up), the last layer answers for the last tokens only, and visual tokens can be dropped
+after any layer. Positions and lengths belong to the call and to each layer, so one
+model serves several threads and interleaved answers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..features import Features, Selection
+
+PREFILL_STEP = 2048  # tokens of a prompt that are read at once, as in mlx-lm
+
+
+class Choice(Protocol):
+    """What the decoder knows of a pruner: the layer after which it chooses, and how."""
+
+    @property
+    def at(self) -> object: ...
+
+    def __call__(self, features: Features) -> Selection: ...
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What goes into the language model: T tokens of B samples.
+
+    embeddings: (B, T, D). positions: (T,) or (B, T) int32, `None` where tokens are
+    numbered as they come. end: the position of the token that follows, a number or one
+    for each sample. mask: who sees whom: "causal", "full", or (B, T, T) bool. visual:
+    where visual tokens are.
+    """
+
+    embeddings: mx.array
+    positions: mx.array | None
+    end: int | mx.array
+    mask: mx.array | str = "causal"
+    visual: tuple[slice, ...] = ()
+
+    def extended(self, embeddings: mx.array) -> "Sequence":
+        """With tokens (B, L, D) behind. Raises `ValueError` unless it is causal."""
+        if not isinstance(self.mask, str) or self.mask != "causal":
+            raise ValueError("only a causal sequence can be extended")
+        more, positions = embeddings.shape[1], self.positions
+        joined = [self.embeddings, embeddings.astype(self.embeddings.dtype)]
+        if positions is not None:
+            after = mx.array(self.end)[..., None] + mx.arange(more)
+            after = mx.broadcast_to(after, (*positions.shape[:-1], more))
+            after = after.astype(positions.dtype)
+            positions = mx.concatenate([positions, after], axis=-1)
+        return dataclasses.replace(
+            self,
+            embeddings=mx.concatenate(joined, axis=1),
+            positions=positions,
+            end=self.end + more,
+        )
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the language model made of a sequence.
+
+    hidden: (B, R, D) states of the last R tokens after the final norm. cache: of each
+    layer, for mlx-lm or `Decoder.follow`; empty where none was asked for. choices:
+    what was dropped on the way: the layer, and which of the visual tokens that it met
+    stayed.
+    """
+
+    hidden: mx.array
+    cache: list["LayerCache"]
+    choices: tuple[tuple[int, Selection], ...] = ()
+
+
+# Positions --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class At:
+    """Positions (L,) or (B, L) in the place of mlx-lm's cache offset."""
+
+    positions: mx.array
+
+
+class PositionedRoPE(nn.Module):
+    """mlx-lm's rotary embedding, which also takes a position for each token."""
+
+    def __init__(self, rope: nn.Module):
+        super().__init__()
+        self.rope = rope
+
+    def __call__(self, x: mx.array, offset=0) -> mx.array:
+        """(B, heads, L, D) -> the same, rotated."""
+        if not isinstance(offset, At):
+            return self.rope(x, offset=offset)
+        # RoPE takes one offset per batch row: give every token a row of its own.
+        batch, heads, length, size = x.shape
+        rows = x.swapaxes(1, 2).reshape(batch * length, heads, 1, size)
+        offsets = mx.broadcast_to(offset.positions, (batch, length)).reshape(-1)
+        rows = self.rope(rows, offset=offsets)
+        return rows.reshape(batch, length, heads, size).swapaxes(1, 2)
+
+
+class LayerCache:
+    """One layer's keys and values, as mlx-lm's layers and `generate_step` take them.
+
+    inner: mlx-lm's cache, or `None` to keep nothing. at: positions of the tokens that
+    are read next. shift: what tokens without such add to the length of the cache.
+    seen: (B, S) bool, which of the first S tokens later ones see; `None` for all.
+    """
+
+    def __init__(self, inner=None, shift: int | mx.array = 0, at=None, seen=None):
+        self.inner, self.shift, self.at, self.seen = inner, shift, at, seen
+
+    @property
+    def offset(self):
+        if self.at is not None:
+            return At(self.at)
+        return (self.inner.offset if self.inner is not None else 0) + self.shift
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array):
+        if self.inner is None:
+            return keys, values
+        return self.inner.update_and_fetch(keys, values)
+
+    def make_mask(self, length: int, **how):
+        """As mlx-lm asks for it, without padding."""
+        if self.seen is not None:
+            return _follow_mask(self, length)
+        return self.inner.make_mask(length, **how)
+
+    @property
+    def to_quantized(self):
+        quantized = self.inner.to_quantized  # not there once it is quantized
+        return lambda **how: LayerCache(quantized(**how), self.shift, None, self.seen)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__.get("inner"), name)
+
+
+def _follow_mask(cache: LayerCache, length: int) -> mx.array | str | None:
+    """What `length` tokens after those in the cache see."""
+    if cache.seen is None:
+        return "causal" if length > 1 else None
+    batch, known = cache.seen.shape
+    ones = mx.ones((batch, cache.inner.offset + length - known), mx.bool_)
+    seen = mx.concatenate([cache.seen, ones], axis=1)[:, None, None]
+    if length == 1:
+        return seen
+    return seen & mx.tri(length, seen.shape[-1], seen.shape[-1] - length, mx.bool_)
+
+
+# The decoder ------------------------------------------------------------------------
+
+
+class Decoder:
+    """A language model of mlx-lm's Llama-like families.
+
+    A plain object, so that a model's parameters stay those of `language_model`.
+    """
+
+    def __init__(self, language_model: nn.Module):
+        self._model = language_model
+        for layer in self.layers:
+            layer.self_attn.rope = PositionedRoPE(layer.self_attn.rope)
+
+    @property
+    def layers(self) -> list:
+        return self._model.layers
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """(B, T) token ids -> (B, T, D)."""
+        return self._model.model.embed_tokens(token_ids)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(B, T, D) hidden states -> (B, T, V)."""
+        if "lm_head" in self._model:
+            return self._model.lm_head(hidden)
+        return self._model.model.embed_tokens.as_linear(hidden)
+
+    def make_cache(self) -> list:
+        """An empty cache of mlx-lm's."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return make_prompt_cache(self._model)
+
+    def read(
+        self,
+        sequence: Sequence,
+        cache: list | None = None,
+        *,
+        rows: int = 1,
+        plan: Many[Choice] = (),
+        known: int = 0,
+        step: int = PREFILL_STEP,
+        watch: Callable[[int, mx.array], None] | None = None,
+    ) -> Read:
+        """Read a sequence; lazy, but for the chunks of a long one.
+
+        cache: mlx-lm's, filled; `None` keeps nothing. rows: how many of the last
+        tokens are answered for; the first of them is the prompt's last. plan: pruners
+        whose `at` are layers, in order: after layer k the visual tokens that it does
+        not choose are gone. known: tokens that the cache holds already. step: tokens
+        read at once. watch: called with the number of each layer and what goes into
+        it; only where nothing is known or chunked.
+
+        mlx-lm would read the weights twice, for the prompt and for its last token.
+        """
+        state = _State(self, sequence, cache, rows, known, step, watch)
+        choices = []
+        for pruner in plan:
+            state.advance(pruner.at)
+            choices.append((pruner.at, state.drop(pruner)))
+        return Read(state.finish(), state.followers(), tuple(choices))
+
+    def follow(self, token_ids: mx.array, cache: list[LayerCache]) -> mx.array:
+        """(B, L) tokens after what `cache` holds -> (B, L, D) states after the norm."""
+        hidden = self.embed(token_ids)
+        for layer, part in zip(self.layers, cache, strict=True):
+            hidden = layer(hidden, _follow_mask(part, hidden.shape[1]), part)
+        return self._model.model.norm(hidden)
+
+    def norm(self, hidden: mx.array) -> mx.array:
+        """The final norm."""
+        return self._model.model.norm(hidden)
+
+    def attention_to(
+        self,
+        number: int,
+        hidden: mx.array,
+        rows: mx.array,
+        positions: mx.array | None = None,
+        mask: mx.array | str = "causal",
+    ) -> mx.array:
+        """(B, R, T): in layer `number`, what tokens `rows` (B, R) attend to.
+
+        hidden: (B, T, D), what goes into the layer. Mean over heads, float32. Only
+        these rows are computed, never T x T.
+        """
+        layer, (batch, length, _) = self.layers[number], hidden.shape
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+        places = mx.arange(length) if positions is None else positions
+        places = mx.broadcast_to(places, (batch, length))
+        asking = mx.take_along_axis(x, rows[..., None], axis=1)
+        asked_at = mx.take_along_axis(places, rows, axis=1)
+        queries = _heads(attention.q_proj, asking, attention.n_heads)
+        keys = _heads(attention.k_proj, x, attention.n_kv_heads)
+        queries = attention.rope(queries, offset=At(asked_at))
+        keys = _grouped(attention.rope(keys, offset=At(places)), attention)
+        products = queries @ keys.swapaxes(-1, -2) * attention.scale
+        if isinstance(mask, mx.array):
+            seen = mx.take_along_axis(mask, rows[..., None], axis=1)[:, None]
+            products = mx.where(seen, products, -1e9)
+        elif mask == "causal":
+            future = mx.arange(length) > rows[:, None, :, None]
+            products = mx.where(future, -1e9, products)
+        return mx.mean(mx.softmax(products, axis=-1, precise=True), axis=1)
+
+    def queries_and_keys(
+        self, visual: mx.array, text: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The first layer's queries of (B, N, D) and keys of (B, T, D).
+
+        (B, heads, N, d) and (B, heads, T, d), without norm and rotary positions.
+        """
+        attention = self.layers[0].self_attn
+        queries = _heads(attention.q_proj, visual, attention.n_heads)
+        keys = _heads(attention.k_proj, text, attention.n_kv_heads)
+        return queries, _grouped(keys, attention)
+
+
+def _heads(project: nn.Module, x: mx.array, count: int) -> mx.array:
+    return project(x).reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
+
+
+def _grouped(keys: mx.array, attention: nn.Module) -> mx.array:
+    """Keys of fewer heads, one for each head of the queries."""
+    groups = attention.n_heads // attention.n_kv_heads
+    return mx.repeat(keys, groups, axis=1) if groups > 1 else keys
+
+
+class _State:
+    """A sequence on its way through the layers."""
+
+    def __init__(self, decoder: Decoder, sequence, cache, rows, known, step, watch):
+        self._decoder, self._rows, self._watch = decoder, rows, watch
+        self._cache = cache or [None] * len(decoder.layers)
+        self._known = known
+        # Whoever sees what follows needs it in the same call.
+        whole = not isinstance(sequence.mask, str) or sequence.mask == "full"
+        self._step = max(1, sequence.embeddings.shape[1]) if whole else step
+        self._hidden = sequence.embeddings[:, known:]
+        self._positions, self._mask = sequence.positions, sequence.mask
+        self._end = sequence.end
+        self._where = _indices(sequence.visual)
+        self._done = 0
+        self._before: mx.array | None = None  # what went into the last layer done
+        self._shifts, self._seen = [], []
+
+    @property
+    def _length(self) -> int:
+        return self._known + self._hidden.shape[1]
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """Ranges of tokens; the last one holds all rows that are answered for."""
+        first, length = self._known, self._length
+        starts = list(range(first, length, self._step))
+        while len(starts) > 1 and length - starts[-1] < self._rows:
+            starts.pop()
+        return list(zip(starts, [*starts[1:], length], strict=True))
+
+    def _part(self, number: int, start: int, stop: int) -> LayerCache:
+        """The cache of a layer, as it reads tokens `start` to `stop`."""
+        where = self._positions
+        where = None if where is None else where[..., start:stop]
+        return LayerCache(self._cache[number], 0, where)
+
+    def _seen_by(self, start: int, stop: int):
+        """The mask of these tokens as mlx-lm's layers take it."""
+        if isinstance(self._mask, mx.array):
+            return self._mask[:, None, start:stop, :stop]
+        return None if self._mask == "full" else "causal"
+
+    def _note(self, number: int) -> None:
+        """What tokens after the sequence need to know of this layer."""
+        self._shifts.append(self._end - self._length)
+        whole = not isinstance(self._mask, mx.array)
+        self._seen.append(None if whole else self._mask[:, -1])
+
+    def advance(self, stop: int) -> None:
+        """All tokens through the layers before `stop`."""
+        layers, parts, before = self._decoder.layers, [], []
+        chunks = self._chunks()
+        for start, end in chunks:
+            if parts:
+                mx.eval(parts, _states(self._cache[self._done : stop]))
+            hidden = self._hidden[:, start - self._known : end - self._known]
+            for number in range(self._done, stop):
+                before.append(hidden) if number == stop - 1 else None
+                hidden = self._layer(layers, number, hidden, start, end)
+            parts.append(hidden)
+        for number in range(self._done, stop):
+            self._note(number)
+        self._hidden, self._done = mx.concatenate(parts, axis=1), stop
+        self._before = mx.concatenate(before, axis=1)
+
+    def _layer(self, layers, number: int, hidden, start: int, end: int) -> mx.array:
+        if self._watch:
+            self._watch(number, hidden)
+        part = self._part(number, start, end)
+        return layers[number](hidden, self._seen_by(start, end), part)
+
+    def finish(self) -> mx.array:
+        """(B, R, D) after the final norm, of the last tokens."""
+        layers, chunks, hidden = self._decoder.layers, self._chunks(), None
+        last = len(layers) - 1
+        for start, end in chunks:
+            if hidden is not None:
+                mx.eval(_states(self._cache))
+            hidden = self._hidden[:, start - self._known : end - self._known]
+            for number in range(self._done, last):
+                hidden = self._layer(layers, number, hidden, start, end)
+            hidden = self._last(layers[last], last, hidden, start, end)
+        for number in range(self._done, last + 1):
+            self._note(number)
+        return self._decoder.norm(hidden[:, -self._rows :])
+
+    def _last(self, layer, number: int, hidden, start: int, end: int) -> mx.array:
+        """The last layer: what fills the cache for all tokens, the rest for few."""
+        if self._watch:
+            self._watch(number, hidden)
+        rows = min(self._rows, hidden.shape[1])
+        if self._cache[number] is None or rows == hidden.shape[1]:
+            part = self._part(number, start, end)
+            return layer(hidden, self._seen_by(start, end), part)
+        cut = end - rows
+        # Lazy: nothing of this is computed but what goes into the cache.
+        part = self._part(number, start, cut)
+        layer(hidden[:, :-rows], self._seen_by(start, cut), part)
+        mask = self._seen_by(cut, end)
+        mask = None if rows == 1 and isinstance(mask, str) else mask
+        return layer(hidden[:, -rows:], mask, self._part(number, cut, end))
+
+    def drop(self, pruner: Choice) -> Selection:
+        """Visual tokens that the pruner does not choose leave the sequence."""
+        hidden, length = self._hidden, self._length
+        batch = hidden.shape[0]
+        where = mx.broadcast_to(self._where, (batch, self._where.shape[1]))
+        asking = mx.full((batch, 1), length - self._rows, mx.int32)
+        received = self._decoder.attention_to(
+            self._done - 1, self._before, asking, self._positions, self._mask
+        )
+        received = mx.take_along_axis(received[:, 0], where, axis=1)
+        visual = mx.take_along_axis(hidden, where[..., None], axis=1)
+        selection = pruner(Features(visual, None, extras={"attention": received}))
+        kept = mx.take_along_axis(where, selection.indices, axis=1)
+        if selection.weights is not None:
+            merged = selection.apply(visual)
+            hidden = mx.put_along_axis(hidden, kept[..., None], merged, axis=1)
+        is_visual = mx.zeros((batch, length), mx.bool_)
+        is_visual = mx.put_along_axis(is_visual, where, mx.array(True), axis=1)
+        stays = mx.put_along_axis(~is_visual, kept, mx.array(True), axis=1)
+        rows = _marked(stays, length - where.shape[1] + selection.keep)
+        self._hidden = mx.take_along_axis(hidden, rows[..., None], axis=1)
+        remain = mx.take_along_axis(is_visual, rows, axis=1)
+        self._where = _marked(remain, selection.keep)
+        if self._positions is not None:
+            places = mx.broadcast_to(self._positions, (batch, length))
+            self._positions = mx.take_along_axis(places, rows, axis=1)
+        else:
+            self._end = self._end - (length - rows.shape[1])
+        if isinstance(self._mask, mx.array):
+            mask = mx.broadcast_to(self._mask, (batch, length, length))
+            mask = mx.take_along_axis(mask, rows[..., None], axis=1)
+            self._mask = mx.take_along_axis(mask, rows[:, None], axis=2)
+        return selection
+
+    def followers(self) -> list[LayerCache]:
+        if self._cache[0] is None:
+            return []
+        parts = zip(self._cache, self._shifts, self._seen, strict=True)
+        return [LayerCache(inner, shift, None, seen) for inner, shift, seen in parts]
+
+
+def _states(cache: list) -> list:
+    return [layer.state for layer in cache if layer is not None]
+
+
+def _indices(slices: tuple[slice, ...]) -> mx.array:
+    """(1, M) the places in all slices."""
+    places = [mx.arange(s.start, s.stop, dtype=mx.int32) for s in slices]
+    return mx.concatenate(places)[None] if places else mx.zeros((1, 0), mx.int32)
+
+
+def _marked(marked: mx.array, count: int) -> mx.array:
+    """(B, count) int32: the places of the `count` true values of each row (B, N)."""
+    total = marked.shape[1]
+    places = mx.where(marked, mx.arange(total), total)
+    return mx.sort(places, axis=1)[:, :count].astype(mx.int32)

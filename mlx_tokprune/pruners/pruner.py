@@ -1,0 +1,284 @@
+"""`Pruner`: a method, its budget and its place, ready to call; and plans of several."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InputError, nearest
+from ..features import Features, Selection
+from .registry import Method, Place, get_method
+
+
+def count_kept(total: int, keep_ratio: float) -> int:
+    """K = max(1, int(N * ratio)), the one place where a ratio becomes a count."""
+    return max(1, int(total * keep_ratio))
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` unless MLX takes `seed`."""
+    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
+        raise InputError(f"seed {seed} is out of range; expected 0 to 2**64 - 1")
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A method, its budget and its place: `Pruner("norm", keep_ratio=0.5)(features)`.
+
+    Give `keep_ratio` in (0, 1] or `keep_tokens` (at least 1), not both; neither keeps
+    every token, or as many as a method with a rule of its own says. at: "tower" (before
+    the projector), "prompt" (at the language model's input) or k, after k of its layers
+    (FastV is `Pruner("attention", 0.5, at=2)`); the method's own place by default.
+    `seed` is read by seeded methods only; `options` are the method's own. scorer: an
+    `nn.Module` from `Features` to scores (B, N), for methods that need `scores`; its
+    attribute `needs` names extras that it reads. Raises `InputError` for an unknown
+    method, option or place, a budget out of range, or more tokens than there are.
+    """
+
+    method: str = "norm"
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    at: Place | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    options: Mapping[str, float] = field(default_factory=dict, hash=False, kw_only=True)
+    scorer: nn.Module | None = field(
+        default=None, kw_only=True, compare=False, repr=False
+    )
+
+    def __post_init__(self):
+        known = get_method(self.method)
+        object.__setattr__(self, "method", known.name)
+        object.__setattr__(self, "at", known.at if self.at is None else self.at)
+        _check_place(self.at)
+        self._check_options()
+        ratio, tokens = self.keep_ratio, self.keep_tokens
+        if ratio is not None and tokens is not None:
+            raise InputError("give a keep ratio or a number of tokens, not both")
+        number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+        if ratio is not None and not (number and 0 < ratio <= 1):
+            shown = f"{ratio:g}" if number else repr(ratio)
+            raise InputError(
+                f"keep ratio {shown} is outside (0, 1]; 1 keeps every visual token"
+            )
+        whole = isinstance(tokens, Integral) and not isinstance(tokens, bool)
+        if tokens is not None and not (whole and tokens >= 1):
+            raise InputError(
+                f"cannot keep {tokens} visual tokens; expected a whole number from 1"
+            )
+        check_seed(self.seed)
+        if self.method == "none" and (ratio or 1) < 1:
+            raise InputError(
+                f"method 'none' keeps every visual token, so a keep ratio of "
+                f"{ratio:g} needs another method, such as 'norm'"
+            )
+        if ("scores" in known.needs) != (self.scorer is not None):
+            raise InputError(
+                f"method {self.method!r} chooses by a scorer; give one"
+                if self.scorer is None
+                else f"method {self.method!r} reads no scores; leave out the scorer, "
+                "or choose 'learned'"
+            )
+
+    def _check_options(self) -> None:
+        known = get_method(self.method).options
+        if not isinstance(self.options, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, Real)
+            for name, value in self.options.items()
+        ):
+            raise InputError(f"options are numbers by name, not {self.options!r}")
+        for name in self.options:
+            if name not in known:
+                takes = f"takes {', '.join(known)}" if known else "takes no options"
+                raise InputError(
+                    f"method {self.method!r} {takes}, not {name!r}."
+                    + nearest(name, known)
+                )
+        budget = self.keep_ratio is not None or self.keep_tokens is not None
+        if budget and get_method(self.method).counts == "own":
+            raise InputError(
+                f"method {self.method!r} decides itself how many visual tokens to keep;"
+                " leave out the keep ratio, or use 'trimvla', which takes one"
+            )
+        check = get_method(self.method).check
+        if check:
+            check(self.options, budget)
+
+    @property
+    def place(self) -> str:
+        """`tower`, `prompt` or `layer`."""
+        return self.at if isinstance(self.at, str) else "layer"
+
+    @property
+    def has_own_count(self) -> bool:
+        """Whether the method, not a budget, says how many tokens stay."""
+        unset = self.keep_ratio is None and self.keep_tokens is None
+        return unset and get_method(self.method).counts != "budget"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The extras of `Features` that are read, none when everything is kept."""
+        if self.keeps_all:
+            return ()
+        own = (n for n in get_method(self.method).needs if n != "scores")
+        return tuple(dict.fromkeys((*own, *getattr(self.scorer, "needs", ()))))
+
+    @property
+    def prepare(self) -> Callable[[mx.array], mx.array]:
+        """What is done to what the first layer makes queries and keys of."""
+        return get_method(self.method).prepare or (lambda x: x)
+
+    @property
+    def keeps_all(self) -> bool:
+        if self.has_own_count:
+            return False
+        ratio_is_full = self.keep_ratio is None or self.keep_ratio == 1
+        return self.method == "none" or (ratio_is_full and self.keep_tokens is None)
+
+    @property
+    def key(self) -> tuple:
+        """What tells pruners apart, hashable."""
+        options = tuple(sorted(self.options.items()))
+        budget = (self.keep_ratio, self.keep_tokens)
+        return self.method, *budget, self.at, self.seed, options, id(self.scorer)
+
+    def described(self) -> dict:
+        """As JSON: what makes an equal pruner, but for a scorer."""
+        names = ("method", "keep_ratio", "keep_tokens", "at", "seed")
+        return {n: getattr(self, n) for n in names} | {"options": dict(self.options)}
+
+    def count(self, total: int) -> int:
+        """How many of `total` visual tokens to keep."""
+        if self.keep_tokens is None:
+            return count_kept(total, self.keep_ratio or 1.0)
+        if self.keep_tokens > total:
+            raise InputError(
+                f"cannot keep {self.keep_tokens} visual tokens; there are {total}, "
+                f"so the most is {total}"
+            )
+        if self.method == "none" and self.keep_tokens < total:
+            raise InputError(
+                f"method 'none' keeps all {total} visual tokens, so keeping "
+                f"{self.keep_tokens} needs another method, such as 'norm'"
+            )
+        return int(self.keep_tokens)
+
+    def __call__(self, features: Features) -> Selection:
+        keep = None if self.has_own_count else self.count(features.total)
+        if keep == features.total:
+            return get_method("none").function(features, keep=keep)
+        _check_extras(self, features)
+        method, options = get_method(self.method), tuple(sorted(self.options.items()))
+        if keep is None or not method.can_compile:
+            return self._choose(features, keep)
+        shape = (features.grid, features.pictures)
+        scorer = None if self.scorer is None else _Same(self.scorer)
+        chosen = _compiled(method, keep, shape, options, scorer)(
+            features.tokens,
+            {name: features.extras[name] for name in self.needs if name != "grid"},
+            {} if self.scorer is None else self.scorer.parameters(),
+        )
+        return Selection(**chosen)
+
+    def _choose(self, features: Features, keep: int | None) -> Selection:
+        method = get_method(self.method)
+        if self.scorer is not None:
+            features = _scored(features, self.scorer)
+        seed = {"seed": int(self.seed)} if method.seeded else {}
+        return method.function(features, keep=keep, **seed, **self.options)
+
+
+Plan = tuple[Pruner, ...]
+
+
+def as_plan(pruners: Pruner | Iterable[Pruner] | None) -> Plan:
+    """One pruner, several or none as a plan: in the order of their places.
+
+    Those that keep everything are left out. Raises `InputError` for anything else, and
+    for two at one place.
+    """
+    given = [pruners] if isinstance(pruners, Pruner) else list(pruners or ())
+    for pruner in given:
+        if not isinstance(pruner, Pruner):
+            raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")
+    plan = sorted((p for p in given if not p.keeps_all), key=_order)
+    for first, second in itertools.pairwise(plan):
+        if first.at == second.at:
+            raise InputError(
+                f"{first.method!r} and {second.method!r} both prune at {first.at!r}; "
+                "expected one pruner for each place"
+            )
+    return tuple(plan)
+
+
+def _order(pruner: Pruner) -> int:
+    return {"tower": -2, "prompt": -1}.get(pruner.at, pruner.at)
+
+
+def _check_place(at) -> None:
+    layer = isinstance(at, int) and not isinstance(at, bool) and at >= 1
+    if not layer and at not in ("tower", "prompt"):
+        raise InputError(
+            f"cannot prune at {at!r}; expected 'tower', 'prompt', or a number of "
+            "layers from 1"
+        )
+
+
+def _check_extras(pruner: Pruner, features: Features) -> None:
+    missing = [n for n in pruner.needs if n != "grid" and n not in features.extras]
+    if "grid" in pruner.needs and (features.grid is None or features.pictures > 1):
+        missing.append("grid")
+    if missing:
+        raise ValueError(f"{pruner.method} needs features with {missing}")
+
+
+class _Same:
+    """A module as a key: equal to nothing but itself."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __eq__(self, other) -> bool:
+        return self.module is other.module
+
+    def __hash__(self) -> int:
+        return id(self.module)
+
+
+def _scored(features: Features, scorer: nn.Module) -> Features:
+    extras = dict(features.extras) | {"scores": scorer(features)}
+    return Features(features.tokens, features.grid, features.pictures, extras)
+
+
+@contextlib.contextmanager
+def _parameters(module: nn.Module, parameters: dict) -> Iterator[None]:
+    """The module with these parameters, for the length of a `with` block."""
+    before = module.parameters()
+    module.update(parameters)
+    try:
+        yield
+    finally:
+        module.update(before)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(
+    method: Method, keep: int, shape: tuple, options: tuple, scorer: _Same | None
+) -> Callable:
+    """The method under `mx.compile`: one graph per budget, grid and options.
+
+    Extras and the scorer's parameters are inputs, so that it chooses by those of today.
+    """
+
+    def arrays(tokens, extras, parameters):
+        features = Features(tokens, *shape, extras)
+        if scorer is not None:
+            with _parameters(scorer.module, parameters):
+                features = _scored(features, scorer.module)
+        return method.function(features, keep=keep, **dict(options)).arrays()
+
+    return mx.compile(arrays)

@@ -1,0 +1,1 @@
+"""Robot actions: one observation, control loops, action heads, drafts."""

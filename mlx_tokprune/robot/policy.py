@@ -1,0 +1,199 @@
+"""`Policy`: a robot policy in a control loop, compiled, for one robot or for many."""
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..features import Features, Selection
+from ..models.family import VisionModel
+from ..pipeline import (
+    DEFAULT_POSITIONS,
+    Scene,
+    VisualTokens,
+    check_plan,
+    check_positions,
+    choose,
+    encode,
+    prune,
+)
+from ..processor import ActionProcessor
+from ..prompt import Prompt, check_text
+from ..pruners import Pruner, as_plan
+from .heads import head_of
+from .inputs import (
+    check_acts,
+    check_finite,
+    check_images,
+    normalize_states,
+    observe,
+)
+from .speculative import Checked, correct_draft, read_draft
+
+_BUCKET = 8  # visual tokens by which compiled shapes grow where counts vary
+
+
+class Policy:
+    """A policy in a control loop: `action = policy(images, instruction)`.
+
+    Holds model, pruner and data set. Each shape is compiled once, so that the second
+    call of a shape (batch, length of the instruction, and for methods with a count of
+    their own its multiple of 8) does not compile again. Nothing of one observation
+    reaches the next; `reset` between episodes forgets the tokens of past instructions.
+    draft: guess that tokens are those of the last action, and have the model check them
+    in one call; actions stay the same. `kept` is how many visual tokens the last call
+    had per robot, on average; `calls` how often it ran the language model.
+    """
+
+    def __init__(
+        self,
+        model: VisionModel,
+        processor: ActionProcessor,
+        *,
+        pruner: Pruner | Iterable[Pruner] | None = None,
+        positions: str = DEFAULT_POSITIONS,
+        unnorm_key: str | None = None,
+        compile: bool = True,
+        draft: bool = False,
+    ):
+        check_acts(model, processor)
+        check_positions(positions)
+        self.plan = as_plan(pruner)
+        check_plan(model, self.plan)
+        self.model, self.processor, self.positions = model, processor, positions
+        self.unnorm_key = unnorm_key
+        self.bounds = processor.bounds("action", unnorm_key)
+        self._head = head_of(model, processor, len(self.bounds.low))
+        self._head.check(self.bounds)
+        self._has_own_count = any(pruner.has_own_count for pruner in self.plan)
+        if draft and (self._has_own_count or not self._head.decodes):
+            raise InputError(
+                "drafts are for policies that decode tokens, under a method with a "
+                "budget; leave out draft"
+            )
+        wrap = mx.compile if compile else (lambda function: function)
+        self._whole = wrap(self._act_on_pixels)
+        self._features = wrap(self._encode)
+        self._rest = wrap(self._act_on_tokens)
+        self._read = wrap(self._read_draft)
+        self._drafts = draft
+        self.kept, self.calls = 0.0, 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an episode."""
+        self._prompt = functools.lru_cache(maxsize=16)(self.processor.prompt)
+        self._last: mx.array | None = None
+
+    def __call__(
+        self, images: Sequence, instruction: str, proprio: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """(A,) action in robot units, or (chunk, A) from OpenVLA-OFT."""
+        states = None if proprio is None else [proprio]
+        return self.act_on_batch([images], instruction, states)[0]
+
+    def act_on_batch(
+        self,
+        batch: Sequence[Sequence],
+        instruction: str,
+        proprio: Sequence[Sequence[float]] | None = None,
+    ) -> np.ndarray:
+        """(B, A) or (B, chunk, A) for B robots that were told the same.
+
+        batch: the pictures of each robot. proprio: the state of each.
+        """
+        if not isinstance(batch, Sequence) or not len(batch):
+            raise InputError("the batch is empty; expected the pictures of one robot")
+        robots = [check_images(self.model, images) for images in batch]
+        state = normalize_states(
+            self.model, self.processor, proprio, self.unnorm_key, len(batch)
+        )
+        check_text(instruction, "the instruction")
+        scene = observe(self.processor, robots, self._prompt(instruction), state)
+        self.calls = self._head.calls
+        said = self._act(scene, self._arrays(scene))
+        normalized = check_finite(self._head.normalized(np.array(said)))
+        self._last = said if self._drafts else None
+        return self.bounds.to_units(normalized)
+
+    def _act(self, scene: Scene, arrays: tuple) -> mx.array:
+        if self._has_own_count:
+            return self._act_with_own_count(scene, arrays)
+        if self._last is not None and len(self._last) == scene.batch:
+            return self._act_with_draft(self._last, arrays)
+        said, indices = self._whole(*arrays)
+        self.kept = indices.shape[1]
+        return said
+
+    # What compiled calls take: a scene as arrays.
+
+    def _arrays(self, scene: Scene) -> tuple:
+        state = () if scene.state is None else (scene.state,)
+        return (scene.pixels, *map(mx.array, scene.prompt.segments), *state)
+
+    def _scene(self, pixels, start, prompt, state=None) -> Scene:
+        batch = pixels.shape[0] // self.model.pictures
+        return Scene(pixels, Prompt((start, prompt)), batch, state)
+
+    def _act_on_pixels(self, *arrays) -> tuple[mx.array, mx.array]:
+        scene, how = self._scene(*arrays), {"positions": self.positions}
+        parts, visual = self._head.act(self.model, scene, self.plan, **how)
+        return self._head.joined(parts), visual.indices
+
+    def _read_draft(self, draft, *arrays) -> tuple:
+        scene = self._scene(*arrays)
+        return tuple(read_draft(self.model, scene, self.plan, self.positions, draft))
+
+    def _act_with_draft(self, draft: mx.array, arrays: tuple) -> mx.array:
+        """Only what the draft had wrong is decoded after the compiled call."""
+        checked = Checked(*self._read(draft, *arrays))
+        self.kept = checked.indices.shape[1]
+        tokens, more = correct_draft(self.model, draft, checked)
+        self.calls = 1 + more
+        return tokens
+
+    def _encode(self, *arrays) -> tuple[mx.array, dict]:
+        features = encode(self.model, self._scene(*arrays), self.plan)
+        return features.tokens, dict(features.extras)
+
+    def _act_on_tokens(self, embeddings, indices, mask, *arrays) -> mx.array:
+        visual = self._visual(embeddings, indices, mask)
+        how = {"positions": self.positions, "vision": lambda *_: visual}
+        later = tuple(pruner for pruner in self.plan if pruner.place == "layer")
+        parts, _ = self._head.act(self.model, self._scene(*arrays), later, **how)
+        return self._head.joined(parts)
+
+    def _act_with_own_count(self, scene: Scene, arrays: tuple) -> mx.array:
+        """The count is only known once the pruner has run: compile around it."""
+        tokens, extras = self._features(*arrays)
+        features = Features(tokens, self._grid, extras=extras)
+        visual = prune(self.model, scene, self.plan, features)
+        visual = choose(self.model, scene, self.plan, visual)
+        self.kept = visual.keep
+        if visual.mask is not None:
+            self.kept = mx.mean(mx.sum(visual.mask, axis=1)).item()
+        return self._rest(*_padded(visual), *arrays)
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        side = self.model.image_size // self.model.stride
+        return side, side
+
+    def _visual(self, embeddings, indices, mask) -> VisualTokens:
+        selection, pictures = Selection(indices, mask=mask), self.model.pictures
+        return VisualTokens(embeddings, indices, selection, self._grid, pictures, mask)
+
+
+def _padded(visual: VisualTokens) -> tuple[mx.array, mx.array, mx.array]:
+    """Embeddings, indices and mask of the next multiple of `_BUCKET` tokens."""
+    batch, kept = visual.indices.shape
+    more = min(-kept % _BUCKET, visual.total - kept)
+    mask = visual.mask
+    mask = mx.ones((batch, kept), mx.bool_) if mask is None else mask
+    return (
+        mx.pad(visual.embeddings, ((0, 0), (0, more), (0, 0))),
+        mx.pad(visual.indices, ((0, 0), (0, more))),
+        mx.pad(mask, ((0, 0), (0, more))),
+    )

@@ -1,0 +1,103 @@
+"""`predict_action`: the action for one observation, with its times.
+
+`policy.py` is for control loops.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from ..models.family import VisionModel
+from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_plan, check_positions
+from ..processor import ActionProcessor
+from ..pruners import Pruner, as_plan
+from ..timing import NO_CLOCK, Clock
+from .heads import head_of
+from .inputs import (
+    check_acts,
+    check_finite,
+    check_images,
+    normalize_states,
+    observe,
+)
+
+log = logging.getLogger("mlx_tokprune")
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a policy answers to one observation.
+
+    values: (A,) in robot units, or (chunk, A) from OpenVLA-OFT. normalized: the same
+    in [-1, 1]. token_ids: the A tokens, `None` for OFT, which has none. visual: the
+    kept visual tokens. ttft_ms: from decoded pictures to the first action token on the
+    host (OFT: to the whole chunk). total_ms: to the last. stages_ms: of each stage,
+    where a clock fenced them.
+    """
+
+    values: np.ndarray
+    normalized: np.ndarray
+    token_ids: tuple[int, ...] | None
+    visual: VisualTokens = field(repr=False)
+    ttft_ms: float
+    total_ms: float
+    stages_ms: dict[str, float] | None = None
+
+
+def predict_action(
+    model: VisionModel,
+    processor: ActionProcessor,
+    images: Sequence,
+    instruction: str,
+    *,
+    unnorm_key: str | None = None,
+    proprio: Sequence[float] | None = None,
+    pruner: Pruner | Iterable[Pruner] | None = None,
+    positions: str = DEFAULT_POSITIONS,
+    stages: bool = False,
+) -> Action:
+    """The action for one observation.
+
+    images: files, arrays or PIL images, in the policy's order. unnorm_key: the data set
+    whose units are wanted; may be left out where there is one. proprio: robot state in
+    its own units, for OFT policies that read it. pruner: one, or several at different
+    places; every visual token stays when `None`. stages: fence the run and time its
+    stages. Raises `InputError` for anything that does not fit the policy.
+    """
+    plan = as_plan(pruner)
+    check_acts(model, processor)
+    check_plan(model, plan)
+    check_positions(positions)
+    images = check_images(model, images)
+    bounds = processor.bounds("action", unnorm_key)
+    head = head_of(model, processor, len(bounds.low))
+    head.check(bounds)
+    states = None if proprio is None else [proprio]
+    state = normalize_states(model, processor, states, unnorm_key, 1)
+    clock = Clock() if stages else NO_CLOCK
+    start = time.perf_counter()
+    with clock.stage("preprocess") as done:
+        scene = observe(processor, [images], processor.prompt(instruction), state)
+        done.append(scene.pixels)
+    parts, visual = head.act(model, scene, plan, positions=positions, clock=clock)
+    with clock.stage("prefill"):
+        mx.eval(parts[0])
+    first = time.perf_counter()
+    with clock.stage("decode"):
+        said = np.array(head.joined(parts))[0]
+    last = time.perf_counter()
+    log.debug("action after %.1f ms", (last - start) * 1e3)
+    normalized = check_finite(head.normalized(said))
+    return Action(
+        bounds.to_units(normalized),
+        normalized,
+        head.ids(said),
+        visual,
+        (first - start) * 1e3,
+        (last - start) * 1e3,
+        getattr(clock, "times", None),
+    )
