@@ -46,6 +46,18 @@ def expected():
 
 
 @pytest.fixture(scope="session")
+def demo():
+    """(model, processor) of the embedded demo model."""
+    return mlx_tokprune.load("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_policy():
+    """(model, processor) of the embedded demo policy."""
+    return mlx_tokprune.load("demo-policy")
+
+
+@pytest.fixture(scope="session")
 def tiny_policy():
     """(model, processor) of the tiny golden policy, in its original layout."""
     return mlx_tokprune.load(TINY_POLICY)
@@ -167,10 +179,10 @@ def write_headers(folder: Path, tensors: dict, config: dict, shards: int = 2) ->
 def packages(tmp_path_factory):
     """Core ML packages of the demo model by method and options, written once."""
     from mlx_tokprune.coreml.export import Options, export_package
-    from mlx_tokprune.demo import CHECKPOINT
+    from mlx_tokprune.hub import EMBEDDED
 
     folder, made = tmp_path_factory.mktemp("packages"), {}
-    model, _ = mlx_tokprune.load(CHECKPOINT, mx.float32)
+    model, _ = mlx_tokprune.load("demo", mx.float32)
 
     def package(method: str, ratios=(0.5,), options=None) -> Path:
         options = options or Options(precision="float32")
@@ -180,7 +192,7 @@ def packages(tmp_path_factory):
             pruners = [
                 mlx_tokprune.Pruner(method, keep_ratio=ratio) for ratio in ratios
             ]
-            export_package(model, pruners, made[key], options, CHECKPOINT)
+            export_package(model, pruners, made[key], options, EMBEDDED["demo"])
         return made[key]
 
     return package
