@@ -9,6 +9,8 @@ __all__ = ["predict_action"]
 
 
 def __getattr__(name: str):
+    if name not in ("build_parser", "main"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .commands import act as command
 
     return getattr(command, name)

@@ -16,15 +16,15 @@ _LONGEST = 8192  # pixels; longer pictures shrink before they are padded
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def list_pictures(path: str | Path) -> list[Path]:
+def list_pictures(path: str | Path) -> list[str | Path]:
     """The pictures of a folder by name, or the one file.
 
     Raises `InputError` for a folder without any.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    files = Path(path).iterdir()
+    found = sorted(p for p in files if p.suffix.lower() in _SUFFIXES)
     if not found:
         raise InputError(f"folder {path} has no pictures; expected PNG, JPEG or WebP")
     return found

@@ -312,8 +312,16 @@ def check_plan(model: VisionModel, plan: Plan) -> None:
                 f"model does not have at {pruner.at!r}; choose another, such as "
                 f"{fitting[0]!r}, or another place"
             )
-        if pruner.place == "layer":
-            _check_layer(pruner, len(model.decoder.layers))
+    layers = [pruner for pruner in plan if pruner.place == "layer"]
+    for pruner in layers:
+        _check_layer(pruner, len(model.decoder.layers))
+    own = [pruner for pruner in plan if pruner.has_own_count]
+    if layers and own:
+        raise InputError(
+            f"method {own[0].method!r} decides itself how many visual tokens to keep, "
+            "which cannot be done for a pruner inside the language model, nor before "
+            "one; give it a budget, or leave out the place"
+        )
 
 
 def _check_layer(pruner: Pruner, layers: int) -> None:
@@ -321,12 +329,6 @@ def _check_layer(pruner: Pruner, layers: int) -> None:
         raise InputError(
             f"cannot prune after layer {pruner.at} of {layers}; expected 1 to "
             f"{layers - 1}"
-        )
-    if pruner.has_own_count:
-        raise InputError(
-            f"method {pruner.method!r} decides itself how many visual tokens to keep, "
-            "which cannot be done inside the language model; give it a budget, or "
-            "leave out the place"
         )
 
 

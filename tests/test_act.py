@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from conftest import TINY, TINY_POLICY, copy_policy
 
-from mlx_tokprune import InputError, Policy, Pruner, act, control, load, predict_action
+from mlx_tokprune import InputError, Policy, Pruner, load, predict_action
 from mlx_tokprune.act import main
+from mlx_tokprune.commands import act
 from mlx_tokprune.features import Selection
 from mlx_tokprune.generate import main as generate_main
+from mlx_tokprune.pipeline import VisualTokens
 
 PICTURE = str(TINY_POLICY / "image_0.png")
 INSTRUCTION = "pick up the cup"
@@ -38,15 +40,26 @@ def two_data_sets(tmp_path):
 
 
 def test_json_has_what_is_promised(capsys):
-    main([*ASK, "--method", "norm", "--keep-ratio", "0.25", "--runs", "1", "--json"])
+    asked = [*ASK, "--method", "norm", "--keep-ratio", "0.25", "--json"]
+    main([*asked, "--runs", "1", "--stages"])
     captured = capsys.readouterr()
     record = json.loads(captured.out)
-    assert record.keys() >= PROMISED
+    assert record.keys() == PROMISED
     assert (record["visual_tokens"], record["keep"]) == (64, 16)
-    stages = {"preprocess", "vision", "prune", "project", "prefill", "decode"}
-    assert record["stages_ms"].keys() == stages
+    stages = ["preprocess", "vision", "prune", "project", "prefill", "decode"]
+    assert list(record["stages_ms"]) == stages
+    assert all(ms > 0 for ms in record["stages_ms"].values())
     assert 0 < record["ttft_ms"] <= record["total_ms"]
     assert "actions/s" in captured.err
+    # Unless asked for, nothing is fenced and no run is repeated.
+    main(asked)
+    captured = capsys.readouterr()
+    again = json.loads(captured.out)
+    assert again.keys() == PROMISED
+    assert again["token_ids"] == record["token_ids"]
+    assert again["stages_ms"] is None
+    assert again["actions_per_second"] is None
+    assert "actions/s" not in captured.err
 
 
 def test_the_data_set_gives_the_units(two_data_sets):
@@ -83,7 +96,8 @@ def test_the_data_set_gives_the_units(two_data_sets):
         ),
         (["--model", str(TINY)], "answers in words"),
         (["--model", "nowhere"], "nowhere does not exist"),
-        (["--runs", "0"], "cannot time 0 runs"),
+        (["--model", ""], "has no config.json"),
+        (["--runs", "-1"], "cannot time -1 runs"),
         (["--overlay", PICTURE], "would overwrite the picture"),
     ],
 )
@@ -172,8 +186,8 @@ def test_rate_counts_the_actions_of_a_chunk(monkeypatch):
 
 def test_what_was_kept_of_each_of_several_pictures():
     kept = mx.array([[0, 3, 64, 70, 127]])
-    patches = control.Patches(None, kept, None, 128, (8, 8), Selection(kept))
-    first, second = act._per_picture(patches, 2)
+    visual = VisualTokens(None, kept, Selection(kept), (8, 8), pictures=2)
+    first, second = act._per_picture(visual, 2)
     assert first.tolist() == [0, 3]
     assert second.tolist() == [0, 6, 63]
 
@@ -193,16 +207,19 @@ def test_an_instruction_is_needed(capsys):
     assert "no instruction was given" in capsys.readouterr().err
 
 
-def test_generate_refuses_policies_and_their_pruners(capsys):
-    picture = ["--image", PICTURE, "--prompt", "Hi"]
-    for options, message in (
-        (["--model", str(TINY_POLICY)], "mlx_tokprune.act"),
-        (["--model", str(TINY), "--method", "trimvla", "--keep-ratio", "0.5"], "act"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            generate_main([*options, *picture])
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err
+def test_generate_refuses_policies_but_runs_their_pruners(capsys):
+    asked = ["--image", PICTURE, "--prompt", "Hi", "--max-tokens", "1"]
+    with pytest.raises(SystemExit) as stop:
+        generate_main(["--model", str(TINY_POLICY), *asked])
+    assert stop.value.code == 2
+    assert "mlx_tokprune.act" in capsys.readouterr().err
+    own = range(1, 64)
+    for how, counts in ((["trimvla", "--keep-tokens", "9"], [9]), (["lightvla"], own)):
+        generate_main(["--model", str(TINY), *asked, "--json", "--method", *how])
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (record["method"], record["visual_tokens"]) == (how[0], 64)
+        assert len(record["kept_indices"][0]) == record["keep"]
+        assert record["keep"] in counts
 
 
 def test_no_statistics_are_named(tmp_path):

@@ -1,13 +1,16 @@
 """`mlx_tokprune.generate` as a user calls it: report, JSON, and one-line refusals."""
 
 import json
+import logging
+import shutil
 
 import pytest
 from conftest import TINY
 from PIL import Image
 
-from mlx_tokprune.convert.command import build_parser as convert_parser
-from mlx_tokprune.generate import build_parser, main
+from mlx_tokprune.commands import act, convert, generate, report
+from mlx_tokprune.generate import main
+from mlx_tokprune.pruners import registry
 
 PICTURE = str(TINY / "image_1.png")
 ASK = ["--model", str(TINY), "--image", PICTURE, "--prompt", "What?"]
@@ -38,7 +41,7 @@ def run_json(capsys, *options: str) -> dict:
 
 
 def test_json_has_what_is_promised(capsys):
-    record = run_json(capsys, "--keep-ratio", "0.25")
+    record = run_json(capsys, "--keep-ratio", "0.25", "--stages")
     assert record.keys() == FIELDS
     assert record["method"] == "norm"
     assert record["positions"] == "original"
@@ -50,16 +53,25 @@ def test_json_has_what_is_promised(capsys):
     assert all(ms > 0 for ms in record["stages_ms"].values())
     assert record["ttft_ms"] > 0
     assert record["peak_memory_mb"] > 0
+    # Unless asked for, nothing is fenced.
+    plain = run_json(capsys, "--keep-ratio", "0.25")
+    assert plain.keys() == FIELDS
+    assert plain["stages_ms"] is None
+    assert plain["token_ids"] == record["token_ids"]
 
 
 def test_report_for_people(capsys):
-    main([*ASK, "--max-tokens", "2", "--keep-tokens", "10", "--method", "attention"])
+    asked = [*ASK, "--max-tokens", "2", "--keep-tokens", "10", "--method", "attention"]
+    main([*asked, "--stages"])
     out = capsys.readouterr().out
     assert "kept 10 (attention, original positions)" in out
-    for word in ("preprocess", "vision", "prune", "project", "prefill", "TTFT"):
+    for word in ("preprocess", "vision", "prune", "project", "prefill", "ms (fenced)"):
         assert word in out
-    assert "tokens/s" in out
-    assert "MB" in out
+    main(asked)
+    out = capsys.readouterr().out
+    assert "prefill" not in out
+    for word in ("TTFT", "ms (not fenced)", "tokens/s", "MB"):
+        assert word in out
 
 
 def test_several_pictures_and_an_overlay(capsys, tmp_path):
@@ -72,6 +84,53 @@ def test_several_pictures_and_an_overlay(capsys, tmp_path):
     assert [len(k) for k in record["kept_indices"]] == [9, 9]
     with Image.open(path) as overlay:
         assert overlay.width > overlay.height
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_each_picture_is_asked_about_alone(capsys, tmp_path, folder):
+    pictures = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, picture in enumerate(pictures):
+        shutil.copyfile(TINY / f"image_{number}.png", picture)
+    asked = [tmp_path] if folder else pictures
+    asked = [text for place in asked for text in ("--image", str(place))]
+    how = ["--prompt", "What?", "--max-tokens", "4", "--json"]
+    main(["--model", str(TINY), *asked, *how, *["--each"] * (not folder)])
+    out = capsys.readouterr().out.splitlines()
+    records = [json.loads(line) for line in out if line.startswith("{")]
+    assert [record["image"] for record in records] == list(map(str, pictures))
+    for picture, record in zip(pictures, records, strict=True):
+        assert record.keys() == FIELDS | {"image"}
+        main(["--model", str(TINY), "--image", str(picture), *how])
+        alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert alone.keys() == FIELDS
+        assert record["token_ids"] == alone["token_ids"]
+
+
+def test_a_method_of_one_s_own(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import mlx.core as mx\n"
+        "from mlx_tokprune import Selection\n"
+        "def every(features, *, keep, step=1):\n"
+        "    kept = int(step) * mx.arange(keep, dtype=mx.int32)\n"
+        "    return Selection(mx.broadcast_to(kept, (len(features.tokens), keep)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("_METHODS", "_NAMES"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    how = ["--method", "mine:every", "--keep-tokens", "9", "--option", "step=7"]
+    record = run_json(capsys, *how)
+    assert record["method"] == "mine:every"
+    assert record["kept_indices"] == [list(range(0, 63, 7))]
+
+
+def test_a_log_is_written_where_it_is_asked_for(capsys, caplog):
+    main([*ASK, "--max-tokens", "1"])
+    assert not caplog.messages
+    try:
+        main([*ASK, "--max-tokens", "1", "--verbose"])
+    finally:
+        logging.getLogger("mlx_tokprune").setLevel(logging.NOTSET)
+    assert any("first token after" in message for message in caplog.messages)
 
 
 def test_sampling_is_seeded(capsys):
@@ -109,10 +168,21 @@ def test_sampling_is_seeded(capsys):
         (["--seed", "-1"], "seed -1 is out of range"),
         (["--temp", "nan"], "out of range"),
         (["--image", "x" * 5000], "does not exist or is not a file"),
+        (["--image", ""], "picture '' does not exist or is not a file"),
+        (["--image", str(TINY.parent / "manifests")], "has no pictures"),
         (["--model", ""], "has no config.json"),
         (["--method", "NORM", "--keep-ratio", "0.5"], "Did you mean 'norm'?"),
         (["--prompt", "\udcff"], "not valid Unicode"),
         (["--positions", "middle"], "invalid choice"),
+        (["--latency-target", "0"], "a TTFT of 0 ms cannot be kept"),
+        (["--vision-budget", "nan"], "a TTFT of nan ms cannot be kept"),
+        (["--latency-target", "9", "--image-size", "512"], "not allowed with"),
+        (["--option", "coverage"], "--option is NAME=VALUE with a number"),
+        (["--option", "coverage=x"], "--option is NAME=VALUE with a number"),
+        (["--option", "coverage=1", "--keep-ratio", "0.5"], "takes no options"),
+        (["--method", "nowhere:f", "--keep-ratio", "0.5"], "cannot be imported"),
+        (["--method", "json:f", "--keep-ratio", "0.5"], "cannot be imported"),
+        (["--method", ".x:f", "--keep-ratio", "0.5"], "cannot be imported"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, options, message):
@@ -135,9 +205,10 @@ def test_a_picture_and_a_prompt_are_needed(capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("parser", [build_parser, convert_parser])
-def test_help(parser, capsys):
+@pytest.mark.parametrize("command", [act, convert, generate, report])
+def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        parser().parse_args(["--help"])
+        command.build_parser().parse_args(["--help"])
     assert stop.value.code == 0
-    assert "usage" in capsys.readouterr().out
+    name = command.__name__.rpartition(".")[2]
+    assert f"usage: mlx_tokprune.{name} " in capsys.readouterr().out

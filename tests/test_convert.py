@@ -10,11 +10,13 @@ import pytest
 from conftest import MANIFESTS, TINY, read_manifest, write_headers
 
 from mlx_tokprune import generate, load
+from mlx_tokprune.commands import convert as command
 from mlx_tokprune.convert import checkpoint as folders
-from mlx_tokprune.convert import command, convert, main
+from mlx_tokprune.convert import convert, main
 from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
 from mlx_tokprune.convert.fastvlm import FASTVLM
 from mlx_tokprune.errors import InputError
+from mlx_tokprune.loading import expected_shapes, open_checkpoint
 
 IDS = mx.array([[1, 2, 3, 4]])
 
@@ -69,13 +71,13 @@ def test_output_has_the_community_layout(checkpoint, tmp_path):
 def test_full_size_manifests_convert_structurally(path, tmp_path):
     manifest = read_manifest(path)
     write_headers(tmp_path / "full", manifest["tensors"], manifest["config"])
-    opened = Checkpoint.open(tmp_path / "full")
-    config = FASTVLM.read_config(opened)
+    family, opened, config = open_checkpoint(tmp_path / "full")
+    assert family is FASTVLM
     shapes = FASTVLM.shapes(opened)
     dropped = [n for n in manifest["tensors"] if FASTVLM.rename(n) is None]
     assert all(n.endswith("num_batches_tracked") for n in dropped)
     assert len(shapes) + len(dropped) == len(manifest["tensors"])
-    unused = shapes.keys() - FASTVLM.expected_shapes(config).keys()
+    unused = shapes.keys() - expected_shapes(FASTVLM, config).keys()
     assert unused == {"vision_tower.vision_model.head.proj"}
 
 
@@ -84,9 +86,8 @@ def test_a_manifest_with_one_tensor_renamed_is_refused(tmp_path):
     tensors = manifest["tensors"]
     tensors["model.norm.weigh"] = tensors.pop("model.norm.weight")
     write_headers(tmp_path / "full", tensors, manifest["config"])
-    opened = Checkpoint.open(tmp_path / "full")
     with pytest.raises(InputError, match=r"lacks tensor language_model\.model\.norm"):
-        FASTVLM.read_config(opened)
+        open_checkpoint(tmp_path / "full")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -448,6 +449,21 @@ def test_the_disk_space_asked_for_is_what_is_written(
     target = convert(str(checkpoint), str(tmp_path / "mlx"), dtype, quantize, 4, 32)
     header = 40_000  # names and offsets
     assert asked[0] <= weights_size(target) <= asked[0] + header
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "3e38"])
+def test_a_weight_that_is_not_finite_is_named(checkpoint, value):
+    """But not one whose sum alone is infinite."""
+
+    def change(weights):
+        weights["model.norm.weight"] = mx.full((64,), float(value))
+
+    edit_weights(checkpoint, change)
+    if value == "3e38":
+        load(checkpoint)
+        return
+    with pytest.raises(InputError, match=r"tensor .*\.model\.norm\.weight has numbers"):
+        load(checkpoint)
 
 
 def test_stray_scales_are_unknown_tensors(checkpoint):

@@ -9,11 +9,12 @@ from conftest import DATA, TINY_POLICY, read_manifest, write_headers
 
 from mlx_tokprune import load
 from mlx_tokprune.act import predict_action
+from mlx_tokprune.commands.convert import INT8_WARNING
 from mlx_tokprune.convert import convert, main
 from mlx_tokprune.convert.checkpoint import Checkpoint
-from mlx_tokprune.convert.command import INT8_WARNING
 from mlx_tokprune.convert.openvla import OPENVLA
 from mlx_tokprune.errors import InputError
+from mlx_tokprune.loading import Opened, expected_shapes, open_checkpoint
 
 PICTURE = TINY_POLICY / "image_0.png"
 INSTRUCTION = "pick up the cup"
@@ -29,23 +30,23 @@ def manifest(tmp_path):
     """Opens a checkpoint whose headers are those of OpenVLA-7B, after `change`."""
     read = read_manifest(DATA / "manifests" / "OpenVLA-7B.json.gz")
 
-    def open_changed(change=lambda tensors: None) -> Checkpoint:
+    def open_changed(change=lambda tensors: None) -> Opened:
         change(read["tensors"])
         folder = tmp_path / "full"
         write_headers(folder, read["tensors"], read["config"])
         text = json.dumps(read["preprocessor"])
         (folder / "preprocessor_config.json").write_text(text)
-        return Checkpoint.open(folder)
+        return open_checkpoint(folder)
 
     return open_changed
 
 
 def test_every_tensor_of_the_full_size_manifest_is_used_once(manifest):
-    opened = manifest()
-    config = OPENVLA.read_config(opened)
+    family, opened, config = manifest()
+    assert family is OPENVLA
     names = [OPENVLA.rename(n) for n in opened.tensors]
     used = [n for n in names if n is not None]
-    assert sorted(used) == sorted(OPENVLA.expected_shapes(config))
+    assert sorted(used) == sorted(expected_shapes(OPENVLA, config))
     dropped = [n for n in opened.tensors if OPENVLA.rename(n) is None]
     assert len(dropped) + len(used) == len(opened.tensors)
     pooling = "vision_backbone.fused_featurizer.attn_pool."
@@ -62,15 +63,13 @@ def test_every_tensor_of_the_full_size_manifest_is_used_once(manifest):
     ],
 )
 def test_a_missing_tensor_is_named(manifest, tensor, message):
-    opened = manifest(lambda tensors: tensors.pop(tensor))
     with pytest.raises(InputError, match=message):
-        OPENVLA.read_config(opened)
+        manifest(lambda tensors: tensors.pop(tensor))
 
 
 def test_a_tensor_nobody_uses_is_named(manifest):
-    opened = manifest(lambda tensors: tensors.update({"projector.fc4.weight": [4, 4]}))
     with pytest.raises(InputError, match=r"projector\.fc4\.weight"):
-        OPENVLA.read_config(opened)
+        manifest(lambda tensors: tensors.update({"projector.fc4.weight": [4, 4]}))
 
 
 def test_converting_twice_changes_nothing(tmp_path):

@@ -20,11 +20,12 @@ from mlx_tokprune.coreml import lower
 from mlx_tokprune.coreml.describe import read_functions
 from mlx_tokprune.coreml.export import Options, export_package
 from mlx_tokprune.coreml.plan import compute_plan, format_plan
-from mlx_tokprune.demo import CHECKPOINT, PICTURES, POLICY, POLICY_FRAME
+from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image
-from mlx_tokprune.pipeline import see
-from mlx_tokprune.pruners import registry
+from mlx_tokprune.pipeline import Scene, VisualTokens, look
+from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.pruners import as_plan, registry
 
 needs_coremltools()
 
@@ -37,16 +38,21 @@ FLOAT32 = Options(precision="float32")
 
 @pytest.fixture(scope="module")
 def demo():
-    return mlx_tokprune.load(CHECKPOINT, mx.float32)
+    return mlx_tokprune.load("demo", mx.float32)
 
 
 @pytest.fixture(scope="module")
 def policy():
-    return mlx_tokprune.load(POLICY, mx.float32)
+    return mlx_tokprune.load("demo-policy", mx.float32)
 
 
 def pixels_of(processor, picture=PICTURES[0]) -> np.ndarray:
     return processor.pixels([load_image(picture.path)])
+
+
+def see(model, pixels: mx.array, pruner: Pruner) -> VisualTokens:
+    """What the model's own tower makes of one picture, whatever the prompt."""
+    return look(model, Scene(pixels, Prompt(((), ()))), as_plan(pruner))
 
 
 def run(package: Path | Package, pixels: np.ndarray, function=None) -> dict:
@@ -228,9 +234,11 @@ class Equal(nn.Module):
     """A tower whose visual tokens are the pixels."""
 
     image_size = 4
+    stride = 1
+    reads_prompt = False
     args = None
 
-    def encode(self, pixels, needs=()):
+    def encode(self, pixels, needs=(), prompt=None):
         tokens = pixels.reshape(pixels.shape[0], -1, 3)
         return mlx_tokprune.Features(tokens, (4, 4))
 
@@ -326,7 +334,7 @@ def test_python_callers_get_a_sentence_too(demo, tmp_path):
     path = tmp_path / "v.mlpackage"
     with pytest.raises(InputError, match="no pruner was given"):
         export_package(demo[0], [], path)
-    half = mlx_tokprune.load(CHECKPOINT, mx.bfloat16)[0]
+    half = mlx_tokprune.load("demo", mx.bfloat16)[0]
     with pytest.raises(InputError, match=r"bfloat16; load it with dtype=mx.float32"):
         export_package(half, [Pruner("none")], path)
     with pytest.raises(InputError, match="unknown compression ''"):
@@ -352,7 +360,8 @@ def test_a_tower_that_reads_the_instruction_is_refused(oft_policy, tmp_path):
     model = oft_policy[0]
     film = dataclasses.replace(model.args.oft, film=True)
     args = dataclasses.replace(model.args, oft=film)
-    stand_in = type("Model", (), {"args": args})
+    known = {"args": args, "reads_prompt": type(model).reads_prompt}
+    stand_in = type("Model", (), known)()
     with pytest.raises(InputError, match="FiLM"):
         export_package(stand_in, [Pruner("none")], tmp_path / "v.mlpackage")
 
@@ -435,4 +444,4 @@ def core_ml_plan(monkeypatch):
 def test_methods_are_all_known_here():
     """A new vision method must be exported in these tests, too."""
     known = {*METHODS, "random", "none"}
-    assert set(registry.list_pruners("vision")) == known
+    assert set(registry.list_pruners("tower")) == known

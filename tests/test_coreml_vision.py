@@ -14,7 +14,7 @@ from mlx_tokprune import generate
 from mlx_tokprune.coreml import vision
 from mlx_tokprune.coreml.describe import read_functions
 from mlx_tokprune.coreml.export import Options
-from mlx_tokprune.demo import CHECKPOINT, PICTURES, POLICY
+from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.generate import main as generate_command
 
@@ -27,12 +27,12 @@ pytestmark = COREMLTOOLS_WARNINGS
 
 @pytest.fixture(scope="module")
 def demo():
-    return mlx_tokprune.load(CHECKPOINT, mx.float32)
+    return mlx_tokprune.load("demo", mx.float32)
 
 
 @pytest.fixture(scope="module")
 def policy():
-    return mlx_tokprune.load(POLICY, mx.float32)
+    return mlx_tokprune.load("demo-policy", mx.float32)
 
 
 class Stand:
@@ -62,11 +62,13 @@ def test_generate_with_a_package(core_ml, packages, capsys, apple):
         path, ratio = packages("norm", (0.5, 0.25, 0.125)), 0.25
     records = []
     for arguments in (["--vision", str(path)], ["--method", "norm"]):
-        generate_command(["--json", "--keep-ratio", str(ratio), *arguments])
+        asked = ["--json", "--stages", "--keep-ratio", str(ratio)]
+        generate_command([*asked, *arguments])
         records.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     same = ("text", "token_ids", "kept_indices", "visual_tokens", "method", "keep")
     assert [records[0][key] for key in same] == [records[1][key] for key in same]
     assert records[0]["stages_ms"]["prune"] == 0
+    assert records[1]["stages_ms"]["prune"] > 0
 
 
 def test_a_package_must_fit_question_and_model(core_ml, packages, demo, tiny, policy):

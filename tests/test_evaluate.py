@@ -11,17 +11,21 @@ import pytest
 from conftest import TINY, TINY_POLICY
 from PIL import Image
 
-from mlx_tokprune import generate, load, predict_action
-from mlx_tokprune.demo import CHECKPOINT, PICTURES
+from mlx_tokprune import generate, load, predict_action, stream_generate
+from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.evaluate import data, measure, table
+from mlx_tokprune.evaluate import data, read_result, table
 from mlx_tokprune.evaluate.__main__ import main
-from mlx_tokprune.evaluate.actions import ActionEvaluator
 from mlx_tokprune.evaluate.actions import accuracy as action_accuracy
 from mlx_tokprune.evaluate.gather import Workers
-from mlx_tokprune.evaluate.vqa import accuracy, normalize
-from mlx_tokprune.intervals import of_mean
-from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.evaluate.journal import Journal, answer_all
+from mlx_tokprune.evaluate.measure import Evaluator, Reference
+from mlx_tokprune.evaluate.words import accuracy, normalize
+from mlx_tokprune.measure.intervals import bootstrap, of_share, wilson
+from mlx_tokprune.measure.results import Row, fingerprint, make_rows
+from mlx_tokprune.measure.subject import Asked, Counted, subject_of
+from mlx_tokprune.pipeline import run
+from mlx_tokprune.pruners import Pruner, as_plan
 from mlx_tokprune.train.accuracy import measure as measure_training
 
 QUESTION = "What does the sign say?"
@@ -135,7 +139,7 @@ def test_a_folder_of_pictures(folder):
     [
         (lambda f: "nowhere", "does not exist"),
         (lambda f: write_lines(f, "{"), "no question that can be asked .line 1"),
-        (lambda f: str(f / "empty"), "no question that can be asked"),
+        (lambda f: str(f / "empty"), "has no pictures"),
     ],
 )
 def test_nothing_to_ask_is_refused(folder, make, message):
@@ -147,17 +151,16 @@ def test_nothing_to_ask_is_refused(folder, make, message):
 # Measuring --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load(CHECKPOINT)
+ROWS = make_rows(["norm", "similarity", "uniform"], [0.5, 0.11])
 
 
-ROWS = measure.make_rows(["norm", "similarity", "uniform"], [0.5, 0.11], [])
+def evaluator_of(loaded, rows=ROWS, positions="original", most=8) -> Evaluator:
+    return Evaluator(subject_of("it", *loaded), rows, positions, most)
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 def test_answers_are_those_of_generate(demo, positions):
-    evaluator = measure.Evaluator(*demo, ROWS, positions, 8)
+    evaluator = evaluator_of(demo, positions=positions)
     for picture in PICTURES:
         item = data.Item(str(picture.path), picture.question, (picture.answer,))
         records = evaluator.ask(item)
@@ -172,72 +175,67 @@ def test_answers_are_those_of_generate(demo, positions):
             assert record["agrees"] == same
 
 
+def decoded(evaluator, item, plan, ids) -> mx.array:
+    """Logits from which each of `ids` would follow: token by token, with a cache."""
+    model = evaluator.model
+    scene = evaluator.subject.scene([item.load()], item.question)
+    read, _ = run(model, scene, plan, cache=model.decoder.make_cache())
+    found = [model.decoder.logits(read.hidden)[0, -1]]
+    for token in ids[:-1]:
+        logits = model(mx.array([[token]]), cache=read.cache)
+        found.append(logits[0, -1])
+    return mx.stack(found)
+
+
 def test_divergence_is_that_of_the_distributions(demo):
     """Token by token with a cache, in NumPy."""
-    model, _ = demo
-    evaluator = measure.Evaluator(*demo, ROWS, "original", 8)
+    evaluator = evaluator_of(demo)
     item = data.Item(str(PICTURES[0].path), PICTURES[0].question)
     records = evaluator.ask(item)
     assert records["none"]["divergence"] == 0
-    prompt = demo[1].prompt(item.question, 1)
-    features = evaluator._features(item)
-    full, _ = evaluator._prefill(prompt, features, Pruner("none"))
-    ids = evaluator._greedy(full)
+    asked = (*demo, [PICTURES[0].path], item.question)
+    ids = [piece.token for piece in stream_generate(*asked, max_tokens=8)]
 
-    def distributions(prefill):
-        from mlx_lm.models.cache import make_prompt_cache
+    def distributions(plan):
+        rows = np.array(decoded(evaluator, item, plan, ids), np.float64)
+        shares = np.exp(rows - rows.max(-1, keepdims=True))
+        return shares / shares.sum(-1, keepdims=True)
 
-        from mlx_tokprune.pipeline import first_logits
-
-        cache = make_prompt_cache(model)
-        logits, found = first_logits(model, prefill, cache), []
-        for token in ids:
-            row = np.array(logits[0], np.float64)
-            shares = np.exp(row - row.max())
-            found.append(shares / shares.sum())
-            with model.positions.using(prefill.positions, prefill.shift):
-                logits = model(mx.array([[token]]), cache=cache)[:, -1]
-        return np.array(found)
-
-    wanted = distributions(full)
+    wanted = distributions(())
     for row in ROWS[1:]:
-        pruned, _ = evaluator._prefill(prompt, features, row.pruner)
-        other = distributions(pruned)
+        other = distributions(as_plan(row.pruner))
         expected = (wanted * np.log(wanted / other)).sum(-1).mean()
         found = records[row.label]["divergence"]
         assert found == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
-def test_told_answers_are_those_of_decoding(tiny):
+def test_told_answers_are_those_of_decoding(tiny, monkeypatch):
     """At original positions, with tokens dropped before them."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    from mlx_tokprune.pipeline import first_logits
-
-    model, processor = tiny
-    evaluator = measure.Evaluator(*tiny, ROWS, "original", 4)
+    evaluator = evaluator_of(tiny, make_rows(["norm"], [0.25]), most=4)
     item, ids = data.Item(str(TINY / "image_0.png"), "Hi"), [5, 9, 7, 3]
-    prompt = processor.prompt(item.question, 1)
-    prefill, _ = evaluator._prefill(
-        prompt, evaluator._features(item), Pruner("norm", 0.25)
+    monkeypatch.setattr(evaluator, "_greedy", lambda asked: ids)
+    told, divergence = [], Reference.divergence
+    monkeypatch.setattr(
+        Reference,
+        "divergence",
+        lambda self, logits: told.append(logits) or divergence(self, logits),
     )
-    cache, found = make_prompt_cache(model), []
-    found.append(first_logits(model, prefill, cache)[0])
-    for token in ids[:-1]:
-        with model.positions.using(prefill.positions, prefill.shift):
-            found.append(model(mx.array([[token]]), cache=cache)[0, -1])
-    told = evaluator._forced(prefill, ids)
-    assert mx.allclose(told, mx.stack(found), rtol=1e-3, atol=1e-4)
+    evaluator.ask(item)
+    expected = decoded(evaluator, item, as_plan(Pruner("norm", 0.25)), ids)
+    assert mx.allclose(told[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_picture_is_encoded_once(demo, monkeypatch):
-    model, processor = demo
-    evaluator = measure.Evaluator(model, processor, ROWS, "original", 4)
+    model, _ = demo
+    evaluator = evaluator_of(demo, most=4)
     encoded = []
     encode = type(model).encode
     monkeypatch.setattr(
         type(model), "encode", lambda *args: encoded.append(1) or encode(*args)
     )
+    # Counting FLOPs traces the tower, which computes nothing.
+    none = Counted({}, 0, 64, 64)
+    monkeypatch.setattr(type(evaluator.subject), "count_shapes", lambda *_: none)
     for question in ("What?", "Where?"):
         evaluator.ask(data.Item(str(PICTURES[0].path), question))
     assert len(encoded) == 1
@@ -246,10 +244,10 @@ def test_a_picture_is_encoded_once(demo, monkeypatch):
 def test_accuracies_are_those_of_the_training_s_own_check(demo):
     found = data.read_questions("demo", 6, None)
     pruners = [Pruner("none"), Pruner("norm", 0.11), Pruner("random", 0.25)]
-    rows = [measure.Row(f"{p.method}", p) for p in pruners]
-    evaluator = measure.Evaluator(*demo, rows, "original", 8)
+    rows = [Row(f"{p.method}", p) for p in pruners]
+    evaluator = evaluator_of(demo, rows)
     records = {n: evaluator.ask(item) for n, item in enumerate(found.items)}
-    ours = table.summarize(found.items, records, {})
+    ours = table.summarize(found.items, records)
     theirs = list(measure_training(*demo, 6, pruners).values())
     for mine, other in zip(ours, theirs, strict=False):
         shares = {kind: share["value"] for kind, share in mine["accuracy"].items()}
@@ -260,7 +258,7 @@ def test_accuracies_are_those_of_the_training_s_own_check(demo):
 
 
 def test_budgets_in_tokens():
-    rows = measure.make_rows(["norm"], [], [8, 16])
+    rows = make_rows(["norm"], [], [8, 16])
     assert [row.label for row in rows] == ["none", "norm 8 tokens", "norm 16 tokens"]
 
 
@@ -269,9 +267,8 @@ def test_budgets_in_tokens():
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 def test_actions_are_those_of_predict_action(tiny_policy, positions):
-    model, processor = tiny_policy
-    rows = measure.make_rows(["norm", "trimvla", "attention"], [0.5, 0.1], [])
-    evaluator = ActionEvaluator(model, processor, rows, positions)
+    rows = make_rows(["norm", "trimvla", "attention"], [0.5, 0.1])
+    evaluator = evaluator_of(tiny_policy, rows, positions)
     picture, told = str(TINY_POLICY / "image_0.png"), "pick up the cup"
     plain = predict_action(*tiny_policy, [picture], told)
     right = " ".join(f"{value:.6f}" for value in plain.normalized)
@@ -289,8 +286,9 @@ def test_actions_are_those_of_predict_action(tiny_policy, positions):
         assert (record["divergence"] > 0) == (row.label != "none")
 
 
-def test_policies_are_asked_about_meta_world(tmp_path, monkeypatch, capsys):
-    """With a world that needs no simulator; the real one is the same class."""
+@pytest.fixture
+def still_worlds(monkeypatch):
+    """Worlds that need no simulator; the real one is the same class."""
     from mlx_tokprune.train.policy import worlds
 
     class Still:
@@ -311,15 +309,41 @@ def test_policies_are_asked_about_meta_world(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(worlds, "World", Still)
     monkeypatch.setattr(worlds, "import_simulator", lambda: None)
+    return worlds
+
+
+def test_policies_are_asked_about_meta_world(tmp_path, still_worlds, capsys):
     output = tmp_path / "e.json"
     options = ["--data", "metaworld", "--pictures", "10", "--keep-ratios", "0.5"]
     main([*options, "--methods", "trimvla", "--output", str(output)])
     assert "| trimvla 0.5 | 32 |" in capsys.readouterr().out
-    result = measure.read_result(output)
+    result = read_result(output)
     assert result["model"] == "demo-policy"
     kinds = set(result["rows"][0]["accuracy"])
-    assert kinds == {"all", *worlds.TASKS}
+    assert kinds == {"all", *still_worlds.TASKS}
     assert result["answers"][9]["picture"] != result["answers"][0]["picture"]
+
+
+def test_methods_that_count_for_themselves(tmp_path, capsys, demo_policy):
+    """How many tokens stay is of each question, and options decide it."""
+    source = write_lines(tmp_path, ask(str(POLICY_FRAME.path), POLICY_FRAME.question))
+    output = tmp_path / "e.json"
+    options = ["--model", "demo-policy", "--data", source, "--output", str(output)]
+    options += ["--methods", "lightvla", "trimvla", "--option", "coverage=0.3"]
+    main([*options, "--option", "min_keep_ratio=0.02"])
+    asked = (*demo_policy, [POLICY_FRAME.path], POLICY_FRAME.question)
+    own = {"coverage": 0.3, "min_keep_ratio": 0.02}
+    shown, result = capsys.readouterr().out, read_result(output)
+    assert len(result["rows"]) == 3
+    for pruner in (Pruner("lightvla"), Pruner("trimvla", options=own)):
+        label, row = f"{pruner.method} own count", result["run"]["rows"]
+        action = predict_action(*asked, pruner=pruner)
+        assert 0 < action.visual.keep < 64
+        assert f"| {label} | {action.visual.keep} |" in shown
+        given = " ".join(f"{value:+.3f}" for value in action.normalized)
+        assert result["answers"][0]["given"][label] == given
+        (described,) = [r["pruner"] for r in row if r["label"] == label]
+        assert described["options"] == dict(pruner.options)
 
 
 @pytest.mark.parametrize(("answer", "message"), [("x", "no action"), ("0 1", "has 2")])
@@ -346,29 +370,33 @@ def test_what_was_answered_is_kept(tmp_path):
     items = [data.Item("p", f"q{i}") for i in range(4)]
     file, header = tmp_path / "journal", {"a": 1}
     first = Counter()
-    measure.answer_all(first, items, [0, 1], measure.Journal(file, header))
+    answer_all(first, items, [0, 1], Journal(file, header))
     with file.open("a") as stream:
         stream.write('{"item": 2, "ro')  # killed while it wrote
     again = Counter()
-    records = measure.answer_all(again, items, range(4), measure.Journal(file, header))
+    records = answer_all(again, items, range(4), Journal(file, header))
     assert again.calls == 2
     assert records[0]["none"]["answer"] == "q0 1"
     assert records[3]["none"]["answer"] == "q3 2"
-    assert set(measure.Journal(file, header).records) == {0, 1, 2, 3}
+    assert set(Journal(file, header).records) == {0, 1, 2, 3}
     # Other weights, rows or questions: everything again.
-    assert not measure.Journal(file, {"a": 2}).records
+    assert not Journal(file, {"a": 2}).records
 
 
 def test_weights_decide_what_is_the_same(demo):
+    """Their bytes: a sum would not tell a negated or a shuffled one apart."""
     model, _ = demo
-    before = measure.fingerprint(model)
-    assert before == measure.fingerprint(load(CHECKPOINT)[0])
-    bias = model.language_model.model.norm.weight
+    before = fingerprint(model)
+    assert before == fingerprint(load("demo")[0])
+    norm = model.language_model.model.norm
+    weight = norm.weight
     try:
-        model.language_model.model.norm.weight = bias * 1.001
-        assert measure.fingerprint(model) != before
+        for changed in (weight * 1.001, -weight, weight[::-1]):
+            norm.weight = changed
+            assert fingerprint(model) != before
     finally:
-        model.language_model.model.norm.weight = bias
+        norm.weight = weight
+    assert fingerprint(model) == before
 
 
 def test_workers_share_everything_once(monkeypatch):
@@ -413,7 +441,7 @@ def test_the_command_writes_rows_and_answers(folder, capsys):
     out = capsys.readouterr().out
     assert "skipped line 2: no JSON" in out
     assert "| norm 0.5 | 32 |" in out
-    result = measure.read_result(output)
+    result = read_result(output)
     none, norm = result["rows"]
     assert none["accuracy"]["all"] == pytest.approx(
         {"value": 1, "low": 0.2065, "high": 1, "n": 1}, abs=1e-3
@@ -434,12 +462,67 @@ def test_pictures_without_answers_are_compared_with_the_unpruned(folder, capsys)
     assert "| norm 8 tokens | 8 |" in shown
 
 
+def test_more_tokens_than_there_are_mean_all(folder, capsys):
+    """Said once, however many methods and questions there are."""
+    (folder / "broken.png").unlink()
+    output = folder / "e.json"
+    options = ["--data", str(folder), "--methods", "norm", "uniform"]
+    options += ["--eval-budgets", "8", "65", "500", "--max-tokens", "2"]
+    main([*options, "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert shown.count("65, 500 visual tokens are more than the 64, so all stay") == 1
+    assert shown.count("so all stay") == 1
+    result = read_result(output)
+    assert [(row["label"], row["kept"]) for row in result["rows"]] == [
+        ("none", 64),
+        ("norm 8 tokens", 8),
+        ("norm 64 tokens", 64),
+        ("uniform 8 tokens", 8),
+        ("uniform 64 tokens", 64),
+    ]
+    assert result["rows"][2]["agreement"]["all"]["value"] == 1
+
+
+def test_the_least_picture_says_how_many_tokens_there_are(tmp_path, capsys):
+    """Without padding, pictures of other shapes have other numbers of tokens."""
+    for height in (512, 256):
+        picture = Image.new("RGB", (512, height), "green")
+        picture.save(tmp_path / f"{height}.png")
+    options = ["--data", str(tmp_path), "--padding", "skip", "--methods", "norm"]
+    options += ["--eval-budgets", "40", "--max-tokens", "2"]
+    main([*options, "--output", str(tmp_path / "e.json")])
+    shown = capsys.readouterr().out
+    assert "40 visual tokens are more than the 32, so all stay" in shown
+    assert "| norm 32 tokens | 32 |" in shown
+
+
+def test_flops_are_those_of_each_question(demo, folder):
+    picture, questions = str(PICTURES[0].path), ("Why?", "Why, of all there is? " * 9)
+    evaluator = evaluator_of(demo, ROWS[:2], most=1)
+    flops = []
+    for question in questions:
+        record = evaluator.ask(data.Item(picture, question))["norm 0.5"]
+        asked = ([data.Item(picture, question).load()], question)
+        plan = as_plan(ROWS[1].pruner)
+        counted = evaluator.subject.count(Asked(*asked, plan, "original"))
+        assert record["flops"] == counted.flops
+        flops.append(record["flops"])
+    assert flops[1] > 1.1 * flops[0]
+    source = write_lines(folder, *(ask(picture, question) for question in questions))
+    options = ["--data", source, "--methods", "norm", "--keep-ratios", "0.5"]
+    options += ["--max-tokens", "1", "--output", str(folder / "e.json")]
+    main(options)
+    row = read_result(folder / "e.json")["rows"][1]
+    assert row["flops"] == sum(flops) / 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--keep-ratios", "0"], "keep ratio 0 is outside"),
         (["--methods", "nrm"], "Did you mean 'norm'?"),
-        (["--methods", "trimvla"], "looks at the prompt"),
+        (["--methods", "learned"], "chooses by a scorer"),
+        (["--option", "coverage=0.3"], "has an option 'coverage'"),
         (["--data", "nowhere"], "does not exist"),
         (["--pictures", "0"], "whole numbers from 1"),
         (["--output", "nowhere/e.json"], "which does not exist"),
@@ -460,15 +543,36 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, options, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_intervals_of_shares():
+    """Wilson's for independent yes and no; else pictures are drawn again."""
+    values = [1.0] * 9 + [0.0]
+    assert wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert of_share(values, range(10)) == wilson(9, 10)
+    together = [number // 2 for number in range(10)]
+    for some, groups in (([0.3, *values[1:]], range(10)), (values, together)):
+        assert of_share(some, groups) == bootstrap(some, groups)
+        assert of_share(some, groups) != wilson(sum(some), 10)
+    # Four questions about each of two pictures are no eight pictures.
+    twice = [1.0] * 4 + [0.0] * 4
+    low, high = of_share(twice, [0] * 4 + [1] * 4)
+    assert (low, high) == (0, 1)
+    # Nothing to draw differently: Wilson's, of as many as there are pictures.
+    assert of_share([1.0] * 8, [0] * 4 + [1] * 4) == wilson(2, 2)
+    assert of_share([0.6] * 4, range(4)) == wilson(2.4, 4)
+
+
 def test_intervals_of_means():
-    assert of_mean([2.0]) == (2.0, 2.0)
-    low, high = of_mean([0.0, 1.0, 2.0, 3.0])
-    assert (low + high) / 2 == 1.5
-    assert high - low == pytest.approx(2 * 1.96 * np.std([0, 1, 2, 3], ddof=1) / 2)
+    assert bootstrap([2.0], ["a"]) == (2.0, 2.0)
+    values = np.arange(200) % 4 * 1.0
+    low, high = bootstrap(values, range(200))
+    half = 1.96 * np.std(values) / 200**0.5
+    assert (low, high) == pytest.approx((1.5 - half, 1.5 + half), abs=0.03)
+    grouped = bootstrap(values, np.arange(200) % 4)
+    assert grouped[1] - grouped[0] > 3 * (high - low)
 
 
 def test_the_tiny_model_can_be_asked(tiny):
-    evaluator = measure.Evaluator(*tiny, ROWS[:2], "original", 3)
+    evaluator = evaluator_of(tiny, ROWS[:2], most=3)
     records = evaluator.ask(data.Item(str(TINY / "image_0.png"), "Hi", ("x",)))
     assert records["norm 0.5"]["kept"] == 32
 

@@ -3,6 +3,7 @@
 import threading
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -14,8 +15,8 @@ from mlx_tokprune.models.fastvithd import (
     drop_layer_scales,
     fold,
 )
+from mlx_tokprune.models.language import At, PositionedRoPE, Sequence
 from mlx_tokprune.models.layers import plain_operations
-from mlx_tokprune.models.positions import PositionedRoPE, Positions
 
 SMALL = VisionConfig(
     layers=(1, 1, 1, 1, 2),
@@ -107,9 +108,9 @@ def test_half_precision_keeps_its_layer_scales():
     """Folded, small scales would make weights that have hardly any digits."""
     weights = dict(tree_flatten(trained_like(inference=False).parameters()))
     half = {name: array.astype(mx.float16) for name, array in weights.items()}
-    assert {k for k in half if ".layer_scale" in k} == {
-        k for k in fold(half) if ".layer_scale" in k
-    }
+    scales = {k for k in half if ".layer_scale" in k}
+    assert scales
+    assert scales == {k for k in fold(half) if ".layer_scale" in k}
     assert not any(".layer_scale" in name for name in fold(weights))
 
 
@@ -119,7 +120,9 @@ def test_tower_shapes_and_plain_form():
     features = tower(pixels, ("attention",))
     assert features.tokens.shape == (2, 6, SMALL.output_dim)
     assert features.grid == (2, 3)
-    np.testing.assert_allclose(np.array(mx.sum(features.attention, 1)), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.array(mx.sum(features.extras["attention"], 1)), 1, rtol=1e-5
+    )
     with plain_operations():
         assert difference(features.tokens, tower(pixels).tokens) < 1e-4
 
@@ -136,30 +139,59 @@ def test_only_the_last_block_computes_weights_and_only_when_asked(monkeypatch):
         for block in stage:
             block.attend = spy(block)
     pixels = mx.zeros((1, 128, 128, 3))
-    assert tower(pixels).attention is None
+    assert not tower(pixels).extras
     assert asked == [False, False, False]
     asked.clear()
-    assert tower(pixels, ("attention",)).attention is not None
+    assert set(tower(pixels, ("attention",)).extras) == {"attention"}
     assert asked == [False, False, True]
 
 
-def test_rope_at_given_positions_equals_rope_one_by_one():
-    import mlx.nn as nn
+WHERE = [0, 1, 5, 6, 11]
 
-    positions = Positions()
-    rope = PositionedRoPE(nn.RoPE(16), positions)
+
+def test_rope_at_given_positions_equals_rope_one_by_one():
+    plain, rope = nn.RoPE(16), PositionedRoPE(nn.RoPE(16))
     x = mx.random.normal((2, 3, 5, 16), key=mx.random.key(0))
-    assert mx.array_equal(rope(x, offset=4), nn.RoPE(16)(x, offset=4))
-    where = [0, 1, 5, 6, 11]
-    with positions.using(mx.array(where), shift=7):
-        together = rope(x, offset=0)
-        late = rope(x[:, :, :1], offset=5)
-        chunk = rope(x[:, :, 2:4], offset=2)
-        with pytest.raises(ValueError, match="cross the end"):
-            rope(x, offset=2)
-    for i, position in enumerate(where):
-        one = nn.RoPE(16)(x[:, :, i : i + 1], offset=position)
-        assert difference(together[:, :, i : i + 1], one) < 1e-6
-    assert difference(late, nn.RoPE(16)(x[:, :, :1], offset=12)) < 1e-6
+    assert mx.array_equal(rope(x, offset=4), plain(x, offset=4))
+    together = rope(x, offset=At(mx.array(WHERE)))
+    rows = rope(x, offset=At(mx.array([WHERE, WHERE[::-1]])))
+    chunk = rope(x[:, :, 2:4], offset=At(mx.array(WHERE[2:4])))
     assert difference(chunk, together[:, :, 2:4]) < 1e-6
-    assert mx.array_equal(rope(x), nn.RoPE(16)(x))  # nothing is left behind
+    assert mx.array_equal(rows[0], together[0])
+    for i, (position, other) in enumerate(zip(WHERE, WHERE[::-1], strict=True)):
+        one = x[:, :, i : i + 1]
+        assert difference(together[:, :, i : i + 1], plain(one, offset=position)) < 1e-6
+        assert difference(rows[1:, :, i : i + 1], plain(one[1:], offset=other)) < 1e-6
+    assert mx.array_equal(rope(x), plain(x))  # nothing is left behind
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("where", [WHERE, [WHERE, [2, 3, 4, 9, 11]]])
+def test_a_sequence_is_read_in_chunks_at_its_positions(tiny, where, step):
+    """And what follows stands behind its end, whatever the cache holds."""
+    decoder, ids = tiny[0].decoder, mx.array([[5, 9, 70, 8, 3], [4, 4, 60, 7, 2]])
+    after = mx.array([[11, 12, 13], [21, 22, 23]])
+    sequence = Sequence(decoder.embed(ids), mx.array(where), 12)
+    whole = decoder.read(sequence, rows=5).hidden
+    read = decoder.read(sequence, decoder.make_cache(), rows=2, step=step)
+    assert difference(read.hidden, whole[:, -2:]) < 1e-5
+    for row, places in enumerate(np.broadcast_to(where, (2, 5))):
+        alone = Sequence(sequence.embeddings[row : row + 1], mx.array(places), 12)
+        assert difference(decoder.read(alone, rows=5).hidden, whole[row]) < 1e-5
+    plain = Sequence(sequence.embeddings, None, 5)
+    counted = Sequence(sequence.embeddings, mx.arange(5), 5)
+    plain, counted = (decoder.read(s, rows=5).hidden for s in (plain, counted))
+    assert difference(counted, plain) < 1e-5
+    assert difference(whole, plain) > 1e-2
+    longer = sequence.extended(decoder.embed(after))
+    expected = decoder.read(longer, rows=3).hidden
+    assert longer.end == 15
+    assert difference(decoder.follow(after, read.cache), expected) < 1e-5
+
+
+def test_chunks_see_each_other_without_a_cache(tiny):
+    decoder = tiny[0].decoder
+    sequence = Sequence(decoder.embed(mx.array([[5, 9, 70, 8, 3]])), None, 5)
+    whole, chunked = decoder.read(sequence), decoder.read(sequence, step=2)
+    assert difference(chunked.hidden, whole.hidden) < 1e-5
+    assert chunked.cache == []

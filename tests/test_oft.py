@@ -1,5 +1,6 @@
 """OpenVLA-OFT: one bidirectional forward, slots counted from the kept tokens."""
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -8,31 +9,54 @@ import pytest
 from conftest import OFT, TINY_POLICY, copy_policy, side_tensors
 from PIL import Image
 
-from mlx_tokprune import control, load
+from mlx_tokprune import Policy, Pruner, load, pipeline
 from mlx_tokprune.act import main, predict_action
 from mlx_tokprune.actions import read_bounds
 from mlx_tokprune.convert import convert, sidefiles
 from mlx_tokprune.convert.checkpoint import Checkpoint
-from mlx_tokprune.convert.families import identify
-from mlx_tokprune.convert.openvla import OPENVLA
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image, preprocess_naive
-from mlx_tokprune.policy import Policy
-from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.loading import open_checkpoint
+from mlx_tokprune.pruners import as_plan
+from mlx_tokprune.robot.heads import head_of
+from mlx_tokprune.robot.inputs import observe
 
 PICTURE = load_image(TINY_POLICY / "image_0.png")
 PICTURES = [PICTURE, PICTURE.rotate(90)]
 STATE = [0.5, -1.0, 2.0, 0.0, 1.0]
-OWN_COUNT = ("trimvla", "lightvla")
 INSTRUCTION = "pick up the cup"
 
 
-def see(policy, pruner: Pruner):
-    model, processor = policy
+def scene_of(processor, instruction=INSTRUCTION) -> pipeline.Scene:
     state = mx.array([[0.1, -0.4, 0.9, 0.0, 0.3]])
-    observation = control.observe(processor, PICTURES, INSTRUCTION, state)
-    features = control.encode(model, observation)
-    return observation, control.see(model, observation, pruner, features)
+    return observe(processor, [PICTURES], processor.prompt(instruction), state)
+
+
+def see(policy, pruner: Pruner, positions="original"):
+    """The visual tokens that are kept, and the sequence."""
+    scene, plan = scene_of(policy[1]), as_plan(pruner)
+    visual = pipeline.look(policy[0], scene, plan)
+    visual = pipeline.choose(policy[0], scene, plan, visual)
+    return visual, pipeline.assemble(policy[0], scene, visual, plan, positions)
+
+
+def states(model, sequence) -> mx.array:
+    """(1, T, D) of every token."""
+    rows = sequence.embeddings.shape[1]
+    return model.decoder.read(sequence, rows=rows).hidden
+
+
+def actions_of(model, sequence) -> np.ndarray:
+    """(chunk, A) from the states before the 21 slots; behind them stands the stop."""
+    return np.array(model.action_head(states(model, sequence)[:, -23:-2])[0])
+
+
+def act(policy, pruner: Pruner, positions="original") -> np.ndarray:
+    """(chunk, A) normalised actions."""
+    model, processor = policy
+    head, scene = head_of(model, processor, 7), scene_of(processor)
+    parts, _ = head.act(model, scene, as_plan(pruner), positions=positions)
+    return np.array(head.joined(parts)[0])
 
 
 def linear(weights, name, x):
@@ -79,16 +103,13 @@ def plain_head(states: np.ndarray) -> np.ndarray:
 def test_actions_come_from_the_slots(oft_policy, pruner, positions):
     """The slots are found by their zero embeddings, not by counting."""
     model, _ = oft_policy
-    observation, patches = see(oft_policy, pruner)
-    sequence = control.assemble(model, observation, patches, positions)
+    _, sequence = see(oft_policy, pruner, positions)
     zero = np.abs(np.array(sequence.embeddings[0])).sum(-1) == 0
     slots = np.nonzero(zero)[0]
     assert len(slots) == 21
-    with model.positions.using(sequence.positions):
-        hidden = np.array(model.hidden_states(sequence.embeddings, None, None)[0])
     # Each action is read from the state before its slot.
-    expected = plain_head(hidden[slots - 1])
-    ours = np.array(control.regress(model, sequence)[0])
+    expected = plain_head(np.array(states(model, sequence)[0])[slots - 1])
+    ours = act(oft_policy, pruner, positions)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -97,27 +118,22 @@ def test_actions_come_from_the_slots(oft_policy, pruner, positions):
 )
 def test_pruned_forward_equals_a_mask_over_the_whole_one(oft_policy, pruner):
     model, _ = oft_policy
-    observation, patches = see(oft_policy, pruner)
-    sequence = control.assemble(model, observation, patches, "original")
-    _, whole = see(oft_policy, Pruner())
-    full = control.assemble(model, observation, whole, "original")
+    visual, _ = see(oft_policy, pruner)
+    whole, full = see(oft_policy, Pruner())
     keep = np.ones(full.embeddings.shape[1], bool)
     keep[1 : 1 + whole.total] = False
-    keep[1 + np.array(patches.indices[0])] = True
-    hidden = model.hidden_states(
-        full.embeddings, mx.array(keep)[None, None, None], None
-    )
-    start = control.first_slot(full, 21)
-    expected = model.action_head(hidden[:, start : start + 21])
-    ours = control.regress(model, sequence)
-    np.testing.assert_allclose(np.array(ours), np.array(expected), rtol=1e-3, atol=1e-4)
+    keep[1 + np.array(visual.indices[0])] = True
+    mask = mx.array(np.broadcast_to(keep, (1, len(keep), len(keep))))
+    expected = actions_of(model, dataclasses.replace(full, mask=mask))
+    ours = act(oft_policy, pruner)
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_prompt_stage_pruner_chooses_among_both_pictures(oft_policy):
-    _, patches = see(oft_policy, Pruner("trimvla", 0.25))
-    assert patches.total == 128
-    assert patches.indices.shape == (1, 32)
-    _, each = see(oft_policy, Pruner("norm", 0.25))
+    visual, _ = see(oft_policy, Pruner("trimvla", 0.25))
+    assert visual.total == 128
+    assert visual.indices.shape == (1, 32)
+    each, _ = see(oft_policy, Pruner("norm", 0.25))
     indices = np.array(each.indices[0])
     assert (indices < 64).sum() == (indices >= 64).sum() == 16
     assert (np.diff(indices) > 0).all()
@@ -126,13 +142,12 @@ def test_a_prompt_stage_pruner_chooses_among_both_pictures(oft_policy):
 def test_attention_is_bidirectional(oft_policy):
     """The stop token, which comes last, moves every action."""
     model, _ = oft_policy
-    observation, patches = see(oft_policy, Pruner())
-    sequence = control.assemble(model, observation, patches, "original")
-    before = control.regress(model, sequence)
+    _, sequence = see(oft_policy, Pruner())
     changed = np.array(sequence.embeddings)
     changed[0, -1] += 1  # the stop token comes after every slot
-    moved = control.Sequence(mx.array(changed), None, None)
-    assert mx.abs(control.regress(model, moved) - before).max() > 1e-4
+    changed = dataclasses.replace(sequence, embeddings=mx.array(changed))
+    moved = actions_of(model, changed) - actions_of(model, sequence)
+    assert np.abs(moved).max() > 1e-4
 
 
 @pytest.mark.parametrize("method", ["norm", "trimvla", "lightvla"])
@@ -155,18 +170,17 @@ def test_policy_and_predict_action_agree(oft_policy, method):
 def test_the_sequence_is_the_reference_s(oft_policy, pruner):
     """<s>, patches, robot state, prompt, empty slots, </s>."""
     model, processor = oft_policy
-    observation, patches = see(oft_policy, pruner)
-    sequence = control.assemble(model, observation, patches, "contiguous")
-    _, prompt = processor.prompt(INSTRUCTION)
+    visual, sequence = see(oft_policy, pruner, "contiguous")
+    scene = scene_of(processor)
 
     def embed(*ids):
-        return np.array(model.embed(mx.array([ids])))[0]
+        return np.array(model.decoder.embed(mx.array([ids])))[0]
 
     parts = [
         embed(257),
-        np.array(patches.embeddings[0]),
-        np.array(model.proprio_projector(observation.proprio)),
-        embed(*prompt),
+        np.array(visual.embeddings[0]),
+        np.array(model.proprio_projector(scene.state)),
+        embed(*scene.prompt.segments[1]),
         np.zeros((21, 96)),
         embed(258),
     ]
@@ -196,8 +210,7 @@ def test_robots_that_are_known_by_name(tmp_path, folder, data_set, habits):
     numbers = {k: [0.0] * 7 for k in ("q01", "q99", "min", "max")}
     stats = {data_set: {"action": numbers}}
     (source / "dataset_statistics.json").write_text(json.dumps(stats))
-    _, checkpoint = identify(Checkpoint.open(source))
-    oft = OPENVLA.read_config(checkpoint)["oft"]
+    oft = open_checkpoint(source).config["oft"]
     assert (oft["chunk"], oft["pictures"], oft["rule"]) == habits
     assert (oft["action_dim"], oft["proprio_dim"]) == (7, 8)
 
@@ -260,17 +273,15 @@ def test_film_conditions_the_towers_on_the_prompt(oft_folder, tmp_path):
     model, processor = load(folder)
     assert model.args.oft.film
     asked = {"proprio": STATE}
-    cup = control.observe(processor, PICTURES, INSTRUCTION)
-    lid = control.observe(processor, PICTURES, "close the lid")
-    assert not mx.allclose(
-        control.encode(model, cup).tokens, control.encode(model, lid).tokens
-    )
+    cup = scene_of(processor)
+    ours = pipeline.encode(model, cup, ()).tokens
+    lid = pipeline.encode(model, scene_of(processor, "close the lid"), ()).tokens
+    assert not mx.allclose(ours, lid)
     # The words are <s>, the prompt and </s>.
-    _, prompt = processor.prompt(INSTRUCTION)
-    words = model.embed(mx.array([[257, *prompt, 258]]))
+    words = model.decoder.embed(mx.array([[257, *cup.prompt.segments[1], 258]]))
     mean = mx.broadcast_to(mx.mean(words, axis=1), (2, 96))
-    expected = model.encode(cup.pixels, (), mean).tokens
-    assert mx.allclose(control.encode(model, cup).tokens, expected, rtol=1e-5)
+    expected = model.vision_backbone(cup.pixels, (), mean).tokens
+    assert mx.allclose(ours, expected, rtol=1e-5)
     # x <- x (1 + scale) + shift between attention and MLP, from the mean embedding.
     block = model.vision_backbone.featurizer.blocks[0]
     x = mx.random.normal((1, 6, 48), key=mx.random.key(1))
@@ -367,15 +378,7 @@ def test_command_prints_the_chunk(oft_folder, tmp_path, capsys):
         [
             *("--model", str(oft_folder), "--image", str(file), "--image", str(file)),
             *("--instruction", INSTRUCTION, "--proprio", *map(str, STATE)),
-            *(
-                "--method",
-                "trimvla",
-                "--overlay",
-                str(overlay),
-                "--runs",
-                "1",
-                "--json",
-            ),
+            *("--method", "trimvla", "--overlay", str(overlay), "--json"),
         ]
     )
     record = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,5 +1,6 @@
 """OpenVLA against what the reference implementation computed in float32."""
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 from conftest import TINY_POLICY
 
-from mlx_tokprune import control, load
+from mlx_tokprune import Policy, Pruner, load, pipeline
 from mlx_tokprune.act import main, predict_action
 from mlx_tokprune.convert import convert
 from mlx_tokprune.image import load_image
-from mlx_tokprune.policy import Policy
-from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.models.language import Sequence
+from mlx_tokprune.pruners import as_plan
+from mlx_tokprune.robot.heads import head_of
+from mlx_tokprune.robot.inputs import observe
 
 METHODS = ("norm", "mean_similarity")
 CASES = [("none", ""), *((m, b) for m in METHODS for b in ("50", "25"))]
@@ -35,30 +38,39 @@ def relative(a, b) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def look(processor, *pictures) -> control.Observation:
-    images = [load_image(picture) for picture in pictures or (PICTURE,)]
-    return control.observe(processor, images, INSTRUCTION)
+def scene_of(processor) -> pipeline.Scene:
+    return observe(processor, [[load_image(PICTURE)]], processor.prompt(INSTRUCTION))
 
 
-def pruner_of(method: str, budget: str) -> Pruner:
-    return Pruner(method, int(budget) / 100 if budget else None)
+def see(model, scene, *pruners) -> tuple[pipeline.VisualTokens, Sequence]:
+    """The visual tokens that are kept, and the sequence at original positions."""
+    plan = as_plan(pruners)
+    visual = pipeline.look(model, scene, plan)
+    visual = pipeline.choose(model, scene, plan, visual)
+    return visual, pipeline.assemble(model, scene, visual, plan)
+
+
+def states(model, sequence: Sequence) -> mx.array:
+    """(B, T, D) of every token."""
+    rows = sequence.embeddings.shape[1]
+    return model.decoder.read(sequence, rows=rows).hidden
 
 
 def test_pixels_and_prompt_equal_the_reference(tiny_policy, expected):
     model, processor = tiny_policy
-    observation = look(processor)
+    scene = scene_of(processor)
     towers = zip(model.args.means, model.args.stds, strict=True)
-    both = [(observation.pixels - mx.array(m)) / mx.array(s) for m, s in towers]
+    both = [(scene.pixels - mx.array(m)) / mx.array(s) for m, s in towers]
     ours = mx.concatenate(both, axis=-1)[:, ::8, ::8].transpose(0, 3, 1, 2)
     assert mx.array_equal(ours, expected["pixel_values"])
-    ids = [observation.start, *observation.prompt.tolist()]
-    assert ids == expected["input_ids"].tolist()
+    (start,), prompt = scene.prompt.segments
+    assert [start, *prompt] == expected["input_ids"].tolist()
 
 
 def test_towers_and_projector_equal_the_reference(tiny_policy, expected):
     model, processor = tiny_policy
-    features = control.encode(model, look(processor))
-    assert features.attention is None
+    features = pipeline.encode(model, scene_of(processor), ())
+    assert not features.extras
     assert relative(features.tokens[..., :48], expected["dinov2_features"]) < 1e-4
     assert relative(features.tokens[..., 48:], expected["siglip_features"]) < 1e-4
     assert relative(model.project(features.tokens), expected["projected"]) < 1e-4
@@ -68,10 +80,14 @@ def test_towers_and_projector_equal_the_reference(tiny_policy, expected):
 def test_logits_equal_the_reference(tiny_policy, expected, method, budget):
     model, processor = tiny_policy
     name = f"{method}_{budget}_" if budget else ""
-    observation = look(processor)
-    features = control.encode(model, observation)
-    patches = control.see(model, observation, pruner_of(method, budget), features)
-    sequence = control.assemble(model, observation, patches, "contiguous")
+    scene = scene_of(processor)
+    plan = as_plan(Pruner(method, int(budget) / 100 if budget else None))
+    how = {"positions": "contiguous", "rows": 8}
+    read, visual = pipeline.run(model, scene, plan, **how)
+    logits = model.decoder.logits(read.hidden)[0]
+    assert relative(logits, expected[f"{name}logits"]) < 1e-4
+    # mlx-lm's way through the same layers.
+    sequence = pipeline.assemble(model, scene, visual, plan, "contiguous")
     logits = model(None, input_embeddings=sequence.embeddings)[0, -8:]
     assert relative(logits, expected[f"{name}logits"]) < 1e-4
 
@@ -84,7 +100,7 @@ def test_command_line_equals_the_reference(converted, expected, capsys, method, 
         [
             *("--model", str(converted), "--image", str(PICTURE), "--json"),
             *("--instruction", INSTRUCTION, "--method", method, *keep),
-            *("--positions", "contiguous", "--runs", "1"),
+            *("--positions", "contiguous"),
         ]
     )
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -96,11 +112,11 @@ def test_command_line_equals_the_reference(converted, expected, capsys, method, 
 
 def test_attention_of_the_class_token_is_what_the_block_computes(tiny_policy):
     model, processor = tiny_policy
-    observation = look(processor)
-    features = control.encode(model, observation, ("attention",))
+    scene = scene_of(processor)
+    received = model.encode(scene.pixels, ("attention",)).extras["attention"]
     tower = model.vision_backbone.featurizer
     mean, std = (mx.array(x[0]) for x in (model.args.means, model.args.stds))
-    x = tower._embed((observation.pixels - mean) / std)
+    x = tower._embed((scene.pixels - mean) / std)
     for block in tower.blocks[:-1]:
         x = block(x)
     attention = tower.blocks[-1].attn
@@ -111,57 +127,48 @@ def test_attention_of_the_class_token_is_what_the_block_computes(tiny_policy):
         logits = qkv[:, 1, head] @ qkv[0, 0, head] / np.sqrt(12)
         weights = np.exp(logits - logits.max())
         total += (weights / weights.sum())[5:] / 4
-    np.testing.assert_allclose(np.array(features.attention)[0], total, rtol=1e-4)
+    np.testing.assert_allclose(np.array(received)[0], total, rtol=1e-4)
 
 
-def hidden_under_a_mask(model, observation, patches, bidirectional: bool):
+def hidden_under_a_mask(model, scene, visual) -> mx.array:
     """Nothing dropped, but the dropped visual tokens hidden from everybody."""
-    features = control.encode(model, observation)
-    whole = control.see(model, observation, Pruner("none"), features)
-    sequence = control.assemble(model, observation, whole, "original")
+    whole, sequence = see(model, scene)
     length = sequence.embeddings.shape[1]
     keep = np.zeros(length, bool)
     keep[0] = keep[1 + whole.total :] = True
-    keep[1 + np.array(patches.indices[0])] = True
-    mask = np.broadcast_to(keep, (length, length))
-    if not bidirectional:
-        mask = mask & np.tril(np.ones((length, length), bool))
-    hidden = model.hidden_states(sequence.embeddings, mx.array(mask)[None, None], None)
-    return hidden[:, 1 + whole.total :]
+    keep[1 + np.array(visual.indices[0])] = True
+    mask = np.broadcast_to(keep, (length, length)) & np.tri(length, dtype=bool)
+    masked = dataclasses.replace(sequence, mask=mx.array(mask)[None])
+    return states(model, masked)[:, 1 + whole.total :]
 
 
 @pytest.mark.parametrize("method", ["norm", "trimvla", "lightvla"])
 def test_original_positions_are_those_of_the_unpruned_sequence(tiny_policy, method):
     model, processor = tiny_policy
-    observation = look(processor)
-    features = control.encode(model, observation)
+    scene = scene_of(processor)
     ratio = None if method == "lightvla" else 0.25
-    patches = control.see(model, observation, Pruner(method, ratio), features)
-    sequence = control.assemble(model, observation, patches, "original")
-    with model.positions.using(sequence.positions):
-        pruned = model.hidden_states(sequence.embeddings, "causal", None)
-    masked = hidden_under_a_mask(model, observation, patches, bidirectional=False)
-    assert relative(pruned[:, 1 + patches.indices.shape[1] :], masked) < 1e-4
+    visual, sequence = see(model, scene, Pruner(method, ratio))
+    assert visual.keep < visual.total
+    pruned = states(model, sequence)[:, 1 + visual.keep :]
+    assert relative(pruned, hidden_under_a_mask(model, scene, visual)) < 1e-4
 
 
 def test_decoding_continues_at_original_positions(tiny_policy):
     """The cached decode equals a forward over everything decoded so far."""
     model, processor = tiny_policy
-    observation = look(processor)
-    features = control.encode(model, observation)
-    patches = control.see(model, observation, Pruner("norm", 0.25), features)
-    sequence = control.assemble(model, observation, patches, "original")
-    tokens = mx.stack(control.decode(model, sequence, 7), axis=1)
-    whole = mx.concatenate([sequence.embeddings, model.embed(tokens)], axis=1)
-    positions, _ = control.extended(sequence, 7)
-    with model.positions.using(positions):
-        hidden = model.hidden_states(whole, "causal", None)
+    scene, pruner = scene_of(processor), Pruner("norm", 0.25)
+    head = head_of(model, processor, 7)
+    tokens = head.joined(head.act(model, scene, (pruner,))[0])
+    visual, sequence = see(model, scene, pruner)
+    whole = sequence.extended(model.decoder.embed(tokens))
+    logits = model.decoder.logits(states(model, whole))
     length = sequence.embeddings.shape[1]
-    logits = model.logits(hidden)[:, length - 1 : length + 6]
-    assert mx.array_equal(mx.argmax(logits, axis=-1), tokens)
+    greedy = mx.argmax(logits[:, length - 1 : length + 6], axis=-1)
+    assert mx.array_equal(greedy, tokens)
     # 64 visual tokens and <s> come before the prompt's first token.
-    first = 1 + patches.indices.shape[1]
-    assert positions[0, first].item() == 65
+    assert whole.positions[1 + visual.keep].item() == 65
+    end = 1 + visual.total + len(scene.prompt.segments[1])
+    assert whole.positions[length:].tolist() == list(range(end, end + 7))
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
@@ -173,6 +180,7 @@ def test_decoding_continues_at_original_positions(tiny_policy):
         # Nearly all: compiled shapes are padded to every token.
         Pruner("trimvla", options={"coverage": 0.97, "coverage_temperature": 1}),
         Pruner("lightvla"),
+        Pruner("attention", 0.5, at=1),
     ],
     ids=str,
 )
@@ -192,7 +200,10 @@ def test_first_layer_s_queries_and_keys(tiny_policy):
     model, _ = tiny_policy
     rng = np.random.default_rng(0)
     visual, text = (rng.normal(size=(1, n, 96)).astype(np.float32) for n in (7, 3))
-    queries, keys = model.first_layer(mx.array(visual), mx.array(text))
+    prepare = Pruner("trimvla").prepare
+    queries, keys = model.decoder.queries_and_keys(
+        prepare(mx.array(visual)), prepare(mx.array(text))
+    )
     attention = model.layers[0].self_attn
     for ours, x, layer in (
         (queries, visual, attention.q_proj),

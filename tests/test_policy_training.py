@@ -10,8 +10,12 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_tokprune import InputError, load
-from mlx_tokprune.intervals import of_share
+from mlx_tokprune.features import Selection
+from mlx_tokprune.measure.intervals import wilson
+from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, choose
+from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.pruners.text import prompt_scores
 from mlx_tokprune.train.policy import __main__ as program
 from mlx_tokprune.train.policy import (
     cloning,
@@ -117,54 +121,50 @@ def batch_of(keep: int, scored: bool, size: int = 8) -> student.Batch:
 @pytest.mark.parametrize(("keep", "scored"), [(64, False), (16, False), (16, True)])
 def test_training_sees_what_acting_sees(keep, scored):
     """Teacher-forced logits of a padded batch are those of the product's decoding."""
-    from mlx_tokprune import control
-
     mx.random.seed(0)
     policy, batch = student.build_policy(), batch_of(keep, scored)
     processor = student.build_processor()
-    seen = {}
-    logits = policy.logits
-    policy.logits = lambda x: seen.setdefault("logits", logits(x))
+    seen, logits = {}, policy.decoder.logits
+    policy.decoder.logits = lambda x: seen.setdefault("logits", logits(x))
     student.losses(policy, batch)
-    policy.logits = logits
     features = policy.encode(batch.pixels).tokens
     indices = student._choose(policy, features, batch)
     ids = student.action_ids(np.array(batch.classes))
     for row, task in enumerate(list(TASKS.values())[:3]):
-        start, prompt = processor.prompt(task.instruction)
-        told = mx.array([*prompt, *ids[row, :-1].tolist()])
-        patches = control.Patches(
+        start, asked = processor.prompt(task.instruction).segments
+        told = Prompt((start, (*asked, *ids[row, :-1].tolist())))
+        kept = indices[row : row + 1]
+        visual = VisualTokens(
             policy.project(features[row : row + 1])[:, indices[row]],
-            indices[row : row + 1],
-            None,
-            64,
+            kept,
+            Selection(kept),
             (8, 8),
-            None,
         )
-        observation = control.Observation(
-            batch.pixels[row : row + 1], mx.array([start]), told, 1
-        )
-        sequence = control.assemble(policy, observation, patches, "original")
-        with policy.positions.using(sequence.positions):
-            states = policy.hidden_states(sequence.embeddings, "causal", None)
-        ours = logits(states[:, -4:])[0]
+        sequence = assemble(policy, Scene(None, told), visual)
+        ours = logits(policy.decoder.read(sequence, rows=4).hidden)[0]
         assert mx.allclose(ours, seen["logits"][row], rtol=1e-3, atol=1e-4)
 
 
 def test_training_scores_what_the_pruner_scores():
     """Padding of the prompts does not count."""
-    from mlx_tokprune.pruners.text import prompt_scores
-
+    pruner = Pruner("trimvla", keep_tokens=16)
     policy, batch = student.build_policy(), batch_of(64, False)
     visual = policy.project(policy.encode(batch.pixels).tokens)
     ours = student._scores(policy, visual, batch)
     lengths = batch.lengths.tolist()
     assert min(lengths) < max(lengths)
     for row, length in enumerate(lengths):
-        text = policy.embed(batch.prompts[row : row + 1, :length])
-        queries, keys = policy.first_layer(visual[row : row + 1], text)
+        text = policy.decoder.embed(batch.prompts[row : row + 1, :length])
+        prepared = pruner.prepare(visual[row : row + 1]), pruner.prepare(text)
+        queries, keys = policy.decoder.queries_and_keys(*prepared)
         expected = prompt_scores(queries, keys, 1.0)[0]
         assert mx.allclose(ours[row], expected, rtol=1e-4, atol=1e-5)
+        every = mx.arange(64)[None]
+        told = Prompt(((student.START,), batch.prompts[row, :length]))
+        seen = VisualTokens(visual[row : row + 1], every, Selection(every), (8, 8))
+        chosen = choose(policy, Scene(None, told), (pruner,), seen)
+        best = mx.sort(mx.argsort(-ours[row])[:16])
+        assert mx.array_equal(chosen.indices[0], best)
 
 
 def test_the_second_loss_is_a_divergence():
@@ -221,8 +221,8 @@ def test_the_tokenizer_gives_the_ids_of_training(tmp_path):
     )
     _, processor = load(target)
     for task in TASKS.values():
-        start, ids = processor.prompt(task.instruction)
-        assert (start, list(ids)) == (1, student.prompt_ids(task.instruction))
+        start, ids = processor.prompt(task.instruction).segments
+        assert (start, list(ids)) == ((1,), student.prompt_ids(task.instruction))
     assert processor.bounds("action", None).low.tolist() == [-1.0] * 4
     assert sum(p.stat().st_size for p in target.iterdir()) <= 12e6
 
@@ -356,7 +356,7 @@ def test_seeds_of_judging_are_never_those_of_training():
 )
 def test_intervals_are_wilson_s(right, total, low, high):
     """The last is the worked example of Newcombe (1998), method 3."""
-    found = of_share(right, total)
+    found = wilson(right, total)
     assert found == pytest.approx((low, high), abs=2e-4)
 
 
@@ -405,4 +405,4 @@ def test_a_log_is_lines_of_json(tmp_path):
     file.write_text(json.dumps({"row": "none", "task": "hammer"}) + "\n")
     assert table.read_log(file)[0]["row"] == "none"
     assert table.read_log(tmp_path / "nothing") == []
-    assert math.isclose(of_share(1, 2)[0] + of_share(1, 2)[1], 1)
+    assert math.isclose(sum(wilson(1, 2)), 1)

@@ -1,38 +1,110 @@
 """Order of pictures and text, and positions of what is kept."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
 
-from mlx_tokprune import Pruner, generate, load, stream_generate
+from mlx_tokprune import Pruner, generate, stream_generate
 from mlx_tokprune.errors import InputError
+from mlx_tokprune.features import Selection
 from mlx_tokprune.image import load_image
-from mlx_tokprune.pipeline import assemble, first_logits, see
-from mlx_tokprune.prompt import Prompt, original_positions, place_pictures, splice
+from mlx_tokprune.pipeline import Scene, assemble, grouped, look
+from mlx_tokprune.prompt import Prompt, place_pictures
 
 IMAGES = [TINY / "image_0.png", TINY / "image_1.png"]
+QUARTER = (Pruner("norm", 0.25),)
+# Its embeddings are the token ids.
+COUNTER = SimpleNamespace(
+    text=lambda prompt, state: [ids[..., None] * 1.0 for ids in prompt.arrays()],
+    attends="causal",
+)
 
 
-def test_two_pictures_keep_their_order():
-    prompt = Prompt(((1, 2), (3,), (4, 5)))
-    visual = mx.array([[[10.0], [11]], [[20], [21]]])
-    spliced = splice(prompt, lambda ids: ids[..., None].astype(mx.float32), visual)
-    assert spliced.reshape(-1).tolist() == [1, 2, 10, 11, 3, 20, 21, 4, 5]
+def scene_of(processor, images, text) -> Scene:
+    pixels = mx.array(processor.pixels([load_image(i) for i in images]))
+    return Scene(pixels, processor.prompt(text, len(images)))
+
+
+def kept_tokens(indices, grid, groups, mask=None):
+    """Tokens (K of each picture) whose embeddings are 100 picture + their index."""
+    indices = mx.array(indices)
+    marks = 100.0 * (1 + mx.arange(len(indices))[:, None]) + indices
+    mask = None if mask is None else mx.array(mask)
+    return grouped(marks[..., None], Selection(indices, mask=mask), grid, groups)
+
+
+def test_texts_and_pictures_are_joined_in_order():
+    scene = Scene(None, Prompt(((1, 2), (3,), (4, 5))))
+    visual = kept_tokens([[0, 3], [1, 2]], (2, 2), 2)
+    original = assemble(COUNTER, scene, visual)
+    shown = [1, 2, 100, 103, 3, 201, 202, 4, 5]
+    assert original.embeddings.reshape(-1).tolist() == shown
+    assert original.visual == (slice(2, 4), slice(5, 7))
+    assert original.positions.tolist() == [0, 1, 2, 5, 6, 8, 9, 11, 12]
+    assert (original.end, original.mask) == (13, "causal")
+    closed = assemble(COUNTER, scene, visual, positions="contiguous")
+    assert closed.embeddings.reshape(-1).tolist() == shown
+    assert (closed.positions, closed.end, closed.mask) == (None, 9, "causal")
+    assert closed.visual == original.visual
+
+
+def test_each_of_a_batch_has_its_pictures_and_positions():
+    """Two robots, two places; at each place two pictures, numbered on."""
+    scene = Scene(None, Prompt(((1,), (2,), ())), batch=2)
+    indices = [[0], [3], [1], [2], [2], [1], [3], [0]]
+    found = assemble(COUNTER, scene, kept_tokens(indices, (2, 2), 4))
+    assert found.embeddings[..., 0].tolist() == [
+        [1, 100, 203, 2, 301, 402],
+        [1, 502, 601, 2, 703, 800],
+    ]
+    # Positions of a place begin at 1 and at 10: 8 tokens, and the text between.
+    assert found.positions.tolist() == [[0, 1, 8, 9, 11, 16], [0, 3, 6, 9, 13, 14]]
+    assert (found.end, found.visual) == (18, (slice(1, 3), slice(4, 6)))
+
+
+@pytest.mark.parametrize("attends", ["causal", "full"])
+def test_padding_takes_no_place_and_nobody_sees_it(attends):
+    model = SimpleNamespace(text=COUNTER.text, attends=attends)
+    scene = Scene(None, Prompt(((1,), (2,))), batch=2)
+    padding = [[True, True], [True, False]]
+    visual = kept_tokens([[1, 2], [3, 3]], (2, 2), 2, padding)
+    original = assemble(model, scene, visual)
+    closed = assemble(model, scene, visual, positions="contiguous")
+    assert original.positions.tolist() == [[0, 2, 3, 5], [0, 4, 4, 5]]
+    assert original.end == 6
+    seen = np.array([[True, True, True, True], [True, True, False, True]])
+    where = np.array(closed.positions)
+    assert where[0].tolist() == [0, 1, 2, 3]
+    assert where[1, seen[1]].tolist() == [0, 1, 2]
+    assert closed.end.tolist() == [4, 3]
+    rows = np.tril(np.ones((4, 4), bool)) if attends == "causal" else True
+    for sequence in (original, closed):
+        assert np.array_equal(sequence.mask, np.tile(seen[:, None], (1, 4, 1)) & rows)
+
+
+def test_places_on_a_picture_without_its_padding_are_those_of_the_square():
+    """A 2 x 4 grid is the middle of 4 x 4."""
+    scene = Scene(None, Prompt(((1,), (2,))))
+    found = assemble(COUNTER, scene, kept_tokens([[0, 7]], (2, 4), 1))
+    assert found.positions.tolist() == [0, 1 + 4, 1 + 11, 17]
+    assert found.end == 18
 
 
 def test_two_pictures_reach_the_model_in_order(tiny):
     model, processor = tiny
-    pixels = mx.array(processor.pixels([load_image(i) for i in IMAGES]))
-    prompt = processor.prompt("First <image> then <image>?", 2)
-    together = see(model, pixels, Pruner("norm", 0.25))
-    embeddings = assemble(model, prompt, together, "contiguous").embeddings[0]
+    scene = scene_of(processor, IMAGES, "First <image> then <image>?")
+    together = look(model, scene, QUARTER)
+    embeddings = assemble(model, scene, together).embeddings[0]
     parts = []
-    for number, segment in enumerate(prompt.segments):
-        parts.append(model.embed(mx.array(segment)))
+    for number, segment in enumerate(scene.prompt.segments):
+        parts.append(model.decoder.embed(mx.array(segment)))
         if number < 2:
-            alone = see(model, pixels[number : number + 1], Pruner("norm", 0.25))
-            parts.append(alone.embeddings[0])
+            one = Scene(scene.pixels[number : number + 1], Prompt(((), ())))
+            parts.append(look(model, one, QUARTER).embeddings[0])
     np.testing.assert_allclose(
         np.array(embeddings), np.array(mx.concatenate(parts)), rtol=1e-4, atol=1e-4
     )
@@ -64,36 +136,33 @@ def test_wrong_prompts_say_so(text, pictures, message):
         place_pictures(text, pictures, "<image>")
 
 
-def test_original_positions_skip_what_was_dropped():
-    prompt = Prompt(((1, 2), (3,), (4, 5)))
-    kept = [mx.array([0, 3]), mx.array([1, 2])]
-    where, shift = original_positions(prompt, kept, 4)
-    assert where.tolist() == [0, 1, 2, 5, 6, 8, 9, 11, 12]
-    assert shift == 4
-
-
 def test_positions_agree_where_nothing_is_dropped(tiny):
     model, processor = tiny
-    pixels = mx.array(processor.pixels([load_image(IMAGES[1])]))
-    prompt = processor.prompt("Where?", 1)
-    visual = see(model, pixels, Pruner("none"))
+    scene = scene_of(processor, IMAGES[1:], "Where?")
+    plain = assemble(model, scene, look(model, scene, ()))
+    assert plain.positions is None
     # Force explicit positions 0..T-1: they must equal contiguous ones.
-    plain = first_logits(model, assemble(model, prompt, visual, "contiguous"), None)
-    embeddings = assemble(model, prompt, visual, "contiguous").embeddings
-    with model.positions.using(mx.arange(embeddings.shape[1])):
-        explicit = model(None, input_embeddings=embeddings)[:, -1]
-    np.testing.assert_allclose(np.array(explicit), np.array(plain), atol=1e-5)
+    counted = replace(plain, positions=mx.arange(plain.end))
+    theirs = model(None, input_embeddings=plain.embeddings)[:, -1]
+    for sequence in (plain, counted):
+        ours = model.decoder.logits(model.decoder.read(sequence).hidden)[:, -1]
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-5)
 
 
 def test_original_positions_equal_masking_the_dropped_tokens(tiny):
     """Dropping a token at its place is the full prompt with that token masked out."""
     model, processor = tiny
-    pixels = mx.array(processor.pixels([load_image(IMAGES[0])]))
-    prompt = processor.prompt("Where?", 1)
-    pruned = see(model, pixels, Pruner("norm", 0.25))
-    ours = first_logits(model, assemble(model, prompt, pruned, "original"), None)
-    full = assemble(model, prompt, see(model, pixels, Pruner("none")), "contiguous")
-    start, total = len(prompt.segments[0]), pruned.total
+    scene = scene_of(processor, IMAGES[:1], "Where?")
+    pruned = look(model, scene, QUARTER)
+    read = {
+        positions: model.decoder.read(
+            assemble(model, scene, pruned, positions=positions)
+        ).hidden
+        for positions in ("original", "contiguous")
+    }
+    ours, other = (model.decoder.logits(hidden)[:, -1] for hidden in read.values())
+    full = assemble(model, scene, look(model, scene, ()))
+    start, total = len(scene.prompt.segments[0]), pruned.total
     seen = np.ones(full.embeddings.shape[1], bool)
     seen[start : start + total] = False
     seen[start + np.array(pruned.selection.indices[0])] = True
@@ -104,32 +173,29 @@ def test_original_positions_equal_masking_the_dropped_tokens(tiny):
     inner = model.language_model.model
     logits = inner.embed_tokens.as_linear(inner.norm(hidden[:, -1:]))[:, 0]
     np.testing.assert_allclose(np.array(ours), np.array(logits), atol=1e-4)
-    contiguous = assemble(model, prompt, pruned, "contiguous")
-    other = first_logits(model, contiguous, None)
     assert float(mx.max(mx.abs(ours - other))) > 1e-3  # the option does something
 
 
 def test_decoding_goes_on_at_original_positions(tiny):
     """Greedy ids of the stream equal those of running the whole sequence each time."""
     model, processor = tiny
-    options = {"pruner": Pruner("norm", 0.25), "positions": "original"}
-    stream = stream_generate(
-        model, processor, [IMAGES[0]], "Where?", max_tokens=6, **options
-    )
+    options = {"pruner": QUARTER, "positions": "original", "max_tokens": 6}
+    stream = stream_generate(model, processor, IMAGES[:1], "Where?", **options)
     ids = [piece.token for piece in stream]
-    pixels = mx.array(processor.pixels([load_image(IMAGES[0])]))
-    visual = see(model, pixels, options["pruner"])
-    prefill = assemble(model, processor.prompt("Where?", 1), visual, "original")
-    embeddings, where = prefill.embeddings, prefill.positions
-    for expected in ids:
-        with model.positions.using(where):
-            logits = model(None, input_embeddings=embeddings)
+    scene = scene_of(processor, IMAGES[:1], "Where?")
+    sequence = assemble(model, scene, look(model, scene, QUARTER))
+    end = sum(map(len, scene.prompt.segments)) + 64  # as if nothing were dropped
+    assert len(ids) > 1
+    for number, expected in enumerate(ids):
+        logits = model.decoder.logits(model.decoder.read(sequence).hidden)
         token = int(mx.argmax(logits[0, -1]))
         assert token == expected
-        more = model.embed(mx.array([[token]]))
-        embeddings = mx.concatenate([embeddings, more], axis=1)
-        after = mx.array([embeddings.shape[1] - 1 + prefill.shift])
-        where = mx.concatenate([where, after])
+        more = model.decoder.embed(mx.array([[token]]))
+        sequence = replace(
+            sequence,
+            embeddings=mx.concatenate([sequence.embeddings, more], axis=1),
+            positions=mx.concatenate([sequence.positions, mx.array([end + number])]),
+        )
 
 
 def test_an_abandoned_stream_leaves_nothing_behind(tiny):
@@ -144,7 +210,13 @@ def test_an_abandoned_stream_leaves_nothing_behind(tiny):
     assert generate(model, processor, [IMAGES[0]], "What?", max_tokens=6) == before
 
 
-def test_the_original_layout_loads_without_conversion(tiny):
-    again = load(TINY)[0]
-    ids = mx.array([[1, 2, 3]])
-    assert mx.array_equal(again(ids), tiny[0](ids))
+def test_only_a_causal_sequence_can_be_extended():
+    scene, visual = Scene(None, Prompt(((1,), (2,)))), kept_tokens([[0]], (2, 2), 1)
+    model = SimpleNamespace(text=COUNTER.text, attends="full")
+    sequence, more = assemble(model, scene, visual), mx.zeros((1, 2, 1))
+    assert sequence.mask == "full"
+    with pytest.raises(ValueError, match="only a causal sequence"):
+        sequence.extended(more)
+    longer = assemble(COUNTER, scene, visual).extended(more)
+    assert longer.positions.tolist() == [0, 1, 5, 6, 7]
+    assert longer.end == 8

@@ -1,19 +1,20 @@
 """Every registered method, so a new one is tested when it is registered."""
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.features import Features, Selection
-from mlx_tokprune.pruners import Pruner, get_method, list_pruners
+from mlx_tokprune.pruners import Pruner, as_plan, get_method, list_pruners
 from mlx_tokprune.pruners.merging import grid_within
 from mlx_tokprune.pruners.registry import register, temporary
 
 METHODS = [m for m in list_pruners() if m != "none" and get_method(m).counts != "own"]
-
 
 MERGING = ["similarity", "spatial"]
 
@@ -26,13 +27,14 @@ def features(batch: int = 2, side: int = 8, channels: int = 24, seed: int = 0):
     queries, keys = (
         x.reshape(*x.shape[:2], 2, -1).swapaxes(1, 2) for x in (tokens, text)
     )
-    return Features(tokens, (side, side), received, text, queries, keys)
+    extras = {"attention": received, "text": text, "queries": queries}
+    return Features(tokens, (side, side), extras=extras | {"text_keys": keys})
 
 
 def sample(given: Features, i: int) -> Features:
     """One picture of a batch."""
-    names = ("tokens", "attention", "text", "queries", "keys")
-    return replace(given, **{n: getattr(given, n)[i : i + 1] for n in names})
+    extras = {name: array[i : i + 1] for name, array in given.extras.items()}
+    return replace(given, tokens=given.tokens[i : i + 1], extras=extras)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,7 +87,8 @@ def test_similarity_merges_duplicates_and_covers_the_bottom():
 
 def test_worked_cases():
     tokens = mx.array([[[3.0, 0], [0, 1], [0, 5], [2, 0]]])
-    given = Features(tokens, (2, 2), mx.array([[0.1, 0.4, 0.2, 0.3]]))
+    received = mx.array([[0.1, 0.4, 0.2, 0.3]])
+    given = Features(tokens, (2, 2), extras={"attention": received})
     assert Pruner("norm", 0.5)(given).indices.tolist() == [[0, 2]]
     assert Pruner("attention", 0.5)(given).indices.tolist() == [[1, 3]]
     # mean (1.25, 1.5): both (0, y) tokens are nearer in angle
@@ -191,6 +194,79 @@ def test_a_method_is_one_function():
         assert Pruner("last", keep_tokens=2)(one).indices.tolist() == [[7, 8]]
     with pytest.raises(InputError):
         get_method("last")
+
+
+class Scorer(nn.Module):
+    """What a token receives, weighed by what it is."""
+
+    needs = ("attention",)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.zeros((24,))
+
+    def __call__(self, given: Features) -> mx.array:
+        return given.tokens @ self.weight * given.extras["attention"]
+
+
+def test_a_scorer_chooses_by_its_weights_of_today():
+    scorer, given, found = Scorer(), features(), []
+    pruner = Pruner("learned", 0.25, scorer=scorer)
+    assert pruner.needs == ("attention",)
+    assert "learned" not in list_pruners()
+    for seed in (1, 2):
+        scorer.weight = weight = mx.random.normal((24,), key=mx.random.key(seed))
+        found.append(np.array(pruner(given).indices))
+        best = np.argsort(-np.array(scorer(given)), axis=1)[:, :16]
+        assert np.array_equal(found[-1], np.sort(best, axis=1))
+        assert scorer.weight is weight  # nothing of the compiled call is left in it
+    assert not np.array_equal(*found)
+    with pytest.raises(InputError, match="chooses by a scorer; give one"):
+        Pruner("learned", 0.25)
+    with pytest.raises(InputError, match="reads no scores"):
+        Pruner("norm", 0.25, scorer=scorer)
+
+
+def test_plans_are_in_the_order_of_their_places():
+    tower, prompt = Pruner("norm", 0.5), Pruner("trimvla")
+    early, late = (Pruner("attention", 0.5, at=k) for k in (2, 10))
+    assert [p.place for p in (tower, prompt, early)] == ["tower", "prompt", "layer"]
+    given = [late, Pruner("none"), prompt, early, Pruner("norm", 1.0, at=3), tower]
+    assert as_plan(given) == (tower, prompt, early, late)
+    assert as_plan(None) == as_plan(Pruner("none")) == ()
+    assert as_plan(tower) == as_plan(iter([tower])) == (tower,)
+    with pytest.raises(InputError, match="both prune at 2"):
+        as_plan([early, Pruner("norm", 0.5, at=2)])
+    with pytest.raises(InputError, match="not str"):
+        as_plan(["norm"])
+
+
+def test_what_is_described_makes_an_equal_pruner():
+    options = {"coverage": 0.5}
+    for pruner in (Pruner("trimvla", options=options), Pruner("random", 0.5, seed=3)):
+        assert Pruner(**json.loads(json.dumps(pruner.described()))) == pruner
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": mx.zeros((64, 24))}, r"tokens are \(B, N, C\)"),
+        ({"grid": (8, 7)}, "have other than 64 tokens"),
+        ({"pictures": 2}, "have other than 64 tokens"),
+        ({"extras": {"attention": mx.zeros((2, 63))}}, "attention has shape"),
+        ({"extras": {"text": mx.zeros((1, 5, 24))}}, "text has shape"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(features(), **changes)
+
+
+def test_features_that_a_method_lacks_are_named():
+    bare = replace(features(), extras={}, grid=None)
+    for method, needs in (("attention", "attention"), ("spatial", "grid")):
+        with pytest.raises(ValueError, match=f"{method} needs features with .*{needs}"):
+            Pruner(method, 0.5)(bare)
 
 
 @pytest.mark.parametrize("method", METHODS)

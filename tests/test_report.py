@@ -1,15 +1,23 @@
 """The report: one page, everything inside, nothing fetched."""
 
+import copy
 import json
+import math
 import re
 
 import pytest
 from PIL import Image
 
+from mlx_tokprune.bench import table as bench_table
 from mlx_tokprune.bench.__main__ import main as bench
+from mlx_tokprune.commands import report
+from mlx_tokprune.commands.report import picture, table_of
 from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.evaluate import table as evaluation_table
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.report import main, picture, table_of
+from mlx_tokprune.evaluate.results import accuracies
+from mlx_tokprune.report import main
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +84,104 @@ def test_other_files_are_refused(tmp_path, capsys, content):
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
+
+
+def test_pictures_are_drawn_as_the_run_saw_them(tmp_path, monkeypatch):
+    """With the grid that was used: not square where padding was left out."""
+    wide = tmp_path / "pictures" / "wide.png"
+    wide.parent.mkdir()
+    Image.open(PICTURES[1].path).convert("RGB").resize((512, 288)).save(wide)
+    file, drawn = tmp_path / "e.json", []
+    asked = ["--data", str(wide.parent), "--prompt", "What?", "--max-tokens", "2"]
+    methods = ["--methods", "norm", "--keep-ratios", "0.5", "--padding", "skip"]
+    evaluate([*asked, *methods, "--output", str(file)])
+    draw = report.draw_overlay
+
+    def watched(images, selection, grid, **how):
+        drawn.append((grid, selection.keep))
+        return draw(images, selection, grid, **how)
+
+    monkeypatch.setattr(report, "draw_overlay", watched)
+    main([str(file), "--output", str(tmp_path / "page.html")])
+    assert drawn == [((5, 8), 40), ((5, 8), 20)]
+    kept = [row["kept"] for row in json.loads(file.read_text())["rows"]]
+    assert kept == [40, 20]
+
+
+DAMAGES = {
+    "e.json": {
+        "rows[0].agreement is missing": lambda r: r["rows"][0].pop("agreement"),
+        "run.weights is missing": lambda r: r["run"].pop("weights"),
+        "image_size is '512'; expected int": lambda r: r.update(image_size="512"),
+        "rows[1].flops": lambda r: r["rows"][1].update(flops=None),
+        "value is 'nan'": lambda r: r["rows"][1]["divergence"].update(value=math.nan),
+    },
+    "b.json": {
+        "costs.prefill is missing": lambda r: r["rows"][1]["costs"].pop("prefill"),
+        "rows[0].kept is 'True'": lambda r: r["rows"][0].update(kept=True),
+        "limit_ms is 'inf'": lambda r: r["rows"][0].update(limit_ms=math.inf),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(name, message) for name, some in DAMAGES.items() for message in some],
+)
+def test_damaged_files_are_one_sentence(results, tmp_path, capsys, name, message):
+    result, file = json.loads((results / name).read_text()), tmp_path / name
+    DAMAGES[name][message](result)
+    file.write_text(json.dumps(result))
+    with pytest.raises(SystemExit) as stop:
+        main([str(file), "--output", str(tmp_path / "page.html")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{file} is damaged: " in error
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("name", ["b.json", "e.json"])
+def test_any_damage_is_found_or_does_no_harm(results, tmp_path, name):
+    whole, file = json.loads((results / name).read_text()), tmp_path / name
+    harmful = []
+    for path in paths(whole):
+        for wrong in (..., None, "x", 0, []):
+            file.write_text(json.dumps(damaged(whole, path, wrong)))
+            try:
+                shown(*report._read([file]))
+            except InputError:
+                continue
+            except Exception as error:
+                harmful.append((path, wrong, repr(error)))
+    assert not harmful
+
+
+def damaged(whole: dict, path: tuple, wrong) -> dict:
+    """A copy with another value at a path, or with none for `...`."""
+    result = place = copy.deepcopy(whole)
+    for key in path[:-1]:
+        place = place[key]
+    if wrong is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = wrong
+    return result
+
+
+def shown(speeds: list, answers: list) -> None:
+    """What a page says in words of these results."""
+    for result in speeds:
+        bench_table.markdown(result)
+    for result in answers:
+        accuracies(result)
+        evaluation_table.markdown(result["rows"])
+
+
+def paths(value, start: tuple = ()):
+    """Keys that lead to every part of a result."""
+    several = {dict: lambda v: v, list: lambda v: range(len(v))}.get(type(value))
+    for key in several(value) if several else ():
+        yield (*start, key)
+        yield from paths(value[key], (*start, key))

@@ -1,5 +1,7 @@
 """Prompt-stage pruners against plain NumPy written from their descriptions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -19,11 +21,18 @@ def drawn(batch: int = 3, tokens: int = 30, words: int = 6, seed: int = 0) -> Fe
 
     return Features(
         draw(batch, tokens, 16),
-        (5, 6),
-        text=draw(batch, words, 16),
-        queries=2 * draw(batch, 4, tokens, 8),
-        keys=2 * draw(batch, 4, words, 8),
+        (5, 6) if tokens == 30 else (10, 20),
+        extras={
+            "text": draw(batch, words, 16),
+            "queries": 2 * draw(batch, 4, tokens, 8),
+            "text_keys": 2 * draw(batch, 4, words, 8),
+        },
     )
+
+
+def of_sample(given: Features, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys of one sample."""
+    return tuple(np.array(given.extras[n][i]) for n in ("queries", "text_keys"))
 
 
 def plain_scores(queries, keys, temperature: float) -> np.ndarray:
@@ -74,11 +83,10 @@ def kept(selection, sample: int) -> list[int]:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_trimvla_scores(temperature):
     given = drawn()
-    scores = np.array(prompt_scores(given.queries, given.keys, temperature))
+    queries, keys = given.extras["queries"], given.extras["text_keys"]
+    scores = np.array(prompt_scores(queries, keys, temperature))
     for i in range(3):
-        plain = plain_scores(
-            np.array(given.queries[i]), np.array(given.keys[i]), temperature
-        )
+        plain = plain_scores(*of_sample(given, i), temperature)
         np.testing.assert_allclose(scores[i], plain, rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +98,7 @@ def test_trimvla_keeps_the_smallest_set_that_covers(coverage, least):
     selection = Pruner("trimvla", options=options)(given)
     sizes = set()
     for i in range(4):
-        scores = plain_scores(np.array(given.queries[i]), np.array(given.keys[i]), 1.0)
+        scores = plain_scores(*of_sample(given, i), 1.0)
         expected = plain_coverage(scores, coverage, max(1, int(30 * least)), 1)
         assert kept(selection, i) == expected
         sizes.add(len(expected))
@@ -100,14 +108,13 @@ def test_trimvla_keeps_the_smallest_set_that_covers(coverage, least):
 def test_trimvla_s_defaults_are_the_reference_s():
     """Coverage 0.15 at temperature 0.1, and at least a tenth of all tokens."""
     given = drawn(batch=2, tokens=200)
-    flat = Features(
-        given.tokens, (10, 20), queries=given.queries / 200, keys=given.keys
-    )
+    weak = {"queries": given.extras["queries"] / 200}
+    flat = replace(given, extras=given.extras | weak)
     for features in (given, flat):
         selection = Pruner("trimvla")(features)
         for i in range(2):
-            some = np.array(features.queries[i]), np.array(features.keys[i])
-            expected = plain_coverage(plain_scores(*some, 1.0), 0.15, 20)
+            scores = plain_scores(*of_sample(features, i), 1.0)
+            expected = plain_coverage(scores, 0.15, 20)
             assert kept(selection, i) == expected
     assert len(kept(selection, 0)) > 20  # of nearly equal scores, more are needed
 
@@ -116,7 +123,7 @@ def test_trimvla_with_a_budget_keeps_that_many():
     given = drawn()
     selection = Pruner("trimvla", keep_tokens=7)(given)
     for i in range(3):
-        scores = plain_scores(np.array(given.queries[i]), np.array(given.keys[i]), 1.0)
+        scores = plain_scores(*of_sample(given, i), 1.0)
         assert kept(selection, i) == sorted(np.argsort(-scores)[:7].tolist())
 
 
@@ -124,7 +131,9 @@ def test_lightvla_keeps_the_union_of_votes():
     given = drawn(batch=4, tokens=30)
     selection = Pruner("lightvla")(given)
     for i in range(4):
-        plain = plain_lightvla(np.array(given.tokens[i]), np.array(given.text[i]))
+        plain = plain_lightvla(
+            np.array(given.tokens[i]), np.array(given.extras["text"][i])
+        )
         assert kept(selection, i) == plain
 
 
@@ -133,11 +142,8 @@ def test_one_sample_of_a_batch_alone_keeps_the_same(method):
     given = drawn(batch=3)
     together = Pruner(method)(given)
     for i in range(3):
-        parts = {
-            name: getattr(given, name)[i : i + 1]
-            for name in ("tokens", "text", "queries", "keys")
-        }
-        alone = Pruner(method)(Features(grid=given.grid, **parts))
+        extras = {name: array[i : i + 1] for name, array in given.extras.items()}
+        alone = Pruner(method)(Features(given.tokens[i : i + 1], (5, 6), extras=extras))
         assert alone.mask is None
         assert kept(alone, 0) == kept(together, i)
 

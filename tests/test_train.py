@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_tokprune
-from mlx_tokprune.demo import CHECKPOINT
+from mlx_tokprune.hub import EMBEDDED
 from mlx_tokprune.train import scenes
 from mlx_tokprune.train.accuracy import HELD_OUT
 from mlx_tokprune.train.batches import make_batch
@@ -137,7 +137,7 @@ def short(steps: int = 2):
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
     """The shipped tokenizer saves the seconds that training one takes."""
-    return CHECKPOINT / "tokenizer.json"
+    return EMBEDDED["demo"] / "tokenizer.json"
 
 
 def trainer(folder, tokenizer_file, steps=2):

@@ -202,10 +202,10 @@ def _read(asked: _Question) -> tuple[Read, VisualTokens, int, Callable[[], None]
     cache, known, vision, pixels = model.decoder.make_cache(), 0, asked.vision, None
     with asked.clock.stage("preprocess") as done:
         prompt = processor.prompt(asked.text, len(asked.images))
-        recalled = asked.memory and asked.memory.about(
-            model, processor, asked.images, asked.plan, vision
-        )
-        if recalled:
+        recalled = None
+        if asked.memory is not None:
+            about = (asked.images, asked.plan, vision)
+            recalled = asked.memory.about(model, processor, *about)
             known = recalled.fill(cache, prompt, settings.positions)
             vision = recalled.look(vision)
         if not (recalled and recalled.visual):

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"cannot time {args.runs} runs; the least is 0")
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
-    model, processor = load(args.model or "demo-policy")
+    model, processor = load("demo-policy" if args.model is None else args.model)
     mx.reset_peak_memory()
     asked = {"pruner": pruner, "positions": args.positions}
     asked["unnorm_key"] = args.unnorm_key

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,11 +104,11 @@ def main(argv: list[str] | None = None) -> None:
             f"a TTFT of {target:g} ms cannot be kept; expected more than 0"
         )
     check_overlay(args.overlay, pictures)
-    each = args.each or any(Path(picture).is_dir() for picture in pictures)
+    each = args.each or any(os.path.isdir(picture) for picture in pictures)
     if each:
         pictures = [path for picture in pictures for path in list_pictures(picture)]
     images = [load_image(picture) for picture in pictures]
-    model, processor = load(args.model or "demo")
+    model, processor = load("demo" if args.model is None else args.model)
     check_answers(model)
     apart = each or args.temporal
     asked = [[image] for image in images] if apart else [images]

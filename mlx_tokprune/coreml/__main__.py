@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ..loading import load
 
-    source = resolve(args.model or "demo")
+    source = resolve("demo" if args.model is None else args.model)
     model, _ = load(source, mx.float32, lazy=True)
     start = time.perf_counter()
     embedded = args.model in (None, "demo")

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     _check(args)
     questions = read_questions(args.data, args.pictures, args.prompt)
-    name = args.model or ("demo-policy" if args.data == "metaworld" else "demo")
+    name = "demo-policy" if args.data == "metaworld" else "demo"
+    name = name if args.model is None else args.model
     if args.workers > 1:
         open_checkpoint(name)
         launch(sys.argv[1:] if argv is None else argv, args.workers, args.output)

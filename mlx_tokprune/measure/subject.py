@@ -89,12 +89,32 @@ class _Subject:
             elif pruner.place == "prompt":
                 left = pruner.count(left) if kept is None else kept
         texts = [text.shape[1] for text in self.model.text(scene.prompt, scene.state)]
-        key = (scene.pixels.shape, projected, left, *texts, *(p.key for p in plan))
+        tokens = mx.zeros((pictures, projected, self.model.feature_size))
+        read, held = self._prefill(self._blank(scene.batch, texts, left), plan)
+        costs = {
+            "vision": self._vision(scene, plan),
+            "project": self._once(("project", tokens.shape), self._project, tokens),
+            "prefill": read,
+        }
+        return Counted(costs, held, each * per_group, left)
+
+    def _once(self, key: tuple, function, *args):
+        """What `function(*args)` gives, once for each key."""
         if key not in self._counted:
-            sequence = self._blank(scene.batch, texts, left)
-            tokens = mx.zeros((pictures, projected, self.model.feature_size))
-            self._counted[key] = self._costs(scene, plan, tokens, sequence)
-        return Counted(*self._counted[key], each * per_group, left)
+            self._counted[key] = function(*args)
+        return self._counted[key]
+
+    def _vision(self, scene: Scene, plan: Plan) -> Cost:
+        def encoded(pixels):
+            seen = dataclasses.replace(scene, pixels=pixels)
+            return encode(self.model, seen, plan).arrays()
+
+        needs = tuple(p.needs for p in plan if p.place == "tower")
+        key = ("vision", scene.pixels.shape, needs)
+        return self._once(key, count, encoded, scene.pixels)
+
+    def _project(self, tokens: mx.array) -> Cost:
+        return count(self.model.project, tokens)
 
     def _blank(self, batch: int, texts: list[int], kept: int) -> Sequence:
         """A sequence of these lengths."""
@@ -105,28 +125,22 @@ class _Subject:
         size = (batch, length, self.model.args.text["hidden_size"])
         return Sequence(mx.zeros(size), None, length, self.model.attends, tuple(slices))
 
-    def _costs(
-        self, scene: Scene, plan: Plan, tokens: mx.array, sequence: Sequence
-    ) -> tuple[dict[str, Cost], int]:
-        model, cache = self.model, self.model.decoder.make_cache()
+    def _prefill(self, sequence: Sequence, plan: Plan) -> tuple[Cost, int]:
+        """Of reading a sequence, and the bytes of its keys and values."""
+        decoder, cache = self.model.decoder, self.model.decoder.make_cache()
         layers = [pruner for pruner in plan if pruner.place == "layer"]
-
-        def encoded(pixels):
-            seen = dataclasses.replace(scene, pixels=pixels)
-            return encode(model, seen, plan).arrays()
 
         def first(embeddings):
             given = dataclasses.replace(sequence, embeddings=embeddings)
-            kept = cache if model.attends == "causal" else None
-            found = model.decoder.read(given, kept, rows=self.rows, plan=layers)
-            return model.decoder.logits(found.hidden) if kept else found.hidden
+            kept = cache if self.model.attends == "causal" else None
+            found = decoder.read(given, kept, rows=self.rows, plan=layers)
+            return decoder.logits(found.hidden) if kept else found.hidden
 
-        costs = {
-            "vision": count(encoded, scene.pixels),
-            "project": count(model.project, tokens),
-            "prefill": count(first, sequence.embeddings),
-        }
-        return costs, sum(map(_bytes_held, cache))
+        def counted():
+            return count(first, sequence.embeddings), sum(map(_bytes_held, cache))
+
+        keys = tuple(pruner.key for pruner in layers)
+        return self._once(("prefill", sequence.embeddings.shape, keys), counted)
 
 
 def _bytes_held(cache) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -13,6 +14,8 @@ import mlx.nn as nn
 from ..errors import InputError, nearest
 from ..features import Features, Selection
 from .registry import Method, Place, get_method
+
+log = logging.getLogger("mlx_tokprune")
 
 
 def count_kept(total: int, keep_ratio: float) -> int:
@@ -168,6 +171,12 @@ class Pruner:
         return int(self.keep_tokens)
 
     def __call__(self, features: Features) -> Selection:
+        selection = self._select(features)
+        given, kept = features.total, selection.keep
+        log.debug("%s at %s: %d -> %d tokens", self.method, self.at, given, kept)
+        return selection
+
+    def _select(self, features: Features) -> Selection:
         keep = None if self.has_own_count else self.count(features.total)
         if keep == features.total:
             return get_method("none").function(features, keep=keep)

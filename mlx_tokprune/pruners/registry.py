@@ -159,7 +159,7 @@ def _imported(path: str) -> Method:
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"method {path!r} cannot be imported ({error}); expected "
             "package.module:function"
@@ -167,10 +167,22 @@ def _imported(path: str) -> Method:
     for method in _METHODS.values():
         if method.function is function:
             return method
-    if not callable(function):
-        raise InputError(f"method {path!r} is no function (features, *, keep)")
+    if not _takes_features(function):
+        raise InputError(
+            f"method {path!r} is no pruner; expected package.module:function of "
+            "(features, *, keep)"
+        )
     register(path)(function)
     return _METHODS[path]
+
+
+def _takes_features(function) -> bool:
+    """Whether it can be called as methods are."""
+    try:
+        inspect.signature(function).bind(None, keep=1)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,246 @@
+"""The contract of pruners: extras, masks, options, scorers, plans, and own methods."""
+
+import json
+import logging
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_tokprune import Features, InputError, Pruner, Selection, generate
+from mlx_tokprune.commands.act import main as act
+from mlx_tokprune.commands.generate import main as command
+from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.image import load_image
+from mlx_tokprune.pipeline import Scene, choose, look, run
+from mlx_tokprune.pruners import as_plan, get_method, list_pruners
+from mlx_tokprune.pruners.registry import temporary
+from mlx_tokprune.pruners.saliency import keep_highest
+
+TOKENS = mx.random.normal((2, 12, 8), key=mx.random.key(0))
+FEATURES = Features(TOKENS, (3, 4), extras={"attention": mx.sum(TOKENS, axis=-1)})
+
+
+def test_a_tower_method_keeps_its_mask():
+    with temporary("masked") as register:
+
+        @register
+        def masked(features, *, keep):
+            kept = keep_highest(features.tokens[..., 0], keep).indices
+            return Selection(kept, mask=mx.arange(keep)[None] < mx.array([[2], [3]]))
+
+        found = Pruner("masked", keep_tokens=4)(FEATURES)
+        assert found.mask.tolist() == [[True] * 2 + [False] * 2, [True] * 3 + [False]]
+
+
+def test_a_mask_of_the_tower_reaches_the_language_model(demo):
+    """Padding must not be seen: as if only the others had been kept."""
+    model, processor = demo
+    pixels = mx.array(processor.pixels([load_image(PICTURES[0].path)]))
+    scene = Scene(pixels, processor.prompt(PICTURES[0].question, 1))
+    with temporary("padded") as register:
+
+        @register
+        def padded(features, *, keep):
+            kept = mx.arange(keep, dtype=mx.int32)[None]
+            return Selection(kept, mask=mx.arange(keep)[None] < 9)
+
+        hidden = {
+            positions: run(
+                model,
+                scene,
+                as_plan(Pruner("padded", keep_tokens=16)),
+                positions=positions,
+            )[0].hidden
+            for positions in ("original", "contiguous")
+        }
+    with temporary("first") as register:
+
+        @register
+        def first(features, *, keep):
+            return Selection(mx.arange(keep, dtype=mx.int32)[None])
+
+        plan = as_plan(Pruner("first", keep_tokens=9))
+        for positions, padded_hidden in hidden.items():
+            alone, _ = run(model, scene, plan, positions=positions)
+            np.testing.assert_allclose(alone.hidden, padded_hidden, atol=1e-4)
+
+
+def test_a_method_reads_any_extra_that_its_model_has(demo):
+    """Today's extras and tomorrow's, at every place, compiled."""
+    model, processor = demo
+    pixels = mx.array(processor.pixels([load_image(PICTURES[0].path)]))
+    scene = Scene(pixels, processor.prompt(PICTURES[0].question, 1))
+    with temporary("reads", needs=("text",), at="prompt") as register:
+
+        @register
+        def reads(features, *, keep):
+            mean = mx.mean(features.extras["text"], axis=1, keepdims=True)
+            return keep_highest(mx.sum(features.tokens * mean, axis=-1), keep)
+
+        plan = as_plan(Pruner("reads", 0.25))
+        visual = choose(model, scene, plan, look(model, scene, plan))
+    tokens = look(model, scene, ()).embeddings
+    text = model.text(scene.prompt)[-1]
+    scores = mx.sum(tokens * mx.mean(text, axis=1, keepdims=True), axis=-1)
+    assert mx.array_equal(visual.indices, keep_highest(scores, 16).indices)
+
+
+def test_seeded_methods_take_their_options():
+    with temporary("drawn", seeded=True) as register:
+
+        @register
+        def drawn(features, *, keep, seed=0, first=0.0):
+            return Selection(mx.full((2, keep), int(first) + seed, mx.int32))
+
+        found = Pruner("drawn", keep_tokens=2, seed=3, options={"first": 4})(FEATURES)
+        assert found.indices.tolist() == [[7, 7], [7, 7]]
+
+
+class Scorer(nn.Module):
+    needs = ("attention",)
+
+    def __init__(self, sign=1.0):
+        super().__init__()
+        self.sign = mx.array(sign)
+
+    def __call__(self, features):
+        return self.sign * features.extras["attention"]
+
+
+def test_a_scorer_chooses_by_its_weights_of_today():
+    scorer = Scorer()
+    pruner = Pruner("learned", keep_tokens=3, scorer=scorer)
+    assert pruner.needs == ("attention",)
+    highest = pruner(FEATURES).indices
+    scores = FEATURES.extras["attention"]
+    assert mx.array_equal(highest, keep_highest(scores, 3).indices)
+    scorer.update({"sign": mx.array(-1.0)})
+    assert mx.array_equal(pruner(FEATURES).indices, keep_highest(-scores, 3).indices)
+    scorer.sign = mx.array(1.0)
+    assert mx.array_equal(pruner(FEATURES).indices, highest)
+
+
+def test_a_method_that_closes_over_weights_chooses_by_those_of_today():
+    weights = mx.ones((8,))
+    with temporary("closed") as register:
+
+        @register
+        def closed(features, *, keep):
+            return keep_highest(features.tokens @ weights, keep)
+
+        pruner = Pruner("closed", keep_tokens=3)
+        before = pruner(FEATURES).indices
+        weights = -weights
+        after = pruner(FEATURES).indices
+    assert not mx.array_equal(before, after)
+    assert mx.array_equal(after, keep_highest(TOKENS @ weights, 3).indices)
+
+
+def test_scorers_belong_to_methods_that_read_scores():
+    with pytest.raises(InputError, match="chooses by a scorer"):
+        Pruner("learned", 0.5)
+    with pytest.raises(InputError, match="reads no scores"):
+        Pruner("norm", 0.5, scorer=Scorer())
+    assert "learned" not in list_pruners()
+
+
+def test_a_scorer_prunes_a_model(demo):
+    model, processor = demo
+    asked = (model, processor, [PICTURES[0].path], PICTURES[0].question)
+    learned = Pruner("learned", 0.5, scorer=Scorer())
+    attention = Pruner("attention", 0.5)
+    assert generate(*asked, pruner=learned) == generate(*asked, pruner=attention)
+
+
+@pytest.mark.parametrize("name", list_pruners())
+def test_places_are_values(name, demo):
+    """Each method at each place that has its extras; refused in words elsewhere."""
+    model, processor = demo
+    known = get_method(name)
+    for place in ("tower", "prompt", 2):
+        budget = {} if known.counts == "own" else {"keep_tokens": 16}
+        pruner = Pruner(name, at=place, **({} if name == "none" else budget))
+        kind = "layer" if place == 2 else place
+        fits = set(known.needs) <= set(model.provides[kind])
+        fits &= not (place == 2 and pruner.has_own_count)
+        asked = (model, processor, [PICTURES[0].path], "What is it?")
+        if fits:
+            generate(*asked, pruner=pruner, max_tokens=1)
+        else:
+            with pytest.raises(InputError, match=f"method '{name}'"):
+                generate(*asked, pruner=pruner)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Features(mx.zeros((2, 12)), (3, 4)),
+        lambda: Features(TOKENS, (3, 5)),
+        lambda: Features(TOKENS, (3, 4), pictures=2),
+        lambda: Features(TOKENS, (3, 4), extras={"attention": mx.zeros((2, 11))}),
+        lambda: Features(TOKENS, (3, 4), extras={"text": mx.zeros((1, 5, 8))}),
+        lambda: Selection(mx.zeros((4,), mx.int32)),
+        lambda: Selection(mx.zeros((2, 4))),
+        lambda: Selection(mx.zeros((2, 4), mx.int32), mx.zeros((2, 3, 12))),
+        lambda: Selection(mx.zeros((2, 4), mx.int32), mask=mx.zeros((2, 3))),
+    ],
+)
+def test_shapes_are_checked(make):
+    with pytest.raises(ValueError, match=r"not|fit|other than"):
+        make()
+
+
+# Somebody's own methods -------------------------------------------------------------
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "corner_tokens.py").write_text(
+        "import mlx.core as mx\n"
+        "from mlx_tokprune import Selection\n"
+        "def corner(features, *, keep, start: float = 0.0):\n"
+        "    indices = mx.arange(keep, dtype=mx.int32) + int(start)\n"
+        "    shape = (features.tokens.shape[0], keep)\n"
+        "    return Selection(mx.broadcast_to(indices, shape))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "corner_tokens:corner"
+
+
+def test_an_own_method_reaches_the_commands(own_module, capsys):
+    budget = ["--method", own_module, "--keep-tokens", "4", "--json"]
+    for run_command, more in ((command, ["--max-tokens", "1"]), (act, [])):
+        run_command([*budget, *more, "--option", "start=2"])
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["kept_indices"] == [[2, 3, 4, 5]]
+        assert record["method"] == own_module
+
+
+@pytest.mark.parametrize("name", ["nowhere:f", "json:nothing", "json:decoder", ":"])
+def test_own_methods_that_are_not_there(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(["--method", name, "--keep-ratio", "0.5"])
+    assert ended.value.code == 2
+    assert "package.module:function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["start", "start=x", "=3", "middle=2"])
+def test_options_that_are_not_known(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(["--method", "norm", "--keep-ratio", "0.5", "--option", option])
+    assert ended.value.code == 2
+    assert "option" in capsys.readouterr().err
+
+
+def test_the_logger_tells_places_counts_and_times(demo, caplog):
+    with caplog.at_level(logging.DEBUG, "mlx_tokprune"):
+        plan = [Pruner("norm", 0.5), Pruner("attention", 0.5, at=2)]
+        picture = Image.new("RGB", (64, 64), "red")
+        generate(*demo, [picture], "What is it?", pruner=plan, max_tokens=1)
+    told = " | ".join(caplog.messages)
+    assert "norm at tower: 64 -> 32 tokens" in told
+    assert "attention at 2: 32 -> 16 tokens" in told
+    assert "first token after" in told
