@@ -11,9 +11,10 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-test
-	$(BIN)/python -m pip install -q ruff
+	$(BIN)/python -m pip install -q ruff pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv

@@ -27,7 +27,9 @@ from mil import Package
 from mlx_tokprune import Pruner
 from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.image import load_image
-from mlx_tokprune.pipeline import see
+from mlx_tokprune.pipeline import Scene, look
+from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.pruners import as_plan
 
 # name, method, keep ratios, options of the command
 CASES = (
@@ -57,6 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     model, processor = mlx_tokprune.load(args.model, mx.float32)
     pixels = processor.pixels([load_image(args.picture)])
+    scene = Scene(mx.array(pixels), Prompt(((), ())))
     seen = {}
     print(
         f"{'method, functions, options':44}{'MB':>8}{'s':>7}{'GB':>6}  "
@@ -78,7 +81,7 @@ def main() -> None:
             for ratio in ratios:
                 if (method, ratio) not in seen:
                     pruner = Pruner(method, keep_ratio=ratio)
-                    visual = see(model, mx.array(pixels), pruner)
+                    visual = look(model, scene, as_plan(pruner))
                     groups = visual.selection.assignment()
                     seen[method, ratio] = (
                         np.array(visual.embeddings),

@@ -18,14 +18,13 @@ import numpy as np
 
 import mlx_tokprune
 from mlx_tokprune import Policy, Pruner
-from mlx_tokprune.demo import POLICY
 from mlx_tokprune.train.policy.success import TEST_SEEDS
 from mlx_tokprune.train.policy.worlds import HORIZON, TASKS, World
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(POLICY))
+    parser.add_argument("--model", default="demo-policy")
     parser.add_argument("--episodes", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     args = parser.parse_args()

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from mlx_tokprune import Pruner, stream_generate
+from mlx_tokprune.answer.memory import Memory
 from mlx_tokprune.image import load_image
-from mlx_tokprune.memory import Memory
 
 FIRST, SECOND = "What is in this picture?", "And which colour is on the left?"
 NONE, HALF = Pruner("none"), Pruner("norm", keep_ratio=0.5)
@@ -68,7 +68,7 @@ def main() -> None:
                 if number:  # the first round warms up
                     times[row].append(piece.ttft_ms)
                 visual = piece.visual
-                kept[row] = f"{visual.selection.keep}/{visual.total}"
+                kept[row] = f"{visual.keep}/{visual.total}"
             mx.clear_cache()
     print(
         f"{args.folder}, {picture.width} x {picture.height} px, "

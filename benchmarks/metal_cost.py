@@ -5,7 +5,7 @@
 
 FOLDER is a converted FastVLM. For each stage up to the first token: kernel launches of
 the graph as written and under `mx.compile`, bytes that launches read and write, and
-FLOPs. A model of what Metal does (`mlx_tokprune.bench.graph`), not a measurement: it
+FLOPs. A model of what Metal does (`mlx_tokprune.measure.cost`), not a measurement: it
 shows a change that is faster on this machine but worse there.
 """
 
@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 import mlx_tokprune
-from mlx_tokprune.bench.graph import Cost, count, launches_compiled
-from mlx_tokprune.pipeline import Prefill, first_logits
+from mlx_tokprune.measure.cost import Cost, count, launches_compiled
+from mlx_tokprune.models.language import Sequence
 
 import mlx.core as mx  # isort: skip
 
@@ -25,7 +25,9 @@ def our_stages(folder: Path) -> dict:
     model, _ = mlx_tokprune.load(folder)
 
     def prefill(embeddings):
-        return first_logits(model, Prefill(embeddings, None, 0))
+        sequence = Sequence(embeddings, None, embeddings.shape[1])
+        read = model.decoder.read(sequence, model.decoder.make_cache())
+        return model.decoder.logits(read.hidden)
 
     return {
         "vision": [lambda pixels: model.encode(pixels).tokens],

@@ -13,18 +13,17 @@ Runs are interleaved: every ratio is measured once before any is measured again.
 
 import argparse
 import contextlib
-import dataclasses
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import mlx_tokprune
-from mlx_tokprune.act import predict_action
-from mlx_tokprune.commands import device_name
-from mlx_tokprune.control import measure_stages
-from mlx_tokprune.loading import ActionProcessor
+from mlx_tokprune import predict_action
+from mlx_tokprune.measure.machine import device_name
 from mlx_tokprune.models.openvla import ModelArgs, OpenVLA
 from mlx_tokprune.models.vit import ViTConfig
+from mlx_tokprune.processor import ActionProcessor
+from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import Pruner
 
 import mlx.core as mx  # isort: skip
@@ -43,9 +42,9 @@ Times = dict[tuple[int, float, str], float]
 class ShortPrompt(ActionProcessor):
     """Prompts as long as Llama-2's; the tiny tokenizer has an id per letter."""
 
-    def prompt(self, instruction: str) -> tuple[int, tuple[int, ...]]:
-        start, ids = super().prompt(instruction)
-        return start, ids[-PROMPT:]
+    def prompt(self, instruction: str) -> Prompt:
+        start, ids = super().prompt(instruction).segments
+        return Prompt((start, ids[-PROMPT:]))
 
 
 # Measuring ---------------------------------------------------------------------------
@@ -77,16 +76,15 @@ def measure(model: OpenVLA, processor, ratios: list[float], runs: int) -> Times:
 
 def measure_once(model: OpenVLA, processor, images: list, ratio: float) -> Times:
     """Fenced stages at both depths, and one unfenced action with all layers."""
-    pruner, times = Pruner("norm", ratio), {}
-    key = next(iter(processor.norm_stats))
-    steps = len(processor.bounds("action", key).low)
+    key, times = next(iter(processor.norm_stats)), {}
     asked = (model, processor, images, INSTRUCTION)
+    how = {"unnorm_key": key, "pruner": Pruner("norm", ratio), "positions": "original"}
     for layers in depths(model):
         with first_layers(model, layers):
-            stages = measure_stages(*asked, pruner, "original", None, steps)
-        for name, value in dataclasses.asdict(stages).items():
+            stages = predict_action(*asked, **how, stages=True).stages_ms
+        for name, value in stages.items():
             times[layers, ratio, name] = value
-    action = predict_action(*asked, unnorm_key=key, pruner=pruner, positions="original")
+    action = predict_action(*asked, **how)
     times[layers, ratio, "ttft"] = action.ttft_ms
     times[layers, ratio, "total"] = action.total_ms
     return times

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 import mlx_tokprune
-from mlx_tokprune.pipeline import assemble, see
-from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.pipeline import Scene, assemble, look
 
 import mlx.core as mx  # isort: skip
 
@@ -47,6 +46,7 @@ def main() -> None:
     mx.random.seed(1)
     pixels = mx.random.uniform(shape=(1, ours.image_size, ours.image_size, 3))
     prompt = processor.prompt("Describe the image.", 1)
+    scene = Scene(pixels, prompt)
 
     def our_tower(p):
         return ours.encode(p).tokens
@@ -55,8 +55,8 @@ def main() -> None:
         return theirs.vision_tower(p)[1].flatten(1, 2)
 
     features = relative(our_tower(pixels), their_tower(pixels))
-    visual = see(ours, pixels, Pruner("none"))
-    embeddings = assemble(ours, prompt, visual, "contiguous").embeddings
+    sequence = assemble(ours, scene, look(ours, scene, ()), (), "contiguous")
+    embeddings = sequence.embeddings
     our_logits = ours(mx.zeros((1, 0), mx.int32), input_embeddings=embeddings)
     ids = mx.array([[*prompt.segments[0], -200, *prompt.segments[1]]])
     inputs = theirs.get_input_embeddings(ids, pixels.transpose(0, 3, 1, 2))

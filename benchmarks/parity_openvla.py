@@ -29,10 +29,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mlx_tokprune
-from mlx_tokprune import InputError, Pruner, control
-from mlx_tokprune.act import predict_action
+from mlx_tokprune import InputError, Pruner, predict_action
 from mlx_tokprune.convert import convert
 from mlx_tokprune.image import load_image, preprocess_naive
+from mlx_tokprune.pipeline import encode, prune, run
+from mlx_tokprune.pruners import as_plan
+from mlx_tokprune.robot.inputs import observe
 
 import mlx.core as mx  # isort: skip
 
@@ -370,12 +372,13 @@ def compare_policy(
     towers.clear()  # half of the memory
 
     model, processor = mlx_tokprune.load(folder, dtype=mx.float32)
-    start, prompt = processor.prompt(INSTRUCTION)
-    observation = control.observe(processor, [load_image(picture)], INSTRUCTION)
-    seen = control.encode(model, observation)
+    told = processor.prompt(INSTRUCTION)
+    (start,), prompt = told.segments
+    scene = observe(processor, [[load_image(picture)]], told)
+    seen = encode(model, scene, ())
     at = 0
     for i, name in enumerate(names):
-        ours = (observation.pixels - mx.array(model.args.means[i])) / mx.array(
+        ours = (scene.pixels - mx.array(model.args.means[i])) / mx.array(
             model.args.stds[i]
         )
         report.close(f"{label} pixels {name}", ours, normalized[i].permute(0, 2, 3, 1))
@@ -398,12 +401,9 @@ def compare_policy(
     for case, (pruner, kept) in cases.items():
         theirs[case] = act(language, start, prompt, visual, kept)
         logits, ids = theirs[case]
-        patches = control.see(model, observation, pruner, seen)
+        patches = prune(model, scene, as_plan(pruner), seen)
         report.equal(f"{label} {case} kept", patches.indices[0], kept)
-        sequence = control.assemble(model, observation, patches, "original")
-        with model.positions.using(sequence.positions):
-            states = model.hidden_states(sequence.embeddings, "causal", None)
-        ours = model.logits(states[:, -1])
+        ours = logits_of(model, scene, patches)
         report.close(f"{label} {case} logits", ours, logits)
         asked = {"pruner": pruner, "positions": "original"}
         action = predict_action(model, processor, [picture], INSTRUCTION, **asked)
@@ -411,10 +411,16 @@ def compare_policy(
         report.close(
             f"{label} {case} action", action.values, to_units(bins(ids), entry)
         )
-    del model, seen, patches, sequence, states, ours, action
+    del model, seen, patches, ours, action
     if len(names) > 1:
         compare_converted(report, label, folder, picture, theirs["all"], entry)
     return projector, oft
+
+
+def logits_of(model, scene, visual) -> mx.array:
+    """Of the first action token, from these visual tokens."""
+    read, _ = run(model, scene, positions="original", vision=lambda *_: visual)
+    return model.decoder.logits(read.hidden)[:, -1]
 
 
 def compare_converted(report, label, folder, picture, theirs, entry) -> None:
@@ -423,11 +429,11 @@ def compare_converted(report, label, folder, picture, theirs, entry) -> None:
     target = convert(str(folder), str(folder.with_name("converted")))
     model, processor = mlx_tokprune.load(target, dtype=mx.float32)
     action = predict_action(model, processor, [picture], INSTRUCTION)
-    observation = control.observe(processor, [load_image(picture)], INSTRUCTION)
-    sequence = control.assemble(model, observation, action.patches, "original")
-    states = model.hidden_states(sequence.embeddings, "causal", None)
+    told = processor.prompt(INSTRUCTION)
+    scene = observe(processor, [[load_image(picture)]], told)
     logits, ids = theirs
-    report.close(f"{label} converted logits", model.logits(states[:, -1]), logits)
+    ours = logits_of(model, scene, action.visual)
+    report.close(f"{label} converted logits", ours, logits)
     report.equal(f"{label} converted ids", action.token_ids, ids)
     report.close(f"{label} converted action", action.values, to_units(bins(ids), entry))
     shutil.rmtree(target)
@@ -450,7 +456,7 @@ def compare_oft(report, folder, source, language, projector, features) -> None:
     state = state_projector(torch.from_numpy(state[None]).float())
 
     model, processor = mlx_tokprune.load(folder, dtype=mx.float32)
-    start, prompt = processor.prompt(INSTRUCTION)
+    (start,), prompt = processor.prompt(INSTRUCTION).segments
     visual = projector(features).reshape(1, 2 * PATCHES, -1)
     for case, pruner in {
         "all": Pruner("none"),
@@ -461,7 +467,7 @@ def compare_oft(report, folder, source, language, projector, features) -> None:
             *(model, processor, oft_pictures(), INSTRUCTION),
             **{"proprio": proprio, "pruner": pruner, "positions": "original"},
         )
-        kept = torch.from_numpy(np.array(action.patches.indices[0])).long()
+        kept = torch.from_numpy(np.array(action.visual.indices[0])).long()
         if case == "norm 0.5":
             report.equal(f"OFT {case} kept", kept, largest(features, PATCHES // 2))
         chunk = regress(language, head, start, prompt, visual, kept, state)

@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import mlx_tokprune
-from mlx_tokprune.commands import device_name
-from mlx_tokprune.generate import stream_generate
-from mlx_tokprune.pipeline import VisualTokens
-from mlx_tokprune.pruners import Pruner, list_pruners
+from mlx_tokprune import Pruner, stream_generate
+from mlx_tokprune.measure.machine import device_name
+from mlx_tokprune.pruners import list_pruners
 
 import mlx.core as mx  # isort: skip
 import numpy as np  # isort: skip
@@ -39,26 +38,23 @@ def main() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (768, 1024, 3), np.uint8)
     image = [processor.pixels([mlx_tokprune.image.load_image(picture)])]
     features = model.encode(mx.array(image[0]), ("attention",))
-    mx.eval(features.tokens, features.attention)
-    pruners = [Pruner(m, args.ratio) for m in list_pruners("vision") if m != "none"]
+    mx.eval(features.arrays())
+    pruners = [Pruner(m, args.ratio) for m in list_pruners("tower") if m != "none"]
 
-    def prune(pruner: Pruner):
-        selection = pruner(features)
-        return VisualTokens(selection.apply(features.tokens), selection, features.grid)
+    def prune(pruner: Pruner) -> mx.array:
+        return pruner(features).apply(features.tokens)
 
     def ttft() -> float:
         asked = ([picture], "Describe the image.")
         return next(stream_generate(model, processor, *asked, max_tokens=1)).ttft_ms
 
-    ttft(), [mx.eval(prune(p).embeddings) for p in pruners]  # warm up
+    ttft(), [mx.eval(prune(p)) for p in pruners]  # warm up
     firsts: list[float] = []
     costs: dict[str, list[float]] = {p.method: [] for p in pruners}
     for _ in range(args.runs):
         firsts.append(ttft())
         for pruner in pruners:
-            repeats = [
-                milliseconds(lambda p=pruner: prune(p).embeddings) for _ in range(5)
-            ]
+            repeats = [milliseconds(lambda p=pruner: prune(p)) for _ in range(5)]
             costs[pruner.method] += repeats
     whole = statistics.median(firsts)
     _, total, channels = features.tokens.shape

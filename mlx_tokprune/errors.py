@@ -6,6 +6,7 @@ Every message says what was wrong, what was expected, and the nearest valid choi
 import argparse
 import difflib
 import functools
+import io
 import re
 import signal
 import sys
@@ -62,7 +63,7 @@ def command(main: Callable[[list[str] | None], None]):
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
+            if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:
             main(argv)

@@ -24,13 +24,14 @@ def list_pictures(path: str | Path) -> list[str | Path]:
     if not os.path.isdir(path):
         return [path]
     files = Path(path).iterdir()
-    found = sorted(p for p in files if p.suffix.lower() in _SUFFIXES)
+    found: list[str | Path] = []
+    found += sorted(p for p in files if p.suffix.lower() in _SUFFIXES)
     if not found:
         raise InputError(f"folder {path} has no pictures; expected PNG, JPEG or WebP")
     return found
 
 
-def load_image(source: str | Path | np.ndarray | Image.Image) -> Image.Image:
+def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Image:
     """A decoded RGB picture from a file, an (H, W, 3) uint8 array or a PIL image.
 
     EXIF rotation is applied, the first frame of an animation is used, 16-bit grey is

@@ -78,7 +78,7 @@ def expected_shapes(
         raise InputError(
             f"config.json does not describe a {family.name} model ({e})"
         ) from None
-    return {name: array.shape for name, array in tree_flatten(model.parameters())}
+    return {name: array.shape for name, array in _named(model)}
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -108,13 +108,17 @@ def load(
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
-        check_finite(tree_flatten(model.parameters()))
+        check_finite(_named(model))
     tokenizer = load_tokenizer(checkpoint.folder, config)
     vocabulary = tokenizer.get_vocab()
     _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
     longest = max(map(len, vocabulary), default=1)
     make = _processor if model.answers == "text" else _action_processor
     return model, make(model, tokenizer, config, longest)
+
+
+def _named(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return list(dict(tree_flatten(model.parameters())).items())
 
 
 def check_finite(tensors: list[tuple[str, mx.array]]) -> None:

@@ -138,9 +138,15 @@ def encode(
     """The tower's features of every picture, with the extras that the plan needs."""
     needs = _needs(plan, "tower")
     with clock.stage("vision") as done:
-        features = model.encode(scene.pixels, needs, scene.prompt)
+        features = model.encode(_pixels(scene), needs, scene.prompt)
         done += features.arrays()
     return features
+
+
+def _pixels(scene: Scene) -> mx.array:
+    if scene.pixels is None:
+        raise ValueError("the scene has no pixels to look at")
+    return scene.pixels
 
 
 def prune(
@@ -161,7 +167,7 @@ def prune(
         embeddings = model.project(kept)
         done.append(embeddings)
     groups = scene.batch * scene.prompt.places
-    return grouped(embeddings, selection, features.grid, groups)
+    return grouped(embeddings, selection, features.grid or (1, features.total), groups)
 
 
 def grouped(
@@ -325,7 +331,7 @@ def check_plan(model: VisionModel, plan: Plan) -> None:
 
 
 def _check_layer(pruner: Pruner, layers: int) -> None:
-    if pruner.at >= layers:
+    if not isinstance(pruner.at, int) or pruner.at >= layers:
         raise InputError(
             f"cannot prune after layer {pruner.at} of {layers}; expected 1 to "
             f"{layers - 1}"

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,7 @@ class Processor:
     longest: characters of the longest token.
     """
 
-    tokenizer: object
+    tokenizer: Any
     image_size: int
     image_token: str
     prefix: str
@@ -99,7 +100,7 @@ class ActionProcessor:
     resample: how pictures are resized. longest: characters of the longest token.
     """
 
-    tokenizer: object
+    tokenizer: Any
     image_size: int
     vocabulary: int
     bins: int

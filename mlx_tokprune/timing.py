@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-STAGES = ("preprocess", "vision", "prune", "project", "prefill")
+STAGES: tuple[str, ...] = ("preprocess", "vision", "prune", "project", "prefill")
 
 
 class NoClock:
@@ -32,7 +32,7 @@ class Clock(NoClock):
     """
 
     def __init__(self):
-        self.times = dict.fromkeys(STAGES, 0.0)
+        self.times: dict[str, float] = dict.fromkeys(STAGES, 0.0)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[list]:

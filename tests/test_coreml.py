@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -234,11 +235,11 @@ class Equal(nn.Module):
     """A tower whose visual tokens are the pixels."""
 
     image_size = 4
-    stride = 1
     reads_prompt = False
+    provides: ClassVar = {"tower": ()}
     args = None
 
-    def encode(self, pixels, needs=(), prompt=None):
+    def encode(self, pixels, needs=()):
         tokens = pixels.reshape(pixels.shape[0], -1, 3)
         return mlx_tokprune.Features(tokens, (4, 4))
 

@@ -9,14 +9,17 @@ from conftest import TINY
 from PIL import Image
 
 from mlx_tokprune import InputError, Pruner, generate, load
+from mlx_tokprune.answer.temporal import Temporal
 from mlx_tokprune.generate import main as command
-from mlx_tokprune.pipeline import see
-from mlx_tokprune.temporal import Temporal
+from mlx_tokprune.pipeline import Scene
+from mlx_tokprune.pipeline import look as see
+from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.pruners import as_plan
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load(TINY)[0]
+@pytest.fixture
+def model(tiny):
+    return tiny[0]
 
 
 def frame_of(seed: int = 0) -> np.ndarray:
@@ -24,12 +27,16 @@ def frame_of(seed: int = 0) -> np.ndarray:
     return np.repeat(np.repeat(rng.random((8, 8, 3)), 64, 0), 64, 1).astype(np.float32)
 
 
+def scene_of(*frames: np.ndarray) -> Scene:
+    return Scene(mx.array(np.stack(frames)), Prompt(((), ())))
+
+
 def look(video: Temporal, model, frame: np.ndarray):
-    return video(model, mx.array(frame[None]))
+    return video(model, scene_of(frame), video.plan)
 
 
 def full(model, frame: np.ndarray, pruner: Pruner | None = None):
-    return see(model, mx.array(frame[None]), pruner or Pruner("none"))
+    return see(model, scene_of(frame), as_plan(pruner))
 
 
 def difference(a, b) -> float:
@@ -156,11 +163,13 @@ def test_another_model_begins_again(model):
     assert video.encoded == 1
 
 
-def test_in_a_stream(tiny):
+@pytest.mark.parametrize("method", ["norm", "trimvla"])
+def test_in_a_stream(tiny, method):
     model, processor = tiny
-    video = Temporal(Pruner("norm", keep_ratio=0.5))
+    pruner = Pruner(method, keep_ratio=0.5)
+    video = Temporal(pruner)
     asked = (model, processor, [TINY / "image_0.png"], "What?")
-    plain = generate(*asked, pruner=Pruner("norm", keep_ratio=0.5), max_tokens=4)
+    plain = generate(*asked, pruner=pruner, max_tokens=4)
     assert generate(*asked, vision=video, max_tokens=4) == plain
     assert generate(*asked, vision=video, max_tokens=4) == plain
     assert video.encoded == 0
@@ -192,7 +201,10 @@ def test_the_command_asks_about_each_frame(capsys, tmp_path):
     ("options", "message"),
     [
         ({"pruner": Pruner("attention", 0.5)}, "needs more of a frame than its tokens"),
-        ({"pruner": Pruner("trimvla", 0.5)}, "choose another, such as 'norm'"),
+        (
+            {"pruner": Pruner("trimvla", 0.5, at="tower")},
+            "choose another, such as 'norm'",
+        ),
         ({"threshold": 1.5}, "threshold 1.5"),
         ({"max_age": -1}, "max age -1"),
     ],
@@ -206,7 +218,7 @@ def test_what_cannot_be_seen_in_parts_is_refused(model, policy_model):
     with pytest.raises(InputError, match="only FastVLM's tower"):
         Temporal().check(policy_model)
     with pytest.raises(InputError, match="frames come one by one; 2 given"):
-        Temporal()(model, mx.zeros((2, 512, 512, 3)))
+        Temporal()(model, scene_of(frame_of(), frame_of()), ())
 
 
 @pytest.fixture

@@ -9,22 +9,26 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from mlx_tokprune import Pruner, budget, generate, load, pipeline, stream_generate
-from mlx_tokprune.demo import CHECKPOINT, PICTURES
+from mlx_tokprune import Pruner, generate, stream_generate
+from mlx_tokprune.answer import image_size as sizes
+from mlx_tokprune.answer.memory import Memory
+from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.generate import main as command
 from mlx_tokprune.image import load_image, preprocess, preprocess_content
-from mlx_tokprune.memory import Memory, opening_of, picture_key
+from mlx_tokprune.models.language import At, LayerCache
 from mlx_tokprune.overlay import draw_overlay
-from mlx_tokprune.pipeline import assemble, first_logits, see
+from mlx_tokprune.pipeline import Scene, assemble, look, run
+from mlx_tokprune.pruners import as_plan
+from mlx_tokprune.timing import NoClock
 
 IMAGE = TINY / "image_0.png"
 QUESTIONS = ("What does the sign say?", "How many shapes are there?", "Where is it?")
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load(CHECKPOINT)
+def scene_of(processor, images, text: str) -> Scene:
+    pixels = mx.array(processor.pixels(images))
+    return Scene(pixels, processor.prompt(text, len(images)))
 
 
 def answer(model, processor, images, prompt, **options) -> tuple[list[int], int]:
@@ -44,25 +48,41 @@ def test_tokens_are_those_of_mlx_lm(demo, positions, temp):
     from mlx_lm.sample_utils import make_sampler
 
     model, processor = demo
-    pruner = Pruner("norm", keep_ratio=0.5)
-    image = load_image(PICTURES[0].path)
-    visual = see(model, mx.array(processor.pixels([image])), pruner)
-    prompt = processor.prompt(QUESTIONS[1], 1)
-    prefill = assemble(model, prompt, visual, positions)
+    pruner, image = Pruner("norm", keep_ratio=0.5), load_image(PICTURES[0].path)
+    plan, scene = as_plan(pruner), scene_of(processor, [image], QUESTIONS[1])
+    sequence = assemble(model, scene, look(model, scene, plan), plan, positions)
+    where, length = sequence.positions, sequence.embeddings.shape[1]
+    where = mx.arange(length) if where is None else where
+    caches = model.decoder.make_cache()
+    cache = [Standing(inner, where, sequence.end) for inner in caches]
     mx.random.seed(5)
-    with model.positions.using(prefill.positions, prefill.shift):
-        steps = generate_step(
-            mx.array([], mx.int32),
-            model,
-            max_tokens=8,
-            sampler=make_sampler(temp),
-            input_embeddings=prefill.embeddings[0],
-        )
-        expected = [token for token, _ in steps]
+    steps = generate_step(
+        mx.array([], mx.int32),
+        model,
+        max_tokens=8,
+        sampler=make_sampler(temp),
+        prompt_cache=cache,
+        input_embeddings=sequence.embeddings[0],
+    )
+    expected = [token for token, _ in steps]
     options = {"positions": positions, "max_tokens": 8, "temp": temp, "seed": 5}
     asked = (model, processor, [image], QUESTIONS[1])
     found, _ = answer(*asked, pruner=pruner, **options)
     assert found == expected[: len(found)]
+
+
+class Standing(LayerCache):
+    """Gives tokens their positions in mlx-lm's calls: all but one, then one by one."""
+
+    def __init__(self, inner, positions: mx.array, end: int):
+        super().__init__(inner)
+        self.prompt = positions.size
+        self.positions = mx.concatenate([positions, end + mx.arange(16)])
+
+    @property
+    def offset(self) -> At:
+        read = self.inner.offset
+        return At(self.positions[read : read + 1 if read else self.prompt - 1])
 
 
 @pytest.mark.parametrize("step", [1, 7, 64, 77, 78])
@@ -141,25 +161,23 @@ def test_asking_again_gives_the_same_tokens(demo, method, positions):
 
 
 def test_what_is_recalled_gives_the_same_logits(demo):
-    from mlx_lm.models.cache import make_prompt_cache
-
     model, processor = demo
     image, memory = load_image(PICTURES[0].path), Memory()
-    pixels = mx.array(processor.pixels([image]))
-    key = picture_key([image])
-    visual = memory.see(model, key, lambda: see(model, pixels, Pruner("norm", 0.5)))
+    plan = as_plan(Pruner("norm", 0.5))
     for number, question in enumerate(QUESTIONS):
-        prompt = processor.prompt(question, 1)
-        prefill = assemble(model, prompt, visual, "original")
-        opening, length = opening_of(prompt, prefill, "original")
-        cache = make_prompt_cache(model)
-        known = memory.recall(key, opening, cache)
+        scene = scene_of(processor, [image], question)
+        recalled = memory.about(model, processor, [image], plan, None)
+        cache = model.decoder.make_cache()
+        known = recalled.fill(cache, scene.prompt, "original")
+        how = {"vision": recalled.look(None), "cache": cache, "known": known}
+        read, visual = run(model, scene, plan, **how)
+        length = len(scene.prompt.segments[0]) + visual.keep
         assert known == (length if number else 0)
-        logits = first_logits(model, prefill, cache, known)
-        memory.keep(key, opening, cache, length)
-        with model.positions.using(prefill.positions, prefill.shift):
-            whole = model(None, input_embeddings=prefill.embeddings)[:, -1]
-        assert mx.max(mx.abs(logits - whole)).item() < 1e-3
+        recalled.keep(cache, scene.prompt, "original")
+        whole, _ = run(model, scene, plan)
+        logits, expected = (model.decoder.logits(r.hidden) for r in (read, whole))
+        assert logits.shape == expected.shape
+        assert mx.max(mx.abs(logits - expected)).item() < 1e-3
 
 
 def test_a_second_question_sees_and_reads_nothing_again(demo, monkeypatch):
@@ -219,14 +237,16 @@ def test_anything_that_matters_is_a_miss(demo, change):
 class Watched:
     """Stands in for a Core ML package."""
 
+    plan = ()
+
     def __init__(self, pruner: Pruner):
         self.pruner = pruner
 
     def check(self, model) -> None:
         pass
 
-    def __call__(self, model, pixels):
-        return see(model, pixels, self.pruner)
+    def __call__(self, model, scene, plan, clock):
+        return look(model, scene, as_plan(self.pruner), clock)
 
 
 def test_a_memory_is_bounded_and_forgets_the_oldest(demo):
@@ -280,7 +300,7 @@ def test_an_answer_does_not_change_what_is_remembered(demo):
 def test_a_memory_holds_no_more_than_the_opening(demo):
     model, processor = demo
     held = []
-    for question in ("Hi", "Which of these words is it? " * 200):
+    for question in ("Hi", "Which of these words is it? " * 100):
         memory = Memory()
         answer(model, processor, [PICTURES[0].path], question, memory=memory, temp=0.0)
         picture = next(iter(memory._pictures.values()))
@@ -348,30 +368,39 @@ def test_pictures_of_different_shapes_share_a_rectangle(demo):
     model, processor = demo
     processor = processor.at(512, "skip")
     images = [wide(512, 200), wide(400, 300)]
-    assert processor.pixels(images).shape == (2, 384, 512, 3)
-    text = generate(model, processor, images, "What?", max_tokens=2)
-    assert isinstance(text, str)
+    pixels = processor.pixels(images)
+    assert pixels.shape == (2, 384, 512, 3)
+    for image, shared in zip(images, (pixels[0, 64:-64], pixels[1]), strict=True):
+        np.testing.assert_array_equal(preprocess_content([image], 512, 64)[0], shared)
+    assert not pixels[0, :64].any()
+    # As if both had come with borders that make them alike.
+    alike = [Image.fromarray((255 * p).round().astype(np.uint8)) for p in pixels]
+    found, expected = (
+        answer(model, processor, some, QUESTIONS[0], max_tokens=4)[0]
+        for some in (images, alike)
+    )
+    assert found == expected
+    assert found != answer(model, processor, alike[::-1], "Who?", max_tokens=4)[0]
 
 
 def test_places_are_those_in_the_padded_square(demo):
     model, processor = demo
     processor = processor.at(512, "skip")
     for size, places in (((512, 256), range(16, 48)), ((256, 512), None)):
-        pixels = mx.array(processor.pixels([wide(*size)]))
-        visual = see(model, pixels, Pruner("none"))
+        scene = scene_of(processor, [wide(*size)], "Hi")
+        visual = look(model, scene, ())
         assert visual.total == 32
         found, total = visual.places()
         assert total == 64
         columns = [8 * row + column for row in range(8) for column in range(2, 6)]
         assert found.tolist() == [list(places or columns)]
-        prompt = processor.prompt("Hi", 1)
-        before, after = map(len, prompt.segments)
-        prefill = assemble(model, prompt, visual, "original")
+        before, after = map(len, scene.prompt.segments)
+        sequence = assemble(model, scene, visual, (), "original")
         expected = [*range(before), *(before + p for p in found.tolist()[0])]
         expected += [before + 64 + i for i in range(after)]
-        assert prefill.positions.tolist() == expected
-        assert prefill.shift == 32
-        assert assemble(model, prompt, visual, "contiguous").positions is None
+        assert sequence.positions.tolist() == expected
+        assert sequence.end - sequence.embeddings.shape[1] == 32
+        assert assemble(model, scene, visual, (), "contiguous").positions is None
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.path.name)
@@ -384,8 +413,8 @@ def test_the_demo_answers_without_padding(demo, picture):
 def test_an_overlay_without_padding_shows_the_same_places(demo):
     model, processor = demo
     image = wide(512, 256)
-    pixels = mx.array(processor.at(512, "skip").pixels([image]))
-    visual = see(model, pixels, Pruner("norm", keep_ratio=0.5))
+    scene = scene_of(processor.at(512, "skip"), [image], "Hi")
+    visual = look(model, scene, as_plan(Pruner("norm", keep_ratio=0.5)))
     drawn = draw_overlay([image], visual.selection, visual.grid)
     places, _ = visual.places()
     square = dataclasses.replace(visual.selection, indices=places)
@@ -399,7 +428,7 @@ def test_an_overlay_without_padding_shows_the_same_places(demo):
         (["--image-size", "100"], "expected a multiple of 64, such as 128"),
         (["--image-size", "-64"], "such as 64"),
         (["--padding", "crop"], "invalid choice"),
-        (["--vision-budget", "0.001"], "the smallest, 64 px, takes about"),
+        (["--vision-budget", "0.001"], "the smallest, 64 px, takes about 7 ms"),
         (["--image-size", "64", "--vision-budget", "9"], "not allowed with"),
         (["--image-size", "0"], "such as 64"),
         (["--image-size", "640000"], "the most is 4096"),
@@ -407,7 +436,8 @@ def test_an_overlay_without_padding_shows_the_same_places(demo):
         (["--vision-budget", "1e9", "--keep-tokens", "65"], "at 512 px there are 64"),
     ],
 )
-def test_bad_sizes_are_one_sentence(capsys, arguments, message):
+def test_bad_sizes_are_one_sentence(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(sizes, "_measure", lambda *_: 7.0)
     asked = ["--model", str(TINY), "--image", str(IMAGE), "--prompt=a"]
     with pytest.raises(SystemExit) as stopped:
         command([*arguments, *asked])
@@ -426,34 +456,40 @@ def test_the_largest_size_that_fits(demo, monkeypatch, size):
 
     def measured(model, processor, *_):
         runs.append(processor.image_size)
-        total = 25 + 50 * (processor.image_size / 256) ** 2
-        return pipeline.StageTimes(total - 10, 5, 3, 1, 1)
+        return 25 + 50 * (processor.image_size / 256) ** 2
 
-    monkeypatch.setattr(budget, "measure_stages", measured)
-    asked = (model, processor, [], "Hi", Pruner("none"), "original")
+    monkeypatch.setattr(sizes, "_measure", measured)
+    asked = (model, processor, [], "Hi", (), "original")
     expected = 25 + 50 * (size / 256) ** 2
-    fit = budget.fit_image_size(*asked, expected + 0.1)
+    fit = sizes.fit_image_size(*asked, expected + 0.1)
     assert fit.image_size == size
     assert fit.predicted_ms == pytest.approx(expected)
-    assert runs == [256, 256, 512, 512]
+    assert runs == [256, 512]
+
+
+def test_the_second_of_two_runs_is_measured(demo, monkeypatch):
+    """The first one warms up."""
+    model, processor = demo
+    spent, images = [100.0, 5.0], [load_image(PICTURES[0].path)]
+
+    class Told(NoClock):
+        def __init__(self):
+            self.times = {"vision": 1.0, "prefill": spent.pop(0)}
+
+    monkeypatch.setattr(sizes, "Clock", Told)
+    assert sizes._measure(model, processor, images, "Hi", (), "original") == 6
+    assert not spent
 
 
 def test_a_budget_leaves_room_for_the_tokens_to_keep(demo, monkeypatch):
     model, processor = demo
-    times = pipeline.StageTimes(1, 1, 1, 1, 1)
-    monkeypatch.setattr(budget, "measure_stages", lambda *_: times)
+    monkeypatch.setattr(sizes, "_measure", lambda *_: 5.0)
     image = load_image(PICTURES[0].path).resize((300, 300))
-    asked = (
-        model,
-        processor,
-        [image],
-        "Hi",
-        Pruner("norm", keep_tokens=40),
-        "original",
-    )
-    assert budget.fit_image_size(*asked, 1e6).image_size == 512
+    plan = as_plan(Pruner("norm", keep_tokens=40))
+    asked = (model, processor, [image], "Hi", plan, "original")
+    assert sizes.fit_image_size(*asked, 1e6).image_size == 512
     with pytest.raises(InputError, match="the smallest, 448 px, takes about 5 ms"):
-        budget.fit_image_size(*asked, 1)
+        sizes.fit_image_size(*asked, 1)
 
 
 @pytest.mark.parametrize("extra", [["--temporal"], ["--vision-budget", "9"]])

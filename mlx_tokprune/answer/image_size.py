@@ -81,6 +81,7 @@ def _tokens(processor: Processor, images: Sequence[Image.Image]) -> int:
 
 def _measure(model, processor: Processor, images, text, plan: Plan, positions) -> float:
     """Milliseconds of the second of two runs."""
+    clock = Clock()
     for _ in range(2):
         clock = Clock()
         with clock.stage("preprocess") as done:

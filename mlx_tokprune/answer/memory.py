@@ -12,6 +12,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from ..errors import InputError
@@ -61,7 +64,11 @@ class Memory:
         if self._model is not model:
             self.clear()
             self._model = model
-        early = tuple(pruner.key for pruner in plan if pruner.place == "tower")
+        early = tuple(
+            (pruner.key, _weights(pruner.scorer))
+            for pruner in plan
+            if pruner.place == "tower"
+        )
         key = _picture_key(
             images, processor.image_size, processor.padding, early, vision
         )
@@ -133,6 +140,16 @@ class Recollection:
 def _copied(array: mx.array, length: int) -> mx.array:
     """The first tokens of (..., T, D); a mere slice would keep all of them alive."""
     return mx.contiguous(array[..., :length, :]) + 0
+
+
+def _weights(scorer: nn.Module | None) -> str:
+    """Of a scorer as it is: one that has learned more chooses others."""
+    digest = hashlib.blake2b(digest_size=16)
+    weights = dict(tree_flatten(scorer.parameters())) if scorer else {}
+    for name, array in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(np.array(array.astype(mx.float32)).tobytes())
+    return digest.hexdigest()
 
 
 def _picture_key(images: Sequence[Image.Image], *settings: Hashable) -> Hashable:

@@ -9,9 +9,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
@@ -148,7 +149,8 @@ def check_answers(model: VisionModel) -> None:
 def _stream(question: _Question) -> Iterator[Response]:
     from mlx_lm.generate import generation_stream, wired_limit
 
-    with wired_limit(question.model, [generation_stream]):
+    model = cast(nn.Module, question.model)
+    with wired_limit(model, [cast(mx.Stream, generation_stream)]):
         yield from _answer(question)
 
 
@@ -162,7 +164,7 @@ def _answer(asked: _Question) -> Iterator[Response]:
     with asked.clock.stage("prefill"):
         logits = asked.model.decoder.logits(read.hidden)[:, -1]
         logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        begun = sampler(logits).item()
+        begun = int(np.array(sampler(logits))[0])
     first = time.perf_counter()
     ttft = (first - start) * 1e3
     _check_first(logits, begun)
@@ -248,10 +250,10 @@ def _steps(asked: _Question, token: int, read: Read, sampler) -> Iterator[int]:
         maybe_quantize_kv_cache(cache, **settings.quantization)
         for following, _ in generate_step(
             mx.array([token]),
-            asked.model,
+            cast(nn.Module, asked.model),
             max_tokens=settings.max_tokens - 1,
             sampler=sampler,
             prompt_cache=cache,
             **settings.quantization,
         ):
-            yield following
+            yield cast(int, following)

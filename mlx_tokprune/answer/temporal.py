@@ -80,10 +80,12 @@ class Temporal:
         self, model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
     ) -> VisualTokens:
         """(1, h, w, 3) pixels of the next frame -> kept and projected visual tokens."""
-        if scene.pixels.shape[0] != 1:
-            raise InputError(f"frames come one by one; {scene.pixels.shape[0]} given")
+        pixels = scene.pixels
+        if pixels is None or pixels.shape[0] != 1:
+            given = 0 if pixels is None else pixels.shape[0]
+            raise InputError(f"frames come one by one; {given} given")
         with clock.stage("vision") as done:
-            features = self._encode(model, scene.pixels)
+            features = self._encode(model, pixels)
             done += features.arrays()
         return prune(model, scene, plan, features, clock)
 

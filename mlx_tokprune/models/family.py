@@ -5,7 +5,7 @@ its config. What a model can do is asked for by name, never by its class.
 """
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
@@ -30,7 +30,8 @@ class VisionModel(Protocol):
     "prompt", "layer"), the extras of `Features` that a pruner can have there; "grid"
     where tokens fill their grid. sees_parts: whether the tower can see a part of a
     picture alone. reads_prompt: whether the tower is conditioned on the prompt.
-    attends: "causal" or "full".
+    attends: "causal" or "full". args: what its config says.
+    action_head: of a model that answers in slots.
     """
 
     answers: Literal["text", "bins", "slots"]
@@ -42,7 +43,11 @@ class VisionModel(Protocol):
     provides: Mapping[str, tuple[str, ...]]
     sees_parts: bool
     reads_prompt: bool
-    decoder: Decoder
+    args: Any
+    action_head: Any
+
+    @property
+    def decoder(self) -> Decoder: ...
 
     def encode(
         self,

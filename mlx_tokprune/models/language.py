@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,7 @@ class Choice(Protocol):
     """What the decoder knows of a pruner: the layer after which it chooses, and how."""
 
     @property
-    def at(self) -> object: ...
+    def at(self) -> Any: ...
 
     def __call__(self, features: Features) -> Selection: ...
 
@@ -117,7 +117,9 @@ class LayerCache:
     seen: (B, S) bool, which of the first S tokens later ones see; `None` for all.
     """
 
-    def __init__(self, inner=None, shift: int | mx.array = 0, at=None, seen=None):
+    def __init__(
+        self, inner: Any = None, shift: int | mx.array = 0, at=None, seen=None
+    ):
         self.inner, self.shift, self.at, self.seen = inner, shift, at, seen
 
     @property
@@ -168,7 +170,7 @@ class Decoder:
     """
 
     def __init__(self, language_model: nn.Module):
-        self._model = language_model
+        self._model: Any = language_model
         for layer in self.layers:
             layer.self_attn.rope = PositionedRoPE(layer.self_attn.rope)
 
@@ -281,7 +283,7 @@ def _heads(project: nn.Module, x: mx.array, count: int) -> mx.array:
     return project(x).reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
 
 
-def _grouped(keys: mx.array, attention: nn.Module) -> mx.array:
+def _grouped(keys: mx.array, attention: Any) -> mx.array:
     """Keys of fewer heads, one for each head of the queries."""
     groups = attention.n_heads // attention.n_kv_heads
     return mx.repeat(keys, groups, axis=1) if groups > 1 else keys
@@ -294,15 +296,15 @@ class _State:
         self._decoder, self._rows, self._watch = decoder, rows, watch
         self._cache = cache or [None] * len(decoder.layers)
         self._known = known
-        # Whoever sees what follows needs it in the same call.
-        whole = not isinstance(sequence.mask, str) or sequence.mask == "full"
+        # Without a cache, or where tokens see what follows, nothing can be cut.
+        whole = cache is None or sequence.mask != "causal"
         self._step = max(1, sequence.embeddings.shape[1]) if whole else step
         self._hidden = sequence.embeddings[:, known:]
         self._positions, self._mask = sequence.positions, sequence.mask
         self._end = sequence.end
         self._where = _indices(sequence.visual)
         self._done = 0
-        self._before: mx.array | None = None  # what went into the last layer done
+        self._before = self._hidden  # what went into the last layer done
         self._shifts, self._seen = [], []
 
     @property
@@ -332,8 +334,8 @@ class _State:
     def _note(self, number: int) -> None:
         """What tokens after the sequence need to know of this layer."""
         self._shifts.append(self._end - self._length)
-        whole = not isinstance(self._mask, mx.array)
-        self._seen.append(None if whole else self._mask[:, -1])
+        mask = self._mask
+        self._seen.append(mask[:, -1, :] if isinstance(mask, mx.array) else None)
 
     def advance(self, stop: int) -> None:
         """All tokens through the layers before `stop`."""

@@ -62,14 +62,15 @@ def spatial(features: Features, *, keep: int) -> Selection:
 
     The grid may have fewer cells than asked for; what was kept is what is reported.
     """
-    (height, width), (h, w) = features.grid, grid_within(features.grid, keep)
+    grid = features.grid or (1, features.total)
+    (height, width), (h, w) = grid, grid_within(grid, keep)
     rows = mx.arange(height) * h // height
     columns = mx.arange(width) * w // width
     cell = (rows[:, None] * w + columns[None]).reshape(-1)
     members = (cell[None] == mx.arange(h * w)[:, None]).astype(mx.float32)
     batch = features.tokens.shape[0]
     weights = mx.broadcast_to(average(members[None]), (batch, h * w, height * width))
-    return Selection(_cell_centers(features.grid, (h, w), batch), weights)
+    return Selection(_cell_centers(grid, (h, w), batch), weights)
 
 
 def _cell_centers(grid, cells, batch: int) -> mx.array:

@@ -46,7 +46,7 @@ class Pruner:
     method: str = "norm"
     keep_ratio: float | None = None
     keep_tokens: int | None = None
-    at: Place | None = field(default=None, kw_only=True)
+    at: Place = field(default=None, kw_only=True)  # type: ignore[assignment]
     seed: int = field(default=0, kw_only=True)
     options: Mapping[str, float] = field(default_factory=dict, hash=False, kw_only=True)
     scorer: nn.Module | None = field(
@@ -225,7 +225,8 @@ def as_plan(pruners: Pruner | Iterable[Pruner] | None) -> Plan:
 
 
 def _order(pruner: Pruner) -> int:
-    return {"tower": -2, "prompt": -1}.get(pruner.at, pruner.at)
+    places = ("tower", "prompt")
+    return pruner.at if isinstance(pruner.at, int) else places.index(pruner.at) - 2
 
 
 def _check_place(at) -> None:
@@ -284,7 +285,8 @@ def _compiled(
     """
 
     def arrays(tokens, extras, parameters):
-        features = Features(tokens, *shape, extras)
+        grid, pictures = shape
+        features = Features(tokens, grid, pictures, extras)
         if scorer is not None:
             with _parameters(scorer.module, parameters):
                 features = _scored(features, scorer.module)

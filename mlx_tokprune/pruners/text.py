@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import InputError
 from ..features import Features, Selection
@@ -114,7 +115,7 @@ def keep_marked(marked: mx.array) -> Selection:
     """
     total = marked.shape[1]
     counts = mx.sum(marked, axis=1)
-    keep = int(mx.max(counts).item())
+    keep = int(np.array(mx.max(counts)))
     where = mx.sort(mx.where(marked, mx.arange(total), total), axis=1)[:, :keep]
     mask = where < total
     indices = mx.minimum(where, total - 1).astype(mx.int32)

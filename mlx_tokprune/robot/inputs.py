@@ -50,7 +50,7 @@ def check_images(model: VisionModel, images) -> list[Image.Image]:
         images = [images]
     if not isinstance(images, Sequence):
         raise InputError(f"pictures come as a list, not {type(images).__name__}")
-    wanted = model.pictures
+    wanted = model.pictures or 1
     if len(images) != wanted:
         raise InputError(
             f"this policy looks at {wanted} picture{'s' * (wanted > 1)}; "

@@ -182,7 +182,7 @@ class Policy:
         return side, side
 
     def _visual(self, embeddings, indices, mask) -> VisualTokens:
-        selection, pictures = Selection(indices, mask=mask), self.model.pictures
+        selection, pictures = Selection(indices, mask=mask), self.model.pictures or 1
         return VisualTokens(embeddings, indices, selection, self._grid, pictures, mask)
 
 
@@ -193,7 +193,7 @@ def _padded(visual: VisualTokens) -> tuple[mx.array, mx.array, mx.array]:
     mask = visual.mask
     mask = mx.ones((batch, kept), mx.bool_) if mask is None else mask
     return (
-        mx.pad(visual.embeddings, ((0, 0), (0, more), (0, 0))),
-        mx.pad(visual.indices, ((0, 0), (0, more))),
-        mx.pad(mask, ((0, 0), (0, more))),
+        mx.pad(visual.embeddings, [(0, 0), (0, more), (0, 0)]),
+        mx.pad(visual.indices, [(0, 0), (0, more)]),
+        mx.pad(mask, [(0, 0), (0, more)]),
     )
