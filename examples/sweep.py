@@ -82,15 +82,14 @@ def measure(rows: list[Row], asked: tuple, runs: int) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Medians, with the least and the most beside them."""
-    lines = [f"{'method':18}{'ratio':>6}{'kept':>6}  {'same':6}{'TTFT ms':>8}  range"]
+    """Medians of n runs, with the least and the most beside them."""
+    lines = [f"{'method':18}{'ratio':>6}{'kept':>6}  same{'n':>4}{'TTFT ms':>9}  range"]
     for row in rows:
-        ratio = f"{row.pruner.keep_ratio or 1:g}"
-        same, spread = "yes" if row.same else "no", f"{min(row.times):.1f}"
-        spread += f"-{max(row.times):.1f}"
+        ratio, same = row.pruner.keep_ratio or 1, "yes" if row.same else "no"
+        spread = f"{min(row.times):.1f}-{max(row.times):.1f}"
         lines.append(
-            f"{row.pruner.method:18}{ratio:>6}{row.kept:>6}  {same:6}{row.ttft:8.1f}  "
-            f"{spread}" + ("" if row.same else f"  ({row.answer})")
+            f"{row.pruner.method:18}{ratio:6g}{row.kept:6}  {same:4}{len(row.times):4}"
+            f"{row.ttft:9.1f}  {spread}" + ("" if row.same else f"  ({row.answer})")
         )
     return "\n".join(lines)
 
@@ -114,7 +113,7 @@ def draw(rows: list[Row], path: Path, prompt: str) -> None:
         axes.scatter(kept, times, c=faces, edgecolors=colour, zorder=3)
     axes.set(xlabel=f"visual tokens kept of {whole.kept}", ylabel="TTFT, ms (median)")
     axes.set_title(f"{prompt}\nfilled: the unpruned answer", fontsize=9)
-    axes.set_ylim(bottom=0)
+    axes.set(xlim=(0, 1.03 * whole.kept), ylim=(0, 1.2 * max(r.ttft for r in rows)))
     axes.legend()
     figure.savefig(path, format="png")
 

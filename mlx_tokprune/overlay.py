@@ -28,12 +28,13 @@ def draw_overlay(
     Selectors: dropped patches are dimmed. Merging methods: patches that went to the
     same kept token share a colour, and a ring marks where that token sits.
     """
-    groups = None
     if isinstance(selection, Selection):
-        assignment, selection = selection.assignment(), np.array(selection.indices)
-        groups = None if assignment is None else np.array(assignment)
+        kept, assignment = list(np.array(selection.indices)), selection.assignment()
+    else:
+        kept, assignment = selection, None
+    groups = None if assignment is None else np.array(assignment)
     panels = [
-        _panel(image, selection[i], None if groups is None else groups[i], grid, padded)
+        _panel(image, kept[i], None if groups is None else groups[i], grid, padded)
         for i, image in enumerate(images)
     ]
     width = sum(p.width for p in panels) + _GAP * (len(panels) - 1)

@@ -13,7 +13,17 @@ PACKAGE = "mlx_tokprune"
 # Lower floors first; a module may import from its own floor or lower ones.
 FLOORS = (
     ("errors", "blas"),
-    ("files", "features", "image", "prompt", "actions", "hub", "demo", "timing"),
+    (
+        "files",
+        "features",
+        "image",
+        "prompt",
+        "actions",
+        "hub",
+        "demo",
+        "timing",
+        "threads",
+    ),
     ("convert", "models", "pruners", "overlay", "processor"),
     ("loading", "pipeline"),
     ("answer", "robot"),

@@ -16,7 +16,7 @@ def check(options: Mapping[str, float], has_budget: bool) -> None:
 
 @register("center", needs=("grid",), check=check)
 def center(features: Features, *, keep: int, spread: float = 1.0) -> Selection:
-    """Keep the tokens closest to the middle of the picture.
+    """Control: keep the tokens closest to the middle of the picture.
 
     spread: how many times as wide as high the kept part is.
     """

@@ -23,6 +23,7 @@ from ..models.language import Read
 from ..pipeline import Scene, VisualTokens, check_plan, run
 from ..processor import Processor
 from ..pruners import Plan, Pruner, as_plan
+from ..threads import end_streams_with_thread
 from ..timing import NO_CLOCK, Clock, NoClock
 from .memory import Memory
 from .settings import Settings
@@ -149,6 +150,7 @@ def check_answers(model: VisionModel) -> None:
 def _stream(question: _Question) -> Iterator[Response]:
     from mlx_lm.generate import generation_stream, wired_limit
 
+    end_streams_with_thread()
     model = cast(nn.Module, question.model)
     with wired_limit(model, [cast(mx.Stream, generation_stream)]):
         yield from _answer(question)
@@ -226,6 +228,7 @@ def _read(asked: _Question) -> tuple[Read, VisualTokens, int, Callable[[], None]
     )
 
     def remember() -> None:
+        mx.eval(visual.indices)  # other threads could not
         if recalled and not known:
             recalled.keep(cache, prompt, settings.positions)
 
