@@ -57,7 +57,9 @@ def once(prompts=1, decoded=1, towers=1):
     return {"prompts": prompts, "decoded": decoded, "towers": towers}
 
 
-@pytest.mark.parametrize("more", [[], ["--stages"], ["--json"], ["--keep-ratio", ".5"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--stages"], ["--json"], ["--keep-ratio", ".5", "--at", "2"]]
+)
 def test_one_question(counted, more):
     generate([*ASKED, *more])
     assert counted == once()

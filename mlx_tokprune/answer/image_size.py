@@ -54,6 +54,8 @@ def fit_image_size(
         areas = [size * size for size in probes]
         slope = max(0.0, (times[1] - times[0]) / (areas[1] - areas[0]))
         start = times[0] - slope * areas[0]
+        if start < 0:  # small sizes would be said to take no time
+            start, slope = 0.0, times[1] / areas[1]
     sizes = range(processor.stride, largest + 1, processor.stride)
     if least:
         sizes = [s for s in sizes if _tokens(processor.at(s), images) >= least]

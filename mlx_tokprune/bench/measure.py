@@ -18,15 +18,15 @@ from ..errors import InputError
 from ..files import write_text
 from ..measure.cost import Cost
 from ..measure.machine import describe, measure_rates
-from ..measure.results import MACHINE, NUMBER, Optional, Table, read_result
+from ..measure.results import MACHINE, NUMBER, Optional, read_result
 from ..measure.subject import Asked, Subject
 from ..pipeline import DEFAULT_POSITIONS
 from ..pruners import Pruner, as_plan, get_method
+from ..timing import STAGES
 
 SCHEMA = "mlx_tokprune.bench/1"
 _TIMES = ("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb")
 SAMPLES = (*_TIMES, "stages_ms")
-_STAGES = Table(NUMBER)
 _COST = dict.fromkeys(("flops", "bytes", "weights", "launches"), NUMBER)
 # What a file holds; docs/results.md says what it means.
 SHAPE = {
@@ -40,8 +40,9 @@ SHAPE = {
             **{"visual_tokens": int, "kept": int, "limit_ms": NUMBER},
             "costs": {name: _COST for name in ("vision", "project", "prefill")},
             "samples": {
-                **{name: [Optional(NUMBER)] for name in _TIMES},
-                "stages_ms": [_STAGES],
+                **{name: [NUMBER] for name in _TIMES},
+                "decode_tokens_per_second": [Optional(NUMBER)],
+                "stages_ms": [dict.fromkeys(STAGES, NUMBER)],
             },
         }
     ],
@@ -147,7 +148,7 @@ class Benchmark:
                 "options": options,
                 "rows": [],
             }
-        result = read_result(self.file, SCHEMA, SHAPE)
+        result = read_bench(self.file)
         if result["options"] != options:
             raise InputError(
                 f"{self.file} holds a benchmark of other rows; choose another file, or "
@@ -221,6 +222,33 @@ def _described(row: Row) -> dict:
     fields = dict(vars(row)) | {"options": dict(row.options)}
     plain = {"picture": 0, "options": {}}
     return {k: v for k, v in fields.items() if k not in plain or v != plain[k]}
+
+
+def read_bench(file: str | Path) -> dict:
+    """A result file; `InputError` unless it is of this schema, whole and consistent."""
+    result = read_result(file, SCHEMA, SHAPE)
+    rows = result["rows"]
+    runs = {len(values) for row in rows for values in row["samples"].values()}
+    positive = all(
+        value > 0
+        for row in rows
+        for value in (row["limit_ms"], *row["samples"]["ttft_ms"])
+    )
+    flops = all(any(c["flops"] > 0 for c in row["costs"].values()) for row in rows)
+    paired = all(any(is_base(other, row) for other in rows) for row in rows)
+    sized = all(type(row.get("cache_bytes", 0)) is int for row in rows)
+    if not (len(runs) <= 1 and positive and flops and paired and sized):
+        raise InputError(
+            f"{file} is damaged: its rows do not fit together; expected as many "
+            "samples in each, times above 0, and an unpruned row for every other"
+        )
+    return result
+
+
+def is_base(other: dict, row: dict) -> bool:
+    """Whether `other` is the unpruned row to compare `row` with."""
+    case = ("model", "image_size", "prompt", "positions", "picture")
+    return other["method"] == "none" and all(other.get(k) == row.get(k) for k in case)
 
 
 def median(values: Sequence[float | None]) -> float | None:

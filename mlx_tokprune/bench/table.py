@@ -2,7 +2,7 @@
 
 import statistics
 
-from .measure import median
+from .measure import is_base, median
 
 _NOISE = "~"  # before a saving above its ceiling
 
@@ -48,12 +48,7 @@ def describe(result: dict) -> str:
 
 def unpruned(row: dict, rows: list[dict]) -> dict:
     """The row of the same model, size and prompt that keeps every token."""
-    case = ("model", "image_size", "prompt", "positions", "picture")
-    return next(
-        other
-        for other in rows
-        if other["method"] == "none" and all(other.get(k) == row.get(k) for k in case)
-    )
+    return next(other for other in rows if is_base(other, row))
 
 
 def saved(row: dict, base: dict) -> float:
@@ -98,7 +93,7 @@ def _line(row: dict, rows: list[dict]) -> str:
         _number(median(row["samples"]["decode_tokens_per_second"])),
         _number(median(row["samples"]["total_ms"])),
         f"{max(row['samples']['peak_memory_mb']):.0f}",
-        f"{row['cache_bytes'] / 1e6:.2f}" if "cache_bytes" in row else "",
+        f"{row.get('cache_bytes', 0) / 1e6:.2f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -62,9 +62,11 @@ def options_by_method(
 
 
 def add_method(parser: Parser, default: str) -> None:
-    """`--method`, which also takes somebody's own."""
+    """`--method`, which also takes somebody's own, and `--at`, its place."""
     help_ = f"see below, or package.module:function (default: {default})"
     parser.add_argument("--method", help=help_)
+    help_ = "where it prunes: tower, prompt, or after so many layers (default: its own)"
+    parser.add_argument("--at", metavar="PLACE", help=help_)
 
 
 def add_budget(parser: Parser) -> None:
@@ -99,7 +101,8 @@ def make_pruner(args, default: str, own: dict[str, float] | None = None) -> Prun
         raise InputError(
             f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
         )
-    return Pruner(method, ratio, tokens, seed=args.seed, options=options)
+    place = int(args.at) if args.at and args.at.isdecimal() else args.at
+    return Pruner(method, ratio, tokens, at=place, seed=args.seed, options=options)
 
 
 def write_overlay(

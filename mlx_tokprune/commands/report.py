@@ -21,7 +21,7 @@ from ..evaluate import table as evaluation_table
 from ..evaluate.data import Item, read_questions
 from ..files import write_text
 from ..loading import load
-from ..measure.results import read_any, read_result
+from ..measure.results import read_any
 from ..measure.subject import Subject, subject_of
 from ..overlay import draw_overlay
 from ..pipeline import choose, look
@@ -239,7 +239,7 @@ def _read(files: Sequence[str]) -> tuple[list[dict], list[dict]]:
     speeds, answers = [], []
     for name in map(Path, files):
         if read_any(name).get("schema") == bench.SCHEMA:
-            speeds.append(read_result(name, bench.SCHEMA, bench.SHAPE))
+            speeds.append(bench.read_bench(name))
         else:
             answers.append(evaluation.read_result(name))
     return speeds, answers

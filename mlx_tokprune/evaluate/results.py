@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..errors import InputError
 from ..measure import results
 from ..measure.results import MACHINE, NUMBER, Optional, Table
 
@@ -21,7 +22,7 @@ SHAPE = {
     },
     "rows": [
         {
-            **{"label": str, "kept": NUMBER, "flops": Optional(NUMBER)},
+            **{"label": str, "kept": NUMBER, "flops": NUMBER},
             **{"accuracy": Table(_SHARE), "agreement": Table(_SHARE)},
             "divergence": _SHARE,
         }
@@ -37,7 +38,16 @@ SHAPE = {
 
 def read_result(file: Path) -> dict:
     """A result file; `InputError` unless it is one of this schema, and whole."""
-    return results.read_result(file, SCHEMA, SHAPE)
+    result = results.read_result(file, SCHEMA, SHAPE)
+    rows = result["rows"]
+    kinds = {tuple(row["accuracy"]) for row in rows}
+    alike = len(kinds) == 1 and ("all" in min(kinds) or not min(kinds))
+    if not alike or not all("all" in row["agreement"] for row in rows):
+        raise InputError(
+            f"{file} is damaged: its rows have other kinds of questions, or no share "
+            "of all of them"
+        )
+    return result
 
 
 def accuracies(result: dict) -> dict[tuple[str, int], float]:
