@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _FORTRAN = b"libgfortran.so.5"
+# Else its threads spin for tens of milliseconds after each product, on cores that MLX's
+# own threads then have not: `benchmarks/under_load.py`.
+_NO_SPINNING = ("OPENBLAS_THREAD_TIMEOUT", "4")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
@@ -66,6 +69,7 @@ def preload() -> bool:
     if "mlx.core" in sys.modules:
         return False
     _keep_freed_memory()
+    os.environ.setdefault(*_NO_SPINNING)
     library = _find("cmeel.prefix/lib/libopenblas.so*", sys.path)
     if library is None:
         return False

@@ -15,7 +15,7 @@ from mlx_tokprune.commands.generate import main as command
 from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.image import load_image
 from mlx_tokprune.pipeline import Scene, choose, look, run
-from mlx_tokprune.pruners import as_plan, get_method, list_pruners
+from mlx_tokprune.pruners import as_plan, get_method, list_pruners, registry
 from mlx_tokprune.pruners.registry import temporary
 from mlx_tokprune.pruners.saliency import keep_highest
 
@@ -207,6 +207,8 @@ def own_module(tmp_path, monkeypatch):
         "    return Selection(mx.broadcast_to(indices, shape))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("_METHODS", "_NAMES"):  # what this test registers goes with it
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
     return "corner_tokens:corner"
 
 

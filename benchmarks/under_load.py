@@ -1,0 +1,77 @@
+"""The demo model's tower beside busy processes, by how OpenBLAS's threads are chosen.
+
+    python benchmarks/under_load.py --runs 15
+
+Starts its own load: processes that do nothing but count. Rows are interleaved: threads
+fitted to the load, one thread, and one for each core. Linux only.
+"""
+
+import argparse
+import ctypes
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
+import mlx.core as mx
+
+from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.image import load_image
+from mlx_tokprune.threads import begin_work
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--load", type=int, nargs="+", default=[0, 1, 2])
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    model, processor = mlx_tokprune.load(args.model)
+    pixels = mx.array(processor.pixels([load_image(PICTURES[0].path)]))
+    set_threads = ctypes.CDLL(None).openblas_set_num_threads
+    cores = len(os.sched_getaffinity(0))
+    ways = {
+        "fitted": begin_work,
+        "one": lambda: set_threads(1),
+        f"all {cores}": lambda: set_threads(cores),
+    }
+    print(f"tower, ms: median (middle half) of {args.runs} interleaved runs")
+    for busy in args.load:
+        loop = [sys.executable, "-c", "while True: pass"]
+        others = [subprocess.Popen(loop) for _ in range(busy)]
+        try:
+            time.sleep(0.5)
+            print(f"{busy} busy: {_row(model, pixels, ways, args.runs)}")
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+
+def _row(model, pixels: mx.array, ways: dict, runs: int) -> str:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(runs + 1):
+        for name, choose in ways.items():
+            start = time.perf_counter()
+            choose()
+            mx.eval(model.encode(pixels).tokens)
+            if number:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return ", ".join(f"{name} {_spread(found)}" for name, found in times.items())
+
+
+def _spread(values: list[float]) -> str:
+    values = sorted(values)
+    quarter = len(values) // 4
+    low, high = values[quarter], values[-1 - quarter]
+    return f"{statistics.median(values):.0f} ({low:.0f}-{high:.0f})"
+
+
+if __name__ == "__main__":
+    main()
