@@ -22,6 +22,8 @@ from ..hub import COMPANIONS
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_LARGEST_COMPANION = 256 << 20  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Bytes of each safetensors type that MLX reads.
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
@@ -64,6 +66,7 @@ class Checkpoint:
                 f"{folder} is not a folder; expected a checkpoint folder with "
                 "config.json and safetensors files"
             )
+        _check_kinds(folder)
         config = read_json(folder / "config.json")
         tensors: dict[str, Tensor] = {}
         for file in _shards(folder):
@@ -83,6 +86,15 @@ class Checkpoint:
         for file in sorted({t.file for t in stored.values()}):
             weights.update(mx.load(str(file), format="safetensors"))
         return {n: weights[n] for n in stored} | self.extra
+
+
+def _check_kinds(folder: Path) -> None:
+    """A pipe or a device would be waited for, or read for ever."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(
+                f"{path} is neither a file nor a folder; expected a checkpoint of files"
+            )
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -129,9 +141,14 @@ def read_header(file: Path) -> dict[str, Tensor]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
         if length is None or length + 8 > size:
             raise InputError(f"{file} is truncated: {size} bytes hold no whole header")
+        if length > _LONGEST_HEADER:
+            raise InputError(
+                f"{file} has a header of {length} bytes; safetensors allows "
+                f"{_LONGEST_HEADER}"
+            )
         try:
             header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
+            _check_metadata(header.pop("__metadata__", {}))
             tensors = {name: _tensor(file, entry) for name, entry in header.items()}
             spans = sorted(tuple(t["data_offsets"]) for t in header.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -144,6 +161,11 @@ def read_header(file: Path) -> dict[str, Tensor]:
         problem = "truncated" if size < expected else "too long"
         raise InputError(f"{file} is {problem}: {size} bytes, expected {expected}")
     return tensors
+
+
+def _check_metadata(metadata: dict) -> None:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata are texts")
 
 
 def _tensor(file: Path, entry: dict) -> Tensor:
@@ -182,7 +204,24 @@ def copy_companions(source: Path, target: Path) -> None:
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
+                _check_companion(path, source)
                 shutil.copyfile(path, target / path.name)
+
+
+def _check_companion(path: Path, source: Path) -> None:
+    """Links stay in the folder, or in the hub's cache that the folder is a part of."""
+    allowed = [source.resolve()]
+    if source.parent.name == "snapshots":
+        allowed.append(source.resolve().parents[1] / "blobs")
+    if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+        raise InputError(
+            f"{path} is a link that leaves {source}; expected the file itself"
+        )
+    if path.stat().st_size > _LARGEST_COMPANION:
+        raise InputError(
+            f"{path} has {path.stat().st_size} bytes; expected at most "
+            f"{_LARGEST_COMPANION} beside the weights"
+        )
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -135,7 +135,9 @@ def _quantization(checkpoint: Checkpoint, config: dict) -> tuple[int, int]:
     given = given if isinstance(given, dict) else {}
     bits, group = given.get("bits"), given.get("group_size")
     affine = given.get("mode", "affine") == "affine"
-    if not affine or bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128):
+    whole = type(bits) is int and type(group) is int
+    right = whole and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
+    if not affine or not right:
         raise InputError(
             f"{checkpoint.folder} has quantized tensors, but its config.json gives "
             f"{bits} bits and group_size {group}; expected 2 to 8 bits in groups of "

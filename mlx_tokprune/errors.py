@@ -35,6 +35,21 @@ def import_matplotlib() -> None:
         ) from None
 
 
+_LONGEST = 600  # characters of a message
+
+
+def printable(text: object) -> str:
+    """A text in one line of a terminal: control characters escaped, the middle cut."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
+        for c in str(text)
+    )
+    if len(shown) <= _LONGEST:
+        return shown
+    half = _LONGEST // 2
+    return f"{shown[:half]} ... {shown[-half:]}"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence and exit code 2.
 
@@ -48,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
 
 
 def command(main: Callable[[list[str] | None], None]):
@@ -68,14 +83,15 @@ def command(main: Callable[[list[str] | None], None]):
         try:
             main(argv)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
             raise SystemExit(2) from None
         except BrokenPipeError:
             sys.stderr.close()
             raise SystemExit(141) from None
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+            said = printable(f"{error.strerror or error}{where}")
+            print(f"error: {said}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,13 @@ from .errors import InputError
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when the block ends well."""
-    folder = os.path.dirname(os.path.abspath(path))
-    number, partial = tempfile.mkstemp(".partial", "", folder)
+    """A file beside `path` that takes its place when the block ends well.
+
+    Raises `InputError` where `path` is there and no regular file.
+    """
+    check_output(path)
+    folder, prefix = os.path.dirname(os.path.abspath(path)), _partial_prefix(path)
+    number, partial = tempfile.mkstemp("", prefix, folder)
     try:
         with os.fdopen(number, "wb") as file:
             yield file
@@ -26,6 +31,49 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+def check_output(path: str | Path) -> None:
+    """Raise `InputError` unless a file can be written there, in place of a file.
+
+    Takes away what runs that were killed have left of it.
+    """
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{path} is in {parent}, which does not exist")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is there and no regular file; choose another name")
+    _sweep(path)
+
+
+def _partial_prefix(target: str | Path) -> str:
+    """Names what this process has not finished, and whose it is."""
+    return f".{Path(target).name}.partial-{platform.node()}-{os.getpid()}-"
+
+
+def _sweep(target: str | Path) -> None:
+    """Remove unfinished parts of `target` that no living process owns."""
+    start = f".{Path(target).name}.partial-{platform.node()}-"
+    with contextlib.suppress(OSError):
+        for path in Path(target).absolute().parent.iterdir():
+            owner = path.name.removeprefix(start).partition("-")[0]
+            if not path.name.startswith(start) or _is_alive(owner):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether this machine has such a process; where in doubt, it has."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -70,9 +118,9 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
-        )
+        _sweep(target)
+        prefix = _partial_prefix(target)
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     except OSError as error:
         raise InputError(
             f"cannot write in {target.parent} ({error.strerror})"
@@ -81,12 +129,17 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         partial.rename(target)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:  # libraries say it in words of their own
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not full and (isinstance(error, InputError) or _has_room(target)):
             raise
         raise InputError(_full_disk(target)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _has_room(target: Path) -> bool:
+    return shutil.disk_usage(target.parent).free > 1 << 20
 
 
 def _full_disk(target: Path) -> str:
@@ -100,6 +153,8 @@ def _full_disk(target: Path) -> str:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; `InputError` says what is wrong with it."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no regular file; expected JSON")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(

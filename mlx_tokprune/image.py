@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .errors import InputError
 
@@ -65,13 +65,14 @@ def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Im
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return _decode(image, f"picture {path}")
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        large = isinstance(error, Image.DecompressionBombError)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large a picture ({error})") from None
+    except Exception:  # Pillow raises whatever a damaged header runs into
         raise InputError(
-            f"{path} is too large a picture ({error})"
-            if large
-            else f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, "
-            "WebP or similar file"
+            f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, WebP "
+            "or similar file"
         ) from None
 
 
@@ -81,7 +82,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         return _to_rgb(_upright(image))
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises whatever damaged data run into
         raise InputError(f"{name} is damaged ({error})") from None
 
 

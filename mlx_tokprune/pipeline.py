@@ -6,9 +6,12 @@ of. All of it is lazy, but for the chunks of a long prompt, methods that choose 
 own count, and what a clock fences.
 """
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -341,6 +344,31 @@ def _check_layer(pruner: Pruner, layers: int) -> None:
 def _fits(method: str, place: str, provided: tuple[str, ...]) -> bool:
     known = get_method(method)
     return method != "none" and all(name in provided for name in known.needs)
+
+
+def check_memory(model: VisionModel, side: int) -> None:
+    """Raise `InputError` for pictures whose encoding would not fit into memory."""
+    free = _free_memory()
+    if not free or model.memory_of(side) <= free:
+        return
+    sizes = range(model.stride, side, model.stride)
+    fitting = [size for size in sizes if model.memory_of(size) <= free]
+    raise InputError(
+        f"pictures of {side} px would take about {model.memory_of(side) / 1e9:.1f} GB, "
+        f"and {free / 1e9:.1f} GB are free; the largest that fit have "
+        f"{max(fitting, default=model.stride)} px"
+    )
+
+
+def _free_memory() -> int:
+    """Bytes that can be had, 0 where nobody says."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def check_positions(positions: str) -> None:

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..image import load_image
 from ..models.family import VisionModel
 from ..models.language import Read
-from ..pipeline import Scene, VisualTokens, check_plan, run
+from ..pipeline import Scene, VisualTokens, check_memory, check_plan, run
 from ..processor import Processor
 from ..pruners import Plan, Pruner, as_plan
 from ..threads import begin_work
@@ -114,6 +114,7 @@ def stream_generate(
     if vision is not None:
         vision.check(model)
         plan = vision.plan
+    check_memory(model, processor.image_size)
     if chosen.seed is not None:
         mx.random.seed(chosen.seed)
     clock = Clock() if stages else NO_CLOCK

@@ -9,8 +9,9 @@ from ..commands.options import (
     read_options,
 )
 from ..demo import PICTURES, POLICY_FRAME
-from ..errors import InputError, Parser, command
+from ..errors import InputError, Parser, command, import_matplotlib
 from ..evaluate.results import accuracies, read_result
+from ..files import check_output
 from ..hub import resolve
 from ..image import list_pictures, load_image
 from ..loading import load
@@ -110,9 +111,9 @@ def _check(args) -> None:
             raise InputError(f"model {name} was given twice; each is measured once")
     for name in args.methods or []:
         get_method(name)
-    parent = Path(args.output).absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"--output is in {parent}, which does not exist")
+    check_output(args.output)
+    if args.plots:
+        import_matplotlib()
 
 
 def _accuracy(files: list[str]) -> Accuracy:

@@ -21,7 +21,12 @@ from ..convert.openvla import OPENVLA
 from ..errors import InputError, Parser, command
 from ..files import new_folder
 from ..hub import resolve
-from ..loading import expected_shapes, load_tokenizer, open_checkpoint
+from ..loading import (
+    check_finite,
+    expected_shapes,
+    load_tokenizer,
+    open_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 INT8_WARNING = (
@@ -98,6 +103,7 @@ def _stream(
     for name in tqdm(names, desc="converting", unit="tensor", disable=None):
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
+            check_finite([(name, array)])
             array = array.astype(DTYPES[dtype]) if dtype else array
         if quantization and _can_quantize(name, array.shape, quantization[0]):
             path = name.removesuffix(".weight")

@@ -123,7 +123,8 @@ def check_overlay(path: str | None, pictures: list[str]) -> None:
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
-    if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
+    special = os.path.lexists(path) and not os.path.isfile(path)
+    if not path or special or not os.access(folder, os.W_OK):
         raise InputError(
             f"--overlay {path!r} cannot be written; expected the name of a PNG file in "
             "an existing folder"

@@ -19,7 +19,7 @@ from ..errors import InputError, Parser, command, import_matplotlib
 from ..evaluate import results as evaluation
 from ..evaluate import table as evaluation_table
 from ..evaluate.data import Item, read_questions
-from ..files import write_text
+from ..files import check_output, write_text
 from ..loading import load
 from ..measure.results import read_any
 from ..measure.subject import Subject, subject_of
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.pictures < 0:
         raise InputError("pictures is a whole number from 0")
     import_matplotlib()
+    check_output(args.output)
     speeds, answers = _read(args.results)
     accuracy = {}
     for result in answers:

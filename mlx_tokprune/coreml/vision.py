@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..features import Selection
+from ..files import read_json
 from ..pipeline import Scene, VisualTokens, grouped
 from ..pruners import Plan
 from ..timing import NO_CLOCK, NoClock
@@ -95,6 +96,7 @@ def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVisi
             f"{path} is no Core ML package; expected a .mlpackage that "
             "mlx_tokprune.coreml wrote"
         )
+    check_manifest(Path(path))
     try:
         spec = ct.utils.load_spec(str(path))
     except Exception as error:  # whatever coremltools' readers run into
@@ -103,6 +105,21 @@ def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVisi
     function = _choose(functions, keep_ratio, path)
     name = function.name if len(functions) > 1 else None
     return CoreMLVision(function, _predict(ct, path, name))
+
+
+def check_manifest(package: Path) -> None:
+    """Raise `InputError` for a manifest that names a file outside its package."""
+    entries = read_json(package / "Manifest.json").get("itemInfoEntries")
+    entries = entries.values() if isinstance(entries, dict) else [None]
+    inside = (package / "Data").resolve()
+    for entry in entries:
+        name = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise InputError(f"{package} has a damaged Manifest.json")
+        if not (inside / name).resolve().is_relative_to(inside):
+            raise InputError(
+                f"Manifest.json of {package} names {name!r}, which leaves the package"
+            )
 
 
 def _choose(functions: list[Function], keep_ratio: float | None, path) -> Function:

@@ -12,8 +12,8 @@ from ..commands.options import (
     options_by_method,
     read_options,
 )
-from ..errors import InputError, Parser, command, import_matplotlib
-from ..files import locked, write_text
+from ..errors import InputError, Parser, command, import_matplotlib, printable
+from ..files import check_output, locked, write_text
 from ..loading import load, open_checkpoint
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
     if workers.is_first:
         for number, reason in questions.skipped:
-            print(f"skipped line {number}: {reason}")
+            print(f"skipped line {number}: {printable(reason)}")
     subject = subject_of(name, *load(name))
     subject = subject.at(args.image_size or subject.image_size, args.padding)
     rows = _rows(args, subject, questions)
@@ -116,10 +116,9 @@ def _check(args) -> None:
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
             raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
-    parent = Path(args.output).absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"--output is in {parent}, which does not exist")
+    check_output(args.output)
     if args.plot:
+        check_output(args.plot)
         import_matplotlib()
 
 

@@ -106,7 +106,7 @@ def _lines(file: Path) -> Questions:
 def _item(line: str, folder: Path) -> Item:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError("no JSON") from None
     if not isinstance(entry, dict):
         raise InputError("no object; expected image, question and answer")

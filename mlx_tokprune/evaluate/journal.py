@@ -21,7 +21,7 @@ class Journal:
         self.file, self.records, self._lines = file, {}, [json.dumps(header)]
         lines = file.read_text().splitlines() if file.exists() else []
         if lines and _parsed(lines[0]) == header:
-            for line in filter(None, map(_parsed, lines[1:])):
+            for line in filter(_is_answer, map(_parsed, lines[1:])):
                 self.records[line["item"]] = line["rows"]
                 self._lines.append(json.dumps(line))
 
@@ -39,9 +39,15 @@ class Journal:
 def _parsed(line: str) -> dict | None:
     """The last line of a run that was killed may be cut."""
     try:
-        return json.loads(line)
-    except ValueError:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_answer(line: dict | None) -> bool:
+    whole = line is not None and line.keys() == {"item", "rows"}
+    return whole and type(line["item"]) is int and isinstance(line["rows"], dict)
 
 
 def answer_all(

@@ -12,7 +12,7 @@ from ..answer.stream import stream_generate
 from ..errors import InputError
 from ..models.family import VisionModel
 from ..models.language import Sequence
-from ..pipeline import Scene, choose, encode, look
+from ..pipeline import Scene, check_memory, choose, encode, look
 from ..processor import ActionProcessor, Processor
 from ..pruners import Plan, get_method, list_pruners
 from ..robot.heads import ActionHead, head_of
@@ -165,6 +165,7 @@ class Answering(_Subject):
 
     def at(self, size: int, padding: str | None = None) -> "Answering":
         """The same with pictures of another size, or other padding."""
+        check_memory(self.model, size)
         return dataclasses.replace(self, processor=self.processor.at(size, padding))
 
     def scene(self, images: Many, prompt: str) -> Scene:

@@ -49,6 +49,10 @@ class VisionModel(Protocol):
     @property
     def decoder(self) -> Decoder: ...
 
+    def memory_of(self, side: int) -> int:
+        """Bytes that encoding a square picture takes at its peak, roughly, or 0."""
+        ...
+
     def encode(
         self,
         pixels: mx.array,

@@ -150,6 +150,17 @@ class FastVLM(nn.Module):
     def layers(self) -> list:
         return self.language_model.layers
 
+    def memory_of(self, side: int) -> int:
+        """Bytes that encoding a square picture takes at its peak, roughly.
+
+        The stem's channels at every second pixel, and the attention of the first stage
+        that has it, whose tokens stand for half of the last one's pixels.
+        """
+        vision = self.args.vision
+        tokens, heads = (2 * side // self.stride) ** 2, vision.embed_dims[-2]
+        weights = 8 * tokens**2 * heads // vision.head_dim
+        return 12 * side**2 * vision.embed_dims[0] + weights
+
     @property
     def decoder(self) -> Decoder:
         return self._decoder

@@ -326,6 +326,9 @@ class OpenVLA(nn.Module):
     def layers(self) -> list:
         return self.language_model.layers
 
+    def memory_of(self, side: int) -> int:
+        return 0  # its pictures have one size
+
     @property
     def decoder(self) -> Decoder:
         return self._decoder
