@@ -148,7 +148,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
             )
         try:
             header = json.loads(stream.read(length))
-            _check_metadata(header.pop("__metadata__", {}))
+            _check_metadata(header.pop("__metadata__", None) or {})
             tensors = {name: _tensor(file, entry) for name, entry in header.items()}
             spans = sorted(tuple(t["data_offsets"]) for t in header.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

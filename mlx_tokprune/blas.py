@@ -29,6 +29,19 @@ def _load(path: str | Path) -> None:
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
+def _load_blas(path: Path) -> None:
+    """OpenBLAS reads its settings once; NumPy's own must not read ours."""
+    name, value = _NO_SPINNING
+    ours = name not in os.environ
+    if ours:
+        os.environ[name] = value
+    try:
+        _load(path)
+    finally:
+        if ours:
+            del os.environ[name]
+
+
 def _load_bundled_fortran(roots: list[str]) -> None:
     """Load MLX's bundled libgfortran under the name that OpenBLAS asks for.
 
@@ -69,16 +82,15 @@ def preload() -> bool:
     if "mlx.core" in sys.modules:
         return False
     _keep_freed_memory()
-    os.environ.setdefault(*_NO_SPINNING)
     library = _find("cmeel.prefix/lib/libopenblas.so*", sys.path)
     if library is None:
         return False
     try:
-        _load(library)
+        _load_blas(library)
     except OSError:
         try:
             _load_bundled_fortran(sys.path)
-            _load(library)
+            _load_blas(library)
         except (OSError, AttributeError):  # a libc without memfd_create
             return False
     return True

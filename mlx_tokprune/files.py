@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     Raises `InputError` where `path` is there and no regular file.
     """
     check_output(path)
+    _sweep(path)
     folder, prefix = os.path.dirname(os.path.abspath(path)), _partial_prefix(path)
     number, partial = tempfile.mkstemp("", prefix, folder)
     try:
@@ -34,26 +37,31 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_output(path: str | Path) -> None:
-    """Raise `InputError` unless a file can be written there, in place of a file.
-
-    Takes away what runs that were killed have left of it.
-    """
+    """Raise `InputError` unless a file can be written there, in place of a file."""
     parent = Path(path).absolute().parent
     if not parent.is_dir():
         raise InputError(f"{path} is in {parent}, which does not exist")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is there and no regular file; choose another name")
-    _sweep(path)
 
 
 def _partial_prefix(target: str | Path) -> str:
     """Names what this process has not finished, and whose it is."""
-    return f".{Path(target).name}.partial-{platform.node()}-{os.getpid()}-"
+    return f".{Path(target).name}.partial-{_machine()}-{os.getpid()}-"
+
+
+@functools.lru_cache(maxsize=1)
+def _machine() -> str:
+    """Where numbers of processes mean the same: this host, and container."""
+    with contextlib.suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+        return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _sweep(target: str | Path) -> None:
     """Remove unfinished parts of `target` that no living process owns."""
-    start = f".{Path(target).name}.partial-{platform.node()}-"
+    start = f".{Path(target).name}.partial-{_machine()}-"
     with contextlib.suppress(OSError):
         for path in Path(target).absolute().parent.iterdir():
             owner = path.name.removeprefix(start).partition("-")[0]

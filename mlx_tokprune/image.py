@@ -65,7 +65,7 @@ def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Im
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return _decode(image, f"picture {path}")
-    except InputError:
+    except (InputError, PermissionError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large a picture ({error})") from None
@@ -82,6 +82,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         return _to_rgb(_upright(image))
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises whatever damaged data run into
         raise InputError(f"{name} is damaged ({error})") from None
 

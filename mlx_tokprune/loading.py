@@ -136,7 +136,7 @@ def check_finite(tensors: list[tuple[str, mx.array]]) -> None:
             )
 
 
-def _processor(model, tokenizer, config: Mapping, longest: int) -> Processor:
+def _processor(model, tokenizer, _: Mapping, longest: int) -> Processor:
     return Processor(
         tokenizer,
         model.image_size,

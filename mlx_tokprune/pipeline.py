@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from .errors import InputError
 from .features import Features, Selection
@@ -53,6 +54,8 @@ class VisualTokens:
     mask: (groups, K) bool, false for padding where groups keep different counts, else
     `None`. selection: the last pruner's, of each picture or of each group. grid: of one
     picture; one that is not square is the middle of one whose padding was left out.
+    later: (B, K) for each place inside the language model, which of the tokens of all
+    groups that came there went on.
     """
 
     embeddings: mx.array
@@ -61,10 +64,11 @@ class VisualTokens:
     grid: tuple[int, int]
     pictures: int = 1
     mask: mx.array | None = None
+    later: tuple[mx.array, ...] = ()
 
     @property
     def keep(self) -> int:
-        """K, the visual tokens of a group that stay."""
+        """K, the visual tokens of a group that reach the language model."""
         return self.indices.shape[1]
 
     @property
@@ -72,7 +76,15 @@ class VisualTokens:
         """N, the visual tokens of a group before pruning."""
         return self.pictures * self.grid[0] * self.grid[1]
 
-    def places(self) -> tuple[mx.array, int]:
+    def left(self) -> list[list[int]]:
+        """Of each group of one sample, the tokens that are left after every place."""
+        group = np.repeat(np.arange(len(self.indices)), self.keep)
+        index = np.array(self.indices).reshape(-1)
+        for chosen in self.later:
+            group, index = group[np.array(chosen[0])], index[np.array(chosen[0])]
+        return [index[group == i].tolist() for i in range(len(self.indices))]
+
+    def on_squares(self) -> tuple[mx.array, int]:
         """(groups, K) places of the tokens on square grids, and how many those have."""
         rows, columns = self.grid
         if rows == columns:
@@ -111,6 +123,11 @@ def run(
     `after` are, besides. cache, known, step: as `Decoder.read` takes them.
     """
     visual = (vision or look)(model, scene, plan, clock)
+    if visual.mask is not None and any(pruner.place != "tower" for pruner in plan):
+        raise InputError(
+            "a method that keeps other numbers of visual tokens of each picture cannot "
+            "be followed by a pruner at a later place"
+        )
     visual = choose(model, scene, plan, visual, clock)
     with clock.stage("prefill") as done:
         sequence = assemble(model, scene, visual, plan, positions)
@@ -122,7 +139,8 @@ def run(
             sequence, cache, rows=rows, plan=layers, known=known, step=step
         )
         done.append(read.hidden)
-    return read, visual
+    later = tuple(selection.indices for _, selection in read.choices)
+    return read, dataclasses.replace(visual, later=later)
 
 
 # The steps --------------------------------------------------------------------------
@@ -250,12 +268,15 @@ def assemble(
     positions: `original` as if no visual token had been dropped, or `contiguous`.
     """
     texts, batch = model.text(scene.prompt, scene.state), scene.batch
-    where, total = visual.places()
+    where, total = visual.on_squares()
     # A group's row in a batch is that of its place in the prompt.
     tokens, where = (
         array.reshape(batch, -1, *array.shape[1:])
         for array in (visual.embeddings, where)
     )
+    masks = None
+    if visual.mask is not None:
+        masks = visual.mask.reshape(batch, -1, visual.keep)
     parts, places, keys, slices, start, length = [], [], [], [], 0, 0
     for number, text in enumerate(texts):
         size = text.shape[1]
@@ -266,15 +287,12 @@ def assemble(
         if number < scene.prompt.places:
             parts.append(tokens[:, number].astype(text.dtype))
             places.append(start + where[:, number])
+            keys += [] if masks is None else [masks[:, number]]
             slices.append(slice(length, length + visual.keep))
             start, length = start + total, length + visual.keep
-    if visual.mask is not None:
-        masks = visual.mask.reshape(batch, -1, visual.keep)
-        for number in range(scene.prompt.places):
-            keys.insert(2 * number + 1, masks[:, number])
     embeddings = mx.concatenate(parts, axis=1)
     mask, seen = model.attends, None
-    if visual.mask is not None:
+    if masks is not None:
         seen = mx.concatenate(keys, axis=1)
         mask = _visible(seen, model.attends)
     drops = any(pruner.place == "layer" for pruner in plan)
@@ -315,7 +333,7 @@ def check_plan(model: VisionModel, plan: Plan) -> None:
         provided = model.provides.get(pruner.place, ())
         missing = [name for name in pruner.needs if name not in provided]
         if missing:
-            fitting = [m for m in list_pruners() if _fits(m, pruner.place, provided)]
+            fitting = [name for name in list_pruners() if _fits(name, provided)]
             raise InputError(
                 f"method {pruner.method!r} needs {', '.join(missing)}, which this "
                 f"model does not have at {pruner.at!r}; choose another, such as "
@@ -341,22 +359,22 @@ def _check_layer(pruner: Pruner, layers: int) -> None:
         )
 
 
-def _fits(method: str, place: str, provided: tuple[str, ...]) -> bool:
+def _fits(method: str, provided: tuple[str, ...]) -> bool:
     known = get_method(method)
     return method != "none" and all(name in provided for name in known.needs)
 
 
-def check_memory(model: VisionModel, side: int) -> None:
+def check_memory(model: VisionModel, side: int, pictures: int = 1) -> None:
     """Raise `InputError` for pictures whose encoding would not fit into memory."""
-    free = _free_memory()
-    if not free or model.memory_of(side) <= free:
+    free, needed = _free_memory(), pictures * model.memory_of(side)
+    if not free or needed <= free:
         return
     sizes = range(model.stride, side, model.stride)
-    fitting = [size for size in sizes if model.memory_of(size) <= free]
+    fitting = [size for size in sizes if pictures * model.memory_of(size) <= free]
     raise InputError(
-        f"pictures of {side} px would take about {model.memory_of(side) / 1e9:.1f} GB, "
-        f"and {free / 1e9:.1f} GB are free; the largest that fit have "
-        f"{max(fitting, default=model.stride)} px"
+        f"{pictures} picture{'s' * (pictures > 1)} of {side} px would take about "
+        f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB can be had; the largest that "
+        f"fit have {max(fitting, default=model.stride)} px"
     )
 
 

@@ -15,6 +15,8 @@ STAGES: tuple[str, ...] = ("preprocess", "vision", "prune", "project", "prefill"
 class NoClock:
     """Stages that are not timed and stay lazy."""
 
+    times: dict[str, float] | None = None
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[list]:
         yield []
@@ -32,7 +34,7 @@ class Clock(NoClock):
     """
 
     def __init__(self):
-        self.times: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.times = dict.fromkeys(STAGES, 0.0)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[list]:

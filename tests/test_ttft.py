@@ -390,7 +390,7 @@ def test_places_are_those_in_the_padded_square(demo):
         scene = scene_of(processor, [wide(*size)], "Hi")
         visual = look(model, scene, ())
         assert visual.total == 32
-        found, total = visual.places()
+        found, total = visual.on_squares()
         assert total == 64
         columns = [8 * row + column for row in range(8) for column in range(2, 6)]
         assert found.tolist() == [list(places or columns)]
@@ -416,7 +416,7 @@ def test_an_overlay_without_padding_shows_the_same_places(demo):
     scene = scene_of(processor.at(512, "skip"), [image], "Hi")
     visual = look(model, scene, as_plan(Pruner("norm", keep_ratio=0.5)))
     drawn = draw_overlay([image], visual.selection, visual.grid)
-    places, _ = visual.places()
+    places, _ = visual.on_squares()
     square = dataclasses.replace(visual.selection, indices=places)
     expected = draw_overlay([image], square, (8, 8))
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))

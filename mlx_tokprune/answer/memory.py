@@ -129,12 +129,12 @@ class Recollection:
             return
         picture, opening = self._picture, prompt.segments[:-1]
         length = sum(map(len, opening)) + prompt.places * picture.visual.keep
-        picture.opening = (opening, positions)
-        picture.layers = tuple(
+        layers = tuple(
             (_copied(layer.keys, length), _copied(layer.values, length))
             for layer in cache
         )
-        mx.eval(picture.layers)
+        mx.eval(layers)
+        picture.opening, picture.layers = (opening, positions), layers
 
 
 def _copied(array: mx.array, length: int) -> mx.array:

@@ -114,9 +114,8 @@ def stream_generate(
     if vision is not None:
         vision.check(model)
         plan = vision.plan
-    check_memory(model, processor.image_size)
-    if chosen.seed is not None:
-        mx.random.seed(chosen.seed)
+    else:
+        check_memory(model, processor.image_size, len(images))
     clock = Clock() if stages else NO_CLOCK
     question = (model, processor, images, prompt, plan, vision, memory, chosen, clock)
     return _stream(_Question(*question))
@@ -162,17 +161,19 @@ def _answer(asked: _Question) -> Iterator[Response]:
 
     settings, tokenizer = asked.settings, asked.processor.tokenizer
     sampler = make_sampler(settings.temp, settings.top_p)
+    if settings.seed is not None:
+        mx.random.seed(settings.seed)
     start = time.perf_counter()
     read, visual, reused, remember = _read(asked)
     with asked.clock.stage("prefill"):
         logits = asked.model.decoder.logits(read.hidden)[:, -1]
         logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         begun = int(np.array(sampler(logits))[0])
-    first = time.perf_counter()
-    ttft = (first - start) * 1e3
+    ttft = (time.perf_counter() - start) * 1e3
     _check_first(logits, begun)
     log.debug("first token after %.1f ms, %d tokens known", ttft, reused)
     remember()
+    first = time.perf_counter()
     detokenizer = tokenizer.detokenizer
     detokenizer.reset()
     for number, token in enumerate(_steps(asked, begun, read, sampler), 1):
@@ -192,7 +193,7 @@ def _answer(asked: _Question) -> Iterator[Response]:
             decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
             finish_reason=reason,
             reused=reused,
-            stages_ms=getattr(asked.clock, "times", None),
+            stages_ms=asked.clock.times,
         )
         if reason:
             return

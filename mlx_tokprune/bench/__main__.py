@@ -1,5 +1,6 @@
 """Time to first token and speed by method, budget and resolution, honestly measured."""
 
+import itertools
 from pathlib import Path
 
 from ..commands.options import (
@@ -67,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     subject = subjects[0]
     if len({subject.kind for subject in subjects}) > 1:
         raise InputError("give models that answer or models that act, not both")
-    for size in args.image_sizes:
-        subject.at(size)
+    for one, size in itertools.product(subjects, args.image_sizes):
+        one.at(size)
     methods = args.methods or default_methods(subject)
     options = options_by_method(methods, read_options(args.option))
     example = POLICY_FRAME if subject.kind == "acting" else PICTURES[0]
@@ -79,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
         *(args.positions, len(images), options),
     )
-    for row in rows:  # refuse any before measuring the first
-        check_plan(subject.model, as_plan(row.pruner))
+    for one, row in itertools.product(subjects, rows):  # refuse any before measuring
+        check_plan(one.model, as_plan(row.pruner))
     output = Path(args.output)
     result = Benchmark(output, subjects, rows, images, args.tokens).run(args.runs)
     print(markdown(result))

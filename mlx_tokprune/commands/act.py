@@ -97,14 +97,14 @@ def main(argv: list[str] | None = None) -> None:
         "normalized_action": action.normalized.tolist(),
         "token_ids": action.token_ids and list(action.token_ids),
         "visual_tokens": visual.total,
-        "kept_indices": visual.indices.tolist(),
+        "kept_indices": visual.left(),
         "stages_ms": action.stages_ms,
         "ttft_ms": action.ttft_ms,
         "total_ms": action.total_ms,
         "actions_per_second": rate,
         "peak_memory_mb": peak,
         "method": pruner.method,
-        "keep": visual.keep,
+        "keep": len(visual.left()[0]),
         "positions": args.positions,
         "device": device_name(),
     }
@@ -126,10 +126,10 @@ def _actions_per_second(policy, images, instruction, proprio, runs: int) -> floa
 
 def _per_picture(visual: VisualTokens, pictures: int) -> Selection | list[np.ndarray]:
     """What was kept of each picture, also where the pruner chose among all of them."""
-    if visual.selection.indices.shape[0] == pictures:
+    if visual.selection.indices.shape[0] == pictures and not visual.later:
         return visual.selection
     each = visual.total // pictures
-    kept = np.array(visual.indices[0])
+    kept = np.array(visual.left()[0])
     return [kept[kept // each == i] % each for i in range(pictures)]
 
 

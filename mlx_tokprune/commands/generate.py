@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             print(json.dumps(record))
     if args.overlay:
-        write_overlay(args.overlay, seen, visual.selection, visual.grid)
+        selection = visual.left() if visual.later else visual.selection
+        write_overlay(args.overlay, seen, selection, visual.grid)
 
 
 @dataclass
@@ -183,13 +184,13 @@ class _Asking:
             "text": "".join(piece.text for piece in pieces),
             "token_ids": [piece.token for piece in pieces],
             "visual_tokens": visual.total,
-            "kept_indices": visual.indices.tolist(),
+            "kept_indices": visual.left(),
             "stages_ms": piece.stages_ms,
             "ttft_ms": piece.ttft_ms,
             "decode_tokens_per_second": piece.decode_tokens_per_second,
             "peak_memory_mb": mx.get_peak_memory() / 1e6,
             "method": self._method,
-            "keep": visual.keep,
+            "keep": max(map(len, visual.left())),
             "positions": self.settings.positions,
             "image_size": self.processor.image_size,
             "padding": self.processor.padding,
@@ -213,7 +214,7 @@ def _plan_and_vision(args) -> tuple[Plan, Vision | None]:
         return plan, Temporal(plan) if args.temporal else None
     if args.temporal:
         raise InputError("a package sees whole frames; leave out --temporal")
-    if args.method is not None or args.keep_tokens is not None:
+    if args.method or args.keep_tokens is not None or args.at or args.option:
         raise InputError(
             "a package has its own method; with --vision, say only --keep-ratio, to "
             "choose one of its functions"

@@ -73,7 +73,7 @@ def add_budget(parser: Parser) -> None:
     """`--keep-ratio` or `--keep-tokens`, and `--positions`."""
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
-    tokens = "visual tokens per picture (trimvla: of all pictures)"
+    tokens = "visual tokens, per picture where it prunes at the tower"
     keep.add_argument("--keep-tokens", type=int, help=tokens)
     parser.add_argument("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
 
@@ -95,6 +95,8 @@ def make_pruner(args, default: str, own: dict[str, float] | None = None) -> Prun
     method, unset = args.method, ratio is None and tokens is None
     if method is None:
         full = (unset and not options) or ratio == 1
+        if full and args.at:
+            raise InputError("--at says where to prune; give --keep-ratio, too")
         method = "none" if full else default
     known = get_method(method)
     if unset and known.counts == "budget" and known.name != "none":

@@ -115,7 +115,7 @@ def check_manifest(package: Path) -> None:
     for entry in entries:
         name = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(name, str):
-            raise InputError(f"{package} has a damaged Manifest.json")
+            raise InputError(f"{package} is damaged: its Manifest.json names no files")
         if not (inside / name).resolve().is_relative_to(inside):
             raise InputError(
                 f"Manifest.json of {package} names {name!r}, which leaves the package"

@@ -11,6 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..errors import InputError
+
 
 def launch(arguments: Sequence[str], workers: int, output: str) -> None:
     """Runs the evaluation again in `workers` processes, and waits for its result.
@@ -19,6 +21,8 @@ def launch(arguments: Sequence[str], workers: int, output: str) -> None:
     but ends well.
     """
     launcher = shutil.which("mlx.launch", path=os.path.dirname(sys.executable))
+    if launcher is None:
+        raise InputError("several workers need mlx.launch, which comes with mlx")
     before = _version(output)
     alone = [
         sys.executable,

@@ -15,7 +15,7 @@ from ..models.language import Sequence
 from ..pipeline import Scene, check_memory, choose, encode, look
 from ..processor import ActionProcessor, Processor
 from ..pruners import Plan, get_method, list_pruners
-from ..robot.heads import ActionHead, head_of
+from ..robot.heads import Head, head_of
 from ..robot.inputs import check_images, observe
 from ..robot.predict import predict_action
 from .cost import Cost, count
@@ -83,11 +83,12 @@ class _Subject:
         each, per_group = (height // stride) * (width // stride), pictures // groups
         projected, left = each, each * per_group
         for pruner in plan:
+            own = kept if pruner.has_own_count else None
             if pruner.place == "tower":
-                projected = pruner.count(each) if kept is None else kept // per_group
+                projected = pruner.count(each) if own is None else own // per_group
                 left = projected * per_group
             elif pruner.place == "prompt":
-                left = pruner.count(left) if kept is None else kept
+                left = pruner.count(left) if own is None else own
         texts = [text.shape[1] for text in self.model.text(scene.prompt, scene.state)]
         tokens = mx.zeros((pictures, projected, self.model.feature_size))
         read, held = self._prefill(self._blank(scene.batch, texts, left), plan)
@@ -155,7 +156,7 @@ class Answering(_Subject):
     """A model that answers."""
 
     kind = "answering"
-    places = ("tower",)
+    default_places = ("tower",)
     rows = 1
 
     @property
@@ -194,11 +195,11 @@ class Acting(_Subject):
     """A policy. One of several pictures sees the picture as often as it wants them."""
 
     kind = "acting"
-    places = ("tower", "prompt")
+    default_places = ("tower", "prompt")
     lower_sizes = ()
 
     @property
-    def head(self) -> ActionHead:
+    def head(self) -> Head:
         size = len(self.processor.bounds("action", self.unnorm_key).low)
         return head_of(self.model, self.processor, size)
 
@@ -232,7 +233,7 @@ class Acting(_Subject):
             positions=asked.positions,
             stages=stages,
         )
-        more = len(action.token_ids or "") - 1
+        more = len(action.token_ids or ()) - 1
         seconds = (action.total_ms - action.ttft_ms) / 1e3
         return {
             "ttft_ms": action.ttft_ms,
@@ -267,13 +268,11 @@ def subject_of(name: str, model: VisionModel, processor) -> Subject:
     return kind(name, model, processor)
 
 
-def default_methods(subject: Subject, own_counts: bool = False) -> list[str]:
+def default_methods(subject: Subject) -> list[str]:
     """Methods that are measured unless others are asked for: those with a budget."""
     methods = map(get_method, list_pruners())
     return [
         m.name
         for m in methods
-        if m.at in subject.places
-        and m.name != "none"
-        and (own_counts or m.counts != "own")
+        if m.at in subject.default_places and m.name != "none" and m.counts != "own"
     ]

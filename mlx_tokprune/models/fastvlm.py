@@ -157,8 +157,8 @@ class FastVLM(nn.Module):
         that has it, whose tokens stand for half of the last one's pixels.
         """
         vision = self.args.vision
-        tokens, heads = (2 * side // self.stride) ** 2, vision.embed_dims[-2]
-        weights = 8 * tokens**2 * heads // vision.head_dim
+        tokens = (2 * side // self.stride) ** 2
+        weights = 8 * tokens**2 * vision.embed_dims[-2] // vision.head_dim
         return 12 * side**2 * vision.embed_dims[0] + weights
 
     @property

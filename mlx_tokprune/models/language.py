@@ -134,7 +134,7 @@ class LayerCache:
         return self.inner.update_and_fetch(keys, values)
 
     def make_mask(self, length: int, **how):
-        """As mlx-lm asks for it, without padding."""
+        """As mlx-lm asks for it; padding is not seen."""
         if self.seen is not None:
             return _follow_mask(self, length)
         return self.inner.make_mask(length, **how)
@@ -219,7 +219,7 @@ class Decoder:
         state = _State(self, sequence, cache, rows, known, step, watch)
         choices = []
         for pruner in plan:
-            state.advance(pruner.at)
+            state.advance(pruner.at, notes_input=True)
             choices.append((pruner.at, state.drop(pruner)))
         return Read(state.finish(), state.followers(), tuple(choices))
 
@@ -228,7 +228,7 @@ class Decoder:
         hidden = self.embed(token_ids)
         for layer, part in zip(self.layers, cache, strict=True):
             hidden = layer(hidden, _follow_mask(part, hidden.shape[1]), part)
-        return self._model.model.norm(hidden)
+        return self.norm(hidden)
 
     def norm(self, hidden: mx.array) -> mx.array:
         """The final norm."""
@@ -312,12 +312,9 @@ class _State:
         return self._known + self._hidden.shape[1]
 
     def _chunks(self) -> list[tuple[int, int]]:
-        """Ranges of tokens; the last one holds all rows that are answered for."""
-        first, length = self._known, self._length
-        starts = list(range(first, length, self._step))
-        while len(starts) > 1 and length - starts[-1] < self._rows:
-            starts.pop()
-        return list(zip(starts, [*starts[1:], length], strict=True))
+        """Ranges of tokens that are read at once."""
+        starts = list(range(self._known, self._length, self._step))
+        return list(zip(starts, [*starts[1:], self._length], strict=True))
 
     def _part(self, number: int, start: int, stop: int) -> LayerCache:
         """The cache of a layer, as it reads tokens `start` to `stop`."""
@@ -337,22 +334,26 @@ class _State:
         mask = self._mask
         self._seen.append(mask[:, -1, :] if isinstance(mask, mx.array) else None)
 
-    def advance(self, stop: int) -> None:
-        """All tokens through the layers before `stop`."""
+    def advance(self, stop: int, notes_input: bool = False) -> None:
+        """All tokens through the layers before `stop`, a chunk after the other.
+
+        notes_input: keep what goes into the last of them, which `drop` looks at.
+        """
         layers, parts, before = self._decoder.layers, [], []
-        chunks = self._chunks()
-        for start, end in chunks:
+        for start, end in self._chunks() if stop > self._done else ():
             if parts:
                 mx.eval(parts, _states(self._cache[self._done : stop]))
             hidden = self._hidden[:, start - self._known : end - self._known]
             for number in range(self._done, stop):
-                before.append(hidden) if number == stop - 1 else None
+                if notes_input and number == stop - 1:
+                    before.append(hidden)
                 hidden = self._layer(layers, number, hidden, start, end)
             parts.append(hidden)
         for number in range(self._done, stop):
             self._note(number)
-        self._hidden, self._done = mx.concatenate(parts, axis=1), stop
-        self._before = mx.concatenate(before, axis=1)
+        self._done = max(self._done, stop)
+        self._hidden = mx.concatenate(parts, axis=1) if parts else self._hidden
+        self._before = mx.concatenate(before, axis=1) if before else self._before
 
     def _layer(self, layers, number: int, hidden, start: int, end: int) -> mx.array:
         if self._watch:
@@ -362,21 +363,15 @@ class _State:
 
     def finish(self) -> mx.array:
         """(B, R, D) after the final norm, of the last tokens."""
-        layers, chunks, hidden = self._decoder.layers, self._chunks(), None
-        last = len(layers) - 1
-        for start, end in chunks:
-            if hidden is not None:
-                mx.eval(_states(self._cache))
-            hidden = self._hidden[:, start - self._known : end - self._known]
-            for number in range(self._done, last):
-                hidden = self._layer(layers, number, hidden, start, end)
-            hidden = self._last(layers[last], last, hidden, start, end)
-        for number in range(self._done, last + 1):
-            self._note(number)
+        last = len(self._decoder.layers) - 1
+        self.advance(last)
+        hidden = self._last(self._decoder.layers[last], last)
+        self._note(last)
         return self._decoder.norm(hidden[:, -self._rows :])
 
-    def _last(self, layer, number: int, hidden, start: int, end: int) -> mx.array:
+    def _last(self, layer, number: int) -> mx.array:
         """The last layer: what fills the cache for all tokens, the rest for few."""
+        hidden, start, end = self._hidden, self._known, self._length
         if self._watch:
             self._watch(number, hidden)
         rows = min(self._rows, hidden.shape[1])

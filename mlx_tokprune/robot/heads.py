@@ -1,4 +1,4 @@
-"""Action heads: from what the language model reads to an action.
+"""How a policy acts on a scene: the path, and what its end is turned into.
 
 `Bins` decodes action tokens one after the other (OpenVLA, arXiv 2406.09246), `Slots`
 reads a chunk of actions from the states of empty slots in one forward (OpenVLA-OFT,
@@ -114,10 +114,10 @@ class Slots:
         return said
 
 
-ActionHead = Bins | Slots
+Head = Bins | Slots
 
 
-def head_of(model: VisionModel, processor, size: int) -> ActionHead:
+def head_of(model: VisionModel, processor, size: int) -> Head:
     """How this policy acts, with actions of `size` numbers."""
     if model.answers == "slots":
         return Slots(model.args.oft.slots, model.args.oft.action_dim)

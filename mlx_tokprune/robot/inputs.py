@@ -35,7 +35,7 @@ def observe(
     return Scene(pixels, prompt, len(robots), state)
 
 
-def check_finite(normalized: np.ndarray) -> np.ndarray:
+def check_action(normalized: np.ndarray) -> np.ndarray:
     """A robot must never get what is not a number."""
     if not np.isfinite(normalized).all():
         raise InputError(

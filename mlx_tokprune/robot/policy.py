@@ -25,8 +25,8 @@ from ..pruners import Pruner, as_plan
 from ..threads import begin_work
 from .heads import head_of
 from .inputs import (
+    check_action,
     check_acts,
-    check_finite,
     check_images,
     normalize_states,
     observe,
@@ -42,7 +42,8 @@ class Policy:
     Holds model, pruner and data set. Each shape is compiled once, so that the second
     call of a shape (batch, length of the instruction, and for methods with a count of
     their own its multiple of 8) does not compile again. Nothing of one observation
-    reaches the next; `reset` between episodes forgets the tokens of past instructions.
+    reaches the next, but for drafts; weights are those of the first call of a shape.
+    `reset` between episodes forgets the tokens of past instructions.
     draft: guess that tokens are those of the last action, and have the model check them
     in one call; actions stay the same. `kept` is how many visual tokens the last call
     had per robot, on average; `calls` how often it ran the language model.
@@ -116,7 +117,7 @@ class Policy:
         scene = observe(self.processor, robots, self._prompt(instruction), state)
         self.calls = self._head.calls
         said = self._act(scene, self._arrays(scene))
-        normalized = check_finite(self._head.normalized(np.array(said)))
+        normalized = check_action(self._head.normalized(np.array(said)))
         self._last = said if self._drafts else None
         return self.bounds.to_units(normalized)
 
@@ -163,8 +164,7 @@ class Policy:
     def _act_on_tokens(self, embeddings, indices, mask, *arrays) -> mx.array:
         visual = self._visual(embeddings, indices, mask)
         how = {"positions": self.positions, "vision": lambda *_: visual}
-        later = tuple(pruner for pruner in self.plan if pruner.place == "layer")
-        parts, _ = self._head.act(self.model, self._scene(*arrays), later, **how)
+        parts, _ = self._head.act(self.model, self._scene(*arrays), (), **how)
         return self._head.joined(parts)
 
     def _act_with_own_count(self, scene: Scene, arrays: tuple) -> mx.array:

@@ -19,8 +19,8 @@ from ..threads import begin_work
 from ..timing import NO_CLOCK, Clock
 from .heads import head_of
 from .inputs import (
+    check_action,
     check_acts,
-    check_finite,
     check_images,
     normalize_states,
     observe,
@@ -94,7 +94,7 @@ def predict_action(
     last = time.perf_counter()
     mx.eval(visual.indices)  # other threads could not
     log.debug("action after %.1f ms", (last - start) * 1e3)
-    normalized = check_finite(head.normalized(said))
+    normalized = check_action(head.normalized(said))
     return Action(
         bounds.to_units(normalized),
         normalized,
@@ -102,5 +102,5 @@ def predict_action(
         visual,
         (first - start) * 1e3,
         (last - start) * 1e3,
-        getattr(clock, "times", None),
+        clock.times,
     )
