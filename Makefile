@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m mlx_tokprune.demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: .venv/installed-test
+	cd tests && ../$(BIN)/python -m faults --cases 2000 --seed 0
 
 lint: .venv/installed-test
 	$(BIN)/python -m pip install -q ruff pyright
