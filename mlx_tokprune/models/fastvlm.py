@@ -158,8 +158,8 @@ class FastVLM(nn.Module):
         """
         vision = self.args.vision
         tokens = (2 * side // self.stride) ** 2
-        weights = 8 * tokens**2 * vision.embed_dims[-2] // vision.head_dim
-        return 12 * side**2 * vision.embed_dims[0] + weights
+        weights = 12 * tokens**2 * vision.embed_dims[-2] // vision.head_dim
+        return 8 * side**2 * vision.embed_dims[0] + weights
 
     @property
     def decoder(self) -> Decoder:
