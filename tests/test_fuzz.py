@@ -26,6 +26,7 @@ from mlx_tokprune.models import fastvlm, openvla
 
 quick = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
