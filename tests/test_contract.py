@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_tokprune import Features, InputError, Pruner, Selection, generate
+from mlx_tokprune import (
+    Features,
+    InputError,
+    Memory,
+    Pruner,
+    Selection,
+    generate,
+    stream_generate,
+)
 from mlx_tokprune.commands.act import main as act
 from mlx_tokprune.commands.generate import main as command
 from mlx_tokprune.demo import PICTURES
@@ -153,6 +161,40 @@ def test_a_scorer_prunes_a_model(demo):
     learned = Pruner("learned", 0.5, scorer=Scorer())
     attention = Pruner("attention", 0.5)
     assert generate(*asked, pruner=learned) == generate(*asked, pruner=attention)
+
+
+def test_a_memory_knows_that_a_scorer_learned_more(demo):
+    model, processor = demo
+    memory, scorer = Memory(), Scorer()
+    pruner = Pruner("learned", 0.25, scorer=scorer)
+    asked = (model, processor, [PICTURES[0].path], PICTURES[0].question)
+
+    def kept(**how):
+        *_, last = stream_generate(*asked, pruner=pruner, max_tokens=1, **how)
+        return last.visual.left()
+
+    before = kept(memory=memory)
+    scorer.update({"sign": mx.array(-1.0)})
+    assert kept(memory=memory) == kept() != before
+
+
+def test_padding_of_the_tower_is_not_pruned_further(demo):
+    with temporary("uneven") as register:
+
+        @register
+        def uneven(features, *, keep):
+            kept = mx.arange(keep, dtype=mx.int32)[None]
+            return Selection(kept, mask=mx.arange(keep)[None] < 3)
+
+        plan = [Pruner("uneven", 0.5), Pruner("attention", 0.5, at=2)]
+        with pytest.raises(InputError, match="followed by a pruner at a later place"):
+            generate(*demo, [PICTURES[0].path], "What is it?", pruner=plan)
+
+
+def test_a_place_needs_something_to_drop(capsys):
+    with pytest.raises(SystemExit):
+        command(["--at", "2"])
+    assert "give --keep-ratio, too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list_pruners())
