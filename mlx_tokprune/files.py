@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,11 +38,22 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 def check_output(path: str | Path) -> None:
     """Raise `InputError` unless a file can be written there, in place of a file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is no name in UTF-8; choose another") from None
     parent = Path(path).absolute().parent
     if not parent.is_dir():
         raise InputError(f"{path} is in {parent}, which does not exist")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is there and no regular file; choose another name")
+
+
+def check_apart(output: str | Path, others: Iterable[str | Path]) -> None:
+    """Raise `InputError` for an output that would overwrite something else."""
+    for other in others:
+        if os.path.realpath(output) == os.path.realpath(other):
+            raise InputError(f"{output} would overwrite {other}; choose another name")
 
 
 def _partial_prefix(target: str | Path) -> str:
@@ -96,10 +107,14 @@ def locked(path: str | Path) -> Iterator[None]:
     with lock.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another run may have taken the file away between the two steps.
+            mine = os.path.samestat(os.fstat(stream.fileno()), lock.stat())
         except OSError:
+            mine = False
+        if not mine:
             raise InputError(
                 f"another run is writing {path}; wait for it, or choose another output"
-            ) from None
+            )
         try:
             yield
         finally:
@@ -109,7 +124,7 @@ def locked(path: str | Path) -> Iterator[None]:
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, or leave what was there."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))
 
 
 @contextlib.contextmanager
@@ -120,6 +135,10 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     Raises `InputError` when `target` exists or the disk is full.
     """
     target = Path(target)
+    try:
+        os.fspath(target).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{target} is no name in UTF-8; choose another") from None
     if os.path.lexists(target) or target.name in ("", ".."):
         raise InputError(
             f"{target} already exists; choose a new folder or remove it first"

@@ -36,6 +36,11 @@ EMBEDDED = {
 }
 
 
+def is_local(name: str) -> bool:
+    """Whether `resolve` finds it without the hub."""
+    return name in EMBEDDED or os.path.exists(name)
+
+
 def resolve(path_or_id: str | Path) -> Path:
     """`demo`, `demo-policy`, a folder, or a downloaded snapshot of a hub id.
 

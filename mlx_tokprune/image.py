@@ -62,7 +62,7 @@ def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Im
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # a picture is refused, or it is not
             with Image.open(path) as image:
                 return _decode(image, f"picture {path}")
     except (InputError, PermissionError, MemoryError):

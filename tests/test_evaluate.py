@@ -363,15 +363,19 @@ class Counter:
 
     def ask(self, item):
         self.calls += 1
-        return {"none": {"answer": f"{item.question} {self.calls}"}}
+        figures = {"divergence": 0.0, "kept": 4, "flops": 1.0, "accuracy": None}
+        said = f"{item.question} {self.calls}"
+        return {"none": {"answer": said, "agrees": True, **figures}}
 
 
 def test_what_was_answered_is_kept(tmp_path):
     items = [data.Item("p", f"q{i}") for i in range(4)]
-    file, header = tmp_path / "journal", {"a": 1}
+    rows = [{"label": "none"}]
+    file, header = tmp_path / "journal", {"a": 1, "rows": rows}
     first = Counter()
     answer_all(first, items, [0, 1], Journal(file, header))
     with file.open("a") as stream:
+        stream.write('{"item": 3, "rows": {"none": {"answer": 3}}}\n')  # damaged
         stream.write('{"item": 2, "ro')  # killed while it wrote
     again = Counter()
     records = answer_all(again, items, range(4), Journal(file, header))
@@ -380,7 +384,7 @@ def test_what_was_answered_is_kept(tmp_path):
     assert records[3]["none"]["answer"] == "q3 2"
     assert set(Journal(file, header).records) == {0, 1, 2, 3}
     # Other weights, rows or questions: everything again.
-    assert not Journal(file, {"a": 2}).records
+    assert not Journal(file, {"a": 2, "rows": rows}).records
 
 
 def test_weights_decide_what_is_the_same(demo):

@@ -4,6 +4,7 @@ TTFT is unfenced and starts with a decoded picture; stages are fenced, in a run 
 own. Every round measures each row once, so that a machine that slows down slows all.
 """
 
+import hashlib
 import itertools
 import json
 import statistics
@@ -18,7 +19,13 @@ from ..errors import InputError
 from ..files import write_text
 from ..measure.cost import Cost
 from ..measure.machine import describe, measure_rates
-from ..measure.results import MACHINE, NUMBER, Optional, read_result
+from ..measure.results import (
+    MACHINE,
+    NUMBER,
+    Optional,
+    fingerprint,
+    read_result,
+)
 from ..measure.subject import Asked, Subject
 from ..pipeline import DEFAULT_POSITIONS
 from ..pruners import Pruner, as_plan, get_method
@@ -139,7 +146,12 @@ class Benchmark:
         self.result = self._opened()
 
     def _opened(self) -> dict:
-        options = {"tokens": self.tokens, "rows": [_described(r) for r in self.rows]}
+        options = {
+            "tokens": self.tokens,
+            "rows": [_described(row) for row in self.rows],
+            "weights": {n: fingerprint(s.model) for n, s in self.subjects.items()},
+            "pictures": [_hash(image) for image in self.images],
+        }
         if not self.file.exists():
             return {
                 "schema": SCHEMA,
@@ -151,8 +163,8 @@ class Benchmark:
         result = read_bench(self.file)
         if result["options"] != options:
             raise InputError(
-                f"{self.file} holds a benchmark of other rows; choose another file, or "
-                "give the options it was started with"
+                f"{self.file} holds a benchmark of other rows, weights or pictures; "
+                "choose another file, or give the options it was started with"
             )
         return result
 
@@ -215,6 +227,10 @@ class Benchmark:
 
     def _save(self) -> None:
         write_text(self.file, json.dumps(self.result, indent=1) + "\n")
+
+
+def _hash(image) -> str:
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
 
 def _described(row: Row) -> dict:

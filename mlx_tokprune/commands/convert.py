@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def convert(
         )
     target = Path(mlx_path)
     source = resolve(hf_path)
-    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+    inside = Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source))
+    if source.is_dir() and inside:
         raise InputError(
             f"{target} is inside {source}, which is only read; choose a folder "
             "elsewhere"

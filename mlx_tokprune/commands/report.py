@@ -19,7 +19,8 @@ from ..errors import InputError, Parser, command, import_matplotlib
 from ..evaluate import results as evaluation
 from ..evaluate import table as evaluation_table
 from ..evaluate.data import Item, read_questions
-from ..files import check_output, write_text
+from ..files import check_apart, check_output, write_text
+from ..hub import is_local
 from ..loading import load
 from ..measure.results import read_any
 from ..measure.subject import Subject, subject_of
@@ -130,8 +131,13 @@ def picture_sections(
 ) -> Iterator[str]:
     """For some questions, what each method kept beside what was answered."""
     _check_methods(result, methods)
-    run = result["run"]
-    subject = subject_of(result["model"], *load(result["model"]))
+    run, name = result["run"], result["model"]
+    if not is_local(name):
+        raise InputError(
+            f"model {name!r} of the results is no folder here, and a file must not say "
+            "what is fetched; give --pictures 0"
+        )
+    subject = subject_of(name, *load(name))
     subject = subject.at(result["image_size"], run.get("padding"))
     chosen = result["answers"][:: max(1, len(result["answers"]) // pictures)]
     items = _items(result)
@@ -222,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("pictures is a whole number from 0")
     import_matplotlib()
     check_output(args.output)
+    check_apart(args.output, args.results)
     speeds, answers = _read(args.results)
     accuracy = {}
     for result in answers:

@@ -13,7 +13,7 @@ from ..commands.options import (
     read_options,
 )
 from ..errors import InputError, Parser, command, import_matplotlib, printable
-from ..files import check_output, locked, write_text
+from ..files import check_apart, check_output, locked, write_text
 from ..loading import load, open_checkpoint
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
@@ -117,6 +117,7 @@ def _check(args) -> None:
         if not 0 < ratio <= 1:
             raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
     check_output(args.output)
+    check_apart(args.output, [args.data, *([args.plot] if args.plot else [])])
     if args.plot:
         check_output(args.plot)
         import_matplotlib()

@@ -7,7 +7,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..files import write_text
+from ..measure.results import mismatch
 from .data import Item
+from .results import ANSWER
 
 
 class Journal:
@@ -19,9 +21,12 @@ class Journal:
 
     def __init__(self, file: Path, header: dict):
         self.file, self.records, self._lines = file, {}, [json.dumps(header)]
-        lines = file.read_text().splitlines() if file.exists() else []
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        labels = [row["label"] for row in header.get("rows", [])]
         if lines and _parsed(lines[0]) == header:
-            for line in filter(_is_answer, map(_parsed, lines[1:])):
+            for line in map(_parsed, lines[1:]):
+                if not _is_answer(line, labels):
+                    continue
                 self.records[line["item"]] = line["rows"]
                 self._lines.append(json.dumps(line))
 
@@ -45,9 +50,16 @@ def _parsed(line: str) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def _is_answer(line: dict | None) -> bool:
-    whole = line is not None and line.keys() == {"item", "rows"}
-    return whole and type(line["item"]) is int and isinstance(line["rows"], dict)
+def _is_answer(line: dict | None, labels: list[str]) -> bool:
+    """Whether a line holds an answer of every row; others are asked again."""
+    if line is None or line.keys() != {"item", "rows"} or type(line["item"]) is not int:
+        return False
+    rows = line["rows"]
+    return (
+        isinstance(rows, dict)
+        and list(rows) == labels
+        and not any(mismatch(row, ANSWER, "") for row in rows.values())
+    )
 
 
 def answer_all(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -123,8 +124,11 @@ def _log_softmax(logits: mx.array) -> mx.array:
 
 def describe_run(model, items: Sequence[Item], rows: Sequence[Row], **options) -> dict:
     """What makes two runs the same."""
-    asked = hashlib.sha256()
+    asked, seen = hashlib.sha256(), set()
     for item in items:
+        if item.image is None and item.picture not in seen:
+            seen.add(item.picture)
+            asked.update(Path(item.picture).read_bytes())
         asked.update(repr((item.picture, item.question, item.answers)).encode())
     return {
         "schema": SCHEMA,

@@ -8,6 +8,11 @@ from ..measure.results import MACHINE, NUMBER, Optional, Table
 
 SCHEMA = "mlx_tokprune.evaluate/1"
 _SHARE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
+# What is kept of an answer until all are there.
+ANSWER = {
+    **{"answer": str, "accuracy": Optional(NUMBER), "agrees": bool},
+    **{"divergence": NUMBER, "kept": NUMBER, "flops": NUMBER},
+}
 # docs/results.md says what it means.
 SHAPE = {
     "machine": MACHINE,

@@ -90,7 +90,7 @@ def read_result(file: str | Path, schema: str, shape: object) -> dict:
     found = result.get("schema")
     if found != schema:
         raise InputError(f"{file} has schema {found!r}; expected {schema!r}")
-    wrong = _mismatch(result, shape, "")
+    wrong = mismatch(result, shape, "")
     if wrong:
         raise InputError(f"{file} is damaged: {wrong}")
     return result
@@ -113,16 +113,16 @@ def read_any(file: str | Path) -> dict:
     return result
 
 
-def _mismatch(value, shape, where: str) -> str | None:
+def mismatch(value, shape, where: str) -> str | None:
     """What is wrong with a value, in words; `None` where it has the shape."""
     if isinstance(shape, Optional):
-        return None if value is None else _mismatch(value, shape.of, where)
+        return None if value is None else mismatch(value, shape.of, where)
     if isinstance(shape, (Table, dict)):
         return _object_mismatch(value, shape, where)
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{where or 'it'} is {str(value)[:40]!r}; expected a list"
-        parts = (_mismatch(v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
+        parts = (mismatch(v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
         return next(filter(None, parts), None)
     number = isinstance(value, float) and not math.isfinite(value)
     types = shape if isinstance(shape, tuple) else (shape,)
@@ -141,7 +141,7 @@ def _object_mismatch(value, shape, where: str) -> str | None:
         path = f"{where}.{name}" if where else name
         if name not in value:
             return f"{path} is missing"
-        wrong = _mismatch(value[name], inner, path)
+        wrong = mismatch(value[name], inner, path)
         if wrong:
             return wrong
     return None

@@ -198,7 +198,7 @@ class Pruner:
         if self.scorer is not None:
             features = _scored(features, self.scorer)
         seed = {"seed": int(self.seed)} if method.seeded else {}
-        return method.function(features, keep=keep, **seed, **self.options)
+        return _chosen(method.function(features, keep=keep, **seed, **self.options))
 
 
 Plan = tuple[Pruner, ...]
@@ -246,6 +246,16 @@ def _check_extras(pruner: Pruner, features: Features) -> None:
         raise ValueError(f"{pruner.method} needs features with {missing}")
 
 
+def _chosen(selection) -> Selection:
+    """What a method returned; `InputError` unless it chose something."""
+    if not isinstance(selection, Selection) or not selection.keep:
+        raise InputError(
+            f"a pruning method returned {type(selection).__name__} without tokens; "
+            "expected a Selection of at least one"
+        )
+    return selection
+
+
 class _Same:
     """A module as a key: equal to nothing but itself."""
 
@@ -290,6 +300,7 @@ def _compiled(
         if scorer is not None:
             with _parameters(scorer.module, parameters):
                 features = _scored(features, scorer.module)
-        return method.function(features, keep=keep, **dict(options)).arrays()
+        chosen = method.function(features, keep=keep, **dict(options))
+        return _chosen(chosen).arrays()
 
     return mx.compile(arrays)

@@ -159,7 +159,7 @@ def _imported(path: str) -> Method:
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # somebody else's module
         raise InputError(
             f"method {path!r} cannot be imported ({error}); expected "
             "package.module:function"
