@@ -10,8 +10,10 @@ that one which has to share its core holds up all others: two threads beside a b
 process were slower than one.
 """
 
+import contextlib
 import ctypes
 import functools
+import os
 import threading
 import time
 
@@ -51,13 +53,13 @@ def _openblas():
 
 
 def _busy_elsewhere() -> int:
-    """Threads that are running or ready on this machine, besides this one."""
-    least = _runnable() - 1
+    """Threads of other processes that are running or ready on this machine."""
+    least = _runnable() - _own_runnable()
     for _ in range(_LOOKS - 1):
         if least <= 0:
             break
         time.sleep(_PAUSE)
-        least = min(least, _runnable() - 1)
+        least = min(least, _runnable() - _own_runnable())
     return max(0, least)
 
 
@@ -66,4 +68,17 @@ def _runnable() -> int:
         with open("/proc/loadavg") as file:
             return int(file.read().split()[3].partition("/")[0])
     except (OSError, ValueError, IndexError):
-        return 1
+        return 0
+
+
+def _own_runnable() -> int:
+    """Of this process: MLX may still be at the step after the last answer's end."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for task in os.listdir("/proc/self/task"):
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/self/task/{task}/stat") as f,
+            ):
+                found += f.read().rpartition(")")[2].split()[:1] == ["R"]
+    return found
