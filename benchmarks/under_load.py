@@ -1,9 +1,11 @@
-"""The demo model's tower beside busy processes, by how OpenBLAS's threads are chosen.
+"""A tower beside busy processes: OpenBLAS with one thread, and with one for each core.
 
     python benchmarks/under_load.py --runs 15
+    OPENBLAS_THREAD_TIMEOUT=26 python benchmarks/under_load.py    # its own default
 
-Starts its own load: processes that do nothing but count. Rows are interleaved: threads
-fitted to the load, one thread, and one for each core. Linux only.
+Starts its own load: processes that do nothing but count. Rows are interleaved. The
+package has OpenBLAS's threads sleep as soon as they have nothing to do (`blas.py`).
+Linux only.
 """
 
 import argparse
@@ -19,7 +21,6 @@ import mlx.core as mx
 
 from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.image import load_image
-from mlx_tokprune.threads import begin_work
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +38,6 @@ def main() -> None:
     set_threads = ctypes.CDLL(None).openblas_set_num_threads
     cores = len(os.sched_getaffinity(0))
     ways = {
-        "fitted": begin_work,
         "one": lambda: set_threads(1),
         f"all {cores}": lambda: set_threads(cores),
     }

@@ -19,7 +19,7 @@ from .hub import resolve
 from .models import fastvlm, openvla
 from .models.family import VisionModel
 from .processor import ActionProcessor, Processor
-from .threads import begin_work
+from .threads import end_streams_with_thread
 
 # The models of each family of checkpoints.
 _MODELS = {
@@ -97,7 +97,7 @@ def load(
     policy with an `ActionProcessor`. Raises `InputError` when the folder cannot be
     used, or a weight is not finite.
     """
-    begin_work()
+    end_streams_with_thread()
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
     model = _build(family, config, True)
     weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()

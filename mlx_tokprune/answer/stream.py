@@ -23,7 +23,7 @@ from ..models.language import Read
 from ..pipeline import Scene, VisualTokens, check_memory, check_plan, run
 from ..processor import Processor
 from ..pruners import Plan, Pruner, as_plan
-from ..threads import begin_work
+from ..threads import end_streams_with_thread
 from ..timing import NO_CLOCK, Clock, NoClock
 from .memory import Memory
 from .settings import Settings
@@ -150,7 +150,7 @@ def check_answers(model: VisionModel) -> None:
 def _stream(question: _Question) -> Iterator[Response]:
     from mlx_lm.generate import generation_stream, wired_limit
 
-    begin_work()
+    end_streams_with_thread()
     model = cast(nn.Module, question.model)
     with wired_limit(model, [cast(mx.Stream, generation_stream)]):
         yield from _answer(question)

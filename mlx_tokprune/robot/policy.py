@@ -22,7 +22,7 @@ from ..pipeline import (
 from ..processor import ActionProcessor
 from ..prompt import Prompt, check_text
 from ..pruners import Pruner, as_plan
-from ..threads import begin_work
+from ..threads import end_streams_with_thread
 from .heads import head_of
 from .inputs import (
     check_action,
@@ -108,7 +108,7 @@ class Policy:
         """
         if not isinstance(batch, Sequence) or not len(batch):
             raise InputError("the batch is empty; expected the pictures of one robot")
-        begin_work()
+        end_streams_with_thread()
         robots = [check_images(self.model, images) for images in batch]
         state = normalize_states(
             self.model, self.processor, proprio, self.unnorm_key, len(batch)

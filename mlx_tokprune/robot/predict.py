@@ -15,7 +15,7 @@ from ..models.family import VisionModel
 from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_plan, check_positions
 from ..processor import ActionProcessor
 from ..pruners import Pruner, as_plan
-from ..threads import begin_work
+from ..threads import end_streams_with_thread
 from ..timing import NO_CLOCK, Clock
 from .heads import head_of
 from .inputs import (
@@ -80,7 +80,7 @@ def predict_action(
     states = None if proprio is None else [proprio]
     state = normalize_states(model, processor, states, unnorm_key, 1)
     clock = Clock() if stages else NO_CLOCK
-    begin_work()
+    end_streams_with_thread()
     start = time.perf_counter()
     with clock.stage("preprocess") as done:
         scene = observe(processor, [images], processor.prompt(instruction), state)
