@@ -38,15 +38,20 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 def check_output(path: str | Path) -> None:
     """Raise `InputError` unless a file can be written there, in place of a file."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{path} is no name in UTF-8; choose another") from None
+    check_name(path)
     parent = Path(path).absolute().parent
     if not parent.is_dir():
         raise InputError(f"{path} is in {parent}, which does not exist")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is there and no regular file; choose another name")
+
+
+def check_name(path: str | Path) -> None:
+    """Raise `InputError` for a name that libraries below could not take."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is no name in UTF-8; choose another") from None
 
 
 def check_apart(output: str | Path, others: Iterable[str | Path]) -> None:
@@ -135,10 +140,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     Raises `InputError` when `target` exists or the disk is full.
     """
     target = Path(target)
-    try:
-        os.fspath(target).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{target} is no name in UTF-8; choose another") from None
+    check_name(target)
     if os.path.lexists(target) or target.name in ("", ".."):
         raise InputError(
             f"{target} already exists; choose a new folder or remove it first"

@@ -12,7 +12,7 @@ from ..commands.options import (
 from ..demo import PICTURES, POLICY_FRAME
 from ..errors import InputError, Parser, command, import_matplotlib
 from ..evaluate.results import accuracies, read_result
-from ..files import check_output
+from ..files import check_name, check_output
 from ..hub import resolve
 from ..image import list_pictures, load_image
 from ..loading import load
@@ -114,6 +114,7 @@ def _check(args) -> None:
         get_method(name)
     check_output(args.output)
     if args.plots:
+        check_name(args.plots)
         import_matplotlib()
 
 
