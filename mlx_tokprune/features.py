@@ -20,10 +20,18 @@ class Features:
 
         attention (B, N): what each token receives, mean over heads. At the tower: in
             its last attention block, mean over queries (from the class token where
-            there is one). In the language model: from the prompt's last token.
-        text (B, T, D): embeddings of the prompt after the visual tokens.
+            there is one). In the language model: from the prompt's last token, in the
+            last layer before the place.
+        attention_middle (B, N): the same in a middle block of the tower.
+        keys (B, N, d): of the tower's last attention block, or of the last layer before
+            the place without rotary positions, heads joined.
+        text (B, T, D): the prompt after the visual tokens, in the space of the tokens:
+            embeddings, or in the language model hidden states.
+        text_attention (B, T, N): in the language model, from each of these to the
+            visual tokens, in the last layer before the place, mean over heads.
         queries, text_keys (B, heads, N, d) and (B, heads, T, d): of visual tokens and
             of text in the language model's first layer, without rotary positions.
+        scores_previous (B, N): what the last actions of an episode attended to.
         scores (B, N): what the pruner's scorer says.
 
     Raises `ValueError` for shapes that do not fit together.
@@ -42,7 +50,8 @@ class Features:
             raise ValueError(
                 f"{self.pictures} grids {self.grid} have other than {total} tokens"
             )
-        per_token = ("attention", "keys", "scores", "scores_previous")
+        per_token = ("attention", "attention_middle", "keys")
+        per_token += ("scores", "scores_previous")
         for name, array in self.extras.items():
             size = (batch, total) if name in per_token else (batch,)
             if array.shape[: len(size)] != size:
@@ -64,7 +73,8 @@ class Selection:
 
     indices: (B, K) int32, ascending: the kept token, or for a merging method the
         token whose place a merged token takes.
-    weights: (B, K, N), rows sum to 1, for methods that merge; `None` for selectors.
+    weights: (B, K, N) for methods that merge, `None` for selectors. Rows sum to 1 but
+        for methods that publish other sums, which say so.
     mask: (B, K) bool, false where a sample keeps fewer than K; `None` when all keep K.
 
     Raises `ValueError` for shapes that do not fit together.
@@ -93,10 +103,14 @@ class Selection:
         return keep_rows(values, self.indices if self.weights is None else self.weights)
 
     def assignment(self) -> mx.array | None:
-        """(B, N) int32: the kept token (0..K-1) each token went to; `None` if none."""
+        """(B, N) int32: the kept token (0..K-1) that most of each token went to.
+
+        -1 where it went nowhere; `None` for selectors.
+        """
         if self.weights is None:
             return None
-        return mx.argmax(self.weights, axis=1).astype(mx.int32)
+        most = mx.argmax(self.weights, axis=1).astype(mx.int32)
+        return mx.where(mx.max(self.weights, axis=1) > 0, most, -1)
 
     def arrays(self) -> dict[str, mx.array]:
         """Those of its fields that there are."""

@@ -1,6 +1,14 @@
 """Choosing which visual tokens stay: `Pruner`, `list_pruners`, and the methods."""
 
-from . import baseline, merging, saliency, text  # noqa: F401  (registers them)
+from . import (  # noqa: F401  (registers them)
+    absorbing,
+    baseline,
+    diversity,
+    merging,
+    recipes,
+    saliency,
+    text,
+)
 from .pruner import Plan, Pruner, as_plan, check_seed, count_kept
 from .registry import get_method, is_registered, list_pruners, register
 

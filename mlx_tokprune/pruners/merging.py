@@ -2,9 +2,10 @@
 
 import mlx.core as mx
 
+from ..errors import InputError
 from ..features import Features, Selection
-from .registry import register
-from .saliency import keep_highest, normalize, squared_norm
+from .registry import Options, in_ranges, register
+from .saliency import keep_highest, keep_marked, normalize, squared_norm
 
 
 def grid_within(grid: tuple[int, int], keep: int) -> tuple[int, int]:
@@ -30,14 +31,26 @@ def average(members: mx.array) -> mx.array:
     return members / mx.maximum(mx.sum(members, axis=-1, keepdims=True), 1)
 
 
-@register("similarity")
-def similarity(features: Features, *, keep: int) -> Selection:
+def _check_threshold(options: Options, budget: bool) -> None:
+    in_ranges(threshold=(-1, 1))(options, budget)
+    if budget and "threshold" in options:
+        raise InputError(
+            "give a budget or a threshold, not both: a threshold chooses the number of "
+            "tokens"
+        )
+
+
+@register("similarity", counting=("threshold",), check=_check_threshold)
+def similarity(
+    features: Features, *, keep: int | None, threshold: float = 0.8
+) -> Selection:
     """Merge redundant tokens into the kept token they are most similar to (cosine).
 
     A token is redundant when some token of larger norm is similar to it: the gap
     criterion of density peaks clustering (Rodriguez and Laio, Science 2014) with the
-    norm as density. The `keep` least redundant tokens stay; every other token joins
-    the nearest of them and each group is averaged.
+    norm as density. The `keep` least redundant tokens stay, or with a `threshold` those
+    that no larger token is as similar to as that; every other token joins the nearest
+    of them and each group is averaged.
     """
     unit = normalize(features.tokens)
     cosine = unit @ unit.swapaxes(1, 2)
@@ -47,13 +60,20 @@ def similarity(features: Features, *, keep: int) -> Selection:
     same = size[:, None, :] == size[:, :, None]
     larger = larger | (same & (place[None, :] < place[:, None]))
     redundancy = mx.max(mx.where(larger, cosine, -2.0), axis=-1)
-    kept = keep_highest(-redundancy, keep).indices
+    if keep is None:
+        chosen = keep_marked(redundancy < threshold)
+    else:
+        chosen = keep_highest(-redundancy, keep)
+    kept = chosen.indices
     to_kept = mx.take_along_axis(cosine, kept[..., None], axis=1)
     # A kept token must stay in its own group, also beside an identical twin.
     own = kept[..., None] == place
-    group = mx.argmax(mx.where(own, 3.0, to_kept), axis=1)
-    members = group[:, None, :] == mx.arange(keep)[None, :, None]
-    return Selection(kept, average(members.astype(mx.float32)))
+    near = mx.where(own, 3.0, to_kept)
+    if chosen.mask is not None:
+        near = mx.where(chosen.mask[..., None], near, -3.0)
+    group = mx.argmax(near, axis=1)
+    members = group[:, None, :] == mx.arange(chosen.keep)[None, :, None]
+    return Selection(kept, average(members.astype(mx.float32)), chosen.mask)
 
 
 @register("spatial", aliases=("spatial_pool",), needs=("grid",))

@@ -5,7 +5,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from ..features import Features, Selection
-from .registry import Method, Place, get_method
+from .registry import Depths, Method, Options, Place, get_method
 
 log = logging.getLogger("mlx_tokprune")
 
@@ -36,8 +36,9 @@ class Pruner:
     Give `keep_ratio` in (0, 1] or `keep_tokens` (at least 1), not both; neither keeps
     every token, or as many as a method with a rule of its own says. at: "tower" (before
     the projector), "prompt" (at the language model's input) or k, after k of its layers
-    (FastV is `Pruner("attention", 0.5, at=2)`); the method's own place by default.
-    `seed` is read by seeded methods only; `options` are the method's own. scorer: an
+    (FastV is `Pruner("attention", 0.5, at=2)`); the method's own place by default,
+    which may be several, as shares of the depth, with the budget at each. `seed` is
+    read by seeded methods only; `options` are the method's own. scorer: an
     `nn.Module` from `Features` to scores (B, N), for methods that need `scores`; its
     attribute `needs` names extras that it reads. Raises `InputError` for an unknown
     method, option or place, a budget out of range, or more tokens than there are.
@@ -46,9 +47,9 @@ class Pruner:
     method: str = "norm"
     keep_ratio: float | None = None
     keep_tokens: int | None = None
-    at: Place = field(default=None, kw_only=True)  # type: ignore[assignment]
+    at: Place | Depths = field(default=None, kw_only=True)  # type: ignore[assignment]
     seed: int = field(default=0, kw_only=True)
-    options: Mapping[str, float] = field(default_factory=dict, hash=False, kw_only=True)
+    options: Options = field(default_factory=dict, hash=False, kw_only=True)
     scorer: nn.Module | None = field(
         default=None, kw_only=True, compare=False, repr=False
     )
@@ -56,8 +57,10 @@ class Pruner:
     def __post_init__(self):
         known = get_method(self.method)
         object.__setattr__(self, "method", known.name)
-        object.__setattr__(self, "at", known.at if self.at is None else self.at)
-        _check_place(self.at)
+        at = known.at if self.at is None else self.at
+        object.__setattr__(self, "at", tuple(at) if isinstance(at, list) else at)
+        if self.at != known.at:
+            _check_place(self.at)
         self._check_options()
         ratio, tokens = self.keep_ratio, self.keep_tokens
         if ratio is not None and tokens is not None:
@@ -88,28 +91,37 @@ class Pruner:
             )
 
     def _check_options(self) -> None:
-        known = get_method(self.method).options
+        method = get_method(self.method)
+        known = method.options
         if not isinstance(self.options, Mapping) or not all(
-            isinstance(name, str) and isinstance(value, Real)
+            isinstance(name, str) and isinstance(value, (Real, str))
             for name, value in self.options.items()
         ):
-            raise InputError(f"options are numbers by name, not {self.options!r}")
-        for name in self.options:
+            raise InputError(
+                f"options are numbers or words by name, not {self.options!r}"
+            )
+        for name, value in self.options.items():
             if name not in known:
                 takes = f"takes {', '.join(known)}" if known else "takes no options"
                 raise InputError(
                     f"method {self.method!r} {takes}, not {name!r}."
                     + nearest(name, known)
                 )
+            words = method.words(name)
+            if value not in words if words else isinstance(value, str):
+                expected = f"expected {' or '.join(words) or 'a number'}"
+                raise InputError(
+                    f"option {name} of {self.method!r} is {value!r}; {expected}."
+                    + nearest(str(value), words)
+                )
         budget = self.keep_ratio is not None or self.keep_tokens is not None
-        if budget and get_method(self.method).counts == "own":
+        if budget and method.counts == "own":
             raise InputError(
                 f"method {self.method!r} decides itself how many visual tokens to keep;"
                 " leave out the keep ratio, or use 'trimvla', which takes one"
             )
-        check = get_method(self.method).check
-        if check:
-            check(self.options, budget)
+        if method.check:
+            method.check(self.options, budget)
 
     @property
     def place(self) -> str:
@@ -119,16 +131,34 @@ class Pruner:
     @property
     def has_own_count(self) -> bool:
         """Whether the method, not a budget, says how many tokens stay."""
-        unset = self.keep_ratio is None and self.keep_tokens is None
-        return unset and get_method(self.method).counts != "budget"
+        unset, known = self.keep_ratio is None and self.keep_tokens is None, self._known
+        return unset and (known.counts != "budget" or known.counts_itself(self.options))
+
+    @property
+    def _known(self) -> Method:
+        return get_method(self.method)
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The extras of `Features` that are read, none when everything is kept."""
         if self.keeps_all:
             return ()
-        own = (n for n in get_method(self.method).needs if n != "scores")
+        own = (n for n in self._known.needs if n != "scores")
         return tuple(dict.fromkeys((*own, *getattr(self.scorer, "needs", ()))))
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """The same, with what is read only where there is any."""
+        if self.keeps_all:
+            return ()
+        return tuple(dict.fromkeys((*self.needs, *self._known.wants)))
+
+    def spread(self, layers: int) -> "Plan":
+        """One pruner for each of its places in a language model of so many layers."""
+        if not isinstance(self.at, tuple):
+            return (self,)
+        places = dict.fromkeys(max(1, round(share * layers)) for share in self.at)
+        return tuple(replace(self, at=place) for place in places)
 
     @property
     def prepare(self) -> Callable[[mx.array], mx.array]:
@@ -188,7 +218,11 @@ class Pruner:
         scorer = None if self.scorer is None else _Same(self.scorer)
         chosen = _compiled(method, keep, shape, options, scorer)(
             features.tokens,
-            {name: features.extras[name] for name in self.needs if name != "grid"},
+            {
+                name: features.extras[name]
+                for name in self.wants
+                if name in features.extras
+            },
             {} if self.scorer is None else self.scorer.parameters(),
         )
         return Selection(**chosen)
@@ -202,19 +236,23 @@ class Pruner:
 
 
 Plan = tuple[Pruner, ...]
+Pruners = Pruner | Iterable[Pruner] | None
 
 
-def as_plan(pruners: Pruner | Iterable[Pruner] | None) -> Plan:
+def as_plan(pruners: Pruners, layers: int | None = None) -> Plan:
     """One pruner, several or none as a plan: in the order of their places.
 
-    Those that keep everything are left out. Raises `InputError` for anything else, and
-    for two at one place.
+    layers: of the language model, for those of several places, which stay one pruner
+    without it. Those that keep everything are left out. Raises `InputError` for
+    anything else, and for two at one place.
     """
     given = [pruners] if isinstance(pruners, Pruner) else list(pruners or ())
     for pruner in given:
         if not isinstance(pruner, Pruner):
             raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")
-    plan = sorted((p for p in given if not p.keeps_all), key=_order)
+    pruning = (p for p in given if not p.keeps_all)
+    spread = [(p,) if layers is None else p.spread(layers) for p in pruning]
+    plan = sorted(itertools.chain(*spread), key=_order)
     for first, second in itertools.pairwise(plan):
         if first.at == second.at:
             raise InputError(
@@ -224,9 +262,10 @@ def as_plan(pruners: Pruner | Iterable[Pruner] | None) -> Plan:
     return tuple(plan)
 
 
-def _order(pruner: Pruner) -> int:
-    places = ("tower", "prompt")
-    return pruner.at if isinstance(pruner.at, int) else places.index(pruner.at) - 2
+def _order(pruner: Pruner) -> float:
+    if isinstance(pruner.at, str):
+        return ("tower", "prompt").index(pruner.at) - 2
+    return pruner.at[0] if isinstance(pruner.at, tuple) else pruner.at
 
 
 def _check_place(at) -> None:

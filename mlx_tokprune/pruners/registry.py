@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from ..errors import InputError, nearest
 from ..features import Selection
 
 Place = Literal["tower", "prompt"] | int
+Depths = tuple[float, ...]  # shares of a language model's depth, ascending
+Options = Mapping[str, float | str]
 PruneFunction = Callable[..., Selection]
 # (options, whether there is a budget) -> None, or `InputError`
-OptionCheck = Callable[[Mapping[str, float], bool], None]
+OptionCheck = Callable[[Options, bool], None]
 GROUP = "mlx_tokprune.pruners"
 
 
@@ -34,23 +37,30 @@ GROUP = "mlx_tokprune.pruners"
 class Method:
     """A registered method: `needs` names the extras of `Features` that it reads.
 
-    at: where it runs unless a pruner says otherwise: "tower" (before the projector),
-    "prompt" (at the language model's input) or a number of layers. counts: who says how
-    many tokens stay: the `budget`, the method's `own` rule, or the budget when there is
-    one (`either`); counting: options that say it in place of a budget. check: of the
-    values of its options. prepare: what is done to tokens and text before the first
-    layer makes `queries` and `text_keys` of them.
+    wants: extras that it also reads where there are any. at: where it runs unless a
+    pruner says otherwise: "tower" (before the projector), "prompt" (at the language
+    model's input), a number of layers, or several places as shares of the language
+    model's depth. counts: who says how many tokens stay: the `budget`, the method's
+    `own` rule, or the budget when there is one (`either`); counting: options that say
+    it in place of a budget. check: of the values of its options. prepare: what is done
+    to tokens and text before the first layer makes `queries` and `text_keys` of them.
     """
 
     name: str
     function: PruneFunction
     needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
     seeded: bool = False
-    at: Place = "tower"
+    at: Place | Depths = "tower"
     counts: str = "budget"
     counting: tuple[str, ...] = ()
     check: OptionCheck | None = None
     prepare: Callable[[mx.array], mx.array] | None = None
+
+    @property
+    def place(self) -> str:
+        """`tower`, `prompt` or `layer`."""
+        return self.at if isinstance(self.at, str) else "layer"
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -58,11 +68,16 @@ class Method:
         parameters = inspect.signature(self.function).parameters
         return tuple(p for p in parameters if p not in ("features", "keep", "seed"))
 
+    def words(self, option: str) -> tuple[str, ...]:
+        """What an option can be, none for a number: those of its `Literal` type."""
+        kind = inspect.signature(self.function).parameters[option].annotation
+        return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
     @property
     def summary(self) -> str:
         return (self.function.__doc__ or "").strip().partition("\n")[0]
 
-    def counts_itself(self, options: Mapping[str, float]) -> bool:
+    def counts_itself(self, options: Options) -> bool:
         """Whether the method, given these options, takes no budget."""
         return self.counts == "own" or any(name in self.counting for name in options)
 
@@ -115,17 +130,32 @@ def temporary(name: str, **options) -> Iterator[Callable]:
         _METHODS.pop(name, None)
 
 
-def list_pruners(at: Place | None = None) -> list[str]:
+def list_pruners(at: str | None = None) -> list[str]:
     """Names of the methods (of one place), in the order of registration.
 
-    Methods that choose by a scorer are left out: they need one to be given.
+    at: "tower", "prompt" or "layer". Methods that choose by a scorer are left out: they
+    need one to be given.
     """
     _load_entry_points()
     return [
         m.name
         for m in _METHODS.values()
-        if at in (None, m.at) and "scores" not in m.needs
+        if at in (None, m.place) and "scores" not in m.needs
     ]
+
+
+def in_ranges(**ranges: tuple[float, float]) -> OptionCheck:
+    """A check that each option, where it is given, is within its (least, most)."""
+
+    def check(options: Options, budget: bool) -> None:
+        for name, (least, most) in ranges.items():
+            value = options.get(name, least)
+            if isinstance(value, str) or not least <= value <= most:
+                raise InputError(
+                    f"{name} {value} is out of range; expected {least:g} to {most:g}"
+                )
+
+    return check
 
 
 def get_method(name: str) -> Method:

@@ -1,15 +1,41 @@
 """Pruners that score each visual token and keep the highest."""
 
 import mlx.core as mx
+import numpy as np
 
 from ..features import Features, Selection
-from .registry import register
+from .registry import in_ranges, register
 
 
 def keep_highest(scores: mx.array, keep: int) -> Selection:
     """The `keep` highest of `scores` (B, N), in raster order; ties keep the earlier."""
     order = mx.argsort(-scores, axis=1)[:, :keep]
     return Selection(mx.sort(order, axis=1).astype(mx.int32))
+
+
+def place_marked(marked: mx.array, count: int) -> mx.array:
+    """(B, count) int32: the places of the `count` true values of each row (B, N)."""
+    total = marked.shape[1]
+    places = mx.where(marked, mx.arange(total), total)
+    return mx.sort(places, axis=1)[:, :count].astype(mx.int32)
+
+
+def keep_marked(marked: mx.array) -> Selection:
+    """(B, N) bool -> the marked tokens, padded to the largest count of the batch.
+
+    The count has to be known on the host, so this evaluates.
+    """
+    total = marked.shape[1]
+    keep = int(np.array(mx.max(mx.sum(marked, axis=1))))
+    where = place_marked(marked, keep)
+    mask = None if marked.shape[0] == 1 else where < total
+    return Selection(mx.minimum(where, total - 1), mask=mask)
+
+
+def one_hot(indices: mx.array, total: int, mask: mx.array | None = None) -> mx.array:
+    """(B, K) indices -> (B, N) bool: which tokens they are, those of `mask` only."""
+    here = indices[..., None] == mx.arange(total)
+    return mx.any(here if mask is None else here & mask[..., None], axis=1)
 
 
 def normalize(tokens: mx.array) -> mx.array:
@@ -39,6 +65,40 @@ def attention(features: Features, *, keep: int) -> Selection:
     the score of FastV (arXiv 2403.06764).
     """
     return keep_highest(features.extras["attention"], keep)
+
+
+@register(
+    "hiprune",
+    needs=("attention", "grid"),
+    wants=("attention_middle",),
+    check=in_ranges(alpha=(0, 1)),
+)
+def hiprune(features: Features, *, keep: int, alpha: float = 0.1) -> Selection:
+    """Keep anchors with their neighbours, and what the last block attends to.
+
+    Anchors receive most attention in a middle block: alpha times the budget over 5 of
+    them, rounded down, each with the tokens above, below, left and right. The rest of
+    the budget receives most in the last block; it stands for the middle one where that
+    is not known. HiPrune (arXiv 2508.00553), where neighbours wrap over the ends of
+    rows: not here.
+    """
+    last, total = features.extras["attention"], features.total
+    anchors = int(alpha * keep / 5)
+    if not anchors:
+        return keep_highest(last, keep)
+    middle = features.extras.get("attention_middle", last)
+    marked = one_hot(keep_highest(middle, anchors).indices, total)
+    squares = marked.reshape(-1, *_grid(features))
+    padded = mx.pad(squares, [(0, 0), (1, 1), (1, 1)])
+    rows, columns = padded[:, :, 1:-1], padded[:, 1:-1]
+    near = rows[:, :-2] | rows[:, 2:] | columns[:, :, :-2] | columns[:, :, 2:]
+    marked = (squares | near).reshape(marked.shape)
+    most = mx.max(last, axis=1, keepdims=True)
+    return keep_highest(mx.where(marked, most + 1, last), keep)
+
+
+def _grid(features: Features) -> tuple[int, int]:
+    return features.grid or (1, features.total)
 
 
 @register("mean_similarity", aliases=("attention_score",))

@@ -5,15 +5,16 @@ of every token. Both may keep another number in each sample of a batch.
 """
 
 import math
-from collections.abc import Mapping
+from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import InputError
 from ..features import Features, Selection
-from .registry import register
-from .saliency import keep_highest
+from .registry import Options, register
+from .saliency import keep_highest, keep_marked
+
+Aggregation = Literal["logsumexp", "max", "mean"]
 
 
 def rms_normalize(x: mx.array) -> mx.array:
@@ -26,7 +27,7 @@ def parameter_free_norm(x: mx.array) -> mx.array:
     return rms_normalize(x).astype(x.dtype)
 
 
-def _check_trimvla(options: Mapping[str, float], budget: bool) -> None:
+def _check_trimvla(options: Options, budget: bool) -> None:
     for name in ("coverage", "min_keep_ratio"):
         value = options.get(name, 1)
         if not 0 < value <= 1:
@@ -59,17 +60,18 @@ def trimvla(
     min_keep_ratio: float = 0.1,
     coverage_temperature: float = 0.1,
     temperature: float = 1.0,
+    aggregation: Aggregation = "logsumexp",
 ) -> Selection:
     """Keep the tokens whose first-layer queries meet the prompt's keys best.
 
-    The score of a token is the log-sum-exp of its scaled products over the prompt, mean
-    over heads. Without a budget each sample keeps the fewest tokens whose softmax (of
-    scores over `coverage_temperature`) reaches `coverage`, and at least
-    `min_keep_ratio` of all. `temperature` is that of the log-sum-exp. TrimVLA
-    (github.com/grisha0057/TrimVLA), with its defaults.
+    The score of a token is the `aggregation` (log-sum-exp, max or mean) of its scaled
+    products over the prompt, mean over heads. Without a budget each sample keeps the
+    fewest tokens whose softmax (of scores over `coverage_temperature`) reaches
+    `coverage`, and at least `min_keep_ratio` of all. `temperature` is that of the
+    log-sum-exp. TrimVLA (github.com/grisha0057/TrimVLA), with its defaults.
     """
     queries, keys = features.extras["queries"], features.extras["text_keys"]
-    scores = prompt_scores(queries, keys, temperature)
+    scores = prompt_scores(queries, keys, temperature, aggregation)
     if keep is not None:
         return keep_highest(scores, keep)
     order = mx.argsort(-scores, axis=1)
@@ -82,11 +84,20 @@ def trimvla(
     return keep_marked(rank < counts[:, None])
 
 
-def prompt_scores(queries: mx.array, keys: mx.array, temperature: float) -> mx.array:
+def prompt_scores(
+    queries: mx.array,
+    keys: mx.array,
+    temperature: float = 1.0,
+    aggregation: Aggregation = "logsumexp",
+) -> mx.array:
     """(B, heads, N, d) and (B, heads, T, d) -> (B, N) in float32."""
     queries, keys = queries.astype(mx.float32), keys.astype(mx.float32)
     products = queries @ keys.swapaxes(-1, -2) * queries.shape[-1] ** -0.5
-    joined = mx.logsumexp(products / temperature, axis=-1) * temperature
+    if aggregation == "logsumexp":
+        joined = mx.logsumexp(products / temperature, axis=-1) * temperature
+    else:
+        join = {"max": mx.max, "mean": mx.mean}[aggregation]
+        joined = join(products, axis=-1)
     return mx.mean(joined, axis=1)
 
 
@@ -106,17 +117,3 @@ def lightvla(features: Features, *, keep: int | None = None) -> Selection:
     votes = mx.argmax(queries @ tokens.swapaxes(-1, -2), axis=-1)
     positions = mx.arange(tokens.shape[1])
     return keep_marked(mx.any(votes[:, :, None] == positions, axis=1))
-
-
-def keep_marked(marked: mx.array) -> Selection:
-    """(B, N) bool -> the marked tokens, padded to the largest count of the batch.
-
-    The count has to be known on the host, so this evaluates.
-    """
-    total = marked.shape[1]
-    counts = mx.sum(marked, axis=1)
-    keep = int(np.array(mx.max(counts)))
-    where = mx.sort(mx.where(marked, mx.arange(total), total), axis=1)[:, :keep]
-    mask = where < total
-    indices = mx.minimum(where, total - 1).astype(mx.int32)
-    return Selection(indices, mask=None if marked.shape[0] == 1 else mask)

@@ -1,0 +1,121 @@
+"""Pruners that keep tokens unlike each other: greedy, one token after another.
+
+Their loops are unrolled, with static shapes and nothing read on the host.
+"""
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..features import Features, Selection
+from .registry import Options, in_ranges, register
+from .saliency import keep_highest, normalize, one_hot, place_marked
+
+_FAR = 2.0  # more than any 1 - cosine but the farthest
+_LEAST = 1e-6  # of a determinant's next factor
+
+
+def _best(scores: mx.array) -> mx.array:
+    """(B, N) -> (B, N) bool: where the highest is, the first of equal ones."""
+    places = mx.arange(scores.shape[1])
+    return places == mx.argmax(scores, axis=1, keepdims=True)
+
+
+def _row(matrix: mx.array, chosen: mx.array) -> mx.array:
+    """(B, M, N) and (B, N) bool with one true -> (B, M), that column."""
+    where = mx.argmax(chosen, axis=1)[:, None, None]
+    return mx.take_along_axis(matrix, where, axis=2)[..., 0]
+
+
+def _cosine(tokens: mx.array) -> mx.array:
+    """(B, N, C) -> (B, N, N) float32."""
+    unit = normalize(tokens)
+    return unit @ unit.swapaxes(1, 2)
+
+
+@register("divprune")
+def divprune(features: Features, *, keep: int) -> Selection:
+    """Keep tokens that are as far from each other as can be (max-min of 1 - cosine).
+
+    The first is the token whose nearest other one is farthest, then always the one
+    that is farthest from the nearest kept one. DivPrune (arXiv 2503.02175).
+    """
+    distance = 1 - _cosine(features.tokens)
+    own = mx.eye(features.total, dtype=mx.bool_)
+    nearest = mx.min(mx.where(own, mx.inf, distance), axis=1)
+    chosen = _best(nearest)
+    kept, nearest = chosen, _row(distance, chosen)
+    for _ in range(keep - 1):
+        chosen = _best(mx.where(kept, -mx.inf, nearest))
+        kept = kept | chosen
+        nearest = mx.minimum(nearest, _row(distance, chosen))
+    return Selection(place_marked(kept, keep))
+
+
+def _check_cdpruner(options: Options, budget: bool) -> None:
+    sign = options.get("sign", 1)
+    if sign not in (-1, 1):
+        raise InputError(f"sign {sign} of cdpruner is neither 1 nor -1")
+
+
+@register("cdpruner", needs=("text",), at="prompt", check=_check_cdpruner)
+def cdpruner(features: Features, *, keep: int, sign: float = 1) -> Selection:
+    """Keep tokens that are unlike each other and like the prompt (greedy DPP).
+
+    Relevance is the mean cosine to the prompt's embeddings, scaled to [1e-6, 1 + 1e-6]
+    by its least and most; the kernel is relevance times cosine times relevance, and
+    the most probable set of its determinantal point process is built greedily (Chen et
+    al., arXiv 1709.05135). Where nothing independent is left, relevance chooses.
+    `sign` -1 turns relevance around, as is published for CLIP's text tower. CDPruner
+    (arXiv 2506.10967).
+    """
+    text = normalize(features.extras["text"])
+    # The mean of cosines is the cosine with the mean.
+    about = mx.mean(text, axis=1, keepdims=True)
+    relevance = sign * mx.sum(normalize(features.tokens) * about, axis=-1)
+    least = mx.min(relevance, axis=1, keepdims=True)
+    most = mx.max(relevance, axis=1, keepdims=True)
+    relevance = (relevance - least) / mx.maximum(most - least, 1e-12) + 1e-6
+    kernel = _cosine(features.tokens)
+    kernel = relevance[:, :, None] * kernel * relevance[:, None]
+    residual = mx.diagonal(kernel, axis1=1, axis2=2)
+    kept, factors = mx.zeros(residual.shape, mx.bool_), []
+    for _ in range(keep):
+        left = mx.where(kept, -mx.inf, residual)
+        best = mx.max(left, axis=1, keepdims=True)
+        independent = best > _LEAST
+        chosen = _best(mx.where(independent, left, mx.where(kept, -mx.inf, relevance)))
+        kept = kept | chosen
+        factor = _row(kernel, chosen)
+        if factors:
+            before = mx.stack(factors, axis=1)
+            along = _row(before, chosen)
+            factor = factor - mx.sum(along[..., None] * before, axis=1)
+        factor = factor * mx.rsqrt(mx.maximum(best, _LEAST))
+        factors.append(mx.where(independent, factor, 0))
+        residual = residual - mx.square(factors[-1])
+    return Selection(place_marked(kept, keep))
+
+
+@register("dart", at="prompt", check=in_ranges(pivots=(1, 1 << 16)))
+def dart(features: Features, *, keep: int, pivots: float = 4) -> Selection:
+    """Keep a few large tokens, the pivots, and those that duplicate them least.
+
+    Pivots have the largest L1 norm. One after the other takes its even share (the
+    first ones one more) of the tokens left that are least similar (cosine) to it. DART
+    (arXiv 2502.11494), which has as many pivots in the text and runs after two layers.
+    """
+    count = min(int(pivots), keep)
+    size = mx.sum(mx.abs(features.tokens.astype(mx.float32)), axis=-1)
+    leading = mx.argsort(-size, axis=1)[:, :count]
+    kept = one_hot(leading, features.total)
+    unit = normalize(features.tokens)
+    pivot = mx.take_along_axis(unit, leading[..., None], axis=1)
+    cosine = pivot @ unit.swapaxes(1, 2)
+    each, more = divmod(keep - count, count)
+    for number in range(count):
+        share = each + (number < more)
+        if share:
+            left = mx.where(kept, -_FAR, -cosine[:, number])
+            taken = keep_highest(left, share).indices
+            kept = kept | one_hot(taken, features.total)
+    return Selection(place_marked(kept, keep))
