@@ -123,3 +123,10 @@ def keep_rows(values: mx.array, chosen: mx.array) -> mx.array:
     if chosen.ndim == 3:
         return chosen.astype(values.dtype) @ values
     return mx.take_along_axis(values, chosen[..., None], axis=1)
+
+
+def place_marked(marked: mx.array, count: int) -> mx.array:
+    """(B, count) int32: the places of the `count` true values of each row (B, N)."""
+    total = marked.shape[1]
+    places = mx.where(marked, mx.arange(total), total)
+    return mx.sort(places, axis=1)[:, :count].astype(mx.int32)

@@ -8,6 +8,7 @@ own count, and what a clock fences.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .features import Features, Selection
 from .models.family import VisionModel
 from .models.language import PREFILL_STEP, Read, Sequence
 from .prompt import Prompt
-from .pruners import Plan, Pruner, get_method, list_pruners
+from .pruners import Plan, Pruner, Pruners, as_plan, get_method, list_pruners
 from .timing import NO_CLOCK, NoClock
 
 POSITIONS = ("original", "contiguous")
@@ -157,7 +158,8 @@ def encode(
     model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
 ) -> Features:
     """The tower's features of every picture, with the extras that the plan needs."""
-    needs = _needs(plan, "tower")
+    wanted = [pruner.wants for pruner in plan if pruner.place == "tower"]
+    needs = tuple(dict.fromkeys(itertools.chain(*wanted)))
     with clock.stage("vision") as done:
         features = model.encode(_pixels(scene), needs, scene.prompt)
         done += features.arrays()
@@ -241,7 +243,7 @@ def _asked(
     model: VisionModel, scene: Scene, pruner: Pruner, visual: VisualTokens
 ) -> Features:
     """Visual tokens at the language model's input, and the prompt behind them."""
-    tokens, needs, extras = visual.embeddings, pruner.needs, {}
+    tokens, needs, extras = visual.embeddings, pruner.wants, {}
     text = model.text(scene.prompt, scene.state)[-1].astype(tokens.dtype)
     if "text" in needs:
         shape = (tokens.shape[0], *text.shape[1:])
@@ -322,13 +324,12 @@ def _at(plan: Plan, place: str) -> Pruner | None:
     return next((pruner for pruner in plan if pruner.place == place), None)
 
 
-def _needs(plan: Plan, place: str) -> tuple[str, ...]:
-    found = [p.needs for p in plan if p.place == place]
-    return tuple(dict.fromkeys(name for needs in found for name in needs))
+def plan_for(model: VisionModel, pruners: Pruners) -> Plan:
+    """What one pruner, several or none do in this model, in the order of their places.
 
-
-def check_plan(model: VisionModel, plan: Plan) -> None:
-    """Raise `InputError` unless the model has what each pruner needs at its place."""
+    Raises `InputError` unless it has what each needs at its place.
+    """
+    plan = as_plan(pruners, len(model.decoder.layers))
     for pruner in plan:
         provided = model.provides.get(pruner.place, ())
         missing = [name for name in pruner.needs if name not in provided]
@@ -349,6 +350,7 @@ def check_plan(model: VisionModel, plan: Plan) -> None:
             "which cannot be done for a pruner inside the language model, nor before "
             "one; give it a budget, or leave out the place"
         )
+    return plan
 
 
 def _check_layer(pruner: Pruner, layers: int) -> None:

@@ -238,6 +238,7 @@ class Equal(nn.Module):
     reads_prompt = False
     provides: ClassVar = {"tower": ()}
     args = None
+    decoder = SimpleNamespace(layers=())
 
     def encode(self, pixels, needs=()):
         tokens = pixels.reshape(pixels.shape[0], -1, 3)

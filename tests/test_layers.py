@@ -153,7 +153,7 @@ def test_oft_reads_its_slots_after_dropping(oft_policy):
         (lambda: Pruner("norm", 0.5, at="projector"), "cannot prune at 'projector'"),
         (lambda: Pruner("norm", 0.5, at=4), "cannot prune after layer 4 of 4"),
         (lambda: Pruner("spatial", 0.5, at=2), "needs grid"),
-        (lambda: Pruner("lightvla", at=2), "needs text"),
+        (lambda: Pruner("trimvla", 0.5, at=2), "needs queries, text_keys"),
         (lambda: [Pruner("norm", 0.5), Pruner("attention", 0.5)], "both prune at"),
     ],
 )

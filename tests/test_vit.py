@@ -124,7 +124,8 @@ def test_towers_equal_numpy(kind, film):
     pictures = 0.1 * rng.normal(size=(2, side, side, 3)).astype(np.float32)
     language = rng.normal(size=(2, film)).astype(np.float32) if film else None
     given = None if language is None else mx.array(language)
-    tokens, attention = tower(mx.array(pictures), given, with_attention=True)
+    tokens, extras = tower(mx.array(pictures), given, ("attention",))
+    attention = extras["attention"]
     plain = Plain(tower)
     for i, picture in enumerate(pictures):
         expected = plain(picture, None if language is None else language[i])

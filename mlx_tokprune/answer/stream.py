@@ -7,7 +7,7 @@ keeps the time.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -20,9 +20,9 @@ from ..errors import InputError
 from ..image import load_image
 from ..models.family import VisionModel
 from ..models.language import Read
-from ..pipeline import Scene, VisualTokens, check_memory, check_plan, run
+from ..pipeline import Scene, VisualTokens, check_memory, plan_for, run
 from ..processor import Processor
-from ..pruners import Plan, Pruner, as_plan
+from ..pruners import Plan, Pruners
 from ..threads import end_streams_with_thread
 from ..timing import NO_CLOCK, Clock, NoClock
 from .memory import Memory
@@ -87,7 +87,7 @@ def stream_generate(
     images: Sequence,
     prompt: str,
     *,
-    pruner: Pruner | Iterable[Pruner] | None = None,
+    pruner: Pruners = None,
     vision: Vision | None = None,
     memory: Memory | None = None,
     stages: bool = False,
@@ -103,17 +103,17 @@ def stream_generate(
     Raises `InputError` before anything is computed, but for more tokens than there are
     or than the model can read, which the first step finds.
     """
-    plan, chosen = as_plan(pruner), Settings(**settings)
-    if plan and vision:
-        raise InputError("what sees also prunes: give the pruner to it, not here")
+    chosen = Settings(**settings)
     images = decoded(images)
     check_answers(model)
-    check_plan(model, plan)
+    plan = plan_for(model, pruner)
+    if plan and vision:
+        raise InputError("what sees also prunes: give the pruner to it, not here")
     chosen.check(model)
     processor.check(prompt, len(images))
     if vision is not None:
         vision.check(model)
-        plan = vision.plan
+        plan = plan_for(model, vision.plan)
     else:
         check_memory(model, processor.image_size, len(images))
     clock = Clock() if stages else NO_CLOCK

@@ -17,8 +17,8 @@ from ..hub import resolve
 from ..image import list_pictures, load_image
 from ..loading import load
 from ..measure.subject import Subject, default_methods, subject_of
-from ..pipeline import DEFAULT_POSITIONS, POSITIONS, check_plan
-from ..pruners import as_plan, get_method
+from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
+from ..pruners import get_method
 from .measure import Benchmark, make_rows
 from .plots import Accuracy, draw_all
 from .table import markdown
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         *(args.positions, len(images), options),
     )
     for one, row in itertools.product(subjects, rows):  # refuse any before measuring
-        check_plan(one.model, as_plan(row.pruner))
+        plan_for(one.model, row.pruner)
     output = Path(args.output)
     result = Benchmark(output, subjects, rows, images, args.tokens).run(args.runs)
     print(markdown(result))

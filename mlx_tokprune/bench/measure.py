@@ -27,8 +27,8 @@ from ..measure.results import (
     read_result,
 )
 from ..measure.subject import Asked, Subject
-from ..pipeline import DEFAULT_POSITIONS
-from ..pruners import Pruner, as_plan, get_method
+from ..pipeline import DEFAULT_POSITIONS, plan_for
+from ..pruners import Pruner, get_method
 from ..timing import STAGES
 
 SCHEMA = "mlx_tokprune.bench/1"
@@ -190,7 +190,7 @@ class Benchmark:
 
     def _of(self, row: Row) -> tuple:
         subject = self.subjects[row.model].at(row.image_size)
-        images, plan = [self.images[row.picture]], as_plan(row.pruner)
+        images, plan = [self.images[row.picture]], plan_for(subject.model, row.pruner)
         return subject, Asked(images, row.prompt, plan, row.positions)
 
     def _prepared(self, row: Row) -> dict:

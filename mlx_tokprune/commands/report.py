@@ -25,8 +25,8 @@ from ..loading import load
 from ..measure.results import read_any
 from ..measure.subject import Subject, subject_of
 from ..overlay import draw_overlay
-from ..pipeline import choose, look
-from ..pruners import Pruner, as_plan, get_method, is_registered
+from ..pipeline import choose, look, plan_for
+from ..pruners import Pruner, get_method, is_registered
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -199,7 +199,7 @@ def _overlay(
     subject: Subject, image: Image.Image, text: str, pruner: Pruner
 ) -> Image.Image:
     """The picture with what was dropped dimmed, as the run saw it."""
-    model, plan = subject.model, as_plan(pruner)
+    model, plan = subject.model, plan_for(subject.model, pruner)
     scene = subject.scene([image], text)
     visual = choose(model, scene, plan, look(model, scene, plan))
     padded = subject.kind == "answering"

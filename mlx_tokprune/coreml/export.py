@@ -23,7 +23,7 @@ from ..errors import InputError, nearest
 from ..features import Features, Selection, keep_rows
 from ..files import new_folder
 from ..loading import check_finite
-from ..pipeline import check_plan
+from ..pipeline import plan_for
 from ..pruners import Pruner
 from .capture import Graph, capture
 from .describe import Function, describe
@@ -162,7 +162,8 @@ def _check(model, pruners: Sequence[Pruner]) -> None:
                 f"method {pruner.method!r} looks at the prompt, which a vision package "
                 "does not see; the nearest that can be exported is 'attention'"
             )
-    check_plan(model, [pruner for pruner in pruners if not pruner.keeps_all])
+    for pruner in pruners:
+        plan_for(model, pruner)
     names = [function_name(pruner) for pruner in pruners]
     for name in names:
         if names.count(name) > 1:
@@ -248,7 +249,7 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
     """Nothing is evaluated but a choice that does not depend on the picture."""
 
     def encode(pixels):
-        return model.encode(pixels, pruner.needs).arrays()
+        return model.encode(pixels, pruner.wants).arrays()
 
     def prune(*arrays):
         tokens, *extras = arrays
@@ -260,7 +261,7 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
         return [model.project(tokens) if projector else tokens]
 
     pixels = mx.zeros((1, model.image_size, model.image_size, 3))
-    features = model.encode(pixels, pruner.needs)
+    features = model.encode(pixels, pruner.wants)
     grid, names, seen = features.grid, list(features.extras), features.arrays()
     total = grid[0] * grid[1]
     if not pruner.keeps_all and pruner.count(total) == total:

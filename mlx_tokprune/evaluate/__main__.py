@@ -18,9 +18,9 @@ from ..loading import load, open_checkpoint
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of
-from ..pipeline import DEFAULT_POSITIONS, POSITIONS, check_plan
+from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
 from ..processor import PADDINGS
-from ..pruners import as_plan, get_method
+from ..pruners import get_method
 from .data import DESCRIBE, Questions, read_questions
 from .gather import Workers, launch
 from .journal import Journal, answer_all
@@ -131,7 +131,7 @@ def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
     ratios = () if args.eval_budgets else args.keep_ratios
     rows = make_rows(methods, ratios, _possible(args, subject, questions), options)
     for row in rows:
-        check_plan(subject.model, as_plan(row.pruner))
+        plan_for(subject.model, row.pruner)
     return rows
 
 

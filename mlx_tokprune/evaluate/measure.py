@@ -10,8 +10,8 @@ import numpy as np
 from ..features import Features
 from ..measure.results import Row, fingerprint
 from ..measure.subject import Subject
-from ..pipeline import Scene, VisualTokens, encode, prune, run
-from ..pruners import Plan, as_plan
+from ..pipeline import Scene, VisualTokens, encode, plan_for, prune, run
+from ..pruners import Plan
 from .actions import Actions
 from .data import Item
 from .results import SCHEMA
@@ -29,7 +29,7 @@ class Evaluator:
         kinds = {"answering": Words, "acting": Actions}
         self._speech = kinds[subject.kind](subject, most)
         # Every extra that some row needs, computed at once.
-        self._all = tuple(p for row in rows for p in as_plan(row.pruner))
+        self._all = tuple(p for row in rows for p in self._plan(row))
         self._last: tuple[str, Features] | None = None
 
     def ask(self, item: Item) -> dict[str, dict]:
@@ -40,7 +40,7 @@ class Evaluator:
         scene = self.subject.scene([item.load()], item.question)
         features, records, reference = self._features(scene, item), {}, None
         for row in self.rows:
-            plan = as_plan(row.pruner)
+            plan = self._plan(row)
             asked = _Asked(self.model, scene, plan, self.positions, features)
             if reference is None:
                 given = self._greedy(asked)
@@ -59,6 +59,9 @@ class Evaluator:
                 "flops": self.subject.count_shapes(scene, plan, own).flops,
             }
         return records
+
+    def _plan(self, row: Row) -> Plan:
+        return plan_for(self.model, row.pruner)
 
     def _features(self, scene: Scene, item: Item) -> Features:
         """Of the item's picture, kept for the next question about it."""

@@ -110,7 +110,7 @@ class _Subject:
             seen = dataclasses.replace(scene, pixels=pixels)
             return encode(self.model, seen, plan).arrays()
 
-        needs = tuple(p.needs for p in plan if p.place == "tower")
+        needs = tuple(p.wants for p in plan if p.place == "tower")
         key = ("vision", scene.pixels.shape, needs)
         return self._once(key, count, encoded, scene.pixels)
 

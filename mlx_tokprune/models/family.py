@@ -15,9 +15,9 @@ from .language import Decoder
 
 # Extras of `Features` at each kind of place, of families whose tower has attention.
 PROVIDES: Mapping[str, tuple[str, ...]] = {
-    "tower": ("grid", "attention"),
+    "tower": ("grid", "attention", "attention_middle", "keys"),
     "prompt": ("grid", "text", "queries", "text_keys"),
-    "layer": ("attention",),
+    "layer": ("attention", "keys", "text", "text_attention"),
 }
 
 

@@ -109,23 +109,26 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         self.head_dim = head_dim
 
-    def __call__(self, x: mx.array, return_received: bool = False):
-        """(B, H, W, C) -> the same, and the attention received (B, N) or `None`.
+    def __call__(self, x: mx.array, needs: tuple[str, ...] = ()):
+        """(B, H, W, C) -> the same, and of `attention` and `keys` what is needed.
 
-        Only with `return_received` are the attention weights computed.
+        Only for `attention` are the attention weights computed.
         """
         batch, height, width, channels = x.shape
         heads = (batch, height * width, -1, self.head_dim)
         parts = mx.split(self.qkv(x), 3, axis=-1)
         q, k, v = (part.reshape(heads).swapaxes(1, 2) for part in parts)
-        scale, received = self.head_dim**-0.5, None
-        if return_received:
+        scale, extras = self.head_dim**-0.5, {}
+        if "attention" in needs:
             weights = attention_weights(q, k, scale)
-            y, received = weights @ v, mx.mean(weights.astype(mx.float32), axis=(1, 2))
+            y = weights @ v
+            extras["attention"] = mx.mean(weights.astype(mx.float32), axis=(1, 2))
         else:
             y = attend(q, k, v, scale)
+        if "keys" in needs:
+            extras["keys"] = parts[1].flatten(1, 2)
         y = y.swapaxes(1, 2).reshape(batch, height, width, channels)
-        return self.proj(y), received
+        return self.proj(y), extras
 
 
 class RepMixerBlock(nn.Module):
@@ -149,13 +152,13 @@ class AttentionBlock(nn.Module):
         self.layer_scale_1 = mx.ones((1, 1, channels))
         self.layer_scale_2 = mx.ones((1, 1, channels))
 
-    def attend(self, x: mx.array, return_received: bool):
-        mixed, received = self.token_mixer(self.norm(x), return_received)
+    def attend(self, x: mx.array, needs: tuple[str, ...] = ()):
+        mixed, extras = self.token_mixer(self.norm(x), needs)
         x = x + _scaled(self, "layer_scale_1", mixed)
-        return x + _scaled(self, "layer_scale_2", self.convffn(x)), received
+        return x + _scaled(self, "layer_scale_2", self.convffn(x)), extras
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.attend(x, False)[0]
+        return self.attend(x)[0]
 
 
 def _scaled(block: nn.Module, name: str, x: mx.array) -> mx.array:
@@ -238,21 +241,43 @@ class FastViTHD(nn.Module):
         )
 
     def __call__(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
-        x = self.patch_embed(pixels)
-        received = None
-        *network, last_stage = self.network
-        for layer in [b for part in network for b in _as_list(part)]:
-            x = layer(x)
-        *blocks, last = last_stage
+        x, extras, received = self.patch_embed(pixels), {}, None
+        blocks = [block for part in self.network for block in _as_list(part)]
+        last, middle = blocks[-1], self._middle
         for block in blocks:
-            x = block(x)
-        if "attention" in needs:
-            x, received = last.attend(x, True)
-        else:
-            x = last(x)
+            halfway = block is middle and "attention_middle" in needs
+            wanted = needs if block is last else ()
+            wanted += ("attention",) if halfway else ()
+            if not wanted:
+                x = block(x)
+                continue
+            x, found = block.attend(x, wanted)
+            if halfway:
+                received = found["attention"].reshape(x.shape[:3])
+            if block is last:
+                extras |= {name: found[name] for name in found if name in needs}
         x = self.conv_exp(x)
-        extras = {} if received is None else {"attention": received}
-        return Features(x.flatten(1, 2), (x.shape[1], x.shape[2]), extras=extras)
+        grid = x.shape[1:3]
+        if received is not None:
+            extras["attention_middle"] = _pooled(received, grid).flatten(1)
+        return Features(x.flatten(1, 2), grid, extras=extras)
+
+    @property
+    def _middle(self) -> nn.Module:
+        """What stands for a middle block: the last of the stage before the last.
+
+        Four of its tokens are one of the last stage. Where that stage has no attention,
+        the first block of the last.
+        """
+        before, last = [part for part in self.network if isinstance(part, list)][-2:]
+        return before[-1] if isinstance(before[-1], AttentionBlock) else last[0]
+
+
+def _pooled(finer: mx.array, grid: tuple[int, int]) -> mx.array:
+    """(B, h, w) -> (B, H, W) sums over cells; H divides h, and W divides w."""
+    (rows, columns), (height, width) = finer.shape[1:], grid
+    cells = finer.reshape(-1, height, rows // height, width, columns // width)
+    return mx.sum(cells, axis=(2, 4))
 
 
 def drop_layer_scales(tower: nn.Module) -> None:

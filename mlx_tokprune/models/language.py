@@ -16,16 +16,22 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..features import Features, Selection
+from ..features import Features, Selection, place_marked
 
 PREFILL_STEP = 2048  # tokens of a prompt that are read at once, as in mlx-lm
 
 
 class Choice(Protocol):
-    """What the decoder knows of a pruner: the layer after which it chooses, and how."""
+    """What the decoder knows of a pruner: the layer after which it chooses, and how.
+
+    wants: the extras of `Features` that it reads.
+    """
 
     @property
     def at(self) -> Any: ...
+
+    @property
+    def wants(self) -> tuple[str, ...]: ...
 
     def __call__(self, features: Features) -> Selection: ...
 
@@ -266,6 +272,14 @@ class Decoder:
             products = mx.where(future, -1e9, products)
         return mx.mean(mx.softmax(products, axis=-1, precise=True), axis=1)
 
+    def keys(self, number: int, hidden: mx.array) -> mx.array:
+        """(B, T, C): of layer `number` without rotary positions, heads joined.
+
+        hidden: (B, T, D), what goes into the layer.
+        """
+        layer = self.layers[number]
+        return layer.self_attn.k_proj(layer.input_layernorm(hidden))
+
     def queries_and_keys(
         self, visual: mx.array, text: mx.array
     ) -> tuple[mx.array, mx.array]:
@@ -303,6 +317,7 @@ class _State:
         self._positions, self._mask = sequence.positions, sequence.mask
         self._end = sequence.end
         self._where = _indices(sequence.visual)
+        self._text = sequence.visual[-1].stop if sequence.visual else 0
         self._done = 0
         self._before = self._hidden  # what went into the last layer done
         self._shifts, self._seen = [], []
@@ -391,13 +406,9 @@ class _State:
         hidden, length = self._hidden, self._length
         batch = hidden.shape[0]
         where = mx.broadcast_to(self._where, (batch, self._where.shape[1]))
-        asking = mx.full((batch, 1), length - self._rows, mx.int32)
-        received = self._decoder.attention_to(
-            self._done - 1, self._before, asking, self._positions, self._mask
-        )
-        received = mx.take_along_axis(received[:, 0], where, axis=1)
         visual = mx.take_along_axis(hidden, where[..., None], axis=1)
-        selection = pruner(Features(visual, None, extras={"attention": received}))
+        extras = self._extras(pruner.wants, where)
+        selection = pruner(Features(visual, None, extras=extras))
         kept = mx.take_along_axis(where, selection.indices, axis=1)
         if selection.weights is not None:
             merged = selection.apply(visual)
@@ -405,10 +416,11 @@ class _State:
         is_visual = mx.zeros((batch, length), mx.bool_)
         is_visual = mx.put_along_axis(is_visual, where, mx.array(True), axis=1)
         stays = mx.put_along_axis(~is_visual, kept, mx.array(True), axis=1)
-        rows = _marked(stays, length - where.shape[1] + selection.keep)
+        rows = place_marked(stays, length - where.shape[1] + selection.keep)
         self._hidden = mx.take_along_axis(hidden, rows[..., None], axis=1)
+        self._text -= length - rows.shape[1]
         remain = mx.take_along_axis(is_visual, rows, axis=1)
-        self._where = _marked(remain, selection.keep)
+        self._where = place_marked(remain, selection.keep)
         if self._positions is not None:
             places = mx.broadcast_to(self._positions, (batch, length))
             self._positions = mx.take_along_axis(places, rows, axis=1)
@@ -419,6 +431,26 @@ class _State:
             mask = mx.take_along_axis(mask, rows[..., None], axis=1)
             self._mask = mx.take_along_axis(mask, rows[:, None], axis=2)
         return selection
+
+    def _extras(self, names: tuple[str, ...], where: mx.array) -> dict[str, mx.array]:
+        """What a pruner reads of the last layer done; where: (B, M) visual tokens."""
+        extras, last, number = {}, self._length - self._rows, self._done - 1
+        text = mx.arange(self._text, last + 1)[None]
+        rows = {"attention": mx.array([[last]]), "text_attention": text}
+        for name in rows.keys() & set(names):
+            asking = mx.broadcast_to(rows[name], (len(where), rows[name].shape[1]))
+            attended = self._decoder.attention_to(
+                number, self._before, asking, self._positions, self._mask
+            )
+            extras[name] = mx.take_along_axis(attended, where[:, None], axis=2)
+        if "attention" in extras:
+            extras["attention"] = extras["attention"][:, 0]
+        if "text" in names:
+            extras["text"] = self._hidden[:, self._text : last + 1]
+        if "keys" in names:
+            keys = self._decoder.keys(number, self._before)
+            extras["keys"] = mx.take_along_axis(keys, where[..., None], axis=1)
+        return extras
 
     def followers(self) -> list[LayerCache]:
         if self._cache[0] is None:
@@ -435,10 +467,3 @@ def _indices(slices: tuple[slice, ...]) -> mx.array:
     """(1, M) the places in all slices."""
     places = [mx.arange(s.start, s.stop, dtype=mx.int32) for s in slices]
     return mx.concatenate(places)[None] if places else mx.zeros((1, 0), mx.int32)
-
-
-def _marked(marked: mx.array, count: int) -> mx.array:
-    """(B, count) int32: the places of the `count` true values of each row (B, N)."""
-    total = marked.shape[1]
-    places = mx.where(marked, mx.arange(total), total)
-    return mx.sort(places, axis=1)[:, :count].astype(mx.int32)

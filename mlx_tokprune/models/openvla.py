@@ -231,22 +231,19 @@ class VisionBackbone(nn.Module):
     ) -> Features:
         """(B, S, S, 3) pixels in [0, 1] -> features of C1 + C2 channels.
 
-        Attention is that of the first tower that has a class token, else of the first.
+        Extras are those of the first tower that has a class token, else of the first.
         """
         towers = [getattr(self, name) for name in TOWERS[: self._count]]
         with_class = [i for i, t in enumerate(towers) if t.config.class_token]
-        asked = (with_class or [0])[0] if "attention" in needs else None
-        tokens, attention = [], None
+        asked, tokens, extras = (with_class or [0])[0], [], {}
         for i, tower in enumerate(towers):
             dtype = tower.pos_embed.dtype
             normal = ((pixels - self._means[i]) / self._stds[i]).astype(dtype)
-            some, received = tower(normal, language, with_attention=i == asked)
+            some, found = tower(normal, language, needs if i == asked else ())
             tokens.append(some)
-            attention = received if i == asked else attention
+            extras |= found
         side = towers[0].config.side
-        extras = {} if attention is None else {"attention": attention}
-        joined = mx.concatenate(tokens, axis=-1)
-        return Features(joined, (side, side), extras=extras)
+        return Features(mx.concatenate(tokens, axis=-1), (side, side), extras=extras)
 
 
 class Projector(nn.Module):

@@ -237,6 +237,11 @@ class Block(nn.Module):
         weights = attention_weights(q, k, q.shape[-1] ** -0.5)
         return mx.mean(weights[..., prefix:], axis=(1, 2))
 
+    def keys(self, x: mx.array, prefix: int) -> mx.array:
+        """(B, N, C): of each patch, heads joined."""
+        _, k, _ = self.attn.heads(self.norm1(x))
+        return k[:, :, prefix:].swapaxes(1, 2).flatten(2)
+
 
 class ViT(nn.Module):
     """A tower up to its second to last block; `complete` adds what else is stored."""
@@ -281,18 +286,22 @@ class ViT(nn.Module):
         self,
         pixels: mx.array,
         language: mx.array | None = None,
-        with_attention: bool = False,
-    ) -> tuple[mx.array, mx.array | None]:
-        """(B, S, S, 3) normalised pixels -> patch tokens (B, N, C), attention (B, N).
+        needs: tuple[str, ...] = (),
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """(B, S, S, 3) normalised pixels -> patch tokens (B, N, C), and extras.
 
-        The attention is that of the last block that runs; `None` unless asked for.
+        Attention and keys are those of the last block that runs. The middle one is that
+        at three eighths of the depth, as in HiPrune (9 of 24).
         """
-        x, received = self._embed(pixels), None
-        last = self.config.depth - 2
+        x, extras, prefix = self._embed(pixels), {}, self.config.prefix
+        last, from_class = self.config.depth - 2, self.config.class_token
+        asked = {"attention": last, "attention_middle": self.config.depth * 3 // 8}
         for number, block in enumerate(self.blocks[: last + 1]):
-            if with_attention and number == last:
-                received = block.attention_received(
-                    x, self.config.prefix, self.config.class_token
-                )
+            for name, place in asked.items():
+                if name in needs and number == place:
+                    received = block.attention_received(x, prefix, from_class)
+                    extras[name] = received
+            if "keys" in needs and number == last:
+                extras["keys"] = block.keys(x, prefix)
             x = block(x, language)
-        return x[:, self.config.prefix :], received
+        return x[:, prefix:], extras

@@ -9,12 +9,13 @@ from . import (  # noqa: F401  (registers them)
     saliency,
     text,
 )
-from .pruner import Plan, Pruner, as_plan, check_seed, count_kept
+from .pruner import Plan, Pruner, Pruners, as_plan, check_seed, count_kept
 from .registry import get_method, is_registered, list_pruners, register
 
 __all__ = [
     "Plan",
     "Pruner",
+    "Pruners",
     "as_plan",
     "check_seed",
     "count_kept",

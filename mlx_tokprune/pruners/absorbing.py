@@ -6,14 +6,13 @@ than 1. Tokens that nobody takes in are gone.
 
 import mlx.core as mx
 
-from ..features import Features, Selection
+from ..features import Features, Selection, place_marked
 from .registry import in_ranges, register
 from .saliency import (
     keep_highest,
     keep_marked,
     normalize,
     one_hot,
-    place_marked,
 )
 
 _CONTEXTUAL = 10 / 64  # VisionZip's share of the budget

@@ -6,9 +6,9 @@ Their loops are unrolled, with static shapes and nothing read on the host.
 import mlx.core as mx
 
 from ..errors import InputError
-from ..features import Features, Selection
+from ..features import Features, Selection, place_marked
 from .registry import Options, in_ranges, register
-from .saliency import keep_highest, normalize, one_hot, place_marked
+from .saliency import keep_highest, normalize, one_hot
 
 _FAR = 2.0  # more than any 1 - cosine but the farthest
 _LEAST = 1e-6  # of a determinant's next factor

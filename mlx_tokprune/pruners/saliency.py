@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from ..features import Features, Selection
+from ..features import Features, Selection, place_marked
 from .registry import in_ranges, register
 
 
@@ -11,13 +11,6 @@ def keep_highest(scores: mx.array, keep: int) -> Selection:
     """The `keep` highest of `scores` (B, N), in raster order; ties keep the earlier."""
     order = mx.argsort(-scores, axis=1)[:, :keep]
     return Selection(mx.sort(order, axis=1).astype(mx.int32))
-
-
-def place_marked(marked: mx.array, count: int) -> mx.array:
-    """(B, count) int32: the places of the `count` true values of each row (B, N)."""
-    total = marked.shape[1]
-    places = mx.where(marked, mx.arange(total), total)
-    return mx.sort(places, axis=1)[:, :count].astype(mx.int32)
 
 
 def keep_marked(marked: mx.array) -> Selection:

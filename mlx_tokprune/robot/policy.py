@@ -1,7 +1,7 @@
 """`Policy`: a robot policy in a control loop, compiled, for one robot or for many."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -13,15 +13,15 @@ from ..pipeline import (
     DEFAULT_POSITIONS,
     Scene,
     VisualTokens,
-    check_plan,
     check_positions,
     choose,
     encode,
+    plan_for,
     prune,
 )
 from ..processor import ActionProcessor
 from ..prompt import Prompt, check_text
-from ..pruners import Pruner, as_plan
+from ..pruners import Pruners
 from ..threads import end_streams_with_thread
 from .heads import head_of
 from .inputs import (
@@ -54,7 +54,7 @@ class Policy:
         model: VisionModel,
         processor: ActionProcessor,
         *,
-        pruner: Pruner | Iterable[Pruner] | None = None,
+        pruner: Pruners = None,
         positions: str = DEFAULT_POSITIONS,
         unnorm_key: str | None = None,
         compile: bool = True,
@@ -62,8 +62,7 @@ class Policy:
     ):
         check_acts(model, processor)
         check_positions(positions)
-        self.plan = as_plan(pruner)
-        check_plan(model, self.plan)
+        self.plan = plan_for(model, pruner)
         self.model, self.processor, self.positions = model, processor, positions
         self.unnorm_key = unnorm_key
         self.bounds = processor.bounds("action", unnorm_key)

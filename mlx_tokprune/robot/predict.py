@@ -5,16 +5,16 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from ..models.family import VisionModel
-from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_plan, check_positions
+from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_positions, plan_for
 from ..processor import ActionProcessor
-from ..pruners import Pruner, as_plan
+from ..pruners import Pruners
 from ..threads import end_streams_with_thread
 from ..timing import NO_CLOCK, Clock
 from .heads import head_of
@@ -57,7 +57,7 @@ def predict_action(
     *,
     unnorm_key: str | None = None,
     proprio: Sequence[float] | None = None,
-    pruner: Pruner | Iterable[Pruner] | None = None,
+    pruner: Pruners = None,
     positions: str = DEFAULT_POSITIONS,
     stages: bool = False,
 ) -> Action:
@@ -69,9 +69,8 @@ def predict_action(
     places; every visual token stays when `None`. stages: fence the run and time its
     stages. Raises `InputError` for anything that does not fit the policy.
     """
-    plan = as_plan(pruner)
     check_acts(model, processor)
-    check_plan(model, plan)
+    plan = plan_for(model, pruner)
     check_positions(positions)
     images = check_images(model, images)
     bounds = processor.bounds("action", unnorm_key)
