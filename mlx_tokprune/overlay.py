@@ -25,8 +25,8 @@ def draw_overlay(
     selection: of all pictures, or the kept tokens of each. padded: whether the model
     saw them padded (to a square where `grid` is one), else stretched to a square.
 
-    Selectors: dropped patches are dimmed. Merging methods: patches that went to the
-    same kept token share a colour, and a ring marks where that token sits.
+    Dropped patches are dimmed. Merging methods: patches that went to the same kept
+    token share a colour, and a ring marks where that token sits.
     """
     if isinstance(selection, Selection):
         kept, assignment = list(np.array(selection.indices)), selection.assignment()
@@ -43,6 +43,19 @@ def draw_overlay(
     for panel in panels:
         sheet.paste(panel, (left, 0))
         left += panel.width + _GAP
+    return sheet
+
+
+def stack(rows: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """Pictures below each other, each with its title above."""
+    line = 20 if any(titles) else 0
+    height = sum(row.height + line for row in rows) + _GAP * (len(rows) - 1)
+    sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for row, title in zip(rows, titles, strict=True):
+        draw.text((4, top + 4), title, fill="black")
+        sheet.paste(row, (0, top + line))
+        top += row.height + line + _GAP
     return sheet
 
 
@@ -64,6 +77,8 @@ def _panel(
     else:
         colors = _colors(len(kept))[groups].reshape(*grid, 3)
         shaded = (1 - _TINT) * pixels + _TINT * _stretch(colors, pixels)
+        gone = _stretch(groups.reshape(grid) < 0, pixels)[..., None]
+        shaded = np.where(gone, _DIM * pixels, shaded)
     panel = Image.fromarray(shaded.round().astype(np.uint8))
     if groups is not None:
         _mark(panel, kept, grid)

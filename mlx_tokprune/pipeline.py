@@ -22,7 +22,15 @@ from .features import Features, Selection
 from .models.family import VisionModel
 from .models.language import PREFILL_STEP, Read, Sequence
 from .prompt import Prompt
-from .pruners import Plan, Pruner, Pruners, as_plan, get_method, list_pruners
+from .pruners import (
+    Place,
+    Plan,
+    Pruner,
+    Pruners,
+    as_plan,
+    get_method,
+    list_pruners,
+)
 from .timing import NO_CLOCK, NoClock
 
 POSITIONS = ("original", "contiguous")
@@ -53,10 +61,11 @@ class VisualTokens:
 
     embeddings: (groups, K, D). indices: (groups, K), which of the N tokens they are.
     mask: (groups, K) bool, false for padding where groups keep different counts, else
-    `None`. selection: the last pruner's, of each picture or of each group. grid: of one
-    picture; one that is not square is the middle of one whose padding was left out.
-    later: (B, K) for each place inside the language model, which of the tokens of all
-    groups that came there went on.
+    `None`. selection: of the last pruner before the language model, of each picture or
+    of each group. grid: of one picture; one that is not square is the middle of one
+    whose padding was left out. choices: of each pruner its place, and (groups, K) which
+    of the N tokens went on; inside the language model (B, K), which of the tokens of
+    all groups that came there.
     """
 
     embeddings: mx.array
@@ -65,7 +74,7 @@ class VisualTokens:
     grid: tuple[int, int]
     pictures: int = 1
     mask: mx.array | None = None
-    later: tuple[mx.array, ...] = ()
+    choices: tuple[tuple[Place, mx.array], ...] = ()
 
     @property
     def keep(self) -> int:
@@ -79,11 +88,33 @@ class VisualTokens:
 
     def left(self) -> list[list[int]]:
         """Of each group of one sample, the tokens that are left after every place."""
-        group = np.repeat(np.arange(len(self.indices)), self.keep)
+        places = self.by_place()
+        return places[-1][1] if places else np.array(self.indices).tolist()
+
+    def by_place(self) -> list[tuple[Place, list[list[int]]]]:
+        """After each place, the tokens that are left of each group of one sample."""
+        found, (groups, keep) = [], self.indices.shape
+        group = np.repeat(np.arange(groups), keep)
         index = np.array(self.indices).reshape(-1)
-        for chosen in self.later:
-            group, index = group[np.array(chosen[0])], index[np.array(chosen[0])]
-        return [index[group == i].tolist() for i in range(len(self.indices))]
+        for place, chosen in self.choices:
+            if isinstance(place, str):
+                found.append((place, np.array(chosen).tolist()))
+                continue
+            some = np.array(chosen[0])
+            group, index = group[some], index[some]
+            found.append((place, [index[group == i].tolist() for i in range(groups)]))
+        return found
+
+    def per_picture(self, groups: list[list[int]]) -> list[np.ndarray]:
+        """Tokens of groups as those of each picture."""
+        each, pictures = self.grid[0] * self.grid[1], range(self.pictures)
+        kept = [np.array(group, int) for group in groups]
+        return [group[group // each == i] % each for group in kept for i in pictures]
+
+    def chosen_at(self, place: Place) -> "VisualTokens":
+        """The same, noting that what is there now was chosen at `place`."""
+        choices = (*self.choices, (place, self.indices))
+        return dataclasses.replace(self, choices=choices)
 
     def on_squares(self) -> tuple[mx.array, int]:
         """(groups, K) places of the tokens on square grids, and how many those have."""
@@ -140,8 +171,8 @@ def run(
             sequence, cache, rows=rows, plan=layers, known=known, step=step
         )
         done.append(read.hidden)
-    later = tuple(selection.indices for _, selection in read.choices)
-    return read, dataclasses.replace(visual, later=later)
+    later = tuple((layer, selection.indices) for layer, selection in read.choices)
+    return read, dataclasses.replace(visual, choices=visual.choices + later)
 
 
 # The steps --------------------------------------------------------------------------
@@ -190,7 +221,9 @@ def prune(
         embeddings = model.project(kept)
         done.append(embeddings)
     groups = scene.batch * scene.prompt.places
-    return grouped(embeddings, selection, features.grid or (1, features.total), groups)
+    grid = features.grid or (1, features.total)
+    visual = grouped(embeddings, selection, grid, groups)
+    return visual if pruner is _ALL else visual.chosen_at("tower")
 
 
 def grouped(
@@ -236,7 +269,7 @@ def choose(
         indices=indices,
         selection=selection,
         mask=selection.mask,
-    )
+    ).chosen_at("prompt")
 
 
 def _asked(

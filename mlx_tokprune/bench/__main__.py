@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..commands.options import (
     add_common,
+    add_plans,
     begin_logging,
     options_by_method,
     read_options,
@@ -18,7 +19,7 @@ from ..image import list_pictures, load_image
 from ..loading import load
 from ..measure.subject import Subject, default_methods, subject_of
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
-from ..pruners import get_method
+from ..pruners import get_method, read_plan
 from .measure import Benchmark, make_rows
 from .plots import Accuracy, draw_all
 from .table import markdown
@@ -39,6 +40,7 @@ def build_parser() -> Parser:
     add("--image", action="append", default=[], help=f"{help_} (default: the demo's)")
     add("--prompt", action="append", default=[], help="a question; repeat for several")
     add("--methods", nargs="+", help="default: all that take a budget")
+    add_plans(parser)
     add("--keep-ratios", nargs="+", type=float, default=RATIOS, metavar="R")
     add(
         "--image-sizes",
@@ -70,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("give models that answer or models that act, not both")
     for one, size in itertools.product(subjects, args.image_sizes):
         one.at(size)
-    methods = args.methods or default_methods(subject)
+    methods = args.methods
+    if methods is None:
+        methods = [] if args.plans else default_methods(subject)
     options = options_by_method(methods, read_options(args.option))
     example = POLICY_FRAME if subject.kind == "acting" else PICTURES[0]
     paths = args.image or [example.path]
@@ -78,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     prompts = args.prompt or [example.question]
     rows = make_rows(
         *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
-        *(args.positions, len(images), options),
+        *(args.positions, len(images), options, args.plans),
     )
     for one, row in itertools.product(subjects, rows):  # refuse any before measuring
-        plan_for(one.model, row.pruner)
+        plan_for(one.model, row.pruners)
     output = Path(args.output)
     result = Benchmark(output, subjects, rows, images, args.tokens).run(args.runs)
     print(markdown(result))
@@ -112,6 +116,8 @@ def _check(args) -> None:
             raise InputError(f"model {name} was given twice; each is measured once")
     for name in args.methods or []:
         get_method(name)
+    for text in args.plans:
+        read_plan(text)
     check_output(args.output)
     if args.plots:
         check_name(args.plots)

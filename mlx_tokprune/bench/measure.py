@@ -28,7 +28,8 @@ from ..measure.results import (
 )
 from ..measure.subject import Asked, Subject
 from ..pipeline import DEFAULT_POSITIONS, plan_for
-from ..pruners import Pruner, get_method
+from ..pruners import Plan, Pruner, get_method, read_plan
+from ..pruners.registry import Options
 from ..timing import STAGES
 
 SCHEMA = "mlx_tokprune.bench/1"
@@ -60,7 +61,8 @@ SHAPE = {
 class Row:
     """What is measured: everything but the machine.
 
-    keep_ratio: `None` where the method says how many tokens stay. picture: its number.
+    method: or a plan as it is written. keep_ratio: `None` where that says how many
+    tokens stay. picture: its number.
     """
 
     model: str
@@ -70,13 +72,15 @@ class Row:
     keep_ratio: float | None
     positions: str = DEFAULT_POSITIONS
     picture: int = 0
-    options: Mapping[str, float] = field(default_factory=dict, hash=False)
+    options: Options = field(default_factory=dict, hash=False)
 
     @property
-    def pruner(self) -> Pruner:
+    def pruners(self) -> Plan:
         if self.keep_ratio == 1:
-            return Pruner("none")
-        return Pruner(self.method, self.keep_ratio, options=self.options)
+            return (Pruner("none"),)
+        if self.keep_ratio is None:
+            return read_plan(self.method, self.options)
+        return (Pruner(self.method, self.keep_ratio, options=self.options),)
 
 
 def make_rows(
@@ -87,9 +91,10 @@ def make_rows(
     prompts: Sequence[str],
     positions: str,
     pictures: int = 1,
-    options: Mapping[str, Mapping[str, float]] | None = None,
+    options: Mapping[str, Options] | None = None,
+    plans: Sequence[str] = (),
 ) -> list[Row]:
-    """Every combination, in sizes besides each model's own.
+    """Every combination of methods and ratios, and plans, in sizes besides the own.
 
     Unpruned rows are always there: of each size, and of lower ones than the model's.
     """
@@ -104,6 +109,8 @@ def make_rows(
                 itself = get_method(method).counts_itself(own)
                 for ratio in [None] if itself else [r for r in ratios if r < 1]:
                     rows.append(Row(*case, method, ratio, positions, picture, own))
+            for text in plans if size in pruned else ():
+                rows.append(Row(*case, text, None, positions, picture))
     return rows
 
 
@@ -190,7 +197,7 @@ class Benchmark:
 
     def _of(self, row: Row) -> tuple:
         subject = self.subjects[row.model].at(row.image_size)
-        images, plan = [self.images[row.picture]], plan_for(subject.model, row.pruner)
+        images, plan = [self.images[row.picture]], plan_for(subject.model, row.pruners)
         return subject, Asked(images, row.prompt, plan, row.positions)
 
     def _prepared(self, row: Row) -> dict:
@@ -200,8 +207,9 @@ class Benchmark:
         self._measured(row)
         return {
             **_described(row),
-            "visual_tokens": counted.total,
-            "kept": counted.kept,
+            "visual_tokens": counted.tokens.total,
+            "kept": counted.tokens.left,
+            "mean_kept": counted.tokens.mean,
             "cache_bytes": counted.cache_bytes,
             "costs": {name: vars(cost) for name, cost in counted.costs.items()},
             "limit_ms": limit_ms(counted.costs, self.result["rates"]),
@@ -252,7 +260,11 @@ def read_bench(file: str | Path) -> dict:
     )
     flops = all(any(c["flops"] > 0 for c in row["costs"].values()) for row in rows)
     paired = all(any(is_base(other, row) for other in rows) for row in rows)
-    sized = all(type(row.get("cache_bytes", 0)) is int for row in rows)
+    sized = all(
+        type(row.get("cache_bytes", 0)) is int
+        and type(row.get("mean_kept", 0)) in NUMBER
+        for row in rows
+    )
     if not (len(runs) <= 1 and positive and flops and paired and sized):
         raise InputError(
             f"{file} is damaged: its rows do not fit together; expected as many "

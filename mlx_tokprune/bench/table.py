@@ -15,9 +15,10 @@ NOTE = (
     "TTFT: from decoded picture and prompt to the first token id, unfenced; median "
     "(least-most). Saved: of the unpruned TTFT of the same model, picture, size and "
     "prompt, median of the rounds; ceiling: the same in FLOPs, and a saving above it "
-    f"is marked {_NOISE}, as noise; faster: unpruned TTFT over this one. Limit: FLOPs "
-    "over the measured matmul rate or weights over the measured bandwidth, whichever "
-    "is larger, ms. Stages are fenced, ms. Cache: keys and values of the prompt. "
+    f"is marked {_NOISE}, as noise; faster: unpruned TTFT over this one. Kept: visual "
+    "tokens, mean over the language model's layers. Limit: FLOPs over the measured "
+    "matmul rate or weights over the measured bandwidth, whichever is larger, ms. "
+    "Stages are fenced, ms. Cache: keys and values of the prompt. "
     "* Project and prefill alone, what some published tables call TTFT; not a TTFT."
 )
 
@@ -81,7 +82,7 @@ def _line(row: dict, rows: list[dict]) -> str:
         row["model"],
         row["image_size"],
         label(row),
-        f"{row['kept']}/{row['visual_tokens']}",
+        f"{row.get('mean_kept', row['kept']):.4g}/{row['visual_tokens']}",
         f"{ttft:.1f} ({min(times):.1f}-{max(times):.1f})",
         f"{noise}{_percent(share)}" if pruned else "",
         _percent(ceiling) if pruned else "",
@@ -102,7 +103,8 @@ def label(row: dict) -> str:
     """Method and keep ratio."""
     ratio = row["keep_ratio"]
     if ratio is None:
-        return f"{row['method']} own count"
+        plan = any(mark in row["method"] for mark in ":@+")
+        return row["method"] if plan else f"{row['method']} own count"
     return row["method"] if ratio == 1 else f"{row['method']} {ratio:g}"
 
 

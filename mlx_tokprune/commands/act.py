@@ -10,11 +10,9 @@ import numpy as np
 
 from ..demo import POLICY_FRAME
 from ..errors import InputError, Parser, command
-from ..features import Selection
 from ..image import center_crop, load_image
 from ..loading import load
 from ..measure.machine import device_name
-from ..pipeline import VisualTokens
 from ..robot.policy import Policy
 from ..robot.predict import predict_action
 from .options import (
@@ -24,7 +22,9 @@ from .options import (
     begin_logging,
     check_overlay,
     describe_methods,
-    make_pruner,
+    make_pruners,
+    methods,
+    places,
     write_overlay,
 )
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
     own = {name: value for name, value in own.items() if value is not None}
-    pruner = make_pruner(args, DEFAULT_METHOD, own)
+    plan = make_pruners(args, DEFAULT_METHOD, own)
     pictures, instruction = args.image, args.instruction
     if args.model is None:
         pictures = pictures or [POLICY_FRAME.path]
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     images = [load_image(picture) for picture in pictures]
     model, processor = load("demo-policy" if args.model is None else args.model)
     mx.reset_peak_memory()
-    asked = {"pruner": pruner, "positions": args.positions}
+    asked = {"pruner": plan, "positions": args.positions}
     asked["unnorm_key"] = args.unnorm_key
     action = predict_action(
         *(model, processor, images, instruction),
@@ -89,9 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         rate = _actions_per_second(policy, images, instruction, args.proprio, args.runs)
     visual = action.visual
     if args.overlay:
-        selection = _per_picture(visual, len(images))
         seen = [center_crop(image, processor.crop) for image in images]
-        write_overlay(args.overlay, seen, selection, visual.grid, padded=False)
+        write_overlay(args.overlay, seen, visual, padded=False)
     record = {
         "action": action.values.tolist(),
         "normalized_action": action.normalized.tolist(),
@@ -103,8 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         "total_ms": action.total_ms,
         "actions_per_second": rate,
         "peak_memory_mb": peak,
-        "method": pruner.method,
+        "method": methods(plan),
         "keep": len(visual.left()[0]),
+        "places": places(visual),
         "positions": args.positions,
         "device": device_name(),
     }
@@ -122,15 +122,6 @@ def _actions_per_second(policy, images, instruction, proprio, runs: int) -> floa
         values = policy(images, instruction, proprio)
         times.append(time.perf_counter() - start)
     return (len(values) if values.ndim > 1 else 1) / statistics.median(times)
-
-
-def _per_picture(visual: VisualTokens, pictures: int) -> Selection | list[np.ndarray]:
-    """What was kept of each picture, also where the pruner chose among all of them."""
-    if visual.selection.indices.shape[0] == pictures and not visual.later:
-        return visual.selection
-    each = visual.total // pictures
-    kept = np.array(visual.left()[0])
-    return [kept[kept // each == i] % each for i in range(pictures)]
 
 
 def format_report(record: dict) -> str:

@@ -32,7 +32,9 @@ from .options import (
     begin_logging,
     check_overlay,
     describe_methods,
-    make_pruner,
+    make_pruners,
+    methods,
+    places,
     write_overlay,
 )
 
@@ -127,8 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             print(json.dumps(record))
     if args.overlay:
-        selection = visual.left() if visual.later else visual.selection
-        write_overlay(args.overlay, seen, selection, visual.grid)
+        write_overlay(args.overlay, seen, visual)
 
 
 @dataclass
@@ -191,6 +192,7 @@ class _Asking:
             "peak_memory_mb": mx.get_peak_memory() / 1e6,
             "method": self._method,
             "keep": max(map(len, visual.left())),
+            "places": places(visual),
             "positions": self.settings.positions,
             "image_size": self.processor.image_size,
             "padding": self.processor.padding,
@@ -204,17 +206,18 @@ class _Asking:
     def _method(self) -> str:
         if self.vision and not self.args.temporal:
             return self.vision.function.method
-        return self.plan[-1].method if self.plan else "none"
+        return methods(self.plan)
 
 
 def _plan_and_vision(args) -> tuple[Plan, Vision | None]:
     """What prunes, and what sees in place of the model's tower, if anything."""
     if args.vision is None:
-        plan = as_plan(make_pruner(args, DEFAULT_METHOD))
+        plan = as_plan(make_pruners(args, DEFAULT_METHOD))
         return plan, Temporal(plan) if args.temporal else None
     if args.temporal:
         raise InputError("a package sees whole frames; leave out --temporal")
-    if args.method or args.keep_tokens is not None or args.at or args.option:
+    own = (args.method, args.at, args.option, args.prune)
+    if args.keep_tokens is not None or any(own):
         raise InputError(
             "a package has its own method; with --vision, say only --keep-ratio, to "
             "choose one of its functions"

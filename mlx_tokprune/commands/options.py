@@ -4,11 +4,14 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 
+from PIL import Image
+
 from ..errors import InputError, Parser
 from ..files import replacing
-from ..overlay import draw_overlay
-from ..pipeline import DEFAULT_POSITIONS, POSITIONS
-from ..pruners import Pruner, get_method, list_pruners
+from ..overlay import draw_overlay, stack
+from ..pipeline import DEFAULT_POSITIONS, POSITIONS, VisualTokens
+from ..pruners import Plan, Pruner, get_method, list_pruners, read_place, read_plan
+from ..pruners.registry import Depths, Options, Place
 
 
 def add_common(parser: Parser) -> None:
@@ -28,23 +31,23 @@ def begin_logging(verbose: bool) -> None:
         logging.getLogger("mlx_tokprune").setLevel(logging.DEBUG)
 
 
-def read_options(texts: Sequence[str]) -> dict[str, float]:
-    """`name=value` texts as numbers by name."""
+def read_options(texts: Sequence[str]) -> dict[str, float | str]:
+    """`name=value` texts as numbers or words by name."""
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"--option is NAME=VALUE, not {text!r}")
         try:
             found[name] = float(value)
         except ValueError:
-            equals = ""
-        if not name or not equals:
-            raise InputError(f"--option is NAME=VALUE with a number, not {text!r}")
+            found[name] = value
     return found
 
 
 def options_by_method(
-    methods: Iterable[str], options: dict[str, float]
-) -> dict[str, dict[str, float]]:
+    methods: Iterable[str], options: Options
+) -> dict[str, dict[str, float | str]]:
     """Which of the options each method takes; `InputError` for one that none takes."""
     known = {name: get_method(name).options for name in methods}
     for option in options:
@@ -62,11 +65,22 @@ def options_by_method(
 
 
 def add_method(parser: Parser, default: str) -> None:
-    """`--method`, which also takes somebody's own, and `--at`, its place."""
+    """`--method`, which also takes somebody's own, `--at`, its place, and `--prune`."""
     help_ = f"see below, or package.module:function (default: {default})"
     parser.add_argument("--method", help=help_)
     help_ = "where it prunes: tower, prompt, or after so many layers (default: its own)"
     parser.add_argument("--at", metavar="PLACE", help=help_)
+    help_ = "prune at several places instead, such as norm:0.5@tower; repeat"
+    metavar = "METHOD[:BUDGET][@PLACE]"
+    parser.add_argument(
+        "--prune", action="append", default=[], metavar=metavar, help=help_
+    )
+
+
+def add_plans(parser: Parser) -> None:
+    """`--plans`, each a row of the table."""
+    help_ = "pruners at several places, such as norm:0.5@tower+attention:0.5@2"
+    parser.add_argument("--plans", nargs="+", default=[], metavar="PLAN", help=help_)
 
 
 def add_budget(parser: Parser) -> None:
@@ -78,20 +92,42 @@ def add_budget(parser: Parser) -> None:
     parser.add_argument("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
 
 
+def where(place: Place | Depths) -> str:
+    """A place of pruning, in words."""
+    if isinstance(place, str):
+        return f"at the {place}"
+    if isinstance(place, tuple):
+        return f"at {len(place)} layers"
+    return f"after {place} layer{'s' * (place > 1)}"
+
+
 def describe_methods() -> str:
     """A line on every method, for `--help`."""
     methods = [get_method(name) for name in list_pruners()]
-    lines = [f"{m.name} (at the {m.at}): {m.summary}" for m in methods]
+    lines = [f"{m.name} ({where(m.at)}): {m.summary}" for m in methods]
     return f"Pruning methods. {'; '.join(lines)}"
 
 
-def make_pruner(args, default: str, own: dict[str, float] | None = None) -> Pruner:
-    """A `Pruner` from command line options; `own`: options with flags of their own.
+def make_pruners(args, default: str, own: Options | None = None) -> Plan:
+    """What prunes, from command line options; `own`: options with their own flags."""
+    if not args.prune:
+        return (_make_pruner(args, default, own or {}),)
+    alone = ("method", "at", "keep_ratio", "keep_tokens")
+    if any(getattr(args, name) is not None for name in alone):
+        raise InputError(
+            "--prune says method, budget and place; leave out --method, --at, "
+            "--keep-ratio and --keep-tokens"
+        )
+    options = read_options(args.option) | dict(own or {})
+    plan = tuple(p for text in args.prune for p in read_plan(text, options, args.seed))
+    options_by_method([pruner.method for pruner in plan], options)
+    return plan
 
-    No method means `default`, or `none` when there is nothing to drop.
-    """
+
+def _make_pruner(args, default: str, own: Options) -> Pruner:
+    """One pruner. No method means `default`, or `none` when nothing is dropped."""
     ratio, tokens = args.keep_ratio, args.keep_tokens
-    options = read_options(args.option) | (own or {})
+    options = read_options(args.option) | dict(own)
     method, unset = args.method, ratio is None and tokens is None
     if method is None:
         full = (unset and not options) or ratio == 1
@@ -99,20 +135,47 @@ def make_pruner(args, default: str, own: dict[str, float] | None = None) -> Prun
             raise InputError("--at says where to prune; give --keep-ratio, too")
         method = "none" if full else default
     known = get_method(method)
-    if unset and known.counts == "budget" and known.name != "none":
+    itself = known.counts != "budget" or known.counts_itself(options)
+    if unset and not itself and known.name != "none":
         raise InputError(
             f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
         )
-    place = int(args.at) if args.at and args.at.isdecimal() else args.at
-    return Pruner(method, ratio, tokens, at=place, seed=args.seed, options=options)
+    at = read_place(args.at) if args.at else args.at
+    return Pruner(method, ratio, tokens, at=at, seed=args.seed, options=options)
+
+
+def methods(plan: Plan) -> str:
+    """What prunes, in words: its name, or with several their places, too."""
+    if len(plan) > 1:
+        return ", ".join(f"{p.method} {where(p.at)}" for p in plan)
+    return plan[0].method if plan else "none"
+
+
+def places(visual: VisualTokens) -> list[dict]:
+    """As JSON: each place of pruning, and what was left of each group after it."""
+    return [{"at": place, "kept_indices": kept} for place, kept in visual.by_place()]
 
 
 def write_overlay(
-    path: str, images: list, selection, grid: tuple[int, int], padded: bool = True
+    path: str, images: list, visual: VisualTokens, padded: bool = True
 ) -> None:
-    """Write the picture of what was kept as a PNG."""
+    """Write the picture of what was kept as a PNG, a row for each place of pruning."""
     with replacing(path) as file:
-        draw_overlay(images, selection, grid, padded).save(file, format="PNG")
+        draw_choices(images, visual, padded).save(file, format="PNG")
+
+
+def draw_choices(images: list, visual: VisualTokens, padded: bool) -> Image.Image:
+    """The pictures with what was kept of them, a row for each place of pruning."""
+    selection, places = visual.selection, visual.by_place()
+    inside = any(isinstance(place, int) for place, _ in places)
+    if len(places) < 2 and not inside and len(selection.indices) == len(images):
+        return draw_overlay(images, selection, visual.grid, padded)
+    rows = [
+        draw_overlay(images, visual.per_picture(kept), visual.grid, padded)
+        for _, kept in places or [("", visual.left())]
+    ]
+    titles = [where(place) for place, _ in places] if len(rows) > 1 else [""]
+    return stack(rows, titles)
 
 
 def _is_png(path: str) -> bool:

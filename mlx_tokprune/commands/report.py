@@ -24,9 +24,9 @@ from ..hub import is_local
 from ..loading import load
 from ..measure.results import read_any
 from ..measure.subject import Subject, subject_of
-from ..overlay import draw_overlay
-from ..pipeline import choose, look, plan_for
-from ..pruners import Pruner, get_method, is_registered
+from ..pipeline import plan_for, run
+from ..pruners import Pruner, Pruners, get_method, is_registered
+from .options import draw_choices
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -156,12 +156,12 @@ def _check_methods(result: dict, methods: Sequence[str]) -> None:
     for name in methods:
         get_method(name)
     for row in result["run"]["rows"]:
-        name = row["pruner"]["method"]
-        if not is_registered(name):
-            raise InputError(
-                f"method {name!r} of the results is none that is known here; if it is "
-                f"yours, allow it with --method {name}"
-            )
+        for name in [described["method"] for described in _described(row)]:
+            if not is_registered(name):
+                raise InputError(
+                    f"method {name!r} of the results is none that is known here; if it "
+                    f"is yours, allow it with --method {name}"
+                )
 
 
 def _items(result: dict) -> dict[tuple[str, str], Item]:
@@ -176,13 +176,18 @@ def _picture_section(subject: Subject, result: dict, answer: dict, item: Item) -
     told = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
     cards = []
     for row in result["run"]["rows"]:
-        overlay = _overlay(subject, image, item.question, _pruner(row["pruner"]))
+        overlay = _overlay(subject, image, item.question, map(_pruner, _described(row)))
         label = row["label"]
         score, given = answer["scores"][label], answer["given"][label]
         style = "" if score is None else "right" if score > 0.5 else "wrong"
         cards.append(picture(overlay, f"{label}: {given}", style))
     question = html.escape(answer["question"] + told)
     return f'<h2>{question}</h2><div class="cards">{"".join(cards)}</div>'
+
+
+def _described(row: dict) -> list[dict]:
+    """A row's pruners."""
+    return [row["pruner"], *row.get("others", [])]
 
 
 def _pruner(described: dict) -> Pruner:
@@ -196,14 +201,13 @@ def _pruner(described: dict) -> Pruner:
 
 
 def _overlay(
-    subject: Subject, image: Image.Image, text: str, pruner: Pruner
+    subject: Subject, image: Image.Image, text: str, pruners: Pruners
 ) -> Image.Image:
     """The picture with what was dropped dimmed, as the run saw it."""
-    model, plan = subject.model, plan_for(subject.model, pruner)
+    model, plan = subject.model, plan_for(subject.model, pruners)
     scene = subject.scene([image], text)
-    visual = choose(model, scene, plan, look(model, scene, plan))
-    padded = subject.kind == "answering"
-    return draw_overlay([image], visual.selection, visual.grid, padded=padded)
+    _, visual = run(model, scene, plan)
+    return draw_choices([image], visual, padded=subject.kind == "answering")
 
 
 # The command ------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..commands.options import (
     add_common,
+    add_plans,
     begin_logging,
     options_by_method,
     read_options,
@@ -20,7 +21,7 @@ from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
 from ..processor import PADDINGS
-from ..pruners import get_method
+from ..pruners import get_method, read_plan
 from .data import DESCRIBE, Questions, read_questions
 from .gather import Workers, launch
 from .journal import Journal, answer_all
@@ -38,7 +39,8 @@ def build_parser() -> Parser:
     add("--data", default="demo", help="JSONL, folder of pictures, demo or metaworld")
     add("--pictures", type=int, default=64, help="of demo and metaworld (default: 64)")
     add("--prompt", help=f"asked of a folder's pictures (default: {DESCRIBE!r})")
-    add("--methods", nargs="+", help="default: all that prune at the tower")
+    add("--methods", nargs="+", help="default: all that take a budget")
+    add_plans(parser)
     budget = parser.add_mutually_exclusive_group()
     ratios = {"nargs": "+", "type": float, "metavar": "R"}
     budget.add_argument("--keep-ratios", default=RATIOS, **ratios)
@@ -113,6 +115,8 @@ def _check(args) -> None:
         raise InputError("pictures, max tokens and workers are whole numbers from 1")
     for name in args.methods or ():
         get_method(name)
+    for text in args.plans:
+        read_plan(text)
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
             raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
@@ -124,14 +128,16 @@ def _check(args) -> None:
 
 
 def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
-    methods = args.methods or [
-        name for name in default_methods(subject) if get_method(name).at == "tower"
-    ]
+    methods = args.methods
+    if methods is None:
+        methods = [] if args.plans else default_methods(subject)
     options = options_by_method(methods, read_options(args.option))
     ratios = () if args.eval_budgets else args.keep_ratios
-    rows = make_rows(methods, ratios, _possible(args, subject, questions), options)
+    plans = {text: read_plan(text) for text in args.plans}
+    counts = _possible(args, subject, questions)
+    rows = make_rows(methods, ratios, counts, options, plans)
     for row in rows:
-        plan_for(subject.model, row.pruner)
+        plan_for(subject.model, row.pruners)
     return rows
 
 

@@ -34,8 +34,8 @@ class Evaluator:
 
     def ask(self, item: Item) -> dict[str, dict]:
         """By label: the answer, its accuracy (`None` if unknown), whether it is the
-        unpruned one, the mean KL divergence per token against it, tokens kept, and
-        FLOPs up to the first token.
+        unpruned one, the mean KL divergence per token against it, tokens kept (mean
+        over layers), and FLOPs up to the first token.
         """
         scene = self.subject.scene([item.load()], item.question)
         features, records, reference = self._features(scene, item), {}, None
@@ -51,17 +51,18 @@ class Evaluator:
                 divergence = reference.divergence(logits)
                 same = np.array(mx.argmax(logits, axis=-1)).tolist() == reference.ids
                 given = reference.ids if same else self._greedy(asked)
-            own = asked.kept if row.pruner.has_own_count else None
+            own = asked.kept if any(p.has_own_count for p in plan) else None
+            counted = self.subject.count_shapes(scene, plan, own)
             records[row.label] = {
                 **self._speech.judged(given, reference.ids, item.answers),
                 "divergence": divergence,
-                "kept": asked.kept,
-                "flops": self.subject.count_shapes(scene, plan, own).flops,
+                "kept": counted.tokens.mean,
+                "flops": counted.flops,
             }
         return records
 
     def _plan(self, row: Row) -> Plan:
-        return plan_for(self.model, row.pruner)
+        return plan_for(self.model, row.pruners)
 
     def _features(self, scene: Scene, item: Item) -> Features:
         """Of the item's picture, kept for the next question about it."""

@@ -12,48 +12,53 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import InputError
-from ..pruners import Pruner, get_method
+from ..pruners import Plan, Pruner, get_method
+from ..pruners.registry import Options
 
 MOST_BYTES = 1 << 30  # of a result file
 
 
 @dataclass(frozen=True)
 class Row:
-    """A pruner under the label that it has in tables."""
+    """A pruner, or several at different places, under its label in tables."""
 
     label: str
-    pruner: Pruner
+    pruners: Plan
 
     def described(self) -> dict:
-        """As JSON."""
-        return {"label": self.label, "pruner": self.pruner.described()}
+        """As JSON: the first pruner, and if there are any the others."""
+        first, *others = [pruner.described() for pruner in self.pruners]
+        found = {"label": self.label, "pruner": first}
+        return found | ({"others": others} if others else {})
 
 
 def make_rows(
     methods: Iterable[str],
     ratios: Sequence[float],
     counts: Sequence[int] = (),
-    options: Mapping[str, Mapping[str, float]] | None = None,
+    options: Mapping[str, Options] | None = None,
+    plans: Mapping[str, Plan] | None = None,
 ) -> list[Row]:
-    """The unpruned model, then every method at every ratio or number of tokens.
+    """The unpruned model, every method at every ratio or number of tokens, and plans.
 
     Methods that choose their own count have one row. options: of each method.
     """
-    rows = [Row("none", Pruner("none"))]
+    rows = [Row("none", (Pruner("none"),))]
     for method in methods:
         known, own = get_method(method), (options or {}).get(method, {})
         if known.counts_itself(own):
-            rows.append(Row(f"{method} own count", Pruner(method, options=own)))
+            rows.append(Row(f"{method} own count", (Pruner(method, options=own),)))
             continue
         rows += [
-            Row(f"{method} {ratio:g}", Pruner(method, ratio, options=own))
+            Row(f"{method} {ratio:g}", (Pruner(method, ratio, options=own),))
             for ratio in ratios
             if ratio < 1
         ]
         rows += [
-            Row(f"{method} {n} tokens", Pruner(method, keep_tokens=n, options=own))
+            Row(f"{method} {n} tokens", (Pruner(method, keep_tokens=n, options=own),))
             for n in counts
         ]
+    rows += [Row(label, plan) for label, plan in (plans or {}).items()]
     return list({row.label: row for row in rows}.values())
 
 

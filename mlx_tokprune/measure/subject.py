@@ -14,7 +14,7 @@ from ..models.family import VisionModel
 from ..models.language import Sequence
 from ..pipeline import Scene, check_memory, choose, encode, look
 from ..processor import ActionProcessor, Processor
-from ..pruners import Plan, get_method, list_pruners
+from ..pruners import Counts, Plan, count_tokens, get_method, list_pruners
 from ..robot.heads import Head, head_of
 from ..robot.inputs import check_images, observe
 from ..robot.predict import predict_action
@@ -35,15 +35,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Counted:
-    """The cost of each stage up to the first token; tokens before and after pruning.
+    """The cost of each stage up to the first token, and visual tokens.
 
     cache_bytes: keys and values of the prompt, of all layers.
     """
 
     costs: dict[str, Cost]
     cache_bytes: int
-    total: int
-    kept: int
+    tokens: Counts
 
     @property
     def flops(self) -> float:
@@ -81,23 +80,19 @@ class _Subject:
         pictures, height, width, _ = scene.pixels.shape
         stride, groups = self.model.stride, scene.batch * scene.prompt.places
         each, per_group = (height // stride) * (width // stride), pictures // groups
-        projected, left = each, each * per_group
-        for pruner in plan:
-            own = kept if pruner.has_own_count else None
-            if pruner.place == "tower":
-                projected = pruner.count(each) if own is None else own // per_group
-                left = projected * per_group
-            elif pruner.place == "prompt":
-                left = pruner.count(left) if own is None else own
+        depth = len(self.model.decoder.layers)
+        counts = count_tokens(plan, each, per_group, depth, kept)
         texts = [text.shape[1] for text in self.model.text(scene.prompt, scene.state)]
-        tokens = mx.zeros((pictures, projected, self.model.feature_size))
-        read, held = self._prefill(self._blank(scene.batch, texts, left), plan)
+        some = counts.projected // per_group
+        tokens = mx.zeros((pictures, some, self.model.feature_size))
+        sequence = self._blank(scene.batch, texts, counts.given)
+        read, held = self._prefill(sequence, plan)
         costs = {
             "vision": self._vision(scene, plan),
             "project": self._once(("project", tokens.shape), self._project, tokens),
             "prefill": read,
         }
-        return Counted(costs, held, each * per_group, left)
+        return Counted(costs, held, counts)
 
     def _once(self, key: tuple, function, *args):
         """What `function(*args)` gives, once for each key."""

@@ -9,18 +9,34 @@ from . import (  # noqa: F401  (registers them)
     saliency,
     text,
 )
-from .pruner import Plan, Pruner, Pruners, as_plan, check_seed, count_kept
-from .registry import get_method, is_registered, list_pruners, register
+from .notation import read_place, read_plan, read_pruner
+from .pruner import (
+    Counts,
+    Plan,
+    Pruner,
+    Pruners,
+    as_plan,
+    check_seed,
+    count_kept,
+    count_tokens,
+)
+from .registry import Place, get_method, is_registered, list_pruners, register
 
 __all__ = [
+    "Counts",
+    "Place",
     "Plan",
     "Pruner",
     "Pruners",
     "as_plan",
     "check_seed",
     "count_kept",
+    "count_tokens",
     "get_method",
     "is_registered",
     "list_pruners",
+    "read_place",
+    "read_plan",
+    "read_pruner",
     "register",
 ]

@@ -262,6 +262,47 @@ def as_plan(pruners: Pruners, layers: int | None = None) -> Plan:
     return tuple(plan)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Visual tokens of a place in the prompt, of all its pictures together.
+
+    total: before pruning. projected: after the tower. given: to the language model.
+    left: after its last layer. mean: over its layers.
+    """
+
+    total: int
+    projected: int
+    given: int
+    left: int
+    mean: float
+
+
+def count_tokens(
+    plan: Plan, each: int, pictures: int, layers: int, own: int | None = None
+) -> Counts:
+    """What a plan leaves of `pictures` of `each` tokens, from shapes alone.
+
+    own: what a method that counts for itself left of all of them.
+    """
+    projected = given = each * pictures
+    held = []  # by each layer
+    for pruner in plan:
+        counted = own if pruner.has_own_count else None
+        if pruner.place == "tower":
+            projected = counted or pruner.count(each) * pictures
+            given = projected
+        elif pruner.place == "prompt":
+            given = counted or pruner.count(given)
+    left = given
+    for pruner in plan:
+        if pruner.place == "layer":
+            held += [left] * (pruner.at - len(held))
+            left = pruner.count(left)
+    held += [left] * (layers - len(held))
+    mean = sum(held) / max(1, len(held))
+    return Counts(each * pictures, projected, given, left, mean)
+
+
 def _order(pruner: Pruner) -> float:
     if isinstance(pruner.at, str):
         return ("tower", "prompt").index(pruner.at) - 2

@@ -21,7 +21,7 @@ from ..pipeline import (
 )
 from ..processor import ActionProcessor
 from ..prompt import Prompt, check_text
-from ..pruners import Pruners
+from ..pruners import Pruners, count_tokens
 from ..threads import end_streams_with_thread
 from .heads import head_of
 from .inputs import (
@@ -46,7 +46,7 @@ class Policy:
     `reset` between episodes forgets the tokens of past instructions.
     draft: guess that tokens are those of the last action, and have the model check them
     in one call; actions stay the same. `kept` is how many visual tokens the last call
-    had per robot, on average; `calls` how often it ran the language model.
+    had, mean over robots and layers; `calls` how often it ran the language model.
     """
 
     def __init__(
@@ -125,9 +125,15 @@ class Policy:
             return self._act_with_own_count(scene, arrays)
         if self._last is not None and len(self._last) == scene.batch:
             return self._act_with_draft(self._last, arrays)
-        said, indices = self._whole(*arrays)
-        self.kept = indices.shape[1]
+        said = self._whole(*arrays)
+        self.kept = self._counted()
         return said
+
+    def _counted(self, own: int | None = None) -> float:
+        """Visual tokens of a robot, mean over layers."""
+        model, side = self.model, self._grid[0]
+        layers, pictures = len(model.decoder.layers), model.pictures or 1
+        return count_tokens(self.plan, side * side, pictures, layers, own).mean
 
     # What compiled calls take: a scene as arrays.
 
@@ -139,10 +145,10 @@ class Policy:
         batch = pixels.shape[0] // self.model.pictures
         return Scene(pixels, Prompt((start, prompt)), batch, state)
 
-    def _act_on_pixels(self, *arrays) -> tuple[mx.array, mx.array]:
+    def _act_on_pixels(self, *arrays) -> mx.array:
         scene, how = self._scene(*arrays), {"positions": self.positions}
-        parts, visual = self._head.act(self.model, scene, self.plan, **how)
-        return self._head.joined(parts), visual.indices
+        parts, _ = self._head.act(self.model, scene, self.plan, **how)
+        return self._head.joined(parts)
 
     def _read_draft(self, draft, *arrays) -> tuple:
         scene = self._scene(*arrays)
@@ -151,7 +157,7 @@ class Policy:
     def _act_with_draft(self, draft: mx.array, arrays: tuple) -> mx.array:
         """Only what the draft had wrong is decoded after the compiled call."""
         checked = Checked(*self._read(draft, *arrays))
-        self.kept = checked.indices.shape[1]
+        self.kept = self._counted()
         tokens, more = correct_draft(self.model, draft, checked)
         self.calls = 1 + more
         return tokens

@@ -23,14 +23,12 @@ class Checked(NamedTuple):
 
     tokens: (B, A), the model's after the prompt, and after each drafted token but the
     last. layers: keys and values of each layer, which may differ in length. shifts:
-    for each layer, what later tokens add to that length. indices: the kept visual
-    tokens.
+    for each layer, what later tokens add to that length.
     """
 
     tokens: mx.array
     layers: list[tuple[mx.array, mx.array]]
     shifts: list[mx.array]
-    indices: mx.array
 
 
 def read_draft(
@@ -39,11 +37,11 @@ def read_draft(
     """Read the prompt and a draft (B, A) in one call. Lazy."""
     cache = model.decoder.make_cache()
     how = {"positions": positions, "after": draft[:, :-1], "cache": cache}
-    read, visual = run(model, scene, plan, **how)
+    read, _ = run(model, scene, plan, **how)
     _, tokens = greedy(model.decoder.logits(read.hidden))
     layers = [layer.inner.keys_and_values() for layer in read.cache]
     shifts = [mx.array(layer.shift) for layer in read.cache]
-    return Checked(tokens, layers, shifts, visual.indices)
+    return Checked(tokens, layers, shifts)
 
 
 def correct_draft(
