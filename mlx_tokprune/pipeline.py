@@ -43,13 +43,15 @@ class Scene:
 
     pixels: (B * G * n, h, w, 3), for each sample and each of the G places of the prompt
     its n pictures after each other; `None` where their visual tokens are known. state:
-    (B, p) normalised robot states, or `None`.
+    (B, p) normalised robot states, or `None`. attended: (B, N) how much the last
+    actions of an episode attended to each visual token, or `None`.
     """
 
     pixels: mx.array | None
     prompt: Prompt
     batch: int = 1
     state: mx.array | None = None
+    attended: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class VisualTokens:
     of each group. grid: of one picture; one that is not square is the middle of one
     whose padding was left out. choices: of each pruner its place, and (groups, K) which
     of the N tokens went on; inside the language model (B, K), which of the tokens of
-    all groups that came there.
+    all groups that came there. attended: (B, R, M) what the R last tokens attended to
+    of all M that the language model was given, where somebody asked.
     """
 
     embeddings: mx.array
@@ -75,6 +78,7 @@ class VisualTokens:
     pictures: int = 1
     mask: mx.array | None = None
     choices: tuple[tuple[Place, mx.array], ...] = ()
+    attended: mx.array | None = None
 
     @property
     def keep(self) -> int:
@@ -146,13 +150,14 @@ def run(
     cache: list | None = None,
     known: int = 0,
     step: int = PREFILL_STEP,
+    note: int | None = None,
     clock: NoClock = NO_CLOCK,
 ) -> tuple[Read, VisualTokens]:
     """From a scene to what the language model makes of it.
 
     vision: looks in the place of the model's tower. after: (B, L) token ids read behind
     the prompt. rows: how many of the prompt's last tokens are answered for; all of
-    `after` are, besides. cache, known, step: as `Decoder.read` takes them.
+    `after` are, besides. cache, known, step, note: as `Decoder.read` takes them.
     """
     visual = (vision or look)(model, scene, plan, clock)
     if visual.mask is not None and any(pruner.place != "tower" for pruner in plan):
@@ -168,11 +173,19 @@ def run(
             rows += after.shape[1]
         layers = [pruner for pruner in plan if pruner.place == "layer"]
         read = model.decoder.read(
-            sequence, cache, rows=rows, plan=layers, known=known, step=step
+            sequence,
+            cache,
+            rows=rows,
+            plan=layers,
+            known=known,
+            step=step,
+            note=note,
         )
         done.append(read.hidden)
     later = tuple((layer, selection.indices) for layer, selection in read.choices)
-    return read, dataclasses.replace(visual, choices=visual.choices + later)
+    choices = visual.choices + later
+    visual = dataclasses.replace(visual, choices=choices, attended=read.attended)
+    return read, visual
 
 
 # The steps --------------------------------------------------------------------------
@@ -286,6 +299,9 @@ def _asked(
         queries, keys = model.decoder.queries_and_keys(*prepared)
         keys = mx.broadcast_to(keys, (tokens.shape[0], *keys.shape[1:]))
         extras |= {"queries": queries, "text_keys": keys}
+    if "scores_previous" in needs and scene.attended is not None:
+        before = mx.take_along_axis(scene.attended, visual.indices, axis=1)
+        extras["scores_previous"] = before
     whole = visual.keep == visual.total
     grid = visual.grid if whole else None
     return Features(tokens, grid, visual.pictures if whole else 1, extras)

@@ -28,6 +28,8 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", help="demo, a folder or hub id (default: demo)")
     add("--method", default=DEFAULT_METHOD, help="pruning method (default: norm)")
+    help_ = "prune at the tower, with methods of another place that can, such as dart"
+    add("--at", choices=("tower",), help=help_)
     several = "several become functions of one package that shares their weights"
     keep = parser.add_mutually_exclusive_group()
     options = {"nargs": "+", "default": []}
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _pruners(args) -> list[Pruner]:
     method, ratios, tokens = args.method, args.keep_ratio, args.keep_tokens
-    how = {"seed": args.seed, "options": read_options(args.option)}
+    how = {"at": args.at, "seed": args.seed, "options": read_options(args.option)}
     if get_method(method).name == "none" and not ratios and not tokens:
         return [Pruner("none")]
     if not ratios and not tokens:

@@ -15,7 +15,8 @@ _KEY = "mlx_tokprune"  # key in the package's user defined metadata
 _OUTPUTS = {
     "image_features": "(1, K, C): the visual tokens that were kept, in raster order",
     "kept_indices": "(1, K): which of the N visual tokens they are",
-    "assignment": "(1, N): the kept token (0 to K - 1) that each token was merged into",
+    "assignment": "(1, N): the kept token (0 to K - 1) that most of each token was "
+    "merged into, -1 where none",
 }
 
 

@@ -24,7 +24,7 @@ from ..features import Features, Selection, keep_rows
 from ..files import new_folder
 from ..loading import check_finite
 from ..pipeline import plan_for
-from ..pruners import Pruner
+from ..pruners import Pruner, get_method
 from .capture import Graph, capture
 from .describe import Function, describe
 from .lower import lower
@@ -158,12 +158,19 @@ def _check(model, pruners: Sequence[Pruner]) -> None:
         )
     for pruner in pruners:
         if not pruner.keeps_all and pruner.place != "tower":
-            raise InputError(
-                f"method {pruner.method!r} looks at the prompt, which a vision package "
-                "does not see; the nearest that can be exported is 'attention'"
-            )
+            reason = _why_not_there(model, pruner)
+            raise InputError(f"method {pruner.method!r} {reason}")
     for pruner in pruners:
         plan_for(model, pruner)
+        if pruner.has_own_count:
+            known = get_method(pruner.method)
+            counting = [name for name in pruner.options if name in known.counting]
+            how = f"with a {counting[0]}" if counting else "without a budget"
+            raise InputError(
+                f"method {pruner.method!r} {how} decides for each picture how many "
+                "visual tokens to keep, and a package has fixed shapes; expected a "
+                "keep ratio or a number of tokens"
+            )
     names = [function_name(pruner) for pruner in pruners]
     for name in names:
         if names.count(name) > 1:
@@ -174,6 +181,24 @@ def _check(model, pruners: Sequence[Pruner]) -> None:
                 f"the model's weights are {array.dtype}; load it with "
                 "dtype=mx.float32 (precision is an option of the export)"
             )
+
+
+def _why_not_there(model, pruner: Pruner) -> str:
+    """Why a vision package cannot prune at the prompt, or after a layer."""
+    if pruner.place == "layer":
+        return (
+            "prunes inside the language model, which a vision package does not hold; "
+            "expected a pruner at the tower, such as 'attention'"
+        )
+    if any(name not in model.provides["tower"] for name in pruner.needs):
+        return (
+            "looks at the prompt, which a vision package does not see; the nearest "
+            "that can be exported is 'attention'"
+        )
+    return (
+        "prunes at the prompt, which comes after a vision package, but can prune at "
+        "the tower; say --at tower, in Python at='tower'"
+    )
 
 
 def _exported(model) -> list[tuple[str, mx.array]]:

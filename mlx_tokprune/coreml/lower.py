@@ -131,10 +131,13 @@ def _entry(*kinds: str) -> Callable[[Callable], Callable]:
 
 # Elementwise ------------------------------------------------------------------------
 
-_UNARY = {"Erf": "erf", "Sigmoid": "sigmoid", "Square": "square"}
+_UNARY = {
+    **{"Abs": "abs", "Erf": "erf", "Sigmoid": "sigmoid", "Square": "square"},
+    "LogicalNot": "logical_not",
+}
 _BINARY = {
     **{"Add": "add", "Subtract": "sub", "Multiply": "mul", "Divide": "real_div"},
-    **{"Maximum": "maximum", "Minimum": "minimum"},
+    **{"FloorDivide": "floor_div", "Maximum": "maximum", "Minimum": "minimum"},
     **{"Greater": "greater", "Less": "less", "Equal": "equal"},
 }
 _LOGICAL = ("logical_and", "logical_or")
@@ -178,12 +181,32 @@ def _select(build: Builder, node: Node, cond: Value, a: Value, b: Value) -> Valu
 
 @_entry("AsType")
 def _cast(build: Builder, node: Node, x: Value) -> Value:
-    from coremltools.converters.mil.mil import types
-
     wanted = _DTYPES[node.dtypes[0]]
-    if types.builtin_to_string(x.var.dtype) == wanted:
+    if _type(x.var) == wanted:
         return x
     return Value(build("cast", x=build.dense(x), dtype=wanted), x.shape)
+
+
+def _type(var) -> str:
+    from coremltools.converters.mil.mil import types
+
+    return types.builtin_to_string(var.dtype)
+
+
+# Core ML gathers, pads and reduces numbers only: bools go through as 0 and 1.
+
+
+def _as_numbers(build: Builder, x: Value):
+    """`Builder.dense`, int32 for bools."""
+    var = build.dense(x)
+    return build("cast", x=var, dtype="int32") if _type(var) == "bool" else var
+
+
+def _as_traced(build: Builder, node: Node, var) -> Value:
+    """The result `var` of a node, bools where MLX has bools."""
+    if node.dtypes[0] == mx.bool_:
+        var = build("cast", x=var, dtype="bool")
+    return Value(var, node.shapes[0])
 
 
 # Shapes -----------------------------------------------------------------------------
@@ -239,6 +262,36 @@ TABLE["Split"] = _split
 def _concatenate(build: Builder, node: Node, *values: Value) -> Value:
     parts = [build.dense(value) for value in values]
     return Value(build("concat", values=parts, axis=node.arguments[0]), node.shapes[0])
+
+
+@_entry("Pad")
+def _pad(build: Builder, node: Node, x: Value, value: Value) -> Value:
+    var = _as_numbers(build, x)
+    for axis, low, high in zip(*node.arguments, strict=True):
+        edges = []
+        for size in filter(None, (low, high)):
+            shape = (*var.shape[:axis], size, *var.shape[axis + 1 :])
+            edges.append(build.constant(np.full(shape, value.constant + 0)).var)
+        if edges:
+            values = [*edges[: low > 0], var, *edges[low > 0 :]]
+            var = build("concat", values=values, axis=axis)
+    return _as_traced(build, node, var)
+
+
+@_entry("Scatter")
+def _scatter(build: Builder, node: Node, x: Value, *rest: Value) -> Value:
+    """Of constants: `mx.eye` is made with it."""
+    kind, axes = node.arguments
+    known = all(value.constant is not None for value in (x, *rest))
+    if kind != 4 or len(axes) != len(x.shape) or not known:
+        raise InputError(
+            f"MLX's Scatter {node.arguments} of {x.shape} is known for single numbers "
+            "that are put into constants only"
+        )
+    made, *index, updates = (np.broadcast_to(v.constant, v.shape) for v in (x, *rest))
+    made = made.copy()
+    made[tuple(index)] = updates.reshape(index[0].shape)
+    return build.constant(made)
 
 
 @_entry("Arange")
@@ -340,10 +393,25 @@ def _softmax(build: Builder, node: Node, x: Value) -> Value:
 def _reduce(build: Builder, node: Node, x: Value) -> Value:
     code, axes = node.arguments
     kinds = {2: "reduce_sum", 4: "reduce_min", 5: "reduce_max"}
+    if _type(x.var) == "bool":
+        kinds |= {0: "reduce_min", 1: "reduce_max"}  # all, any
     if code not in kinds:
         raise InputError(f"MLX's Reduce {code} of {x.shape} is not known")
-    var = build(kinds[code], x=build.dense(x), axes=list(axes), keep_dims=True)
-    return Value(var, node.shapes[0])
+    x = _as_numbers(build, x)
+    var = build(kinds[code], x=x, axes=list(axes), keep_dims=True)
+    return _as_traced(build, node, var)
+
+
+@_entry("Scan")
+def _scan(build: Builder, node: Node, x: Value) -> Value:
+    code, axis, reverse, inclusive = node.arguments
+    if code != 2 or not inclusive:
+        raise InputError(
+            f"MLX's Scan {node.arguments} of {x.shape} is not known; expected a sum "
+            "with each number itself"
+        )
+    x = _as_numbers(build, x)
+    return Value(build("cumsum", x=x, axis=axis, reverse=reverse), node.shapes[0])
 
 
 # Order ------------------------------------------------------------------------------
@@ -399,7 +467,7 @@ def _sort(build: Builder, node: Node, x: Value) -> Value:
 def _argreduce(build: Builder, node: Node, x: Value) -> Value:
     largest, axis = node.arguments
     kind = "reduce_max" if largest else "reduce_min"
-    dense, total = build.dense(x), x.shape[axis]
+    dense, total = _as_numbers(build, x), x.shape[axis]
     best = build(kind, x=dense, axes=[axis], keep_dims=True)
     across = [total if i == axis % len(x.shape) else 1 for i in range(len(x.shape))]
     numbers = np.broadcast_to(np.arange(total).reshape(across), x.shape)
@@ -418,10 +486,11 @@ def _gather(build: Builder, node: Node, x: Value, indices: Value) -> Value:
     axis, rows = node.arguments[0], indices.var
     shape = tuple(rows.shape)
     one_list = len(shape) == len(x.shape) and math.prod(shape) == shape[axis]
-    if one_list and x.shape[0] == 1 and axis == 1:
+    source = _as_numbers(build, x)
+    if one_list and x.shape[0] == 1:
         rows = build("reshape", x=rows, shape=(-1,))
-        var = build("gather", x=build.dense(x), indices=rows, axis=axis)
+        var = build("gather", x=source, indices=rows, axis=axis)
     else:
         given = {"indices": build.dense(indices), "axis": axis}
-        var = build("gather_along_axis", x=build.dense(x), **given)
-    return Value(var, node.shapes[0])
+        var = build("gather_along_axis", x=source, **given)
+    return _as_traced(build, node, var)

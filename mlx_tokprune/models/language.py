@@ -78,12 +78,14 @@ class Read:
     hidden: (B, R, D) states of the last R tokens after the final norm. cache: of each
     layer, for mlx-lm or `Decoder.follow`; empty where none was asked for. choices:
     what was dropped on the way: the layer, and which of the visual tokens that it met
-    stayed.
+    stayed. attended: (B, R, M) what those R tokens attend to of the M visual tokens in
+    the layer that was asked for, mean over heads.
     """
 
     hidden: mx.array
     cache: list["LayerCache"]
     choices: tuple[tuple[int, Selection], ...] = ()
+    attended: mx.array | None = None
 
 
 # Positions --------------------------------------------------------------------------
@@ -210,6 +212,7 @@ class Decoder:
         known: int = 0,
         step: int = PREFILL_STEP,
         watch: Callable[[int, mx.array], None] | None = None,
+        note: int | None = None,
     ) -> Read:
         """Read a sequence; lazy, but for the chunks of a long one.
 
@@ -218,21 +221,34 @@ class Decoder:
         whose `at` are layers, in order: after layer k the visual tokens that it does
         not choose are gone. known: tokens that the cache holds already. step: tokens
         read at once. watch: called with the number of each layer and what goes into
-        it; only where nothing is known or chunked.
+        it; note: the number of the layer whose attention is kept. Both only where
+        nothing is known or chunked.
 
         mlx-lm would read the weights twice, for the prompt and for its last token.
         """
         state = _State(self, sequence, cache, rows, known, step, watch)
+        state.note = note
         choices = []
         for pruner in plan:
             state.advance(pruner.at, notes_input=True)
             choices.append((pruner.at, state.drop(pruner)))
-        return Read(state.finish(), state.followers(), tuple(choices))
+        hidden = state.finish()
+        return Read(hidden, state.followers(), tuple(choices), state.attended)
 
-    def follow(self, token_ids: mx.array, cache: list[LayerCache]) -> mx.array:
-        """(B, L) tokens after what `cache` holds -> (B, L, D) states after the norm."""
+    def follow(
+        self,
+        token_ids: mx.array,
+        cache: list[LayerCache],
+        watch: Callable[[int, mx.array], None] | None = None,
+    ) -> mx.array:
+        """(B, L) tokens after what `cache` holds -> (B, L, D) states after the norm.
+
+        watch: called with the number of each layer and what goes into it.
+        """
         hidden = self.embed(token_ids)
-        for layer, part in zip(self.layers, cache, strict=True):
+        for number, (layer, part) in enumerate(zip(self.layers, cache, strict=True)):
+            if watch:
+                watch(number, hidden)
             hidden = layer(hidden, _follow_mask(part, hidden.shape[1]), part)
         return self.norm(hidden)
 
@@ -272,6 +288,21 @@ class Decoder:
             products = mx.where(future, -1e9, products)
         return mx.mean(mx.softmax(products, axis=-1, precise=True), axis=1)
 
+    def attention_to_cache(
+        self, number: int, hidden: mx.array, part: LayerCache
+    ) -> mx.array:
+        """(B, L, S): in layer `number`, what tokens (B, L, D) attend to in its cache.
+
+        Mean over heads, float32; before the layer has read these tokens.
+        """
+        layer = self.layers[number]
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+        queries = _heads(attention.q_proj, x, attention.n_heads)
+        queries = attention.rope(queries, offset=part.offset)
+        keys = _grouped(part.inner.keys[..., : part.inner.offset, :], attention)
+        products = queries @ keys.swapaxes(-1, -2) * attention.scale
+        return mx.mean(mx.softmax(products, axis=-1, precise=True), axis=1)
+
     def keys(self, number: int, hidden: mx.array) -> mx.array:
         """(B, T, C): of layer `number` without rotary positions, heads joined.
 
@@ -308,6 +339,7 @@ class _State:
 
     def __init__(self, decoder: Decoder, sequence, cache, rows, known, step, watch):
         self._decoder, self._rows, self._watch = decoder, rows, watch
+        self.note, self.attended = None, None
         self._cache = cache or [None] * len(decoder.layers)
         self._known = known
         # Without a cache, or where tokens see what follows, nothing can be cut.
@@ -371,10 +403,23 @@ class _State:
         self._before = mx.concatenate(before, axis=1) if before else self._before
 
     def _layer(self, layers, number: int, hidden, start: int, end: int) -> mx.array:
-        if self._watch:
-            self._watch(number, hidden)
+        self._look(number, hidden)
         part = self._part(number, start, end)
         return layers[number](hidden, self._seen_by(start, end), part)
+
+    def _look(self, number: int, hidden: mx.array) -> None:
+        """Before a layer: what goes into it, for whoever asked."""
+        if self._watch:
+            self._watch(number, hidden)
+        if number != self.note:
+            return
+        asking = mx.arange(self._length - self._rows, self._length)[None]
+        asking = mx.broadcast_to(asking, (len(hidden), self._rows))
+        attended = self._decoder.attention_to(
+            number, hidden, asking, self._positions, self._mask
+        )
+        where = mx.broadcast_to(self._where, (len(hidden), self._where.shape[1]))
+        self.attended = mx.take_along_axis(attended, where[:, None], axis=2)
 
     def finish(self) -> mx.array:
         """(B, R, D) after the final norm, of the last tokens."""
@@ -387,8 +432,7 @@ class _State:
     def _last(self, layer, number: int) -> mx.array:
         """The last layer: what fills the cache for all tokens, the rest for few."""
         hidden, start, end = self._hidden, self._known, self._length
-        if self._watch:
-            self._watch(number, hidden)
+        self._look(number, hidden)
         rows = min(self._rows, hidden.shape[1])
         if self._cache[number] is None or rows == hidden.shape[1]:
             part = self._part(number, start, end)

@@ -39,13 +39,19 @@ def divprune(features: Features, *, keep: int) -> Selection:
     The first is the token whose nearest other one is farthest, then always the one
     that is farthest from the nearest kept one. DivPrune (arXiv 2503.02175).
     """
-    distance = 1 - _cosine(features.tokens)
-    own = mx.eye(features.total, dtype=mx.bool_)
-    nearest = mx.min(mx.where(own, mx.inf, distance), axis=1)
-    chosen = _best(nearest)
+    return farthest(features.tokens, keep)
+
+
+def farthest(tokens: mx.array, keep: int, among: mx.array | None = None) -> Selection:
+    """What `divprune` chooses of tokens (B, N, C), or `among` those (B, N) of them."""
+    distance, total = 1 - _cosine(tokens), tokens.shape[1]
+    out = mx.zeros((1, total), mx.bool_) if among is None else ~among
+    alone = mx.eye(total, dtype=mx.bool_) | out[:, :, None]
+    nearest = mx.min(mx.where(alone, mx.inf, distance), axis=1)
+    chosen = _best(mx.where(out, -mx.inf, nearest))
     kept, nearest = chosen, _row(distance, chosen)
     for _ in range(keep - 1):
-        chosen = _best(mx.where(kept, -mx.inf, nearest))
+        chosen = _best(mx.where(kept | out, -mx.inf, nearest))
         kept = kept | chosen
         nearest = mx.minimum(nearest, _row(distance, chosen))
     return Selection(place_marked(kept, keep))

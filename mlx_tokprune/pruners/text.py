@@ -11,8 +11,9 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..features import Features, Selection
+from .diversity import farthest
 from .registry import Options, register
-from .saliency import keep_highest, keep_marked
+from .saliency import keep_highest, keep_marked, one_hot
 
 Aggregation = Literal["logsumexp", "max", "mean"]
 
@@ -117,3 +118,29 @@ def lightvla(features: Features, *, keep: int | None = None) -> Selection:
     votes = mx.argmax(queries @ tokens.swapaxes(-1, -2), axis=-1)
     positions = mx.arange(tokens.shape[1])
     return keep_marked(mx.any(votes[:, :, None] == positions, axis=1))
+
+
+@register(
+    "vlapruner",
+    needs=("queries", "text_keys"),
+    wants=("scores_previous",),
+    at="prompt",
+    prepare=parameter_free_norm,
+)
+def vlapruner(features: Features, *, keep: int) -> Selection:
+    """Keep what the prompt or the last actions attend to, far from each other.
+
+    Of the `keep` tokens with the highest score of `trimvla` and the `keep` that the
+    last actions of the episode attended to most, those stay that are farthest from each
+    other, chosen as `divprune` does. In a `Policy`, which smooths over time (decay
+    0.8), the first three steps of an episode keep every token. Without an episode the
+    prompt alone chooses. VLA-Pruner (arXiv 2511.16449), whose scores of the prompt are
+    those of a prefill.
+    """
+    extras, total = features.extras, features.total
+    scores = prompt_scores(extras["queries"], extras["text_keys"])
+    among = one_hot(keep_highest(scores, keep).indices, total)
+    if "scores_previous" in extras:
+        before = keep_highest(extras["scores_previous"], keep)
+        among = among | one_hot(before.indices, total)
+    return farthest(features.tokens, keep, among)

@@ -5,6 +5,7 @@ reads a chunk of actions from the states of empty slots in one forward (OpenVLA-
 arXiv 2502.19645). Both are lazy, so that one `mx.eval` runs a whole action.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -36,18 +37,37 @@ class Bins:
         """Any number of dimensions can be decoded."""
 
     def act(
-        self, model: VisionModel, scene: Scene, plan: Plan, **how
+        self,
+        model: VisionModel,
+        scene: Scene,
+        plan: Plan,
+        note: int | None = None,
+        **how,
     ) -> tuple[list[mx.array], VisualTokens]:
-        """Tokens (B,), each depending on the one before; `how` is that of `run`."""
-        cache = model.decoder.make_cache()
-        read, visual = run(model, scene, plan, cache=cache, **how)
-        hidden, said = read.hidden, []
+        """Tokens (B,), each depending on the one before; `how` is that of `run`.
+
+        note: the layer in which all of them note what they attend to.
+        """
+        cache, decoder = model.decoder.make_cache(), model.decoder
+        read, visual = run(model, scene, plan, cache=cache, note=note, **how)
+        hidden, said, attended = read.hidden, [], [visual.attended]
+        start = len(scene.prompt.segments[0])
+
+        def watch(number: int, hidden: mx.array) -> None:
+            if number == note:
+                seen = decoder.attention_to_cache(number, hidden, read.cache[number])
+                attended.append(seen[..., start : start + visual.keep])
+
         while True:
-            token, known = greedy(model.decoder.logits(hidden)[:, -1])
+            token, known = greedy(decoder.logits(hidden)[:, -1])
             said.append(known)
             if len(said) == self.size:
-                return said, visual
-            hidden = model.decoder.follow(token[:, None], read.cache)
+                break
+            hidden = decoder.follow(token[:, None], read.cache, watch)
+        if note is not None:
+            joined = mx.concatenate(attended, axis=1)
+            visual = dataclasses.replace(visual, attended=joined)
+        return said, visual
 
     def joined(self, parts: list[mx.array]) -> mx.array:
         """(B, A) token ids."""

@@ -1,5 +1,6 @@
 """`Policy`: a robot policy in a control loop, compiled, for one robot or for many."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -34,6 +35,8 @@ from .inputs import (
 from .speculative import Checked, correct_draft, read_draft
 
 _BUCKET = 8  # visual tokens by which compiled shapes grow where counts vary
+_WARM_UP = 3  # first steps of an episode that keep every token, as in VLA-Pruner
+_DECAY = 0.8  # of what earlier actions attended to, of the same
 
 
 class Policy:
@@ -69,16 +72,20 @@ class Policy:
         self._head = head_of(model, processor, len(self.bounds.low))
         self._head.check(self.bounds)
         self._has_own_count = any(pruner.has_own_count for pruner in self.plan)
-        if draft and (self._has_own_count or not self._head.decodes):
+        self._looks_back = any("scores_previous" in p.wants for p in self.plan)
+        alone = self._has_own_count or self._looks_back
+        if draft and (alone or not self._head.decodes):
             raise InputError(
                 "drafts are for policies that decode tokens, under a method with a "
-                "budget; leave out draft"
+                "budget that does not look back; leave out draft"
             )
         wrap = mx.compile if compile else (lambda function: function)
         self._whole = wrap(self._act_on_pixels)
         self._features = wrap(self._encode)
         self._rest = wrap(self._act_on_tokens)
         self._read = wrap(self._read_draft)
+        self._noted = wrap(self._act_and_note)
+        self._noted_warm_up = wrap(functools.partial(self._act_and_note, plan=()))
         self._drafts = draft
         self.kept, self.calls = 0.0, 0
         self.reset()
@@ -87,6 +94,15 @@ class Policy:
         """Begin an episode."""
         self._prompt = functools.lru_cache(maxsize=16)(self.processor.prompt)
         self._last: mx.array | None = None
+        self._attended: mx.array | None = None
+        self._steps = 0
+
+    def keep_robots(self, rows: Sequence[int]) -> None:
+        """Go on with these robots of the last batch: the episodes of others ended."""
+        if self._attended is not None:
+            self._attended = self._attended[mx.array(rows)]
+        if self._last is not None:
+            self._last = self._last[mx.array(rows)]
 
     def __call__(
         self, images: Sequence, instruction: str, proprio: Sequence[float] | None = None
@@ -123,11 +139,17 @@ class Policy:
     def _act(self, scene: Scene, arrays: tuple) -> mx.array:
         if self._has_own_count:
             return self._act_with_own_count(scene, arrays)
+        if self._looks_back:
+            return self._act_in_episode(scene.batch, arrays)
         if self._last is not None and len(self._last) == scene.batch:
             return self._act_with_draft(self._last, arrays)
         said = self._whole(*arrays)
         self.kept = self._counted()
         return said
+
+    @property
+    def _total(self) -> int:
+        return self._grid[0] * self._grid[1] * (self.model.pictures or 1)
 
     def _counted(self, own: int | None = None) -> float:
         """Visual tokens of a robot, mean over layers."""
@@ -149,6 +171,42 @@ class Policy:
         scene, how = self._scene(*arrays), {"positions": self.positions}
         parts, _ = self._head.act(self.model, scene, self.plan, **how)
         return self._head.joined(parts)
+
+    def _act_in_episode(self, batch: int, arrays: tuple) -> mx.array:
+        """Every token at first, then also those that the last actions attended to."""
+        before = self._attended
+        if before is not None and len(before) != batch:
+            raise InputError(
+                f"the episode has {len(before)} robots, not {batch}; say which go on "
+                "with keep_robots, or begin another with reset"
+            )
+        warm = before is None or self._steps < _WARM_UP
+        if warm:
+            said, attended = self._noted_warm_up(mx.zeros((batch, 0)), *arrays)
+        else:
+            said, attended = self._noted(before, *arrays)
+        if before is not None:
+            attended = _DECAY * before + (1 - _DECAY) * attended
+        mx.eval(said, attended)
+        self._attended, self._steps = attended, self._steps + 1
+        self.kept = self._counted() if not warm else self._total
+        return said
+
+    def _act_and_note(self, before, *arrays, plan=None) -> tuple[mx.array, mx.array]:
+        """Actions, and (B, N) what they attended to in a middle layer."""
+        plan = self.plan if plan is None else plan
+        scene = self._scene(*arrays)
+        if before.shape[1]:
+            scene = dataclasses.replace(scene, attended=before)
+        inside = [pruner.at for pruner in plan if pruner.place == "layer"]
+        layers = len(self.model.decoder.layers)
+        note = min([layers // 2, *(at - 1 for at in inside)])
+        how = {"positions": self.positions, "note": note}
+        parts, visual = self._head.act(self.model, scene, plan, **how)
+        seen = mx.mean(visual.attended, axis=1)
+        empty = mx.zeros((len(seen), visual.total))
+        found = mx.put_along_axis(empty, visual.indices, seen, axis=1)
+        return self._head.joined(parts), found
 
     def _read_draft(self, draft, *arrays) -> tuple:
         scene = self._scene(*arrays)

@@ -77,16 +77,18 @@ def _run(model, processor, worlds: list[World], row: Row) -> dict:
     first = TEST_SEEDS + 10_000 * list(TASKS).index(name)
     for number, world in enumerate(worlds):
         world.reset(first + number)
-    act = _actor(model, processor, row, name)
+    act, keep_robots = _actor(model, processor, row, name)
     live, steps, kept = worlds, 0, []
     for _ in range(HORIZON):
         actions, count = act(np.stack([world.frame() for world in live]))
         kept.append(count)
         steps += len(live)
-        still = [not w.step(a) for w, a in zip(live, actions, strict=True)]
-        live = [world for world, alive in zip(live, still, strict=True) if alive]
+        ended = [w.step(a) for w, a in zip(live, actions, strict=True)]
+        rows = [number for number, done in enumerate(ended) if not done]
+        live = [live[number] for number in rows]
         if not live:
             break
+        keep_robots(rows)
     return {
         "success": [bool(world.success) for world in worlds],
         "steps": steps,
@@ -94,11 +96,18 @@ def _run(model, processor, worlds: list[World], row: Row) -> dict:
     }
 
 
-def _actor(model, processor, row: Row, task: str) -> Callable:
-    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that were kept."""
+def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
+    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that were kept.
+
+    And what is told which of the robots go on.
+    """
     if row.label == "random actions":
         rng = np.random.default_rng(0)
-        return lambda frames: (rng.uniform(-1, 1, (len(frames), 4)), 0)
+
+        def draw(frames: np.ndarray):
+            return rng.uniform(-1, 1, (len(frames), 4)), 0
+
+        return draw, lambda rows: None
     policy = Policy(
         model, processor, pruner=row.pruner, positions=row.positions, compile=False
     )
@@ -113,7 +122,7 @@ def _actor(model, processor, row: Row, task: str) -> Callable:
         actions = policy.act_on_batch([[frame] for frame in frames], instruction)
         return actions, policy.kept
 
-    return act
+    return act, policy.keep_robots
 
 
 def _another(task: str) -> str:
