@@ -20,7 +20,7 @@ from .table import read_log
 from .worlds import HORIZON, TASKS, World
 
 TEST_SEEDS = 90_000_000  # first seed of the held-out episodes
-BUDGETS = (0.75, 0.5, 0.25, 0.1)
+BUDGETS = (0.75, 0.5, 0.25, 0.1, 0.05)
 CONTROLS = ("random actions", "grey picture", "opposite instruction")
 
 
