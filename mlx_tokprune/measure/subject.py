@@ -10,11 +10,19 @@ import numpy as np
 
 from ..answer.stream import stream_generate
 from ..errors import InputError
+from ..features import Selection
 from ..models.family import VisionModel
 from ..models.language import Sequence
-from ..pipeline import Scene, check_memory, choose, encode, look
+from ..pipeline import Scene, VisualTokens, check_memory, choose, encode, look
 from ..processor import ActionProcessor, Processor
-from ..pruners import Counts, Plan, count_tokens, get_method, list_pruners
+from ..pruners import (
+    Counts,
+    Plan,
+    Pruner,
+    count_tokens,
+    get_method,
+    list_pruners,
+)
 from ..robot.heads import Head, head_of
 from ..robot.inputs import check_images, observe
 from ..robot.predict import predict_action
@@ -89,6 +97,7 @@ class _Subject:
         read, held = self._prefill(sequence, plan)
         costs = {
             "vision": self._vision(scene, plan),
+            "prune": self._pruning(scene, plan, counts),
             "project": self._once(("project", tokens.shape), self._project, tokens),
             "prefill": read,
         }
@@ -108,6 +117,43 @@ class _Subject:
         needs = tuple(p.wants for p in plan if p.place == "tower")
         key = ("vision", scene.pixels.shape, needs)
         return self._once(key, count, encoded, scene.pixels)
+
+    def _pruning(self, scene: Scene, plan: Plan, counts: Counts) -> Cost:
+        """Of choosing; what is chosen in the language model is part of its prefill.
+
+        Nothing for methods that count for themselves: they look at the picture.
+        """
+        early = [pruner for pruner in plan if pruner.place != "layer"]
+        if not early or any(pruner.has_own_count for pruner in early):
+            return Cost()
+        asked = tuple(text.shape for text in self.model.text(scene.prompt, scene.state))
+        key = ("prune", scene.pixels.shape, asked, *(p.key for p in early))
+        return self._once(key, self._count_pruning, scene, early, counts)
+
+    def _count_pruning(self, scene: Scene, early: list[Pruner], counts: Counts) -> Cost:
+        cost, features = Cost(), encode(self.model, scene, tuple(early))
+        names, groups = list(features.extras), scene.batch * scene.prompt.places
+        blank = [mx.zeros(array.shape) for array in features.arrays()]
+
+        def choose_early(tokens, *extras):
+            given = dict(zip(names, extras, strict=True))
+            seen = dataclasses.replace(features, tokens=tokens, extras=given)
+            return [early[0](seen).apply(tokens)]
+
+        def choose_late(embeddings):
+            seen = VisualTokens(embeddings, indices, selection, grid, pictures)
+            return [choose(self.model, scene, tuple(early), seen).embeddings]
+
+        if early[0].place == "tower":
+            cost += count(choose_early, *blank)
+        if early[-1].place == "prompt":
+            grid, pictures = features.grid, features.tokens.shape[0] // groups
+            shape = (groups, counts.projected)
+            indices = mx.broadcast_to(mx.arange(shape[1], dtype=mx.int32), shape)
+            selection = Selection(indices)
+            size = self.model.args.text["hidden_size"]
+            cost += count(choose_late, mx.zeros((*shape, size)))
+        return cost
 
     def _project(self, tokens: mx.array) -> Cost:
         return count(self.model.project, tokens)
