@@ -26,6 +26,7 @@ from .data import DESCRIBE, Questions, read_questions
 from .gather import Workers, launch
 from .journal import Journal, answer_all
 from .measure import Evaluator, describe_run
+from .recommend import recommend, sentence
 from .results import SCHEMA
 from .table import draw, markdown, summarize
 
@@ -50,6 +51,8 @@ def build_parser() -> Parser:
     add("--padding", choices=PADDINGS, default="keep", help="of pictures to squares")
     add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
     add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
+    help_ = "name the cheapest that loses at most this share of answers, such as 0.02"
+    add("--recommend", type=float, metavar="LOSS", help=help_)
     add("--workers", type=int, default=1, help="processes on this machine")
     add("--output", default="evaluate.json", help="result file")
     add("--plot", help="draw accuracy against FLOPs to this PNG")
@@ -104,6 +107,9 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
             "rows": summarize(questions.items, records),
             "answers": _answers(questions, records),
         }
+        if args.recommend is not None:
+            found = recommend(questions.items, records, rows, args.recommend)
+            result["recommendation"] = found
         write_text(args.output, json.dumps(result, indent=1) + "\n")
         _remove_journals(args.output, workers)
         _report(args, result)
@@ -113,6 +119,9 @@ def _check(args) -> None:
     """Refuse what can be refused before anything is read."""
     if min(args.pictures, args.max_tokens, args.workers) < 1:
         raise InputError("pictures, max tokens and workers are whole numbers from 1")
+    loss = args.recommend
+    if loss is not None and not 0 <= loss <= 1:
+        raise InputError(f"a loss of {loss:g} is outside [0, 1]; 0.02 is 2 points")
     for name in args.methods or ():
         get_method(name)
     for text in args.plans:
@@ -130,7 +139,8 @@ def _check(args) -> None:
 def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
     methods = args.methods
     if methods is None:
-        methods = [] if args.plans else default_methods(subject)
+        everywhere = args.recommend is not None
+        methods = [] if args.plans else default_methods(subject, everywhere)
     options = options_by_method(methods, read_options(args.option))
     ratios = () if args.eval_budgets else args.keep_ratios
     plans = {text: read_plan(text) for text in args.plans}
@@ -191,6 +201,8 @@ def _report(args, result: dict) -> None:
         f"positions, padding {args.padding}, {machine['device']}, MLX {mx.__version__}"
     )
     print(markdown(result["rows"]))
+    if "recommendation" in result:
+        print(f"\n{sentence(result['recommendation'])}")
     print(f"\nwrote {args.output}")
     if args.plot:
         draw(result["rows"], Path(args.plot))

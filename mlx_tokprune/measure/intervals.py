@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -50,3 +51,30 @@ def bootstrap(
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
+
+
+def of_loss(
+    losses: Sequence[float], groups: Sequence[Hashable], rows: int = 1
+) -> tuple[float, float, float]:
+    """The mean of paired losses in [-1, 1], and its interval.
+
+    groups: what each is about. rows: how many such intervals shall hold together in
+    95 % of cases (Bonferroni). Agresti and Min's adjusted Wald interval (Statistics in
+    Medicine 24, 2005), which has a width also where no answer changed, and wider by the
+    design effect where several questions are about one picture.
+    """
+    z = NormalDist().inv_cdf(1 - 0.025 / rows)
+    values = np.asarray(losses, np.float64)
+    total, mean = len(values) + 2, float(values.mean())
+    centre = values.sum() / total
+    variance = ((np.square(values).sum() + 1) / total - centre**2) / total
+    half = z * math.sqrt(variance * _design_effect(values - mean, groups))
+    return mean, float(centre - half), float(centre + half)
+
+
+def _design_effect(residuals: np.ndarray, groups: Sequence[Hashable]) -> float:
+    """How much larger groups make the variance of a mean, at least 1."""
+    numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    sums = np.bincount([numbers[group] for group in groups], residuals)
+    alone = np.square(residuals).sum()
+    return max(1.0, float(np.square(sums).sum() / alone)) if alone else 1.0

@@ -309,11 +309,18 @@ def subject_of(name: str, model: VisionModel, processor) -> Subject:
     return kind(name, model, processor)
 
 
-def default_methods(subject: Subject) -> list[str]:
-    """Methods that are measured unless others are asked for: those with a budget."""
+def default_methods(subject: Subject, everywhere: bool = False) -> list[str]:
+    """Methods that are measured unless others are asked for: those with a budget.
+
+    everywhere: of all places, not only of those that this kind of model is pruned at.
+    """
     methods = map(get_method, list_pruners())
+    provided = subject.model.provides
     return [
         m.name
         for m in methods
-        if m.at in subject.default_places and m.name != "none" and m.counts != "own"
+        if (everywhere or m.at in subject.default_places)
+        and set(m.needs) <= set(provided.get(m.place, ()))
+        and m.name != "none"
+        and m.counts != "own"
     ]

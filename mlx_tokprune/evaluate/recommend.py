@@ -1,0 +1,74 @@
+"""The cheapest plan that loses no more than is allowed, on the questions asked."""
+
+from collections.abc import Sequence
+
+from ..measure.intervals import of_loss
+from ..measure.results import Row
+from ..pruners import get_method
+from .data import Item
+
+
+def recommend(
+    items: Sequence[Item], records: dict[int, dict], rows: Sequence[Row], most: float
+) -> dict:
+    """As JSON: what to take, and every row's loss and FLOPs.
+
+    most: the loss allowed, a share of the answers: of accuracy where the right ones are
+    known, else of those equal to the unpruned model's. A row is fine where the upper
+    end of its interval is no more; intervals hold for all rows at once. `choice` is the
+    label of the cheapest by FLOPs up to the first token, `None` where no row is fine;
+    `closest` the one of the lowest upper end. Controls are measured, not recommended.
+    """
+    candidates = [row for row in rows if not _is_control(row)]
+    first, pictures = rows[0].label, [items[number].picture for number in records]
+    whole = _flops(records, first)
+    losses = []
+    for row in candidates:
+        lost = [_score(r[first]) - _score(r[row.label]) for r in records.values()]
+        value, low, high = of_loss(lost, pictures, len(candidates))
+        share = _flops(records, row.label) / whole
+        losses.append(
+            {"label": row.label, "loss": value, "low": low, "high": high}
+            | {"flops": share, "fine": high <= most}
+        )
+    fine = [loss for loss in losses if loss["fine"] and loss["flops"] < 1]
+    return {
+        "most": most,
+        "choice": min(fine, key=lambda r: r["flops"])["label"] if fine else None,
+        "closest": min(losses, key=lambda r: r["high"])["label"] if losses else None,
+        "rows": losses,
+    }
+
+
+def _score(record: dict) -> float:
+    known = record["accuracy"]
+    return float(record["agrees"]) if known is None else known
+
+
+def _is_control(row: Row) -> bool:
+    methods = [get_method(pruner.method) for pruner in row.pruners]
+    return any(m.name == "none" or m.summary.startswith("Control") for m in methods)
+
+
+def _flops(records: dict[int, dict], label: str) -> float:
+    return sum(rows[label]["flops"] for rows in records.values())
+
+
+def sentence(found: dict) -> str:
+    """For people."""
+    by_label = {row["label"]: row for row in found["rows"]}
+    allowed = f"{100 * found['most']:.3g} points"
+    if found["choice"] is None:
+        start = f"No plan is sure to stay within {allowed}: "
+        if found["closest"] is None:
+            return f"{start}none was measured."
+        row, end = by_label[found["closest"]], ". Allow more, or ask more questions."
+        return f"{start}{row['label']} comes closest and {_described(row)}{end}"
+    row = by_label[found["choice"]]
+    return f"Within {allowed} the cheapest is {row['label']}: it {_described(row)}."
+
+
+def _described(row: dict) -> str:
+    value, low, high = (100 * row[name] for name in ("loss", "low", "high"))
+    share = f"{100 * row['flops']:.0f} % of the FLOPs to the first token"
+    return f"loses {value:.1f} points ({low:.1f} to {high:.1f}) at {share}"
