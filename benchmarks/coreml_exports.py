@@ -31,7 +31,8 @@ from mlx_tokprune.pipeline import Scene, look
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import as_plan
 
-# name, method, keep ratios, options of the command
+RECENT = ("divprune", "hiprune", "visionzip", "prumerge", "prumerge_plus")
+# method, keep ratios, options of the command
 CASES = (
     ("norm", (0.5,), ("--precision", "float32")),
     ("norm", (0.5, 0.25), ("--precision", "float32")),
@@ -43,6 +44,8 @@ CASES = (
     ("similarity", (0.5, 0.25), ()),
     ("attention", (0.5, 0.25), ()),
     ("spatial", (0.5, 0.25), ()),
+    *((name, (0.5, 0.25), ("--precision", "float32")) for name in RECENT),
+    *((name, (0.5, 0.25), ()) for name in RECENT),
     ("norm", (0.5,), ("--compress", "8bit")),
     ("norm", (0.5,), ("--compress", "6bit")),
     ("norm", (0.5,), ("--compress", "4bit")),
