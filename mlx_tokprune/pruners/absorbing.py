@@ -27,7 +27,8 @@ def visionzip(features: Features, *, keep: int) -> Selection:
     64, rounded down) are every s-th of the tokens left; each other one joins the one
     whose key is most similar (cosine) to its own. What comes out of a group is, as
     published, its token plus the mean of those that joined: such rows of `weights` sum
-    to 2. VisionZip (arXiv 2412.04467).
+    to 2. VisionZip (arXiv 2412.04467), whose keys are the mean over heads; here heads
+    are joined.
     """
     contextual = int(keep * _CONTEXTUAL)
     attention, total = features.extras["attention"], features.total
@@ -122,8 +123,9 @@ def prumerge(features: Features, *, keep: int | None, rest: float = 0) -> Select
     picture's, and at least one; with one, the most attended. Each adds the 32 other
     tokens (all where there are fewer) with the most similar keys (cosine), kept or not,
     times their attention, which is not normalised: rows of `weights` sum to more than
-    1. With `rest` 1 one token of the budget is the sum of all dropped ones times their
-    attention, which is published; it stands in the place of the most attended of them.
+    1. With `rest` 1 one token of a budget of two or more is the sum of all dropped ones
+    times their attention, which is published; it stands in the place of the most
+    attended of them.
     LLaVA-PruMerge (arXiv 2403.15388).
     """
     attention = features.extras["attention"]

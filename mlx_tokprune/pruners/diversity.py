@@ -70,7 +70,8 @@ def cdpruner(features: Features, *, keep: int, sign: float = 1) -> Selection:
     Relevance is the mean cosine to the prompt's embeddings, scaled to [1e-6, 1 + 1e-6]
     by its least and most; the kernel is relevance times cosine times relevance, and
     the most probable set of its determinantal point process is built greedily (Chen et
-    al., arXiv 1709.05135). Where nothing independent is left, relevance chooses.
+    al., arXiv 1709.05135). Where nothing independent is left (residuals up to 1e-6),
+    relevance chooses.
     `sign` -1 turns relevance around, as is published for CLIP's text tower. CDPruner
     (arXiv 2506.10967).
     """

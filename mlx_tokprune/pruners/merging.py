@@ -11,14 +11,16 @@ from .saliency import keep_highest, keep_marked, normalize, squared_norm
 def grid_within(grid: tuple[int, int], keep: int) -> tuple[int, int]:
     """The largest (h, w) with at most `keep` cells no more than 2:1 out of square.
 
-    The cells divide the whole `grid`; of equal sizes the squarest wins.
+    The cells divide the whole `grid`; of equal sizes the squarest wins, then the one of
+    fewer rows.
     """
     height, width = grid
     best, best_rank = (1, 1), (1, 0.0)
-    for h in range(1, height + 1):
-        w = min(width, keep // h)
+    for h in range(1, min(height, keep) + 1):
+        # Cells of 2:1 or wider have `w` up to here, those of 1:2 from there.
+        w = min(width, keep // h, int(2 * width * h / height))
         if w == 0:
-            break
+            continue
         aspect = (height / h) / (width / w)
         aspect = min(aspect, 1 / aspect)
         if aspect >= 0.5 and (h * w, aspect) > best_rank:

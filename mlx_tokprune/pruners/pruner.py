@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from ..features import Features, Selection
+from ..learned import is_scorer, load_scorer
 from .registry import Depths, Method, Options, Place, get_method
 
 log = logging.getLogger("mlx_tokprune")
@@ -40,8 +41,9 @@ class Pruner:
     which may be several, as shares of the depth, with the budget at each. `seed` is
     read by seeded methods only; `options` are the method's own. scorer: an
     `nn.Module` from `Features` to scores (B, N), for methods that need `scores`; its
-    attribute `needs` names extras that it reads. Raises `InputError` for an unknown
-    method, option or place, a budget out of range, or more tokens than there are.
+    attribute `needs` names extras that it reads. `method` may be the folder of a scorer
+    that `mlx_tokprune.train prune` wrote. Raises `InputError` for an unknown method,
+    option or place, a budget out of range, or more tokens than there are.
     """
 
     method: str = "norm"
@@ -55,10 +57,19 @@ class Pruner:
     )
 
     def __post_init__(self):
-        known = get_method(self.method)
+        known, folder = get_method(self.method), None
+        if self.scorer is None and is_scorer(self.method):
+            folder = str(self.method)
+            object.__setattr__(self, "scorer", load_scorer(folder))
+        own = known.at if folder is None else self.scorer.at
+        at = own if self.at is None else self.at
+        if folder is not None and at != own:
+            raise InputError(
+                f"the scorer of {folder} was trained for {own!r}, not {at!r}"
+            )
         object.__setattr__(self, "method", known.name)
-        at = known.at if self.at is None else self.at
         object.__setattr__(self, "at", tuple(at) if isinstance(at, list) else at)
+        object.__setattr__(self, "_folder", folder)
         if self.at != known.at:
             _check_place(self.at)
         self._check_options()
@@ -180,9 +191,10 @@ class Pruner:
         return self.method, *budget, self.at, self.seed, options, id(self.scorer)
 
     def described(self) -> dict:
-        """As JSON: what makes an equal pruner, but for a scorer."""
+        """As JSON: what makes an equal pruner, but for a scorer without a folder."""
         names = ("method", "keep_ratio", "keep_tokens", "at", "seed")
-        return {n: getattr(self, n) for n in names} | {"options": dict(self.options)}
+        found = {n: getattr(self, n) for n in names} | {"options": dict(self.options)}
+        return found | ({"method": self._folder} if self._folder else {})
 
     def count(self, total: int) -> int:
         """How many of `total` visual tokens to keep."""
@@ -230,7 +242,7 @@ class Pruner:
     def _choose(self, features: Features, keep: int | None) -> Selection:
         method = get_method(self.method)
         if self.scorer is not None:
-            features = _scored(features, self.scorer)
+            features = _scored(features, self.scorer, keep)
         seed = {"seed": int(self.seed)} if method.seeded else {}
         return _chosen(method.function(features, keep=keep, **seed, **self.options))
 
@@ -349,9 +361,13 @@ class _Same:
         return id(self.module)
 
 
-def _scored(features: Features, scorer: nn.Module) -> Features:
-    extras = dict(features.extras) | {"scores": scorer(features)}
-    return Features(features.tokens, features.grid, features.pictures, extras)
+def _scored(features: Features, scorer: nn.Module, keep: int | None) -> Features:
+    extras = dict(features.extras)
+    if keep is not None:
+        share = mx.full((len(features.tokens),), keep / features.total)
+        extras["budget"] = share
+    extras["scores"] = scorer(replace(features, extras=extras))
+    return replace(features, extras=extras)
 
 
 @contextlib.contextmanager
@@ -379,7 +395,7 @@ def _compiled(
         features = Features(tokens, grid, pictures, extras)
         if scorer is not None:
             with _parameters(scorer.module, parameters):
-                features = _scored(features, scorer.module)
+                features = _scored(features, scorer.module, keep)
         chosen = method.function(features, keep=keep, **dict(options))
         return _chosen(chosen).arrays()
 

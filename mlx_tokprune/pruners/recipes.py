@@ -34,7 +34,7 @@ def pyramiddrop(features: Features, *, keep: int) -> Selection:
 def sparsevlm(features: Features, *, keep: int) -> Selection:
     """Keep the tokens that the prompt's raters attend to, after three layers.
 
-    Raters are the tokens of the prompt that the picture is like more than the mean: by
+    Raters are the tokens of the prompt that the picture is like at least the mean: by
     the softmax of products over the prompt, mean over visual tokens. The score of a
     visual token is its mean attention from them. SparseVLM (arXiv 2410.04417) after
     layers 2, 6 and 15 of 32; it chooses raters once, at the input, here they are chosen

@@ -23,6 +23,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from ..features import Selection
+from ..learned import is_scorer
 
 Place = Literal["tower", "prompt"] | int
 Depths = tuple[float, ...]  # shares of a language model's depth, ascending
@@ -159,11 +160,14 @@ def in_ranges(**ranges: tuple[float, float]) -> OptionCheck:
 
 
 def get_method(name: str) -> Method:
-    """The method of this name or alias, or `package.module:function`.
+    """The method of this name or alias, `package.module:function`, or a scorer's.
 
-    `InputError` lists the known ones.
+    The folder of a trained scorer means the method `learned`. `InputError` lists the
+    known ones.
     """
     if isinstance(name, str) and name not in _NAMES:
+        if is_scorer(name):
+            return _METHODS["learned"]
         _load_entry_points()
         if ":" in name and name not in _NAMES:
             return _imported(name)

@@ -70,13 +70,13 @@ def hiprune(features: Features, *, keep: int, alpha: float = 0.1) -> Selection:
     """Keep anchors with their neighbours, and what the last block attends to.
 
     Anchors receive most attention in a middle block: alpha times the budget over 5 of
-    them, rounded down, each with the tokens above, below, left and right. The rest of
-    the budget receives most in the last block; it stands for the middle one where that
-    is not known. HiPrune (arXiv 2508.00553), where neighbours wrap over the ends of
-    rows: not here.
+    them, rounded, each with the tokens above, below, left and right. The rest of the
+    budget receives most in the last block; it stands for the middle one where that is
+    not known. HiPrune (arXiv 2508.00553), where neighbours wrap over the ends of rows:
+    not here.
     """
     last, total = features.extras["attention"], features.total
-    anchors = int(alpha * keep / 5)
+    anchors = round(alpha * keep / 5)
     if not anchors:
         return keep_highest(last, keep)
     middle = features.extras.get("attention_middle", last)
@@ -87,7 +87,7 @@ def hiprune(features: Features, *, keep: int, alpha: float = 0.1) -> Selection:
     near = rows[:, :-2] | rows[:, 2:] | columns[:, :, :-2] | columns[:, :, 2:]
     marked = (squares | near).reshape(marked.shape)
     most = mx.max(last, axis=1, keepdims=True)
-    return keep_highest(mx.where(marked, most + 1, last), keep)
+    return keep_highest(mx.where(marked, last + most + 1, last), keep)
 
 
 def _grid(features: Features) -> tuple[int, int]:
