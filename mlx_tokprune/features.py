@@ -32,6 +32,7 @@ class Features:
         queries, text_keys (B, heads, N, d) and (B, heads, T, d): of visual tokens and
             of text in the language model's first layer, without rotary positions.
         scores_previous (B, N): what the last actions of an episode attended to.
+        budget (B,): the share of tokens to keep, which a scorer is told.
         scores (B, N): what the pruner's scorer says.
 
     Raises `ValueError` for shapes that do not fit together.

@@ -24,6 +24,7 @@ FLOORS = (
         "timing",
         "threads",
     ),
+    ("learned",),
     ("convert", "models", "pruners", "overlay", "processor"),
     ("loading", "pipeline"),
     ("answer", "robot"),

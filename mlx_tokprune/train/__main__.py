@@ -1,9 +1,10 @@
-"""Train the demo model, or measure one: `python -m mlx_tokprune.train run|accuracy`."""
+"""Train scorers or the demo model, or measure it: `python -m mlx_tokprune.train`."""
 
 import json
 from pathlib import Path
 
-from ..errors import InputError, Parser, command
+from ..errors import InputError, Parser, command, nearest, printable
+from ..learned.scorers import SCORERS
 from ..pipeline import POSITIONS
 
 
@@ -21,12 +22,47 @@ def build_parser() -> Parser:
     accuracy.add_argument("--pictures", type=int, default=512)
     accuracy.add_argument("--positions", choices=POSITIONS, default="original")
     accuracy.add_argument("--output", help="also write the table as JSON")
+    _add_prune(commands)
     return parser
+
+
+def _add_prune(commands) -> None:
+    help_ = "train a scorer, on a model that stays as it is"
+    add = commands.add_parser("prune", help=help_).add_argument
+    add("--model", default="demo", help="folder, hub id or demo (default)")
+    help_ = "JSON lines, LLaVA's conversations, or demo for generated pictures"
+    add("--data", default="demo", help=f"{help_} (default)")
+    add("--pictures", type=int, default=2048, help="of demo (default: 2048)")
+    help_ = f"{' or '.join(SCORERS)}: at the tower, or at the prompt"
+    add("--scorer", default="adaptive", help=f"{help_} (default: adaptive)")
+    add("--steps", type=int, default=300)
+    add("--batch", type=int, default=32, help="pictures in a step (default: 32)")
+    help_ = "about each of them in a step; 1 at the prompt (default: 5)"
+    add("--questions", type=int, default=5, help=help_)
+    help_ = "between which each batch draws its own (default: 0.05 0.25)"
+    ratios = {"nargs": 2, "type": float, "default": (0.05, 0.25)}
+    add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
+    help_ = "share of the steps in which the least comes down from all"
+    add("--curriculum", type=float, default=0.0, help=help_)
+    help_ = "weight of the divergence from the unpruned answers (default: 0)"
+    add("--distill", type=float, default=0.0, help=help_)
+    add("--learning-rate", type=float, default=3e-3)
+    add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
+    add("--seed", type=int, default=0)
+    help_ = "where training state is kept; resumed (default: OUTPUT.training)"
+    add("--folder", help=help_)
+    add("--output", required=True, help="folder of the scorer; must not exist")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.command != "prune" or args.data == "demo":
+        _check_fonts()
+    {"run": _train, "accuracy": _measure, "prune": _prune}[args.command](args)
+
+
+def _check_fonts() -> None:
     try:
         import matplotlib  # noqa: F401  (its fonts draw the signs)
     except ImportError:
@@ -34,10 +70,47 @@ def main(argv: list[str] | None = None) -> None:
             "the fonts of the generated pictures come with matplotlib; "
             "pip install 'mlx-tokprune[train]'"
         ) from None
-    if args.command == "run":
-        _train(args)
-    else:
-        _measure(args)
+
+
+def _prune(args) -> None:
+    from ..loading import load
+    from .tune.data import read_samples
+    from .tune.loop import Schedule
+    from .tune.scorer import Plan, train_scorer
+
+    if args.scorer not in SCORERS:
+        raise InputError(
+            f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}."
+            + nearest(args.scorer, SCORERS)
+        )
+    if min(args.pictures, args.batch, args.questions) < 1:
+        raise InputError("pictures, batch and questions are whole numbers from 1")
+    output = Path(args.output)
+    if output.exists():
+        raise InputError(f"{output} already exists; choose a new folder")
+    least, most = args.keep_ratios
+    at_prompt = SCORERS[args.scorer].at == "prompt"
+    plan = Plan(
+        args.steps,
+        args.batch,
+        1 if at_prompt else args.questions,
+        least,
+        most,
+        curriculum=args.curriculum,
+        distill=args.distill,
+    )
+    schedule = Schedule(
+        args.steps,
+        args.learning_rate,
+        accumulate=args.accumulate,
+        seed=args.seed,
+    )
+    samples = read_samples(args.data, args.pictures)
+    for number, reason in samples.skipped:
+        print(f"skipped line {number}: {printable(reason)}")
+    folder = Path(args.folder or f"{args.output}.training")
+    train_scorer(load(args.model), args.scorer, samples, plan, schedule, folder, output)
+    print(f"wrote {output}")
 
 
 def _train(args) -> None:

@@ -62,8 +62,12 @@ def answer_logits(
     questions: Questions,
     total: int,
     positions: str = "original",
+    gate: mx.array | None = None,
 ) -> mx.array:
-    """(B, Q, L, V) logits; visual (B, K, D) are tokens `indices` (B, K) of `total`."""
+    """(B, Q, L, V) logits; visual (B, K, D) are tokens `indices` (B, K) of `total`.
+
+    gate: (B, K), added to every score of a visual token in every layer.
+    """
     batch, kept, _ = visual.shape
     _, count, length = questions.ids.shape
     start, decoder = len(prefix), model.decoder
@@ -85,6 +89,9 @@ def answer_logits(
     )
     end = after + length
     mask = _mask(start + kept, count, length)[None]
+    if gate is not None:
+        more = mx.pad(gate, [(0, 0), (start, mask.shape[-1] - start - kept)])
+        mask = mx.where(mask, more[:, None].astype(hidden.dtype), -mx.inf)
     sequence = Tokens(hidden, values, end, mask)
     read = decoder.read(sequence, rows=count * length)
     return decoder.logits(read.hidden).reshape(batch, count, length, -1)

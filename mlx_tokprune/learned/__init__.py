@@ -1,0 +1,13 @@
+"""Scorers that learn which visual tokens to keep, and how they are kept on disk."""
+
+from .folder import is_scorer, load_scorer, save_scorer
+from .scorers import SCORERS, Adaptive, Asking
+
+__all__ = [
+    "SCORERS",
+    "Adaptive",
+    "Asking",
+    "is_scorer",
+    "load_scorer",
+    "save_scorer",
+]

@@ -1,0 +1,55 @@
+"""A scorer on disk: a folder with `scorer.json` and `scorer.safetensors`."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import InputError, nearest
+from ..files import new_folder, object_of, read_json
+from .scorers import SCORERS
+
+CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
+
+
+def is_scorer(folder: str | Path) -> bool:
+    return (Path(folder) / CONFIG).is_file()
+
+
+def save_scorer(
+    scorer: nn.Module, folder: str | Path, about: dict | None = None
+) -> None:
+    """Write a scorer to a new folder. about: how it was trained, for people."""
+    kinds = {kind: name for name, kind in SCORERS.items()}
+    config = {"scorer": kinds[type(scorer)], "settings": scorer.settings}
+    config |= {"trained": about} if about else {}
+    with new_folder(folder) as made:
+        (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        weights = dict(tree_flatten(scorer.parameters()))
+        mx.save_safetensors(str(made / WEIGHTS), weights)
+
+
+def load_scorer(folder: str | Path) -> nn.Module:
+    """The scorer of a folder; `InputError` unless it is one, whole and finite."""
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    kind, settings = config.get("scorer"), object_of(config, "settings")
+    if kind not in SCORERS:
+        raise InputError(
+            f"{folder / CONFIG} names the scorer {kind!r}; expected one of "
+            f"{', '.join(SCORERS)}.{nearest(str(kind), SCORERS)}"
+        )
+    whole = [isinstance(v, int) and 0 < v < 1 << 14 for v in settings.values()]
+    try:
+        if not all(whole):
+            raise ValueError("its sizes are no whole numbers from 1 to 16383")
+        scorer = SCORERS[kind](**settings)
+        scorer.load_weights(str(folder / WEIGHTS))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder} is no scorer that can be read ({error})") from None
+    for name, array in tree_flatten(scorer.parameters()):
+        if not mx.all(mx.isfinite(array)).item():
+            raise InputError(f"{folder}: {name} has numbers that are not finite")
+    return scorer

@@ -1,0 +1,144 @@
+"""Scorers: small networks from `Features` to a score (B, N) for each visual token.
+
+A pruner keeps the highest; how many comes from outside, and scorers are told the share
+as the extra `budget` (B,). One scorer serves every budget.
+"""
+
+import math
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..features import Features
+
+_FREQUENCIES = 4  # of a token's place, along each side
+_BUDGET_SINES = 256
+
+
+def sines(values: mx.array, count: int, longest: float) -> mx.array:
+    """(...,) -> (..., count): sines and cosines of growing periods up to `longest`."""
+    half = count // 2
+    rates = mx.exp(mx.arange(half) * (-math.log(longest) / max(1, half - 1)))
+    angles = values[..., None] * rates * math.pi
+    return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
+
+
+def places(features: Features) -> mx.array:
+    """(N, 4 * frequencies): where each token is, in rows and columns of its picture."""
+    height, width = features.grid or (1, features.total // features.pictures)
+    rates = 2.0 ** mx.arange(_FREQUENCIES) * math.pi
+    rows = mx.repeat((mx.arange(height) + 0.5) / height, width)
+    columns = mx.tile((mx.arange(width) + 0.5) / width, height)
+    angles = mx.concatenate([rows[:, None] * rates, columns[:, None] * rates], axis=1)
+    found = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=1)
+    return mx.tile(found, (features.pictures, 1))
+
+
+class Attend(nn.Module):
+    """A pre-norm transformer block; tokens of `mask` (B, T) false are not seen."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
+        shape = (*x.shape[:2], self.heads, -1)
+        parts = mx.split(self.qkv(self.norm1(x)), 3, axis=-1)
+        q, k, v = (part.reshape(shape).swapaxes(1, 2) for part in parts)
+        products = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5
+        if mask is not None:
+            products = mx.where(mask[:, None, None], products, -1e9)
+        mixed = mx.softmax(products, axis=-1) @ v
+        x = x + self.out(mixed.swapaxes(1, 2).reshape(x.shape))
+        return x + self.down(nn.gelu(self.up(self.norm2(x))))
+
+
+class Adaptive(nn.Module):
+    """Scores at the tower for any budget, without the question.
+
+    The budget, as sines through a small network, attends to the visual tokens once; a
+    token's score comes from itself, its place and what the budget found. The plan of
+    AdaLLaVA (arXiv 2503.10621) after the tower.
+    """
+
+    at = "tower"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, channels: int, width: int = 64):
+        super().__init__()
+        self.settings = {"channels": channels, "width": width}
+        self.norm = nn.LayerNorm(channels)
+        self.token = nn.Linear(channels, width)
+        self.place = nn.Linear(4 * _FREQUENCIES, width)
+        self.budget = [nn.Linear(_BUDGET_SINES, width), nn.Linear(width, width)]
+        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.join = nn.Linear(2 * width, width)
+        self.score = nn.Linear(width, 1)
+
+    def __call__(self, features: Features) -> mx.array:
+        tokens = self.norm(features.tokens.astype(mx.float32))
+        x = self.token(tokens) + self.place(places(features))
+        first, second = self.budget
+        asked = second(nn.gelu(first(sines(budget(features), _BUDGET_SINES, 1e-3))))
+        products = self.key(x) @ asked[..., None] * asked.shape[-1] ** -0.5
+        found = mx.sum(mx.softmax(products, axis=1) * self.value(x), axis=1)
+        found = mx.broadcast_to((found + asked)[:, None], x.shape)
+        joined = self.join(mx.concatenate([x, found], axis=-1))
+        return self.score(nn.gelu(joined))[..., 0]
+
+
+class Asking(nn.Module):
+    """Scores at the prompt: which visual tokens does this question need?
+
+    Visual tokens with their places, the prompt behind them and the budget read each
+    other in a few small transformer blocks.
+    """
+
+    at = "prompt"
+    needs: ClassVar[tuple[str, ...]] = ("text",)
+
+    def __init__(self, channels: int, width: int = 96, depth: int = 2, heads: int = 4):
+        super().__init__()
+        self.settings = {
+            **{"channels": channels, "width": width},
+            **{"depth": depth, "heads": heads},
+        }
+        self.norm, self.norm_text = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.token = nn.Linear(channels, width)
+        self.place = nn.Linear(4 * _FREQUENCIES, width)
+        self.text = nn.Linear(channels, width)
+        self.budget = nn.Linear(_BUDGET_SINES, width)
+        self.blocks = [Attend(width, heads) for _ in range(depth)]
+        self.norm_out = nn.LayerNorm(width)
+        self.score = nn.Linear(width, 1)
+
+    def __call__(self, features: Features) -> mx.array:
+        tokens = self.norm(features.tokens.astype(mx.float32))
+        text = self.norm_text(features.extras["text"].astype(mx.float32))
+        width = self.settings["width"]
+        asked = self.budget(sines(budget(features), _BUDGET_SINES, 1e-3))[:, None]
+        x = self.token(tokens) + self.place(places(features)) + asked
+        order = sines(mx.arange(text.shape[1]), width, 1e-2)
+        y = self.text(text) + order + asked
+        mask = features.extras.get("text_mask")
+        if mask is not None:  # in training, where questions are padded
+            seen = mx.ones(x.shape[:2], mx.bool_)
+            mask = mx.concatenate([seen, mask], axis=1)
+        joined = mx.concatenate([x, y], axis=1)
+        for block in self.blocks:
+            joined = block(joined, mask)
+        return self.score(self.norm_out(joined[:, : x.shape[1]]))[..., 0]
+
+
+def budget(features: Features) -> mx.array:
+    """(B,) the share of tokens to keep; a half where nobody says."""
+    share = features.extras.get("budget")
+    return mx.full((len(features.tokens),), 0.5) if share is None else share
+
+
+SCORERS: dict[str, type[nn.Module]] = {"adaptive": Adaptive, "asking": Asking}

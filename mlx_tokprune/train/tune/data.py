@@ -1,0 +1,125 @@
+"""What is learned from: questions and answers about pictures, read or generated."""
+
+import json
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ...errors import InputError
+from ...image import load_image
+
+MOST_LINES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture, by what tells it from others, and what is asked about it."""
+
+    picture: Hashable
+    pairs: tuple[tuple[str, str], ...]
+    image: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    def load(self) -> Image.Image:
+        return self.image or load_image(str(self.picture))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One for each picture, and what was skipped: (line or entry, reason)."""
+
+    items: tuple[Sample, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+
+def read_samples(source: str, pictures: int) -> Samples:
+    """`demo` (generated, `pictures` of them), JSON lines, or LLaVA's conversations.
+
+    Lines are objects with `image`, `question` and `answer`; LLaVA's file is a list of
+    objects with `image` and `conversations`, of which each turn is learned by itself.
+    Paths are relative to the file. A bad line is skipped and named. Raises `InputError`
+    where nothing is left.
+    """
+    if source == "demo":
+        return Samples(tuple(_demo(pictures)))
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(
+            f"{source!r} does not exist; expected `demo`, JSON lines of image, "
+            "question and answer, or a JSON list of LLaVA's conversations"
+        )
+    found: dict[str, list[tuple[str, str]]] = {}
+    skipped = []
+    for number, entry in enumerate(_entries(path), 1):
+        try:
+            picture, pairs = _parsed(entry, path.parent)
+        except (ValueError, InputError) as error:
+            skipped.append((number, str(error)))
+            continue
+        found.setdefault(picture, []).extend(pairs)
+    if not found:
+        reasons = "; ".join(f"line {n}: {why}" for n, why in skipped[:3])
+        raise InputError(f"{source} has nothing to learn from ({reasons or 'empty'})")
+    items = tuple(Sample(picture, tuple(pairs)) for picture, pairs in found.items())
+    return Samples(items, tuple(skipped))
+
+
+def _entries(path: Path) -> list:
+    """Lines, or the entries of one JSON list; what is no JSON stays text."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path} begins as a JSON list, but is none") from None
+    lines = text.splitlines()[:MOST_LINES]
+    return [line for line in lines if line.strip()]
+
+
+def _parsed(entry, folder: Path) -> tuple[str, list[tuple[str, str]]]:
+    if isinstance(entry, str):
+        try:
+            entry = json.loads(entry)
+        except (ValueError, RecursionError):
+            raise ValueError("is no JSON") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise ValueError("has no image")
+    pairs = list(_pairs(entry))
+    if not pairs:
+        raise ValueError("has no question with an answer")
+    picture = folder / entry["image"]
+    load_image(str(picture))
+    return str(picture), pairs
+
+
+def _pairs(entry: dict) -> Iterator[tuple[str, str]]:
+    turns = entry.get("conversations")
+    if turns is None:
+        question, answer = entry.get("question"), entry.get("answer")
+        if isinstance(question, str) and isinstance(answer, str) and answer:
+            yield question, answer
+        return
+    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
+        raise ValueError("conversations is no list of objects")
+    for asked, said in zip(turns[::2], turns[1::2], strict=False):
+        question, answer = asked.get("value"), said.get("value")
+        if asked.get("from") != "human" or said.get("from") != "gpt":
+            raise ValueError("turns are not human and gpt in turn")
+        if isinstance(question, str) and isinstance(answer, str) and answer:
+            yield question.replace("<image>", "").strip(), answer
+
+
+def _demo(pictures: int) -> Iterator[Sample]:
+    import numpy as np
+
+    from ..recipe import TRAINING
+    from ..scenes import CANVAS, ask_many, render, sample_scene
+
+    for number in range(pictures):
+        rng = np.random.default_rng((TRAINING, 777, number))
+        scene = sample_scene(rng, CANVAS, 5)
+        image = render(rng, scene)
+        asked = ask_many(rng, scene, 8)
+        pairs = tuple((q.prompt, q.answer) for q in asked)
+        yield Sample(("demo", number), pairs, image)

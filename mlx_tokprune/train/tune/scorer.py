@@ -1,0 +1,143 @@
+"""Training a scorer on a model that stays as it is: which tokens answer the questions?
+
+The loss is the language model's on the answers, with every token there and a gate on
+those that are not kept; how many are kept is drawn anew for each batch.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...errors import InputError
+from ...features import Features
+from ...learned import SCORERS, save_scorer
+from ...pruners import count_kept
+from ..packing import IGNORE, answer_logits
+from .batches import Batch, Batches
+from .data import Samples
+from .gate import log_gate, schedule, straight_through
+from .loop import Loop, Schedule, draw_losses
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scorer learns under.
+
+    least, most: shares of tokens that are kept, between which each batch draws its own,
+    evenly in the logarithm. curriculum: the share of the steps in which `least` comes
+    down from 1. noise: of a Gumbel distribution, falling to 0. temperature: of the
+    gate's gradient, from the first to the second. distill: weight of the divergence
+    from the unpruned model's answers.
+    """
+
+    steps: int
+    pictures: int = 32
+    questions: int = 5
+    least: float = 0.05
+    most: float = 0.25
+    curriculum: float = 0.0
+    noise: float = 0.5
+    temperature: tuple[float, float] = (1.0, 0.3)
+    distill: float = 0.0
+
+    def __post_init__(self):
+        if not 0 < self.least <= self.most <= 1:
+            raise InputError(
+                f"keep ratios {self.least:g} to {self.most:g} are out of order; "
+                "expected two in (0, 1], the smaller first"
+            )
+
+    def keep(self, rng: np.random.Generator, step: int, total: int) -> int:
+        """How many of `total` tokens this batch keeps, fewer than all."""
+        least = schedule(1.0, self.least, step, round(self.curriculum * self.steps))
+        least = min(least, self.most) if self.curriculum else self.least
+        share = np.exp(rng.uniform(np.log(least), np.log(self.most)))
+        return min(count_kept(total, float(share)), total - 1)
+
+
+class ScorerLoss:
+    """The loss of a scorer on batches; a `LossOf` of the training loop."""
+
+    def __init__(self, model, batches: Batches, plan: Plan):
+        self._model, self._batches, self._plan = model, batches, plan
+
+    def __call__(self, scorer: nn.Module, seed: tuple[int, ...], step: int):
+        plan = self._plan
+        batch = self._batches.draw(seed, plan.pictures, plan.questions)
+        rng = np.random.default_rng((*seed, 1))
+        keep = plan.keep(rng, step, batch.features.total)
+        scores = score(self._model, scorer, batch, keep)
+        noise = schedule(plan.noise, 0.0, step, plan.steps)
+        scores = scores + noise * mx.random.gumbel(scores.shape)
+        warm, cold = plan.temperature
+        gate = straight_through(scores, keep, schedule(warm, cold, step, plan.steps))
+        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
+        logits = self._logits(batch, visual, log_gate(gate))
+        targets = batch.questions.targets
+        used = targets != IGNORE
+        losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
+        if plan.distill:
+            whole = mx.stop_gradient(self._logits(batch, visual, None))
+            losses = losses + plan.distill * _divergence(whole, logits)
+        return mx.sum(losses * used), mx.sum(used)
+
+    def _logits(self, batch: Batch, visual: mx.array, gate: mx.array | None):
+        total = batch.features.total
+        every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
+        asked = (batch.questions, total, "original", gate)
+        return answer_logits(self._model, batch.prefix, visual, every, *asked)
+
+
+def train_scorer(
+    loaded: tuple,
+    kind: str,
+    samples: Samples,
+    plan: Plan,
+    schedule: Schedule,
+    folder: Path,
+    output: Path,
+) -> nn.Module:
+    """Train a scorer for a `(model, processor)` and write it to `output`.
+
+    folder: keeps the state of the training, which goes on from there.
+    """
+    model, processor = loaded
+    mx.random.seed(schedule.seed)
+    at_tower = SCORERS[kind].at == "tower"
+    size = model.feature_size if at_tower else model.args.text["hidden_size"]
+    scorer = SCORERS[kind](size)
+    batches = Batches(model, processor, samples.items)
+    loop = Loop(scorer, ScorerLoss(model, batches, plan), schedule, folder)
+    loop.run()
+    if loop.is_first:
+        trained = {**dataclasses.asdict(plan), **dataclasses.asdict(schedule)}
+        save_scorer(scorer, output, trained)
+        draw_losses(loop.losses, folder / "loss.png")
+    return scorer
+
+
+def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
+    """(B, Q, L) KL of the unpruned distributions from these, in nats."""
+    known = whole - mx.logsumexp(whole, axis=-1, keepdims=True)
+    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return mx.sum(mx.exp(known) * (known - found), axis=-1)
+
+
+def score(model, scorer: nn.Module, batch: Batch, keep: int) -> mx.array:
+    """(B, N) what a scorer says of a batch, at its place."""
+    features = batch.features
+    extras = {"budget": mx.full((len(features.tokens),), keep / features.total)}
+    if scorer.at == "tower":
+        extras |= features.extras
+        return scorer(Features(features.tokens, features.grid, extras=extras))
+    if batch.prompt.shape[1] > 1:
+        raise ValueError("a scorer at the prompt reads one question of a picture")
+    length = int(np.array(mx.max(mx.sum(batch.prompt, axis=-1))))
+    embeddings = mx.stop_gradient(model.project(features.tokens))
+    extras["text"] = model.decoder.embed(batch.questions.ids[:, 0, :length])
+    extras["text_mask"] = batch.prompt[:, 0, :length]
+    return scorer(Features(embeddings, features.grid, extras=extras))
