@@ -88,14 +88,18 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def load(
-    path_or_hf_repo: str | Path, dtype: mx.Dtype | None = None, lazy: bool = False
+    path_or_hf_repo: str | Path,
+    dtype: mx.Dtype | None = None,
+    lazy: bool = False,
+    adapter_path: str | Path | None = None,
 ) -> tuple[VisionModel, Processor | ActionProcessor]:
     """Load a checkpoint, converted or original: `demo`, a folder, or one of the hub.
 
     dtype: of float weights; `default_dtype()` when `None`. lazy: leave weights on the
-    disk until something needs them. A model that answers comes with a `Processor`, a
-    policy with an `ActionProcessor`. Raises `InputError` when the folder cannot be
-    used, or a weight is not finite.
+    disk until something needs them. adapter_path: the folder of an adapter in mlx-lm's
+    format, LoRA or DoRA, for the language model. A model that answers comes with a
+    `Processor`, a policy with an `ActionProcessor`. Raises `InputError` when the folder
+    cannot be used, or a weight is not finite.
     """
     end_streams_with_thread()
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
@@ -107,6 +111,8 @@ def load(
     if config.get("quantization"):
         _quantize(model, config["quantization"], weights)
     model.load_weights(list(weights.items()))
+    if adapter_path is not None:
+        _add_adapter(model, Path(adapter_path))
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
@@ -117,6 +123,22 @@ def load(
     longest = max(map(len, vocabulary), default=1)
     make = _processor if model.answers == "text" else _action_processor
     return model, make(model, tokenizer, config, longest)
+
+
+def _add_adapter(model: VisionModel, folder: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} has no {name}; expected an adapter of mlx_tokprune.train "
+                "lora, or of mlx_lm.lora"
+            )
+    try:
+        load_adapters(model.language_model, str(folder))
+    except (*_MISFITS, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the adapter {folder} does not fit ({reason})") from None
 
 
 def _named(model: nn.Module) -> list[tuple[str, mx.array]]:

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 from ..commands.options import (
+    add_adapter,
     add_common,
     add_plans,
     begin_logging,
@@ -57,6 +58,7 @@ def build_parser() -> Parser:
     add("--plots", help="draw pictures to this folder")
     help_ = "results of mlx_tokprune.evaluate, for the Pareto plot"
     add("--accuracy", nargs="+", default=[], metavar="FILE", help=help_)
+    add_adapter(parser)
     add_common(parser)
     return parser
 
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     _check(args)
-    subjects = _load(args.model or ["demo"])
+    subjects = _load(args.model or ["demo"], args.adapter_path)
     subject = subjects[0]
     if len({subject.kind for subject in subjects}) > 1:
         raise InputError("give models that answer or models that act, not both")
@@ -95,12 +97,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"wrote {path}")
 
 
-def _load(names: list[str]) -> list[Subject]:
+def _load(names: list[str], adapter: str | None) -> list[Subject]:
     """Under their last names in the table, where those tell them apart."""
     shown = [Path(name).name for name in names]
     shown = shown if len(set(shown)) == len(shown) else names
     return [
-        subject_of(label, *load(name)) for label, name in zip(shown, names, strict=True)
+        subject_of(label, *load(name, adapter_path=adapter))
+        for label, name in zip(shown, names, strict=True)
     ]
 
 

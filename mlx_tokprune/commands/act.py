@@ -16,6 +16,7 @@ from ..measure.machine import device_name
 from ..robot.policy import Policy
 from ..robot.predict import predict_action
 from .options import (
+    add_adapter,
     add_budget,
     add_common,
     add_method,
@@ -54,6 +55,7 @@ def build_parser() -> Parser:
     add("--stages", action="store_true", help=help_)
     add("--overlay", help="write a picture of what was kept to this PNG")
     add("--json", action="store_true", help="end stdout with one line of JSON")
+    add_adapter(parser)
     add_common(parser)
     return parser
 
@@ -75,7 +77,10 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"cannot time {args.runs} runs; the least is 0")
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
-    model, processor = load("demo-policy" if args.model is None else args.model)
+    model, processor = load(
+        "demo-policy" if args.model is None else args.model,
+        adapter_path=args.adapter_path,
+    )
     mx.reset_peak_memory()
     asked = {"pruner": plan, "positions": args.positions}
     asked["unnorm_key"] = args.unnorm_key

@@ -26,6 +26,7 @@ from ..pipeline import VisualTokens
 from ..processor import PADDINGS
 from ..pruners import Plan, as_plan
 from .options import (
+    add_adapter,
     add_budget,
     add_common,
     add_method,
@@ -81,6 +82,7 @@ def build_parser() -> Parser:
     help_ = "write a picture of what was kept, at last, to this PNG"
     add("--overlay", help=help_)
     add("--json", action="store_true", help="a line of JSON after each answer")
+    add_adapter(parser)
     add_common(parser)
     return parser
 
@@ -110,7 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     if each:
         pictures = [path for picture in pictures for path in list_pictures(picture)]
     images = [load_image(picture) for picture in pictures]
-    model, processor = load("demo" if args.model is None else args.model)
+    model, processor = load(
+        "demo" if args.model is None else args.model, adapter_path=args.adapter_path
+    )
     check_answers(model)
     apart = each or args.temporal
     asked = [[image] for image in images] if apart else [images]

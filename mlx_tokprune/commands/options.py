@@ -24,6 +24,12 @@ def add_common(parser: Parser) -> None:
     parser.add_argument("--verbose", action="store_true", help=help_)
 
 
+def add_adapter(parser: Parser) -> None:
+    """`--adapter-path`, as in mlx-lm."""
+    help_ = "folder of an adapter (LoRA, DoRA) for the language model"
+    parser.add_argument("--adapter-path", metavar="FOLDER", help=help_)
+
+
 def begin_logging(verbose: bool) -> None:
     """The package's one logger, at DEBUG where that is asked for."""
     if verbose:

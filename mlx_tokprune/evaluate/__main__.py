@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..commands.options import (
+    add_adapter,
     add_common,
     add_plans,
     begin_logging,
@@ -56,6 +57,7 @@ def build_parser() -> Parser:
     add("--workers", type=int, default=1, help="processes on this machine")
     add("--output", default="evaluate.json", help="result file")
     add("--plot", help="draw accuracy against FLOPs to this PNG")
+    add_adapter(parser)
     add_common(parser)
     return parser
 
@@ -81,7 +83,7 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {printable(reason)}")
-    subject = subject_of(name, *load(name))
+    subject = subject_of(name, *load(name, adapter_path=args.adapter_path))
     subject = subject.at(args.image_size or subject.image_size, args.padding)
     rows = _rows(args, subject, questions)
     header = describe_run(

@@ -23,22 +23,56 @@ def build_parser() -> Parser:
     accuracy.add_argument("--positions", choices=POSITIONS, default="original")
     accuracy.add_argument("--output", help="also write the table as JSON")
     _add_prune(commands)
+    _add_lora(commands)
+    fuse = commands.add_parser("fuse", help="write a checkpoint with its adapter in it")
+    fuse.add_argument("--model", default="demo", help="folder, hub id or demo")
+    fuse.add_argument("--adapter-path", required=True, help="folder of the adapter")
+    fuse.add_argument("--output", required=True, help="folder to write")
     return parser
 
 
-def _add_prune(commands) -> None:
-    help_ = "train a scorer, on a model that stays as it is"
-    add = commands.add_parser("prune", help=help_).add_argument
+def _add_lora(commands) -> None:
+    help_ = "fine-tune the language model under pruning (LoRA or DoRA)"
+    parser = commands.add_parser("lora", help=help_)
+    _add_training(parser, steps=300, rate=3e-4)
+    add = parser.add_argument
+    add("--method", default="norm", help="that prunes at the tower (default: norm)")
+    add("--keep-ratio", type=float, default=0.25, help="(default: 0.25)")
+    add("--positions", choices=POSITIONS, default="original")
+    add("--rank", type=int, default=8)
+    add("--scale", type=float, default=20.0, help="of the adapter (default: 20)")
+    add("--layers", type=int, help="the last so many (default: all)")
+    add("--dora", action="store_true", help="DoRA in place of LoRA")
+    help_ = "compute layers again in the backward pass, for less memory"
+    add("--grad-checkpoint", action="store_true", help=help_)
+
+
+def _add_training(parser, steps: int, rate: float) -> None:
+    """What both kinds of training have."""
+    add = parser.add_argument
     add("--model", default="demo", help="folder, hub id or demo (default)")
     help_ = "JSON lines, LLaVA's conversations, or demo for generated pictures"
     add("--data", default="demo", help=f"{help_} (default)")
     add("--pictures", type=int, default=2048, help="of demo (default: 2048)")
-    help_ = f"{' or '.join(SCORERS)}: at the tower, or at the prompt"
-    add("--scorer", default="adaptive", help=f"{help_} (default: adaptive)")
-    add("--steps", type=int, default=300)
+    add("--steps", type=int, default=steps, help=f"(default: {steps})")
     add("--batch", type=int, default=32, help="pictures in a step (default: 32)")
     help_ = "about each of them in a step; 1 at the prompt (default: 5)"
     add("--questions", type=int, default=5, help=help_)
+    add("--learning-rate", type=float, default=rate, help=f"(default: {rate:g})")
+    add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
+    add("--seed", type=int, default=0)
+    help_ = "where training state is kept; resumed (default: OUTPUT.training)"
+    add("--folder", help=help_)
+    add("--output", required=True, help="folder to write; must not exist")
+
+
+def _add_prune(commands) -> None:
+    help_ = "train a scorer, on a model that stays as it is"
+    parser = commands.add_parser("prune", help=help_)
+    _add_training(parser, steps=300, rate=3e-3)
+    add = parser.add_argument
+    help_ = f"{' or '.join(SCORERS)}: at the tower, or at the prompt"
+    add("--scorer", default="adaptive", help=f"{help_} (default: adaptive)")
     help_ = "between which each batch draws its own (default: 0.05 0.25)"
     ratios = {"nargs": 2, "type": float, "default": (0.05, 0.25)}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
@@ -46,20 +80,16 @@ def _add_prune(commands) -> None:
     add("--curriculum", type=float, default=0.0, help=help_)
     help_ = "weight of the divergence from the unpruned answers (default: 0)"
     add("--distill", type=float, default=0.0, help=help_)
-    add("--learning-rate", type=float, default=3e-3)
-    add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
-    add("--seed", type=int, default=0)
-    help_ = "where training state is kept; resumed (default: OUTPUT.training)"
-    add("--folder", help=help_)
-    add("--output", required=True, help="folder of the scorer; must not exist")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    if args.command != "prune" or args.data == "demo":
+    if getattr(args, "data", "demo") == "demo" and args.command != "fuse":
         _check_fonts()
-    {"run": _train, "accuracy": _measure, "prune": _prune}[args.command](args)
+    commands = {"run": _train, "accuracy": _measure, "prune": _prune}
+    commands |= {"lora": _lora, "fuse": _fuse}
+    commands[args.command](args)
 
 
 def _check_fonts() -> None:
@@ -74,8 +104,6 @@ def _check_fonts() -> None:
 
 def _prune(args) -> None:
     from ..loading import load
-    from .tune.data import read_samples
-    from .tune.loop import Schedule
     from .tune.scorer import Plan, train_scorer
 
     if args.scorer not in SCORERS:
@@ -83,25 +111,49 @@ def _prune(args) -> None:
             f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}."
             + nearest(args.scorer, SCORERS)
         )
+    questions = 1 if SCORERS[args.scorer].at == "prompt" else args.questions
+    how = {"curriculum": args.curriculum, "distill": args.distill}
+    plan = Plan(args.steps, args.batch, questions, *args.keep_ratios, **how)
+    samples, schedule, folder, output = _training(args)
+    train_scorer(load(args.model), args.scorer, samples, plan, schedule, folder, output)
+    print(f"wrote {output}")
+
+
+def _lora(args) -> None:
+    from ..loading import load
+    from ..pruners import Pruner
+    from .tune.lora import Adapter, train_adapter
+
+    pruner = Pruner(args.method, args.keep_ratio)
+    adapter = Adapter(args.rank, args.scale, args.layers, args.dora)
+    samples, schedule, folder, output = _training(args)
+    train_adapter(
+        *(load(args.model), samples, pruner, args.positions, adapter),
+        *((args.batch, args.questions), schedule, folder, output),
+        checkpoint=args.grad_checkpoint,
+    )
+    print(f"wrote {output}")
+
+
+def _fuse(args) -> None:
+    from .tune.lora import fuse
+
+    fuse(args.model, args.adapter_path, args.output)
+    print(f"wrote {args.output}")
+
+
+def _training(args) -> tuple:
+    """Samples, schedule, the folder of the state, and that of the result."""
+    from .tune.data import read_samples
+    from .tune.loop import Schedule
+
     if min(args.pictures, args.batch, args.questions) < 1:
         raise InputError("pictures, batch and questions are whole numbers from 1")
     output = Path(args.output)
     if output.exists():
         raise InputError(f"{output} already exists; choose a new folder")
-    least, most = args.keep_ratios
-    at_prompt = SCORERS[args.scorer].at == "prompt"
-    plan = Plan(
-        args.steps,
-        args.batch,
-        1 if at_prompt else args.questions,
-        least,
-        most,
-        curriculum=args.curriculum,
-        distill=args.distill,
-    )
     schedule = Schedule(
-        args.steps,
-        args.learning_rate,
+        *(args.steps, args.learning_rate),
         accumulate=args.accumulate,
         seed=args.seed,
     )
@@ -109,8 +161,7 @@ def _prune(args) -> None:
     for number, reason in samples.skipped:
         print(f"skipped line {number}: {printable(reason)}")
     folder = Path(args.folder or f"{args.output}.training")
-    train_scorer(load(args.model), args.scorer, samples, plan, schedule, folder, output)
-    print(f"wrote {output}")
+    return samples, schedule, folder, output
 
 
 def _train(args) -> None:

@@ -1,0 +1,165 @@
+"""Fine-tuning a language model under pruning: mlx-lm's LoRA and DoRA.
+
+The adapter is a folder in mlx-lm's format: `adapter_config.json` and
+`adapters.safetensors`, with names below `language_model`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ...errors import InputError
+from ...files import new_folder
+from ...loading import Opened, load, open_checkpoint
+from ...pipeline import plan_for
+from ...pruners import Plan, Pruners
+from ..packing import IGNORE, answer_logits
+from .batches import Batches
+from .data import Samples
+from .loop import Loop, Schedule, draw_losses
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained. layers: the last so many, all when `None`. dora: DoRA's form."""
+
+    rank: int = 8
+    scale: float = 20.0
+    layers: int | None = None
+    dora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1 or (self.layers or 1) < 1 or self.scale <= 0:
+            raise InputError("rank and layers are whole numbers from 1, scale above 0")
+
+    def add_to(self, model) -> None:
+        """Freeze a model and give its language model's layers adapters."""
+        from mlx_lm.tuner.utils import linear_to_lora_layers
+
+        model.freeze()
+        layers, parameters = self._config(model)
+        language = model.language_model
+        linear_to_lora_layers(language, layers, parameters, self.dora)
+
+    def _config(self, model) -> tuple[int, dict]:
+        layers = self.layers or len(model.decoder.layers)
+        return layers, {"rank": self.rank, "scale": self.scale, "dropout": 0.0}
+
+    def save(self, model, folder: str | Path) -> None:
+        """Write the adapter of `model` to a new folder."""
+        layers, parameters = self._config(model)
+        config = {
+            "fine_tune_type": "dora" if self.dora else "lora",
+            "num_layers": layers,
+            "lora_parameters": parameters,
+        }
+        weights = dict(tree_flatten(model.language_model.trainable_parameters()))
+        with new_folder(folder) as made:
+            (made / "adapter_config.json").write_text(json.dumps(config, indent=2))
+            mx.save_safetensors(str(made / "adapters.safetensors"), weights)
+
+
+class AnswerLoss:
+    """The language model's loss on answers about pruned pictures; a `LossOf`."""
+
+    def __init__(self, model, batches: Batches, plan: Plan, positions: str, sizes):
+        self._model, self._batches, self._plan = model, batches, plan
+        self._positions, self._sizes = positions, sizes
+
+    def __call__(self, module: nn.Module, seed: tuple[int, ...], step: int):
+        batch = self._batches.draw(seed, *self._sizes)
+        features, total = batch.features, batch.features.total
+        tokens, indices = features.tokens, mx.arange(total)[None]
+        indices = mx.broadcast_to(indices, tokens.shape[:2])
+        for pruner in self._plan:
+            selection = pruner(features)
+            tokens, indices = selection.apply(tokens), selection.indices
+        visual = mx.stop_gradient(self._model.project(tokens))
+        asked = (batch.questions, total, self._positions)
+        logits = answer_logits(self._model, batch.prefix, visual, indices, *asked)
+        targets = batch.questions.targets
+        used = targets != IGNORE
+        losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
+        return mx.sum(losses * used), mx.sum(used)
+
+
+def train_adapter(
+    loaded: tuple,
+    samples: Samples,
+    pruners: Pruners,
+    positions: str,
+    adapter: Adapter,
+    sizes: tuple[int, int],
+    schedule: Schedule,
+    folder: Path,
+    output: Path,
+    checkpoint: bool = False,
+) -> None:
+    """Train an adapter for a `(model, processor)` under pruning; write it to `output`.
+
+    sizes: pictures of a batch, and questions about each. folder: keeps the state of the
+    training, which goes on from there. checkpoint: compute layers again in the backward
+    pass instead of keeping what they computed.
+    """
+    model, processor = loaded
+    plan = plan_for(model, pruners)
+    if any(pruner.place != "tower" or pruner.has_own_count for pruner in plan):
+        raise InputError(
+            "adapters are trained under pruning at the tower, with a budget; choose "
+            "another method, such as 'norm'"
+        )
+    mx.random.seed(schedule.seed)
+    adapter.add_to(model)
+    if checkpoint:
+        from mlx_lm.tuner.trainer import grad_checkpoint
+
+        grad_checkpoint(model.decoder.layers[0])
+    needs = tuple(name for pruner in plan for name in pruner.wants if name != "grid")
+    batches = Batches(model, processor, samples.items, needs)
+    loss = AnswerLoss(model, batches, plan, positions, sizes)
+    loop = Loop(model.language_model, loss, schedule, folder)
+    loop.run()
+    if loop.is_first:
+        adapter.save(model, output)
+        draw_losses(loop.losses, folder / "loss.png")
+
+
+def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:
+    """Write a checkpoint whose language model has the adapter in its weights.
+
+    In the layout of `convert`, which mlx-vlm loads; quantized weights stay quantized.
+    """
+    opened, merged = open_checkpoint(source), {}
+    model, _ = load(source, adapter_path=adapter)
+    for path, module in model.language_model.named_modules():
+        if hasattr(module, "fuse"):
+            for name, array in tree_flatten(module.fuse().parameters()):
+                merged[f"language_model.{path}.{name}"] = array
+    write_fused(opened, merged, Path(output))
+
+
+def write_fused(opened: Opened, merged: dict[str, mx.array], output: Path) -> None:
+    """The checkpoint with these tensors in the place of its own."""
+    from ...convert.checkpoint import copy_companions, write_config, write_shards
+
+    family, checkpoint, config = opened
+    weights = family.to_mlx_layout(checkpoint.load())
+    unknown = sorted(merged.keys() - weights.keys())
+    if unknown:
+        raise InputError(f"the checkpoint has no tensor {unknown[0]} to fuse into")
+
+    def tensors() -> Iterator[tuple[str, mx.array]]:
+        for name in sorted(weights):
+            array = weights.pop(name)
+            yield name, merged.get(name, array).astype(array.dtype)
+
+    size = sum(array.nbytes for array in weights.values())
+    with new_folder(output) as folder:
+        copy_companions(checkpoint.folder, folder)
+        write_config(folder, {k: v for k, v in config.items() if k != "auto_map"})
+        write_shards(folder, tensors(), size)
