@@ -223,6 +223,13 @@ def gather_along_axis(x, indices, axis, **rest):
     return np.take_along_axis(x, indices, int(axis))
 
 
+def cumsum(x, axis, exclusive=False, reverse=False):
+    assert not exclusive
+    x = np.flip(x, int(axis)) if reverse else x
+    total = x.cumsum(int(axis))
+    return np.flip(total, int(axis)) if reverse else total
+
+
 def cast(x, dtype):
     names = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32}
     names |= {"bool": bool, "int16": np.int16, "uint16": np.uint16}
@@ -294,6 +301,9 @@ OPERATIONS = {
     "gather": gather,
     "gather_along_axis": gather_along_axis,
     "select": lambda cond, a, b: np.where(cond, a, b),
+    "cumsum": cumsum,
+    "floor_div": binary(np.floor_divide),
+    "logical_not": lambda x: ~x,
     "logical_and": binary(np.logical_and),
     "logical_or": binary(np.logical_or),
     "greater": binary(np.greater),
@@ -310,6 +320,7 @@ OPERATIONS = {
             "linear": linear,
             "matmul": matmul,
             "gelu": gelu,
+            "abs": unary(np.abs),
             "erf": unary(erf),
             "layer_norm": layer_norm,
             "softmax": softmax,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from conftest import COREMLTOOLS_WARNINGS, TINY, needs_coremltools
 import mlx_tokprune
 from mlx_tokprune import Pruner
 from mlx_tokprune.coreml import __main__ as cli
-from mlx_tokprune.coreml import lower
+from mlx_tokprune.coreml import export, lower
 from mlx_tokprune.coreml.describe import read_functions
 from mlx_tokprune.coreml.export import Options, export_package
 from mlx_tokprune.coreml.plan import compute_plan, format_plan
@@ -74,34 +75,60 @@ def decibels(found, expected) -> float:
 
 # Whole packages ---------------------------------------------------------------------
 
-METHODS = ("norm", "attention", "mean_similarity", "similarity", "spatial", "uniform")
+SELECTORS = ("norm", "attention", "hiprune", "mean_similarity", "uniform", "divprune")
+METHODS = (*SELECTORS, "similarity", "spatial", "visionzip", "prumerge")
+METHODS += ("prumerge_plus",)
+# Forms of methods with primitives that their defaults do not have.
+FORMS = (
+    Pruner("hiprune", keep_ratio=0.5, options={"alpha": 1}),
+    Pruner("prumerge", keep_ratio=0.5, options={"rest": 1}),
+    Pruner("prumerge_plus", keep_tokens=2),
+    Pruner("visionzip", keep_tokens=5),
+    Pruner("dart", keep_ratio=0.25, at="tower"),
+)
+
+
+def compare(found: dict, model, pixels, pruner: Pruner) -> None:
+    """What a float32 package gave, with MLX."""
+    visual = see(model, mx.array(pixels), pruner)
+    assert relative_error(found["image_features"], visual.embeddings) < 1e-4
+    compare_choice(found, visual.selection)
+
+
+def compare_choice(found: dict, selection: mlx_tokprune.Selection) -> None:
+    assert found["kept_indices"].tolist() == selection.indices.tolist()
+    assert found["kept_indices"].dtype == np.int32
+    merged = selection.assignment()
+    assert ("assignment" in found) == (merged is not None)
+    if merged is not None:
+        assert found["assignment"].tolist() == merged.tolist()
 
 
 @pytest.mark.parametrize("method", [*METHODS, "random"])
 def test_a_float32_package_does_what_mlx_does(demo, packages, method):
     model, processor = demo
     pixels = pixels_of(processor)
-    visual = see(model, mx.array(pixels), Pruner(method, keep_ratio=0.5))
     found = run(packages(method), pixels)
-    assert relative_error(found["image_features"], visual.embeddings) < 1e-4
-    assert found["kept_indices"].tolist() == visual.selection.indices.tolist()
-    assert found["kept_indices"].dtype == np.int32
-    merged = visual.selection.assignment()
-    assert ("assignment" in found) == (merged is not None)
-    if merged is not None:
-        assert found["assignment"].tolist() == merged.tolist()
+    compare(found, model, pixels, Pruner(method, keep_ratio=0.5))
 
 
-@pytest.mark.parametrize("method", ["norm", "attention", "similarity"])
+@pytest.mark.parametrize("pruner", FORMS, ids=lambda pruner: pruner.method)
+def test_forms_of_methods_do_what_mlx_does(demo, tmp_path, pruner):
+    model, processor = demo
+    pixels = pixels_of(processor)
+    export_package(model, [pruner], tmp_path / "p.mlpackage", FLOAT32)
+    compare(run(tmp_path / "p.mlpackage", pixels), model, pixels, pruner)
+
+
+@pytest.mark.parametrize(
+    "method", ["norm", "attention", "similarity", "hiprune", "prumerge_plus"]
+)
 def test_fused_towers_of_a_policy(policy, tmp_path, method):
     model, processor = policy
     pruner = Pruner(method, keep_ratio=0.25)
     export_package(model, [pruner], tmp_path / "p.mlpackage", FLOAT32)
     pixels = pixels_of(processor, POLICY_FRAME)
-    visual = see(model, mx.array(pixels), pruner)
-    found = run(tmp_path / "p.mlpackage", pixels)
-    assert relative_error(found["image_features"], visual.embeddings) < 1e-4
-    assert found["kept_indices"].tolist() == visual.selection.indices.tolist()
+    compare(run(tmp_path / "p.mlpackage", pixels), model, pixels, pruner)
 
 
 def test_float16_is_close_and_chooses_in_float32(demo, packages):
@@ -216,33 +243,37 @@ def test_the_comparison_sees_a_changed_weight_and_swapped_outputs(
     assert swapped[0].shape != expected.shape
 
 
-def test_equal_tokens_are_chosen_as_in_mlx(tmp_path):
+@pytest.mark.parametrize("method", [*METHODS, "dart"])
+def test_equal_tokens_are_chosen_as_in_mlx(tmp_path, method):
     """Padding makes equal tokens; which of them stays must not depend on the device."""
-    model = Equal()
-    for method in ("norm", "similarity"):
-        pruner = Pruner(method, keep_tokens=6)
-        path = tmp_path / f"{method}.mlpackage"
-        options = Options(projector=False, image=False, precision="float32")
-        export_package(model, [pruner], path, options)
-        pixels = mx.zeros((1, 4, 4, 3)).at[0, 1:3].add(0.5).at[0, 2, 1].add(0.25)
-        selection = pruner(model.encode(pixels))
-        given = {"images": np.array(pixels).transpose(0, 3, 1, 2)}
-        found = Package(path).predict(given)
-        assert found["kept_indices"].tolist() == selection.indices.tolist()
+    model, path = Equal(), tmp_path / "p.mlpackage"
+    pruner = Pruner(method, keep_tokens=7, at="tower")
+    options = Options(projector=False, image=False, precision="float32")
+    export_package(model, [pruner], path, options)
+    pixels = mx.zeros((1, 4, 4, 3)).at[0, 1:3].add(0.5).at[0, 2, 1].add(0.25)
+    features = model.encode(pixels, pruner.wants)
+    selection = pruner(features)
+    found = Package(path).predict({"images": np.array(pixels).transpose(0, 3, 1, 2)})
+    expected = selection.apply(features.tokens)
+    np.testing.assert_allclose(found["image_features"], expected, atol=1e-6)
+    compare_choice(found, selection)
 
 
 class Equal(nn.Module):
-    """A tower whose visual tokens are the pixels."""
+    """A tower whose visual tokens are the pixels, and so is all else."""
 
     image_size = 4
     reads_prompt = False
-    provides: ClassVar = {"tower": ()}
+    provides: ClassVar = {"tower": ("grid", "attention", "attention_middle", "keys")}
     args = None
     decoder = SimpleNamespace(layers=())
 
     def encode(self, pixels, needs=()):
         tokens = pixels.reshape(pixels.shape[0], -1, 3)
-        return mlx_tokprune.Features(tokens, (4, 4))
+        size = mx.max(tokens, axis=-1)
+        known = {"attention": size, "attention_middle": 1 - size, "keys": tokens}
+        extras = {name: known[name] for name in needs if name in known}
+        return mlx_tokprune.Features(tokens, (4, 4), extras=extras)
 
 
 # What a package says ----------------------------------------------------------------
@@ -298,6 +329,21 @@ def test_a_package_describes_itself(demo, packages, tmp_path):
             "does not see; the nearest that can be exported is 'attention'",
         ),
         (["--method", "lightvla", "--keep-ratio", ".5"], "decides itself how many"),
+        (
+            ["--method", "dart", "--keep-ratio", ".5"],
+            "'dart' prunes at the prompt, which comes after a vision package, but can "
+            "prune at the tower; say --at tower",
+        ),
+        (
+            ["--method", "fastv", "--keep-ratio", ".5"],
+            "'fastv' prunes inside the language model, which a vision package does not "
+            "hold; expected a pruner at the tower, such as 'attention'",
+        ),
+        (
+            ["--method", "trimvla", "--keep-ratio", ".5", "--at", "tower"],
+            "needs queries, text_keys, which this model does not have at 'tower'",
+        ),
+        (["--keep-ratio", ".5", "--at", "prompt"], "choose from"),
         (["--keep-ratio", ".5", "--target", "iOS15"], "Did you mean 'iOS18'?"),
         (["--keep-ratio", ".5", "--precision", "int8"], "expected one of float16"),
         (["--keep-ratio", ".5", "--compress", "5bit"], "expected one of 8bit"),
@@ -318,6 +364,35 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "message"),
+    [
+        (Pruner("prumerge"), "'prumerge' without a budget decides for each picture"),
+        (Pruner("prumerge_plus"), "'prumerge_plus' without a budget decides"),
+        (
+            Pruner("similarity", options={"threshold": 0.9}),
+            "'similarity' with a threshold decides for each picture how many visual "
+            "tokens to keep, and a package has fixed shapes; expected a keep ratio",
+        ),
+        (Pruner("lightvla"), "'lightvla' looks at the prompt"),
+        (Pruner("cdpruner", keep_ratio=0.5), "'cdpruner' looks at the prompt"),
+        (Pruner("norm", 0.5, at="prompt"), "'norm' prunes at the prompt"),
+        (Pruner("attention", 0.5, at=2), "inside the language model, which a vision"),
+        (Pruner("pyramiddrop", 0.5), "'pyramiddrop' prunes inside the language model"),
+        (Pruner("sparsevlm", 0.5), "'sparsevlm' prunes inside the language model"),
+    ],
+    ids=lambda value: value.method if isinstance(value, Pruner) else "",
+)
+def test_what_a_package_cannot_hold_is_refused(
+    demo, tmp_path, monkeypatch, pruner, message
+):
+    monkeypatch.setattr(export, "capture", None)  # refused before anything is traced
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        export_package(demo[0], [pruner], tmp_path / "v.mlpackage")
+    assert len(str(raised.value).splitlines()) == 1
     assert not os.listdir(tmp_path)
 
 
@@ -383,6 +458,13 @@ def test_the_command(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["v.mlpackage"]
 
 
+def test_the_command_for_a_method_of_another_place(tmp_path, capsys):
+    path = tmp_path / "v.mlpackage"
+    budget = ["--method", "dart", "--at", "tower", "--keep-tokens", "8"]
+    cli.main(["--model", str(TINY), *budget, "--output", str(path)])
+    assert "dart, 8 of 64 visual tokens" in capsys.readouterr().out
+
+
 # Core ML itself --------------------------------------------------------------------
 
 
@@ -390,7 +472,8 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.skipif(sys.platform != "darwin", reason="Core ML runs on macOS only")
 def test_core_ml_itself(demo, packages):
     """On each compute unit: published packages have been wrong on one only."""
-    for method in ("norm", "attention", "similarity", "spatial"):
+    methods = ("norm", "attention", "similarity", "spatial", "divprune")
+    for method in (*methods, "visionzip", "prumerge_plus"):
         for units in ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"):
             compare_with_core_ml(demo, packages, method, units)
 

@@ -31,11 +31,15 @@ W, BIAS, SCALE = random(6, 5, seed=2), random(6), random(4, seed=3)
 GROUPED, WHOLE = random(8, 3, 3, 1), random(8, 3, 3, 4)
 mx.eval(W, BIAS, SCALE, GROUPED, WHOLE)  # or they would be part of what is traced
 CASES = {
+    "Abs": (mx.abs, random(3, 4)),
     "Add": (lambda x, y: x + y[:, None], random(2, 3, 4), random(2, 4)),
     "AddMM": (lambda x: mx.addmm(BIAS, x, W.T), random(2, 3, 4, 5)),
     "Arange": (lambda x: x * mx.arange(4), random(3, 4)),
-    "ArgReduce": (lambda x: mx.argmax(x, 1) + mx.argmin(x, 1), ints(2, 6, 3) * 1.0),
-    "ArgSort": (lambda x: mx.argsort(x, 1).astype(mx.int32), ints(1, 9) * 1.0),
+    "ArgReduce": (
+        lambda x: mx.argmax(x, 1) + mx.argmin(x, 1) + mx.argmax(x > 2, 1),
+        ints(2, 6, 3) * 1.0,
+    ),
+    "ArgSort": (lambda x: mx.argsort(x, 1).astype(mx.int32), ints(3, 9) * 1.0),
     "AsType": (lambda x: (x > 0).astype(mx.float32) + x.astype(mx.int32), random(2, 3)),
     "BitwiseBinary": (
         lambda x: mx.where((x > 0) & (x < 1) | (x < -1), x, 0.0),
@@ -54,11 +58,14 @@ CASES = {
     "Erf": (mx.erf, random(3, 4)),
     "ExpandDims": (lambda x: mx.expand_dims(x, (0, 2)), random(2, 3)),
     "Flatten": (lambda x: x.flatten(1, 2), random(2, 3, 4)),
+    "FloorDivide": (lambda x, y: (x - 2) // (y + 1), ints(3, 4), ints(4)),
     "Full": (lambda x: x + mx.ones_like(x), random(2, 3)),
     "GatherAxis": (
         lambda x, i: (
             mx.take_along_axis(x, i[..., None], 1)
             + mx.take_along_axis(x, mx.zeros((1, 3, 4), mx.int32) + i[..., None], 1)
+            + mx.take_along_axis(x, i[:, :1, None] // 2, 2)[:, :3]
+            + mx.take_along_axis(x > 0, i[..., None], 1).astype(mx.float32)
         ),
         random(1, 6, 4),
         ints(1, 3),
@@ -72,21 +79,42 @@ CASES = {
         random(2, 3, 4),
     ),
     "Less": (lambda x: mx.where(x < 0.3, x, 2.0), random(3, 4)),
+    "LogicalNot": (lambda x: mx.where(~(x > 0), x, 2.0), random(3, 4)),
     "Matmul": (lambda x, y: (x @ y) @ W.T, random(2, 3, 4), random(2, 4, 5)),
     "Maximum": (lambda x: mx.maximum(x, 0.1), random(3, 4)),
     "Minimum": (lambda x: mx.minimum(x, 0.1), random(3, 4)),
     "Multiply": (lambda x: x * x[:1] * 2, random(3, 4)),
     "Negative": (lambda x: -x, random(3, 4)),
+    "Pad": (
+        lambda x: (
+            mx.pad(x, [(0, 0), (1, 2), (0, 1)], "constant", 3.0)
+            + mx.pad(x > 0, [(0, 0), (2, 1), (1, 0)]).astype(mx.float32)
+        ),
+        random(2, 3, 4),
+    ),
     "Reduce": (
-        lambda x: mx.sum(x, 1) + mx.max(x, 1) + mx.min(x, 1) + mx.mean(x, 1),
+        lambda x: (
+            mx.sum(x, 1)
+            + mx.max(x, 1)
+            + mx.min(x, 1)
+            + mx.mean(x, 1)
+            + mx.sum(x > 0, 1)
+            + mx.where(mx.any(x > 1, 1), 1.0, 2.0)
+            + mx.where(mx.all(x < 1, 1), 3.0, 5.0)
+        ),
         random(2, 3, 4),
     ),
     "Reshape": (lambda x: x.reshape(4, -1).reshape(2, 2, 6), random(2, 3, 4)),
+    "Scan": (
+        lambda x: mx.cumsum(x, 1) + mx.cumsum(x > 0, 0) + mx.cumsum(x, 1, reverse=True),
+        random(3, 4),
+    ),
+    "Scatter": (lambda x: mx.where(mx.eye(4, dtype=mx.bool_), x, 2.0), random(2, 4, 4)),
     "Select": (lambda x: mx.where(x[:1] > 0, x, x[:, :1]), random(3, 4)),
     "Sigmoid": (mx.sigmoid, random(3, 4)),
     "Slice": (lambda x: x[:, 1:-1, ::2], random(2, 5, 6)),
     "Softmax": (lambda x: mx.softmax(x, -1, precise=True), random(2, 3, 4)),
-    "Sort": (lambda x: mx.sort(x, 1), ints(1, 9)),
+    "Sort": (lambda x: mx.sort(x, 1), ints(3, 9)),
     "Split": (
         lambda x: mx.split(x, 3, -1)[1] + mx.split(x, [1, 3], -1)[1],
         random(2, 5, 6),
@@ -156,6 +184,10 @@ def test_a_primitive_without_an_entry_is_named():
         (lambda x: mx.prod(x, 1), random(3, 4), "Reduce 3 of"),
         (lambda x: mx.addmm(x, x, x), random(3, 3), "AddMM is known for constant"),
         (lambda x: x | 1, ints(3, 4), "BitwiseBinary 1 is known for bools"),
+        (lambda x: mx.any(x, 1), random(3, 4), "Reduce 1 of"),
+        (lambda x: mx.cumprod(x, 1), random(3, 4), "Scan"),
+        (lambda x: mx.cumsum(x, 1, inclusive=False), random(3, 4), "Scan"),
+        (lambda x: x.at[0].add(1), random(3, 4), "Scatter"),
         (lambda x: mx.conv1d(x, WHOLE[0]), random(1, 8, 4), "Convolution"),
     ],
 )

@@ -45,16 +45,17 @@ def divprune(features: Features, *, keep: int) -> Selection:
 def farthest(tokens: mx.array, keep: int, among: mx.array | None = None) -> Selection:
     """What `divprune` chooses of tokens (B, N, C), or `among` those (B, N) of them."""
     distance, total = 1 - _cosine(tokens), tokens.shape[1]
+    places = mx.arange(total)
     out = mx.zeros((1, total), mx.bool_) if among is None else ~among
-    alone = mx.eye(total, dtype=mx.bool_) | out[:, :, None]
+    alone = (places[:, None] == places) | out[:, :, None]
     nearest = mx.min(mx.where(alone, mx.inf, distance), axis=1)
-    chosen = _best(mx.where(out, -mx.inf, nearest))
-    kept, nearest = chosen, _row(distance, chosen)
-    for _ in range(keep - 1):
-        chosen = _best(mx.where(kept | out, -mx.inf, nearest))
-        kept = kept | chosen
-        nearest = mx.minimum(nearest, _row(distance, chosen))
-    return Selection(place_marked(kept, keep))
+    gone = out
+    for number in range(keep):
+        best = mx.argmax(mx.where(gone, -mx.inf, nearest), axis=1, keepdims=True)
+        gone = gone | (places == best)
+        row = mx.take_along_axis(distance, best[..., None], axis=2)[..., 0]
+        nearest = mx.minimum(nearest, row) if number else row
+    return Selection(place_marked(gone & ~out, keep))
 
 
 def _check_cdpruner(options: Options, budget: bool) -> None:
