@@ -1,13 +1,16 @@
 """A hard choice of K tokens with a gradient to the scores that made it.
 
-Gathering has none. This keeps every token and adds the logarithm of a gate to its score
-in every layer, as DynamicViT does (arXiv 2106.02034): forward the gate is 0 or 1,
-backward it is a sigmoid around the threshold between the K-th score and the next.
+Gathering has none. Backward, every token is there, and the logarithm of a gate is
+added to its score in every layer, as in DynamicViT (arXiv 2106.02034): the gate is 0 or
+1, its gradient that of a sigmoid around the threshold between the K-th score and the
+next. A closed gate leaks, or no gradient would reach dropped tokens, and a language
+model that attends to one of them very much sees it through the leak. So forward, what
+counts are the tokens that are kept, alone: `as_if`.
 """
 
 import mlx.core as mx
 
-CLOSED = 1e-6  # of a closed gate: what attention still reaches a dropped token
+CLOSED = 1e-4  # what a closed gate lets through
 
 
 def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.array:
@@ -24,8 +27,13 @@ def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.arra
 
 
 def log_gate(gate: mx.array) -> mx.array:
-    """What is added to attention scores: next to 0 where open, far below where not."""
-    return mx.log(gate + CLOSED)
+    """What is added to attention scores: 0 where open, far below where not."""
+    return mx.log(gate * (1 - CLOSED) + CLOSED)
+
+
+def as_if(hard: mx.array, soft: mx.array) -> mx.array:
+    """The value of `hard` with the gradient of `soft`."""
+    return soft + mx.stop_gradient(hard - soft)
 
 
 def schedule(start: float, end: float, step: int, steps: int) -> float:

@@ -13,13 +13,14 @@ import mlx.nn as nn
 import numpy as np
 
 from ...errors import InputError
-from ...features import Features
+from ...features import Features, keep_rows
 from ...learned import SCORERS, save_scorer
 from ...pruners import count_kept
+from ...pruners.saliency import keep_highest
 from ..packing import IGNORE, answer_logits
 from .batches import Batch, Batches
 from .data import Samples
-from .gate import log_gate, schedule, straight_through
+from .gate import as_if, log_gate, schedule, straight_through
 from .loop import Loop, Schedule, draw_losses
 
 
@@ -77,6 +78,8 @@ class ScorerLoss:
         gate = straight_through(scores, keep, schedule(warm, cold, step, plan.steps))
         visual = mx.stop_gradient(self._model.project(batch.features.tokens))
         logits = self._logits(batch, visual, log_gate(gate))
+        kept = keep_highest(mx.stop_gradient(scores), keep).indices
+        logits = as_if(self._gathered(batch, visual, kept), logits)
         targets = batch.questions.targets
         used = targets != IGNORE
         losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
@@ -84,6 +87,12 @@ class ScorerLoss:
             whole = mx.stop_gradient(self._logits(batch, visual, None))
             losses = losses + plan.distill * _divergence(whole, logits)
         return mx.sum(losses * used), mx.sum(used)
+
+    def _gathered(self, batch: Batch, visual: mx.array, kept: mx.array) -> mx.array:
+        """Logits of the kept tokens alone, as at inference."""
+        some = keep_rows(visual, kept)
+        asked = (batch.questions, batch.features.total)
+        return answer_logits(self._model, batch.prefix, some, kept, *asked)
 
     def _logits(self, batch: Batch, visual: mx.array, gate: mx.array | None):
         total = batch.features.total

@@ -1,0 +1,290 @@
+"""Scorers, the gate they learn through, the training loop, and adapters."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from mlx_tokprune import Features, InputError, Pruner, generate, load
+from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.learned import Adaptive, Asking, load_scorer, save_scorer
+from mlx_tokprune.train.__main__ import main as train
+from mlx_tokprune.train.packing import answer_logits
+from mlx_tokprune.train.tune.batches import Batches
+from mlx_tokprune.train.tune.data import Sample, read_samples
+from mlx_tokprune.train.tune.gate import as_if, log_gate, schedule, straight_through
+from mlx_tokprune.train.tune.loop import Loop, Schedule
+from mlx_tokprune.train.tune.scorer import Plan, ScorerLoss, score
+
+
+def features(batch=2, side=4, channels=24, seed=0, **extras):
+    tokens = mx.random.normal((batch, side * side, channels), key=mx.random.key(seed))
+    return Features(tokens, (side, side), extras=extras)
+
+
+def samples(count=6):
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        image = Image.fromarray(rng.integers(0, 255, (96, 96, 3), np.uint8))
+        pairs = (("What is it?", f"number {number}"), ("How many?", str(number)))
+        made.append(Sample(number, pairs, image))
+    return made
+
+
+def test_the_gate_is_hard_forward_and_a_sigmoid_backward():
+    scores = mx.array([[0.3, 2.0, -1.0, 0.9, 0.5]])
+    weights = mx.array([[1.0, -2.0, 0.5, 3.0, 1.5]])
+    tau = 0.7
+    gate = straight_through(scores, 2, tau)
+    np.testing.assert_allclose(gate, [[0, 1, 0, 1, 0]], atol=1e-6)
+    found = mx.grad(lambda s: mx.sum(weights * straight_through(s, 2, tau)))(scores)
+    threshold = (0.9 + 0.5) / 2
+
+    def soft(values):
+        return float(
+            np.sum(np.array(weights) / (1 + np.exp(-(values - threshold) / tau)))
+        )
+
+    values, step = np.array(scores, np.float64), 1e-5
+    for i in range(5):
+        more, less = values.copy(), values.copy()
+        more[0, i] += step
+        less[0, i] -= step
+        expected = (soft(more) - soft(less)) / (2 * step)
+        assert abs(found[0, i].item() - expected) < 1e-4
+
+
+def test_a_hard_gather_has_no_gradient_to_scores():
+    tokens = mx.random.normal((1, 5, 3))
+
+    def gathered(scores):
+        order = mx.argsort(-scores, axis=1)[:, :2]
+        order = mx.stop_gradient(order)  # MLX has no gradient here, and says so
+        return mx.sum(mx.take_along_axis(tokens, order[..., None], axis=1))
+
+    assert mx.all(mx.grad(gathered)(mx.array([[0.3, 2, -1, 0.9, 0.5]])) == 0).item()
+
+
+def test_the_value_of_one_with_the_gradient_of_another():
+    value, gradient = mx.value_and_grad(lambda x: as_if(x * 0 + 7, x**2))(mx.array(3.0))
+    assert (value.item(), gradient.item()) == (7, 6)
+
+
+def test_schedules_at_their_ends():
+    assert schedule(1.0, 0.3, 0, 10) == 1.0
+    assert (
+        schedule(1.0, 0.3, 10, 10) == schedule(1.0, 0.3, 99, 10) == pytest.approx(0.3)
+    )
+    assert schedule(0.5, 0.0, 5, 10) == 0.25
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "asking"])
+def test_the_training_forward_is_that_of_inference(tiny, kind):
+    """The loss that a step sees equals that of the kept tokens alone."""
+    model, processor = tiny
+    batches, plan = Batches(model, processor, samples()), Plan(4, 3, 1, noise=0.0)
+    hidden = model.args.text["hidden_size"]
+    size = model.feature_size if kind == "adaptive" else hidden
+    scorer = {"adaptive": Adaptive, "asking": Asking}[kind](size)
+    summed, count = ScorerLoss(model, batches, plan)(scorer, (0, 1), 1)
+    batch = batches.draw((0, 1), 3, 1)
+    rng = np.random.default_rng((0, 1, 1))
+    keep = plan.keep(rng, 1, batch.features.total)
+    scores = score(model, scorer, batch, keep)
+    kept = mx.sort(mx.argsort(-scores, axis=1)[:, :keep], axis=1)
+    visual = model.project(batch.features.tokens)
+    some = mx.take_along_axis(visual, kept[..., None], axis=1)
+    asked = (batch.questions, batch.features.total)
+    logits = answer_logits(model, batch.prefix, some, kept, *asked)
+    targets = batch.questions.targets
+    losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
+    expected = mx.sum(losses * (targets >= 0))
+    assert count.item() == mx.sum(targets >= 0).item()
+    np.testing.assert_allclose(summed.item(), expected.item(), rtol=1e-4)
+
+
+def test_an_open_gate_changes_nothing(tiny):
+    model, processor = tiny
+    batch = Batches(model, processor, samples()).draw((0,), 2, 2)
+    visual = model.project(batch.features.tokens)
+    every = mx.broadcast_to(mx.arange(visual.shape[1]), visual.shape[:2])
+    asked = (model, batch.prefix, visual, every, batch.questions, visual.shape[1])
+    plain = answer_logits(*asked)
+    gated = answer_logits(*asked, "original", log_gate(mx.ones(visual.shape[:2])))
+    np.testing.assert_allclose(plain, gated, atol=1e-5)
+
+
+@pytest.mark.parametrize("scorer", [Adaptive(24), Asking(24)])
+def test_budgets_and_batches(scorer):
+    """Exactly K, for every K; the budget is seen; a sample's scores are its own."""
+    given = features(text=mx.random.normal((2, 5, 24)))
+    for keep in (1, 7, 15):
+        chosen = Pruner("learned", keep_tokens=keep, at=scorer.at, scorer=scorer)(given)
+        assert chosen.indices.shape == (2, keep)
+    few, many = (
+        scorer(features(text=given.extras["text"], budget=mx.full((2,), share)))
+        for share in (0.1, 0.9)
+    )
+    assert mx.max(mx.abs(few - many)).item() > 1e-6
+    alone = {name: array[:1] for name, array in given.extras.items()}
+    one = scorer(Features(given.tokens[:1], given.grid, extras=alone))
+    np.testing.assert_allclose(scorer(given)[:1], one, atol=1e-5)
+
+
+def test_padding_of_questions_is_not_seen():
+    scorer, text = Asking(24), mx.random.normal((2, 5, 24))
+    mask = mx.arange(5) < mx.array([[3], [5]])
+    padded = scorer(features(text=text, text_mask=mask))
+    alone = scorer(
+        Features(features().tokens[:1], (4, 4), extras={"text": text[:1, :3]})
+    )
+    np.testing.assert_allclose(padded[:1], alone, atol=1e-5)
+
+
+def test_a_scorer_on_disk(tmp_path, demo):
+    model, processor = demo
+    for name, scorer in (("a", Adaptive(512)), ("b", Asking(192))):
+        save_scorer(scorer, tmp_path / name)
+        again = load_scorer(tmp_path / name)
+        for (key, one), (_, two) in zip(
+            tree_flatten(scorer.parameters()),
+            tree_flatten(again.parameters()),
+            strict=True,
+        ):
+            assert mx.array_equal(one, two), key
+        pruner = Pruner(str(tmp_path / name), 0.25)
+        assert (pruner.method, pruner.at) == ("learned", scorer.at)
+        assert Pruner(**pruner.described()).at == scorer.at
+        same = Pruner("learned", 0.25, at=scorer.at, scorer=scorer)
+        asked = (model, processor, [PICTURES[0].path], PICTURES[0].question)
+        assert generate(*asked, pruner=pruner) == generate(*asked, pruner=same)
+    with pytest.raises(InputError, match="was trained for 'prompt', not 'tower'"):
+        Pruner(str(tmp_path / "b"), 0.25, at="tower")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scorer": "adaptiv"}, "Did you mean 'adaptive'"),
+        ({"settings": {"channels": 512, "width": -1}}, "sizes are no whole numbers"),
+        ({"settings": {"channels": 512, "depth": 2}}, "no scorer that can be read"),
+        ({"settings": {"channels": 8}}, "no scorer that can be read"),
+    ],
+)
+def test_damaged_scorers_are_refused(tmp_path, change, message):
+    save_scorer(Adaptive(512), tmp_path / "s")
+    file = tmp_path / "s" / "scorer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        Pruner(str(tmp_path / "s"), 0.5)
+
+
+def trained(tiny, folder, steps, stop=None):
+    model, processor = tiny
+    batches, plan = Batches(model, processor, samples()), Plan(steps, 2, 1)
+    mx.random.seed(0)
+    scorer = Adaptive(model.feature_size, width=16)
+    how = Schedule(steps, 1e-3, save_every=1)
+    loop = Loop(scorer, ScorerLoss(model, batches, plan), how, folder)
+
+    def after(step):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    loop.run(after)
+    return scorer
+
+
+def test_a_run_that_is_resumed_ends_in_the_same_bytes(tiny, tmp_path):
+    whole = trained(tiny, tmp_path / "whole", 4)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny, tmp_path / "parts", 4, stop=2)
+    parts = trained(tiny, tmp_path / "parts", 4)
+    for (name, one), (_, two) in zip(
+        tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True
+    ):
+        assert mx.array_equal(one, two), name
+    with pytest.raises(InputError, match="training with other settings"):
+        trained(tiny, tmp_path / "parts", 5)
+
+
+def test_samples_from_files(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    lines = [
+        json.dumps({"image": "a.png", "question": "What?", "answer": "black"}),
+        "no json",
+        json.dumps({"image": "missing.png", "question": "What?", "answer": "x"}),
+        json.dumps({"image": "a.png", "question": "What?"}),
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    found = read_samples(str(tmp_path / "lines.jsonl"), 1)
+    assert [item.pairs for item in found.items] == [(("What?", "black"),)]
+    assert [number for number, _ in found.skipped] == [2, 3, 4]
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "black"},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    entries = [{"image": "a.png", "conversations": turns}, {"image": 3}]
+    (tmp_path / "llava.json").write_text(json.dumps(entries))
+    found = read_samples(str(tmp_path / "llava.json"), 1)
+    assert found.items[0].pairs == (("What?", "black"), ("Sure?", "yes"))
+    assert found.skipped == ((2, "has no image"),)
+    (tmp_path / "empty.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="nothing to learn from"):
+        read_samples(str(tmp_path / "empty.jsonl"), 1)
+
+
+@pytest.mark.parametrize("dora", [[], ["--dora"]])
+def test_an_adapter_is_trained_used_and_fused(tmp_path, packages, dora):
+    """Through the command line; fused weights answer as the adapter does."""
+    out, fused = str(tmp_path / "adapter"), str(tmp_path / "fused")
+    common = ["--pictures", "3", "--batch", "2", "--questions", "1", "--steps", "2"]
+    train(["lora", "--rank", "2", "--output", out, *common, *dora])
+    weights = mx.load(f"{out}/adapters.safetensors")
+    assert any(mx.any(a != 0).item() for n, a in weights.items() if n.endswith("_b"))
+    train(["fuse", "--adapter-path", out, "--output", fused])
+    adapted, _ = load("demo", adapter_path=out)
+    merged, _ = load(fused)
+    ids = mx.array([[1, 5, 9, 30]])
+    logits, same = adapted(ids), merged(ids)
+    assert mx.max(mx.abs(logits - load("demo")[0](ids))).item() > 1e-4
+    np.testing.assert_allclose(logits, same, atol=2e-2)
+
+
+def test_a_scorer_is_trained_on_the_command_line(tmp_path):
+    for kind in ("adaptive", "asking"):
+        out = str(tmp_path / kind)
+        common = ["--pictures", "3", "--batch", "2", "--questions", "2", "--steps", "2"]
+        train(["prune", "--scorer", kind, "--output", out, *common])
+        assert Pruner(out, 0.25).scorer is not None
+        assert (tmp_path / f"{kind}.training" / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "--scorer", "adaptve"], "Did you mean 'adaptive'"),
+        (["prune", "--keep-ratios", "0.5", "0.1"], "out of order"),
+        (["prune", "--data", "nothing.jsonl"], "does not exist"),
+        (["prune", "--steps", "0"], "whole numbers from 1"),
+        (
+            ["lora", "--method", "fastv", "--pictures", "1"],
+            "under pruning at the tower",
+        ),
+        (["lora", "--rank", "0"], "rank and layers"),
+        (["fuse", "--adapter-path", "nowhere"], "no adapter_config.json"),
+    ],
+)
+def test_bad_training_options(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        train([*arguments, "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
