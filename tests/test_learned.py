@@ -32,7 +32,7 @@ def samples(count=6):
     for number in range(count):
         image = Image.fromarray(rng.integers(0, 255, (96, 96, 3), np.uint8))
         pairs = (("What is it?", f"number {number}"), ("How many?", str(number)))
-        made.append(Sample(number, pairs, image))
+        made.append(Sample(number, pairs, image.copy))
     return made
 
 

@@ -1,28 +1,39 @@
 """What is learned from: questions and answers about pictures, read or generated."""
 
+import functools
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ...errors import InputError
 from ...image import load_image
+from ..recipe import TRAINING
+from ..scenes import CANVAS, ask_many, render, sample_scene
 
 MOST_LINES = 1 << 22
+_DEMO_SEED = (TRAINING, 777)  # no other training's, and none of the held-out pictures'
+_DEMO_QUESTIONS = 8  # about each picture
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, by what tells it from others, and what is asked about it."""
+    """A picture, by what tells it from others, and what is asked about it.
+
+    draw: makes the picture, where it is no file.
+    """
 
     picture: Hashable
     pairs: tuple[tuple[str, str], ...]
-    image: Image.Image | None = field(default=None, repr=False, compare=False)
+    draw: Callable[[], Image.Image] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     def load(self) -> Image.Image:
-        return self.image or load_image(str(self.picture))
+        return self.draw() if self.draw else load_image(str(self.picture))
 
 
 @dataclass(frozen=True)
@@ -111,15 +122,9 @@ def _pairs(entry: dict) -> Iterator[tuple[str, str]]:
 
 
 def _demo(pictures: int) -> Iterator[Sample]:
-    import numpy as np
-
-    from ..recipe import TRAINING
-    from ..scenes import CANVAS, ask_many, render, sample_scene
-
     for number in range(pictures):
-        rng = np.random.default_rng((TRAINING, 777, number))
+        rng = np.random.default_rng((*_DEMO_SEED, number))
         scene = sample_scene(rng, CANVAS, 5)
-        image = render(rng, scene)
-        asked = ask_many(rng, scene, 8)
-        pairs = tuple((q.prompt, q.answer) for q in asked)
-        yield Sample(("demo", number), pairs, image)
+        asked = ask_many(rng, scene, _DEMO_QUESTIONS)
+        pairs = tuple((question.prompt, question.answer) for question in asked)
+        yield Sample(("demo", number), pairs, functools.partial(render, rng, scene))
