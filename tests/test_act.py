@@ -22,7 +22,7 @@ ASK = ["--model", str(TINY_POLICY), "--image", PICTURE, "--instruction", INSTRUC
 PROMISED = {
     *("action", "normalized_action", "token_ids", "visual_tokens", "kept_indices"),
     *("stages_ms", "ttft_ms", "total_ms", "actions_per_second", "peak_memory_mb"),
-    *("method", "keep", "positions", "device"),
+    *("method", "keep", "places", "positions", "device"),
 }
 
 
@@ -187,7 +187,7 @@ def test_rate_counts_the_actions_of_a_chunk(monkeypatch):
 def test_what_was_kept_of_each_of_several_pictures():
     kept = mx.array([[0, 3, 64, 70, 127]])
     visual = VisualTokens(None, kept, Selection(kept), (8, 8), pictures=2)
-    first, second = act._per_picture(visual, 2)
+    first, second = visual.per_picture(visual.left())
     assert first.tolist() == [0, 3]
     assert second.tolist() == [0, 6, 63]
 

@@ -23,7 +23,7 @@ from mlx_tokprune.image import load_image
 from mlx_tokprune.measure import cost, machine
 from mlx_tokprune.measure.results import read_result
 from mlx_tokprune.measure.subject import Asked, subject_of
-from mlx_tokprune.pruners import Pruner, as_plan
+from mlx_tokprune.pruners import Counts, Pruner, as_plan
 from mlx_tokprune.pruners.registry import temporary
 from mlx_tokprune.robot import predict
 
@@ -159,7 +159,8 @@ def test_flops_of_a_policy_are_those_of_its_sizes(tiny_policy):
     asked = Asked([image], "pick up the cup", plan, "original")
     counted = subject_of("tiny", model, processor).count(asked)
     costs = counted.costs
-    assert (counted.total, counted.kept) == (64, 16)
+    assert counted.tokens == Counts(64, 16, 16, 16, 16)
+    assert costs["prune"].flops == 0  # norms are no products
     vision = 0
     for dim, hidden, prefix in ((48, 192, 5), (64, 224, 0)):
         tokens = 64 + prefix
@@ -419,7 +420,7 @@ def whole_bench(tmp_path_factory):
         (["--methods", "nrm"], "Did you mean 'norm'?"),
         (["--methods", "learned"], "chooses by a scorer"),
         (["--option", "coverage=0.3"], "has an option 'coverage'"),
-        (["--option", "coverage"], "NAME=VALUE with a number"),
+        (["--option", "coverage"], "NAME=VALUE, not 'coverage'"),
         (["--model", "demo", "--model", "demo-policy"], "not both"),
         (["--model", "demo-policy", "--image-sizes", "64"], "112 px only"),
         (["--image-sizes", "500"], "a multiple of 64, such as 512"),

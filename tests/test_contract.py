@@ -178,6 +178,42 @@ def test_a_memory_knows_that_a_scorer_learned_more(demo):
     assert kept(memory=memory) == kept() != before
 
 
+SIGN, COLOR = "What does the sign say?", "Which color is the thing on the left?"
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        Pruner("trimvla", 0.25),
+        Pruner("cdpruner", 0.25),
+        Pruner("fastv", 0.25),
+        [Pruner("norm", 0.5), Pruner("cdpruner", 0.5), Pruner("fastv", 0.5)],
+    ],
+    ids=["trimvla", "cdpruner", "fastv", "all places"],
+)
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_a_memory_chooses_tokens_for_each_question(demo, pruner, positions):
+    """The tower's tokens are known; what a question keeps of them is its own."""
+    model, processor = demo
+    memory = Memory()
+
+    def asked(text: str, **how):
+        pieces = stream_generate(
+            *(model, processor, [PICTURES[0].path], text),
+            **{"pruner": pruner, "max_tokens": 4, "positions": positions, **how},
+        )
+        *_, last = found = list(pieces)
+        return [piece.token for piece in found], last.visual.by_place(), last.reused
+
+    before = asked(SIGN, memory=memory)
+    ids, kept, reused = asked(COLOR, memory=memory)
+    assert len(memory) == 1
+    assert (ids, kept, reused) == asked(COLOR)
+    assert reused == 0  # the cache holds what the first question kept
+    assert kept != before[1]
+    assert asked(SIGN, memory=memory) == before
+
+
 def test_padding_of_the_tower_is_not_pruned_further(demo):
     with temporary("uneven") as register:
 

@@ -25,7 +25,7 @@ from mlx_tokprune.measure.intervals import bootstrap, of_share, wilson
 from mlx_tokprune.measure.results import Row, fingerprint, make_rows
 from mlx_tokprune.measure.subject import Asked, Counted, subject_of
 from mlx_tokprune.pipeline import run
-from mlx_tokprune.pruners import Pruner, as_plan
+from mlx_tokprune.pruners import Counts, Pruner, as_plan
 from mlx_tokprune.train.accuracy import measure as measure_training
 
 QUESTION = "What does the sign say?"
@@ -166,7 +166,7 @@ def test_answers_are_those_of_generate(demo, positions):
         records = evaluator.ask(item)
         for row in ROWS:
             asked = ([picture.path], picture.question)
-            how = {"pruner": row.pruner, "positions": positions, "max_tokens": 8}
+            how = {"pruner": row.pruners, "positions": positions, "max_tokens": 8}
             alone = generate(*demo, *asked, **how)
             record = records[row.label]
             assert record["answer"] == alone
@@ -203,7 +203,7 @@ def test_divergence_is_that_of_the_distributions(demo):
 
     wanted = distributions(())
     for row in ROWS[1:]:
-        other = distributions(as_plan(row.pruner))
+        other = distributions(as_plan(row.pruners))
         expected = (wanted * np.log(wanted / other)).sum(-1).mean()
         found = records[row.label]["divergence"]
         assert found == pytest.approx(expected, rel=1e-2, abs=1e-5)
@@ -234,7 +234,7 @@ def test_a_picture_is_encoded_once(demo, monkeypatch):
         type(model), "encode", lambda *args: encoded.append(1) or encode(*args)
     )
     # Counting FLOPs traces the tower, which computes nothing.
-    none = Counted({}, 0, 64, 64)
+    none = Counted({}, 0, Counts(64, 64, 64, 64, 64))
     monkeypatch.setattr(type(evaluator.subject), "count_shapes", lambda *_: none)
     for question in ("What?", "Where?"):
         evaluator.ask(data.Item(str(PICTURES[0].path), question))
@@ -244,7 +244,7 @@ def test_a_picture_is_encoded_once(demo, monkeypatch):
 def test_accuracies_are_those_of_the_training_s_own_check(demo):
     found = data.read_questions("demo", 6, None)
     pruners = [Pruner("none"), Pruner("norm", 0.11), Pruner("random", 0.25)]
-    rows = [Row(f"{p.method}", p) for p in pruners]
+    rows = [Row(p.method, (p,)) for p in pruners]
     evaluator = evaluator_of(demo, rows)
     records = {n: evaluator.ask(item) for n, item in enumerate(found.items)}
     ours = table.summarize(found.items, records)
@@ -275,7 +275,7 @@ def test_actions_are_those_of_predict_action(tiny_policy, positions):
     records = evaluator.ask(data.Item(picture, told, (right,)))
     assert records["none"]["accuracy"] == 1
     for row in rows:
-        how = {"pruner": row.pruner, "positions": positions}
+        how = {"pruner": row.pruners, "positions": positions}
         action = predict_action(*tiny_policy, [picture], told, **how)
         shown = " ".join(f"{value:+.3f}" for value in action.normalized)
         record = records[row.label]
@@ -507,7 +507,7 @@ def test_flops_are_those_of_each_question(demo, folder):
     for question in questions:
         record = evaluator.ask(data.Item(picture, question))["norm 0.5"]
         asked = ([data.Item(picture, question).load()], question)
-        plan = as_plan(ROWS[1].pruner)
+        plan = as_plan(ROWS[1].pruners)
         counted = evaluator.subject.count(Asked(*asked, plan, "original"))
         assert record["flops"] == counted.flops
         flops.append(record["flops"])

@@ -3,13 +3,24 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
-from mlx_tokprune import InputError, Policy, Pruner, predict_action, stream_generate
+from mlx_tokprune import (
+    InputError,
+    Policy,
+    Pruner,
+    Selection,
+    predict_action,
+    stream_generate,
+)
 from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.image import load_image
 from mlx_tokprune.models.language import LayerCache
-from mlx_tokprune.pipeline import Scene, assemble, look, run
+from mlx_tokprune.pipeline import Scene, assemble, look, plan_for, run
 from mlx_tokprune.pruners import as_plan
+from mlx_tokprune.pruners.registry import temporary
+from mlx_tokprune.robot.heads import head_of
+from mlx_tokprune.robot.inputs import observe
 
 QUESTION = PICTURES[0].question
 
@@ -25,18 +36,30 @@ def scene_of(processor, images, text=QUESTION):
     )
 
 
-def masked_states(decoder, embeddings, hidden_from):
-    """Last states of a full forward in which layers >= k do not see some tokens.
+def layer_inputs(decoder, embeddings, hidden_from, causal=True):
+    """What goes into each layer of a full forward, and at last what comes out.
 
-    hidden_from: by k, a bool array (T,) of tokens that nobody sees from there on.
+    hidden_from: by k, a bool array (T,) or (B, T) of tokens that nobody sees from layer
+    k on. Every token stands at the place that it has in the full sequence.
     """
-    length, h = embeddings.shape[1], embeddings
-    seen = mx.tri(length, length, 0, mx.bool_)
+    length, found = embeddings.shape[1], [(embeddings, None)]
+    seen = mx.ones((1, length, length), mx.bool_)
+    seen = seen & mx.tri(length, length, 0, mx.bool_) if causal else seen
     for number, layer in enumerate(decoder.layers):
         if number in hidden_from:
+            gone = mx.array(hidden_from[number]).reshape(-1, 1, length)
             # A hidden token sees itself, so that its row is no NaN.
-            seen = seen & (~hidden_from[number][None] | mx.eye(length, dtype=mx.bool_))
-        h = layer(h, seen[None, None], LayerCache(None, 0, mx.arange(length)))
+            seen = seen & (~gone | mx.eye(length, dtype=mx.bool_))
+        h, _ = found[-1]
+        found[-1] = (h, seen)
+        part = LayerCache(None, 0, mx.arange(length))
+        found.append((layer(h, seen[:, None], part), None))
+    return found
+
+
+def masked_states(decoder, embeddings, hidden_from, causal=True):
+    """Last states of a full forward in which layers >= k do not see some tokens."""
+    (*_, (h, _)) = layer_inputs(decoder, embeddings, hidden_from, causal)
     return decoder.norm(h[:, -1:])
 
 
@@ -67,6 +90,7 @@ PLANS = [
     [Pruner("attention", 0.25, at=1)],
     [Pruner("norm", 0.5, at=2)],
     [Pruner("attention", 0.5, at=1), Pruner("attention", 0.5, at=2)],
+    [Pruner("fastv", 0.25)],
 ]
 
 
@@ -75,8 +99,6 @@ PLANS = [
 @pytest.mark.parametrize("model_name", ["tiny", "demo"])
 def test_dropping_equals_masking(request, picture, plan, pictures, model_name):
     model, processor = request.getfixturevalue(model_name)
-    if plan[-1].at >= len(model.layers):
-        pytest.skip("the tiny model has too few layers for this plan")
     images = [picture] * pictures
     scene = scene_of(processor, images)
     visual = look(model, scene, ())
@@ -103,6 +125,109 @@ def test_chunks_do_not_matter(demo, picture):
     parts, _ = run(model, scene, plan, cache=model.decoder.make_cache(), step=7)
     np.testing.assert_allclose(whole.hidden, parts.hidden, atol=1e-4)
     assert mx.array_equal(whole.choices[0][1].indices, parts.choices[0][1].indices)
+
+
+def gone_of(sequence, choices, row=0):
+    """By layer, which tokens (T,) of one sample it does not see any more."""
+    where = np.concatenate([np.arange(s.start, s.stop) for s in sequence.visual])
+    left, hidden = np.arange(len(where)), {}
+    for layer, selection in choices:
+        left = left[np.array(selection.indices[row])]
+        seen = np.ones(sequence.embeddings.shape[1], bool)
+        seen[where] = False
+        seen[where[left]] = True
+        hidden[layer] = ~seen
+    return hidden
+
+
+@pytest.mark.parametrize("step", [2048, 13])
+@pytest.mark.parametrize(
+    ("model_name", "plan"),
+    [
+        ("tiny", [Pruner("fastv", 0.25)]),
+        ("tiny", [Pruner("norm", 0.5, at=1), Pruner("fastv", 9 / 32)]),
+        ("demo_policy", [Pruner("fastv", 0.25)]),
+        ("demo_policy", [Pruner("pyramiddrop", 0.5)]),
+    ],
+)
+def test_each_row_of_a_batch_equals_masking(request, picture, model_name, plan, step):
+    """FastV in one batch, where each picture loses other tokens; also in chunks."""
+    model, processor = request.getfixturevalue(model_name)
+    images = [picture, picture.rotate(180)]
+    prompt = processor.prompt("What is it?", *([1] if model_name == "tiny" else []))
+    scene, plan = Scene(mx.array(processor.pixels(images)), prompt, 2), plan
+    plan = plan_for(model, plan)
+    cache = model.decoder.make_cache()
+    read, _ = run(model, scene, plan, cache=cache, step=step)
+    chosen = read.choices[-1][1].indices
+    assert not mx.array_equal(chosen[0], chosen[1])
+    sequence = assemble(model, scene, look(model, scene, ()))
+    rows = [gone_of(sequence, read.choices, row) for row in range(2)]
+    gone = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+    expected = masked_states(model.decoder, sequence.embeddings, gone)
+    expected, found = (model.decoder.logits(h)[:, -1] for h in (expected, read.hidden))
+    assert float(mx.max(mx.abs(found - expected)) / mx.max(mx.abs(expected))) < 1e-5
+    assert mx.array_equal(mx.argmax(found, axis=-1), mx.argmax(expected, axis=-1))
+    # And one token more, behind caches of other lengths.
+    token = mx.argmax(found, axis=-1)[:, None]
+    longer = mx.concatenate([sequence.embeddings, model.decoder.embed(token)], axis=1)
+    gone = {k: np.pad(hidden, ((0, 0), (0, 1))) for k, hidden in gone.items()}
+    expected = masked_states(model.decoder, longer, gone)
+    found = model.decoder.follow(token, read.cache)
+    assert float(mx.max(mx.abs(found - expected)) / mx.max(mx.abs(expected))) < 1e-5
+
+
+CHUNKS = {"prefill_step_size": 13}
+QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+
+
+@pytest.mark.parametrize(
+    ("model_name", "how"),
+    [
+        ("tiny", CHUNKS),  # its keys are too short to be quantized
+        ("demo", CHUNKS),
+        ("demo", QUANTIZED),
+        ("demo", QUANTIZED | CHUNKS | {"quantized_kv_start": 90}),
+    ],
+)
+def test_fastv_equals_masking_however_it_is_read(request, picture, model_name, how):
+    model, processor = request.getfixturevalue(model_name)
+    scene, plan = scene_of(processor, [picture]), (Pruner("fastv", 0.25),)
+    visual = look(model, scene, ())
+    read, _ = run(model, scene, plan)
+    _, ids = masked_answer(model, scene, read.choices, visual, 8)
+    pieces = stream_generate(
+        *(model, processor, [picture], QUESTION), pruner=plan, max_tokens=8, **how
+    )
+    found = [piece.token for piece in pieces]
+    assert found == ids[: len(found)]
+
+
+def test_a_quantized_cache_of_unequal_lengths_is_near_masking(demo, picture):
+    """Logits of tokens after FastV, from keys and values of 8 bits."""
+    from mlx_lm.generate import maybe_quantize_kv_cache
+
+    model, processor = demo
+    scene, plan = scene_of(processor, [picture]), (Pruner("fastv", 0.25),)
+    decoder, after = model.decoder, mx.array([[11, 12, 13]])
+    read, _ = run(model, scene, plan, cache=decoder.make_cache())
+    cache = read.cache
+    maybe_quantize_kv_cache(cache, 0, 32, 8)
+    found = [model(after[:, i : i + 1], cache=cache)[0, -1] for i in range(3)]
+    assert len({layer.inner.offset for layer in cache}) == 2
+    assert {type(layer.inner).__name__ for layer in cache} == {"QuantizedKVCache"}
+    sequence = assemble(model, scene, look(model, scene, ()))
+    gone, embeddings = gone_of(sequence, read.choices), sequence.embeddings
+    for number, logits in enumerate(found):
+        embeddings = mx.concatenate(
+            [embeddings, decoder.embed(after[:, number : number + 1])], axis=1
+        )
+        more = {k: np.pad(hidden, (0, number + 1)) for k, hidden in gone.items()}
+        expected = decoder.logits(masked_states(decoder, embeddings, more))[0, -1]
+        scale = float(mx.max(mx.abs(expected)))
+        assert float(mx.max(mx.abs(logits - expected))) < 0.03 * scale
+        whole = decoder.logits(masked_states(decoder, embeddings, {}))[0, -1]
+        assert float(mx.max(mx.abs(logits - whole))) > 0.03 * scale
 
 
 def test_places_compose_and_contiguous_positions_differ(demo, picture):
@@ -160,3 +285,119 @@ def test_oft_reads_its_slots_after_dropping(oft_policy):
 def test_places_that_cannot_be(demo, picture, pruner, words):
     with pytest.raises(InputError, match=words):
         stream_generate(*demo, [picture], QUESTION, pruner=pruner())
+
+
+# Extras -----------------------------------------------------------------------------
+
+
+EXTRAS = ("attention", "keys", "text", "text_attention")
+
+
+@pytest.fixture
+def looking():
+    """A method that keeps the first tokens, and what it was given."""
+    given = []
+    with temporary("looking", needs=EXTRAS, seeded=True) as register:
+
+        @register  # seeded ones are not compiled
+        def looking(features, *, keep, seed=0):
+            given.append(features)
+            kept = mx.arange(keep, dtype=mx.int32)
+            return Selection(mx.broadcast_to(kept, (len(features.tokens), keep)))
+
+        yield given
+
+
+def attended_by_hand(layer, hidden, seen):
+    """(B, T, T) mean over heads of a layer's attention, positions as they come."""
+    attention, x = layer.self_attn, layer.input_layernorm(hidden)
+    batch, length, _ = x.shape
+    shape = (batch, length, -1, attention.q_proj(x).shape[-1] // attention.n_heads)
+    queries, keys = (
+        attention.rope.rope(project(x).reshape(shape).swapaxes(1, 2), offset=0)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    queries, keys = np.array(queries, np.float64), np.array(keys, np.float64)
+    each = queries.shape[1] // keys.shape[1]
+    total = 0
+    for head in range(queries.shape[1]):
+        scores = queries[:, head] @ keys[:, head // each].swapaxes(1, 2)
+        scores = scores / np.sqrt(queries.shape[-1])
+        scores = np.where(np.array(seen), scores, -np.inf)
+        powers = np.exp(scores - scores.max(-1, keepdims=True))
+        total = total + powers / powers.sum(-1, keepdims=True)
+    return total / queries.shape[1]
+
+
+def check_extras(model, scene, before, given, layer, state_rows=0):
+    """What a method was given after `layer` layers, against a full forward.
+
+    before: of the prompt, the choices of earlier places. state_rows: tokens behind the
+    prompt's last.
+    """
+    decoder, sequence = model.decoder, assemble(model, scene, look(model, scene, ()))
+    gone = gone_of(sequence, before)
+    causal = model.attends == "causal"
+    inputs = layer_inputs(decoder, sequence.embeddings, gone, causal)
+    hidden, seen = inputs[layer - 1]
+    last = sequence.embeddings.shape[1] - 1 - state_rows
+    text = np.arange(sequence.visual[-1].stop, last + 1)
+    where = np.concatenate([np.arange(s.start, s.stop) for s in sequence.visual])
+    for _, selection in before:
+        where = where[np.array(selection.indices[0])]
+    attended = attended_by_hand(decoder.layers[layer - 1], hidden, seen)[0]
+    one = decoder.layers[layer - 1]
+    keys = one.self_attn.k_proj(one.input_layernorm(hidden))[0]
+    after = np.array(inputs[layer][0][0])
+    expected = {
+        "attention": attended[last][where],
+        "text_attention": attended[text][:, where],
+        "keys": np.array(keys)[where],
+        "text": after[text],
+    }
+    assert given.extras.keys() == expected.keys()
+    for name, value in expected.items():
+        found = np.array(given.extras[name][0])
+        assert found.shape == value.shape
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(found / scale, value / scale, atol=1e-5)
+    np.testing.assert_allclose(given.tokens[0], after[where], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("step", [2048, 7])
+def test_layers_give_what_a_full_forward_has(
+    demo, picture, looking, layer, pictures, step
+):
+    model, processor = demo
+    scene = scene_of(processor, [picture, picture.rotate(90)][:pictures])
+    plan = (Pruner("looking", 0.5, at=layer),)
+    run(model, scene, plan, cache=model.decoder.make_cache(), step=step)
+    check_extras(model, scene, (), looking[0], layer)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_and_after_tokens_were_dropped(demo, picture, looking, pictures):
+    model, processor = demo
+    scene = scene_of(processor, [picture, picture.rotate(90)][:pictures])
+    plan = plan_for(model, [Pruner("norm", 0.5, at=1), Pruner("looking", 0.25, at=3)])
+    read, _ = run(model, scene, plan)
+    check_extras(model, scene, read.choices[:1], looking[0], 3)
+    assert looking[0].total == 32 * pictures
+
+
+def test_slots_are_no_text(oft_policy, looking):
+    """Of a policy with slots: its state and prompt, read both ways."""
+    model, processor = oft_policy
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 255, (112, 112, 3), np.uint8)) for _ in range(2)
+    ]
+    state = mx.array([[0.1, -0.4, 0.9, 0.0, 0.3]])
+    scene = observe(processor, [images], processor.prompt("lift the block"), state)
+    head, plan = head_of(model, processor, 7), (Pruner("looking", 0.5, at=2),)
+    head.act(model, scene, plan)
+    check_extras(model, scene, (), looking[0], 2, state_rows=22)
+    words = len(scene.prompt.segments[-1])
+    assert looking[0].extras["text"].shape[1] == 1 + words

@@ -1,5 +1,6 @@
 """The tower, its CPU forms, folding, and rotary positions."""
 
+import dataclasses
 import threading
 
 import mlx.core as mx
@@ -144,6 +145,90 @@ def test_only_the_last_block_computes_weights_and_only_when_asked(monkeypatch):
     asked.clear()
     assert set(tower(pixels, ("attention",)).extras) == {"attention"}
     assert asked == [(), (), ("attention",)]
+
+
+def received_and_keys(block, x):
+    """In NumPy: what each token of (B, H, W, C) receives in a block, and its keys."""
+    mixer, (batch, height, width, channels) = block.token_mixer, x.shape
+    values = np.array(block.norm(x), np.float64).reshape(batch, -1, channels)
+    qkv = values @ np.array(mixer.qkv.weight, np.float64).T
+    queries, keys = qkv[..., :channels], qkv[..., channels : 2 * channels]
+    received, heads = 0, channels // mixer.head_dim
+    for head in range(heads):
+        part = slice(head * mixer.head_dim, (head + 1) * mixer.head_dim)
+        scores = queries[..., part] @ keys[..., part].swapaxes(1, 2)
+        scores = (scores - scores.max(-1, keepdims=True)) / np.sqrt(mixer.head_dim)
+        scores = np.exp(scores)
+        received += (scores / scores.sum(-1, keepdims=True)).mean(1) / heads
+    return received.reshape(batch, height, width), keys
+
+
+def sharp(config) -> FastViTHD:
+    """A small tower in whose attention it matters who looks at whom."""
+    mx.random.seed(1)
+    tower = FastViTHD(config)
+    for _, module in tower.named_modules():
+        if "bias" in module:
+            module.bias = mx.zeros_like(module.bias)  # places would be alike
+        if "qkv" in module:
+            module.qkv.weight = 20 * module.qkv.weight
+    return tower
+
+
+MIXERS = ("repmixer",) * 3
+CONVOLUTIONS_BEFORE = dataclasses.replace(
+    SMALL,
+    token_mixers=(*MIXERS, "repmixer", "attention"),
+    pos_embs_shapes=(None, None, None, None, (7, 7)),
+)
+TWO_BEFORE = dataclasses.replace(SMALL, layers=(1, 1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("config", [SMALL, TWO_BEFORE, CONVOLUTIONS_BEFORE])
+def test_extras_of_the_last_block_and_of_a_middle_one(config):
+    """The stage before the last has four tokens for one: what those receive is added.
+
+    Where it has no attention, the first block of the last stage is the middle one.
+    """
+    tower = sharp(config)
+    pixels = 100 * mx.random.normal((2, 128, 192, 3))
+    x, found = tower.patch_embed(pixels), []
+    for stage in tower.network:
+        for block in stage if isinstance(stage, list) else [stage]:
+            if hasattr(block, "attend"):
+                found.append(received_and_keys(block, x))
+            x = block(x)
+    extras = tower(pixels, ("attention", "attention_middle", "keys")).extras
+    assert extras.keys() == {"attention", "attention_middle", "keys"}
+    (*_, before, (first, _), (last, keys)) = [(None, None), *found]
+    middle = first
+    if config is not CONVOLUTIONS_BEFORE:
+        finer = before[0]
+        assert finer.shape == (2, 4, 6)
+        middle = np.array(
+            [
+                [
+                    [
+                        picture[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].sum()
+                        for j in (0, 1, 2)
+                    ]
+                    for i in (0, 1)
+                ]
+                for picture in finer
+            ]
+        )
+    for name, expected in (("attention", last), ("attention_middle", middle)):
+        expected = expected.reshape(2, 6)
+        np.testing.assert_allclose(np.array(extras[name]), expected, atol=1e-4)
+        np.testing.assert_allclose(expected.sum(-1), 1)
+        assert expected.max() > 1.05 * expected.min()
+    assert extras["keys"].shape == (2, 6, 64)
+    scale = np.abs(keys).max()
+    np.testing.assert_allclose(np.array(extras["keys"]), keys, atol=1e-4 * scale)
+    alone = [tower(pixels, (name,)).extras for name in extras]
+    for name, one in zip(extras, alone, strict=True):
+        assert list(one) == [name]
+        assert difference(one[name], extras[name]) < 1e-4
 
 
 WHERE = [0, 1, 5, 6, 11]

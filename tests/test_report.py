@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlx_tokprune.bench import table as bench_table
 from mlx_tokprune.bench.__main__ import main as bench
-from mlx_tokprune.commands import report
+from mlx_tokprune.commands import options, report
 from mlx_tokprune.commands.report import picture, table_of
 from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.errors import InputError
@@ -95,13 +95,13 @@ def test_pictures_are_drawn_as_the_run_saw_them(tmp_path, monkeypatch):
     asked = ["--data", str(wide.parent), "--prompt", "What?", "--max-tokens", "2"]
     methods = ["--methods", "norm", "--keep-ratios", "0.5", "--padding", "skip"]
     evaluate([*asked, *methods, "--output", str(file)])
-    draw = report.draw_overlay
+    draw = options.draw_overlay
 
-    def watched(images, selection, grid, **how):
+    def watched(images, selection, grid, padded):
         drawn.append((grid, selection.keep))
-        return draw(images, selection, grid, **how)
+        return draw(images, selection, grid, padded)
 
-    monkeypatch.setattr(report, "draw_overlay", watched)
+    monkeypatch.setattr(options, "draw_overlay", watched)
     main([str(file), "--output", str(tmp_path / "page.html")])
     assert drawn == [((5, 8), 40), ((5, 8), 20)]
     kept = [row["kept"] for row in json.loads(file.read_text())["rows"]]

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_tokprune.models.vit import ViT, ViTConfig, tower_config
+from mlx_tokprune.models.vit import Block, ViT, ViTConfig, tower_config
 
 SIZES = {"image_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 4, "num_heads": 3}
+EXTRAS = ("attention_middle", "attention", "keys")
+MIDDLE = 1  # of four blocks, of which three run
 TOWERS = {
     "dinov2": {"class_token": True, "reg_tokens": 2, "layer_scale": True},
     "dinov2 without registers": {
@@ -46,7 +48,7 @@ class Plain:
         flat = tree_flatten(tower.parameters())
         self.w = {name: np.array(array).astype(np.float64) for name, array in flat}
         self.config = tower.config
-        self.attention = None
+        self.attention, self.keys = [], []  # of each block
 
     def linear(self, name, x):
         y = x @ self.w[f"{name}.weight"].T
@@ -65,7 +67,8 @@ class Plain:
         powers = np.exp(scores - scores.max(-1, keepdims=True))
         weights = powers / powers.sum(-1, keepdims=True)
         rows = slice(0, 1) if c.class_token else slice(c.prefix, None)
-        self.attention = weights[:, rows, c.prefix :].mean((0, 1))
+        self.attention.append(weights[:, rows, c.prefix :].mean((0, 1)))
+        self.keys.append(k[c.prefix :].reshape(-1, c.embed_dim))
         mixed = np.einsum("hij,jhd->ihd", weights, v).reshape(x.shape)
         return self.linear(f"{name}.proj", mixed)
 
@@ -124,16 +127,48 @@ def test_towers_equal_numpy(kind, film):
     pictures = 0.1 * rng.normal(size=(2, side, side, 3)).astype(np.float32)
     language = rng.normal(size=(2, film)).astype(np.float32) if film else None
     given = None if language is None else mx.array(language)
-    tokens, extras = tower(mx.array(pictures), given, ("attention",))
-    attention = extras["attention"]
-    plain = Plain(tower)
+    tokens, extras = tower(mx.array(pictures), given, EXTRAS)
+    assert set(extras) == set(EXTRAS)
     for i, picture in enumerate(pictures):
+        plain = Plain(tower)
         expected = plain(picture, None if language is None else language[i])
         np.testing.assert_allclose(np.array(tokens[i]), expected, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(
-            np.array(attention[i]), plain.attention, rtol=1e-3, atol=1e-6
-        )
-        assert plain.attention.max() > 1.1 * plain.attention.min()
+        middle, _ = wanted = plain.attention[MIDDLE], plain.attention[-1]
+        for name, attention in zip(EXTRAS, wanted, strict=False):
+            np.testing.assert_allclose(
+                np.array(extras[name][i]), attention, rtol=1e-3, atol=1e-6
+            )
+            assert attention.max() > 1.1 * attention.min()
+        assert np.abs(middle - plain.attention[-1]).max() > 1e-3
+        keys = np.array(extras["keys"][i])
+        np.testing.assert_allclose(keys, plain.keys[-1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("depth", "middle", "last"), [(2, 0, 0), (4, 1, 2), (12, 4, 10), (24, 9, 22)]
+)
+def test_which_blocks_extras_are_of(monkeypatch, depth, middle, last):
+    """The middle one is block 9 of 24, as in HiPrune; features skip the last."""
+    tower = ViT(ViTConfig(**(SIZES | {"depth": depth})))
+    asked = []
+    for name in ("attention_received", "keys"):
+        original = getattr(Block, name)
+
+        def spy(block, x, *how, name=name, original=original):
+            found = next(i for i, b in enumerate(tower.blocks) if b is block)
+            asked.append((name, found))
+            return original(block, x, *how)
+
+        monkeypatch.setattr(Block, name, spy)
+    for extra, of in (("attention_middle", middle), ("attention", last)):
+        asked.clear()
+        _, found = tower(mx.zeros((1, 28, 28, 3)), None, (extra,))
+        assert list(found) == [extra]
+        assert asked == [("attention_received", of)]
+    asked.clear()
+    tower(mx.zeros((1, 28, 28, 3)), None, ("keys",))
+    assert asked == [("keys", last)]
+    assert tower(mx.zeros((1, 28, 28, 3)))[1] == {}
 
 
 @pytest.mark.parametrize(
