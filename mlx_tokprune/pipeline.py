@@ -93,7 +93,7 @@ class VisualTokens:
     def left(self) -> list[list[int]]:
         """Of each group of one sample, the tokens that are left after every place."""
         places = self.by_place()
-        return places[-1][1] if places else np.array(self.indices).tolist()
+        return places[-1][1] if places else self._real(self.indices)
 
     def by_place(self) -> list[tuple[Place, list[list[int]]]]:
         """After each place, the tokens that are left of each group of one sample."""
@@ -102,12 +102,19 @@ class VisualTokens:
         index = np.array(self.indices).reshape(-1)
         for place, chosen in self.choices:
             if isinstance(place, str):
-                found.append((place, np.array(chosen).tolist()))
+                found.append((place, self._real(chosen)))
                 continue
             some = np.array(chosen[0])
             group, index = group[some], index[some]
             found.append((place, [index[group == i].tolist() for i in range(groups)]))
         return found
+
+    def _real(self, indices: mx.array) -> list[list[int]]:
+        """Without padding, which only those of the last pruner can have."""
+        rows = np.array(indices)
+        if self.mask is None or rows.shape != self.mask.shape:
+            return rows.tolist()
+        return [r[m].tolist() for r, m in zip(rows, np.array(self.mask), strict=True)]
 
     def per_picture(self, groups: list[list[int]]) -> list[np.ndarray]:
         """Tokens of groups as those of each picture."""

@@ -8,8 +8,7 @@ from ..commands.options import (
     add_common,
     add_plans,
     begin_logging,
-    options_by_method,
-    read_options,
+    options_of,
 )
 from ..demo import PICTURES, POLICY_FRAME
 from ..errors import InputError, Parser, command, import_matplotlib
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     methods = args.methods
     if methods is None:
         methods = [] if args.plans else default_methods(subject)
-    options = options_by_method(methods, read_options(args.option))
+    options = options_of(methods, args)
     example = POLICY_FRAME if subject.kind == "acting" else PICTURES[0]
     paths = args.image or [example.path]
     images = [load_image(file) for path in paths for file in list_pictures(path)]

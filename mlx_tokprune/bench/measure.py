@@ -23,7 +23,9 @@ from ..measure.results import (
     MACHINE,
     NUMBER,
     Optional,
+    Table,
     fingerprint,
+    mismatch,
     read_result,
 )
 from ..measure.subject import Asked, Subject
@@ -110,7 +112,9 @@ def make_rows(
                 for ratio in [None] if itself else [r for r in ratios if r < 1]:
                     rows.append(Row(*case, method, ratio, positions, picture, own))
             for text in plans if size in pruned else ():
-                rows.append(Row(*case, text, None, positions, picture))
+                names = [pruner.method for pruner in read_plan(text)]
+                own = {k: v for n in names for k, v in (options or {})[n].items()}
+                rows.append(Row(*case, text, None, positions, picture, own))
     return rows
 
 
@@ -208,7 +212,7 @@ class Benchmark:
         return {
             **_described(row),
             "visual_tokens": counted.tokens.total,
-            "kept": counted.tokens.left,
+            "kept": round(counted.tokens.left),
             "mean_kept": counted.tokens.mean,
             "cache_bytes": counted.cache_bytes,
             "costs": {name: vars(cost) for name, cost in counted.costs.items()},
@@ -263,6 +267,7 @@ def read_bench(file: str | Path) -> dict:
     sized = all(
         type(row.get("cache_bytes", 0)) is int
         and type(row.get("mean_kept", 0)) in NUMBER
+        and not mismatch(row["costs"], Table(_COST), "")
         for row in rows
     )
     if not (len(runs) <= 1 and positive and flops and paired and sized):

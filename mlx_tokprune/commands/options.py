@@ -70,6 +70,12 @@ def options_by_method(
     }
 
 
+def options_of(methods: Iterable[str], args) -> dict[str, dict[str, float | str]]:
+    """`--option`s of methods and of those in `--plans`, each as far as it has them."""
+    planned = (p.method for text in args.plans for p in read_plan(text))
+    return options_by_method([*methods, *planned], read_options(args.option))
+
+
 def add_method(parser: Parser, default: str) -> None:
     """`--method`, which also takes somebody's own, `--at`, its place, and `--prune`."""
     help_ = f"see below, or package.module:function (default: {default})"

@@ -176,7 +176,8 @@ def _picture_section(subject: Subject, result: dict, answer: dict, item: Item) -
     told = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
     cards = []
     for row in result["run"]["rows"]:
-        overlay = _overlay(subject, image, item.question, map(_pruner, _described(row)))
+        asked = (subject, image, item.question, map(_pruner, _described(row)))
+        overlay = _overlay(*asked, result["run"]["positions"])
         label = row["label"]
         score, given = answer["scores"][label], answer["given"][label]
         style = "" if score is None else "right" if score > 0.5 else "wrong"
@@ -201,12 +202,12 @@ def _pruner(described: dict) -> Pruner:
 
 
 def _overlay(
-    subject: Subject, image: Image.Image, text: str, pruners: Pruners
+    subject: Subject, image: Image.Image, text: str, pruners: Pruners, positions: str
 ) -> Image.Image:
     """The picture with what was dropped dimmed, as the run saw it."""
     model, plan = subject.model, plan_for(subject.model, pruners)
     scene = subject.scene([image], text)
-    _, visual = run(model, scene, plan)
+    _, visual = run(model, scene, plan, positions=positions)
     return draw_choices([image], visual, padded=subject.kind == "answering")
 
 

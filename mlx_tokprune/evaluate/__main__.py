@@ -11,7 +11,7 @@ from ..commands.options import (
     add_common,
     add_plans,
     begin_logging,
-    options_by_method,
+    options_of,
     read_options,
 )
 from ..errors import InputError, Parser, command, import_matplotlib, printable
@@ -143,9 +143,10 @@ def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
     if methods is None:
         everywhere = args.recommend is not None
         methods = [] if args.plans else default_methods(subject, everywhere)
-    options = options_by_method(methods, read_options(args.option))
+    options = options_of(methods, args)
     ratios = () if args.eval_budgets else args.keep_ratios
-    plans = {text: read_plan(text) for text in args.plans}
+    every = read_options(args.option)
+    plans = {text: read_plan(text, every) for text in args.plans}
     counts = _possible(args, subject, questions)
     rows = make_rows(methods, ratios, counts, options, plans)
     for row in rows:

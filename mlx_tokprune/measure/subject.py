@@ -87,9 +87,9 @@ class _Subject:
         """The same from shapes alone. kept: of a group, where a method counts."""
         pictures, height, width, _ = scene.pixels.shape
         stride, groups = self.model.stride, scene.batch * scene.prompt.places
-        each, per_group = (height // stride) * (width // stride), pictures // groups
-        depth = len(self.model.decoder.layers)
-        counts = count_tokens(plan, each, per_group, depth, kept)
+        grid, per_group = (height // stride, width // stride), pictures // groups
+        depth, places = len(self.model.decoder.layers), scene.prompt.places
+        counts = count_tokens(plan, grid, per_group, depth, kept, places)
         texts = [text.shape[1] for text in self.model.text(scene.prompt, scene.state)]
         some = counts.projected // per_group
         tokens = mx.zeros((pictures, some, self.model.feature_size))
@@ -140,9 +140,10 @@ class _Subject:
             seen = dataclasses.replace(features, tokens=tokens, extras=given)
             return [early[0](seen).apply(tokens)]
 
-        def choose_late(embeddings):
+        def choose_late(embeddings, *state):
             seen = VisualTokens(embeddings, indices, selection, grid, pictures)
-            return [choose(self.model, scene, tuple(early), seen).embeddings]
+            told = dataclasses.replace(scene, state=state[0] if state else None)
+            return [choose(self.model, told, tuple(early), seen).embeddings]
 
         if early[0].place == "tower":
             cost += count(choose_early, *blank)
@@ -152,7 +153,8 @@ class _Subject:
             indices = mx.broadcast_to(mx.arange(shape[1], dtype=mx.int32), shape)
             selection = Selection(indices)
             size = self.model.args.text["hidden_size"]
-            cost += count(choose_late, mx.zeros((*shape, size)))
+            state = [] if scene.state is None else [scene.state]
+            cost += count(choose_late, mx.zeros((*shape, size)), *state)
         return cost
 
     def _project(self, tokens: mx.array) -> Cost:

@@ -31,7 +31,7 @@ class VisionModel(Protocol):
     where tokens fill their grid. sees_parts: whether the tower can see a part of a
     picture alone. reads_prompt: whether the tower is conditioned on the prompt.
     attends: "causal" or "full". args: what its config says.
-    action_head: of a model that answers in slots.
+    action_head: of a model that answers in slots. language_model: mlx-lm's.
     """
 
     answers: Literal["text", "bins", "slots"]
@@ -45,6 +45,7 @@ class VisionModel(Protocol):
     reads_prompt: bool
     args: Any
     action_head: Any
+    language_model: Any
 
     @property
     def decoder(self) -> Decoder: ...

@@ -93,13 +93,15 @@ def _absorb(features: Features, selection: Selection, rest: bool) -> Selection:
 
 def _with_rest(selection: Selection, attention: mx.array) -> Selection:
     """One token more: all that were dropped, in the place of the most attended."""
-    mask, batch = selection.mask, attention.shape[0]
+    mask, own, batch = selection.mask, selection.weights, attention.shape[0]
+    if own is None:
+        raise ValueError("a selection that merges was expected")
     kept = one_hot(selection.indices, attention.shape[1], mask)
     gone = mx.argmax(mx.where(kept, -mx.inf, attention), axis=1, keepdims=True)
     indices = mx.concatenate([selection.indices, gone.astype(mx.int32)], axis=1)
     order = mx.argsort(indices, axis=1)
     sums = mx.where(kept, 0, attention)[:, None]
-    weights = mx.concatenate([selection.weights, sums], axis=1)
+    weights = mx.concatenate([own, sums], axis=1)
     if mask is not None:
         mask = mx.concatenate([mask, mx.ones((batch, 1), mx.bool_)], axis=1)
         mask = mx.take_along_axis(mask, order, axis=1)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from ..features import Features, Selection
-from .merging import spatial
+from .merging import cells_within, spatial
 from .registry import register
 from .saliency import keep_highest
 
@@ -26,7 +26,7 @@ def random(features: Features, *, keep: int, seed: int = 0) -> Selection:
     return keep_highest(scores, keep)
 
 
-@register("uniform", needs=("grid",))
+@register("uniform", needs=("grid",), fits=cells_within)
 def uniform(features: Features, *, keep: int) -> Selection:
     """Control: keep the tokens at the cell centres of the grid that `spatial` uses."""
     return Selection(spatial(features, keep=keep).indices)

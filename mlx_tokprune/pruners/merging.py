@@ -78,7 +78,13 @@ def similarity(
     return Selection(kept, average(members.astype(mx.float32)), chosen.mask)
 
 
-@register("spatial", aliases=("spatial_pool",), needs=("grid",))
+def cells_within(grid: tuple[int, int], keep: int) -> int:
+    """How many cells `grid_within` has."""
+    rows, columns = grid_within(grid, keep)
+    return rows * columns
+
+
+@register("spatial", aliases=("spatial_pool",), needs=("grid",), fits=cells_within)
 def spatial(features: Features, *, keep: int) -> Selection:
     """Average neighbouring tokens on the largest grid with at most `keep` cells.
 

@@ -4,6 +4,8 @@ Each place is METHOD[:BUDGET][@PLACE]. A budget up to 1 is a keep ratio, a large
 number of tokens; the place is tower, prompt or a number of layers, else the method's.
 """
 
+from typing import cast
+
 from ..errors import InputError
 from .pruner import Plan, Pruner
 from .registry import Options, Place, get_method
@@ -31,15 +33,20 @@ def read_pruner(text: str, options: Options | None = None, seed: int = 0) -> Pru
     own = {name: v for name, v in (options or {}).items() if name in known.options}
     how = {"at": read_place(place) if at_sign else None, "seed": seed, "options": own}
     if amount is None:
-        if known.counts == "budget" and not known.counts_itself(own):
+        itself = known.counts != "budget" or known.counts_itself(own)
+        if not itself and known.name != "none":
             raise InputError(
                 f"method {method!r} needs a budget: say {method}:0.5, or another"
             )
         return Pruner(method, **how)
     if amount <= 1:
         return Pruner(method, amount, **how)
-    whole = int(amount) if amount.is_integer() else amount
-    return Pruner(method, keep_tokens=whole, **how)
+    if not amount.is_integer():
+        raise InputError(
+            f"{text!r} keeps {amount:g} tokens; expected a ratio up to 1, or a whole "
+            "number of tokens"
+        )
+    return Pruner(method, keep_tokens=int(amount), **how)
 
 
 def read_plan(text: str, options: Options | None = None, seed: int = 0) -> Plan:
@@ -49,4 +56,4 @@ def read_plan(text: str, options: Options | None = None, seed: int = 0) -> Plan:
 
 def read_place(text: str) -> Place:
     """What a pruner's `at` is; it checks it."""
-    return int(text) if text.isdecimal() else text
+    return int(text) if text.isdecimal() else cast(Place, text)

@@ -42,8 +42,9 @@ class Pruner:
     read by seeded methods only; `options` are the method's own. scorer: an
     `nn.Module` from `Features` to scores (B, N), for methods that need `scores`; its
     attribute `needs` names extras that it reads. `method` may be the folder of a scorer
-    that `mlx_tokprune.train prune` wrote. Raises `InputError` for an unknown method,
-    option or place, a budget out of range, or more tokens than there are.
+    that `mlx_tokprune.train prune` wrote, which `folder` then is. Raises `InputError`
+    for an unknown method, option or place, a budget out of range, or more tokens than
+    there are.
     """
 
     method: str = "norm"
@@ -55,6 +56,7 @@ class Pruner:
     scorer: nn.Module | None = field(
         default=None, kw_only=True, compare=False, repr=False
     )
+    folder: str | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self):
         known, folder = get_method(self.method), None
@@ -69,7 +71,7 @@ class Pruner:
             )
         object.__setattr__(self, "method", known.name)
         object.__setattr__(self, "at", tuple(at) if isinstance(at, list) else at)
-        object.__setattr__(self, "_folder", folder)
+        object.__setattr__(self, "folder", folder)
         if self.at != known.at:
             _check_place(self.at)
         self._check_options()
@@ -168,7 +170,8 @@ class Pruner:
         """One pruner for each of its places in a language model of so many layers."""
         if not isinstance(self.at, tuple):
             return (self,)
-        places = dict.fromkeys(max(1, round(share * layers)) for share in self.at)
+        found = (round(share * layers) for share in self.at)
+        places = dict.fromkeys(max(1, min(layers - 1, place)) for place in found)
         return tuple(replace(self, at=place) for place in places)
 
     @property
@@ -194,10 +197,10 @@ class Pruner:
         """As JSON: what makes an equal pruner, but for a scorer without a folder."""
         names = ("method", "keep_ratio", "keep_tokens", "at", "seed")
         found = {n: getattr(self, n) for n in names} | {"options": dict(self.options)}
-        return found | ({"method": self._folder} if self._folder else {})
+        return found | ({"method": self.folder} if self.folder else {})
 
     def count(self, total: int) -> int:
-        """How many of `total` visual tokens to keep."""
+        """How many of `total` visual tokens to keep, at most."""
         if self.keep_tokens is None:
             return count_kept(total, self.keep_ratio or 1.0)
         if self.keep_tokens > total:
@@ -211,6 +214,11 @@ class Pruner:
                 f"{self.keep_tokens} needs another method, such as 'norm'"
             )
         return int(self.keep_tokens)
+
+    def count_on(self, grid: tuple[int, int]) -> int:
+        """How many of a picture's tokens stay; methods of whole grids keep fewer."""
+        keep, fits = self.count(grid[0] * grid[1]), self._known.fits
+        return keep if fits is None else fits(grid, keep)
 
     def __call__(self, features: Features) -> Selection:
         selection = self._select(features)
@@ -279,40 +287,48 @@ class Counts:
     """Visual tokens of a place in the prompt, of all its pictures together.
 
     total: before pruning. projected: after the tower. given: to the language model.
-    left: after its last layer. mean: over its layers.
+    left: after its last layer. mean: over its layers. Inside the language model those
+    of all places are chosen from together, and these are their means.
     """
 
     total: int
     projected: int
     given: int
-    left: int
+    left: float
     mean: float
 
 
 def count_tokens(
-    plan: Plan, each: int, pictures: int, layers: int, own: int | None = None
+    plan: Plan,
+    grid: tuple[int, int],
+    pictures: int,
+    layers: int,
+    own: int | None = None,
+    places: int = 1,
 ) -> Counts:
-    """What a plan leaves of `pictures` of `each` tokens, from shapes alone.
+    """What a plan leaves of `pictures` of a grid of tokens, from shapes alone.
 
-    own: what a method that counts for itself left of all of them.
+    own: what a method that counts for itself left of all of them. places: in the
+    prompt, with so many pictures each.
     """
+    each = grid[0] * grid[1]
     projected = given = each * pictures
     held = []  # by each layer
     for pruner in plan:
         counted = own if pruner.has_own_count else None
         if pruner.place == "tower":
-            projected = counted or pruner.count(each) * pictures
+            projected = counted or pruner.count_on(grid) * pictures
             given = projected
         elif pruner.place == "prompt":
             given = counted or pruner.count(given)
-    left = given
+    left = given * places
     for pruner in plan:
-        if pruner.place == "layer":
+        if isinstance(pruner.at, int):
             held += [left] * (pruner.at - len(held))
             left = pruner.count(left)
     held += [left] * (layers - len(held))
-    mean = sum(held) / max(1, len(held))
-    return Counts(each * pictures, projected, given, left, mean)
+    mean = sum(held) / max(1, len(held)) / places
+    return Counts(each * pictures, projected, given, left / places, mean)
 
 
 def _order(pruner: Pruner) -> float:

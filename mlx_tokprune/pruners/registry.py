@@ -45,6 +45,7 @@ class Method:
     `own` rule, or the budget when there is one (`either`); counting: options that say
     it in place of a budget. check: of the values of its options. prepare: what is done
     to tokens and text before the first layer makes `queries` and `text_keys` of them.
+    fits: how many really stay of a (grid, budget), where those are fewer.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Method:
     counting: tuple[str, ...] = ()
     check: OptionCheck | None = None
     prepare: Callable[[mx.array], mx.array] | None = None
+    fits: Callable[[tuple[int, int], int], int] | None = None
 
     @property
     def place(self) -> str:

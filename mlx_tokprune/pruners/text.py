@@ -30,7 +30,7 @@ def parameter_free_norm(x: mx.array) -> mx.array:
 
 def _check_trimvla(options: Options, budget: bool) -> None:
     for name in ("coverage", "min_keep_ratio"):
-        value = options.get(name, 1)
+        value = float(options.get(name, 1))
         if not 0 < value <= 1:
             raise InputError(f"{name} {value:g} is outside (0, 1]")
         if budget and name in options:
@@ -39,7 +39,7 @@ def _check_trimvla(options: Options, budget: bool) -> None:
                 "tokens where there is no budget"
             )
     for name in ("coverage_temperature", "temperature"):
-        value = options.get(name, 1)
+        value = float(options.get(name, 1))
         if not 0 < value < math.inf:
             raise InputError(f"{name} {value:g} is out of range; expected > 0")
 

@@ -50,7 +50,7 @@ class Bins:
         """
         cache, decoder = model.decoder.make_cache(), model.decoder
         read, visual = run(model, scene, plan, cache=cache, note=note, **how)
-        hidden, said, attended = read.hidden, [], [visual.attended]
+        hidden, said, attended = read.hidden, [], []
         start = len(scene.prompt.segments[0])
 
         def watch(number: int, hidden: mx.array) -> None:
@@ -64,8 +64,8 @@ class Bins:
             if len(said) == self.size:
                 break
             hidden = decoder.follow(token[:, None], read.cache, watch)
-        if note is not None:
-            joined = mx.concatenate(attended, axis=1)
+        if visual.attended is not None:
+            joined = mx.concatenate([visual.attended, *attended], axis=1)
             visual = dataclasses.replace(visual, attended=joined)
         return said, visual
 

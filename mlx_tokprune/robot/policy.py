@@ -100,9 +100,9 @@ class Policy:
     def keep_robots(self, rows: Sequence[int]) -> None:
         """Go on with these robots of the last batch: the episodes of others ended."""
         if self._attended is not None:
-            self._attended = self._attended[mx.array(rows)]
+            self._attended = self._attended[mx.array(list(rows))]
         if self._last is not None:
-            self._last = self._last[mx.array(rows)]
+            self._last = self._last[mx.array(list(rows))]
 
     def __call__(
         self, images: Sequence, instruction: str, proprio: Sequence[float] | None = None
@@ -153,9 +153,8 @@ class Policy:
 
     def _counted(self, own: int | None = None) -> float:
         """Visual tokens of a robot, mean over layers."""
-        model, side = self.model, self._grid[0]
-        layers, pictures = len(model.decoder.layers), model.pictures or 1
-        return count_tokens(self.plan, side * side, pictures, layers, own).mean
+        layers, pictures = len(self.model.decoder.layers), self.model.pictures or 1
+        return count_tokens(self.plan, self._grid, pictures, layers, own).mean
 
     # What compiled calls take: a scene as arrays.
 
@@ -168,8 +167,10 @@ class Policy:
         return Scene(pixels, Prompt((start, prompt)), batch, state)
 
     def _act_on_pixels(self, *arrays) -> mx.array:
-        scene, how = self._scene(*arrays), {"positions": self.positions}
-        parts, _ = self._head.act(self.model, scene, self.plan, **how)
+        scene = self._scene(*arrays)
+        parts, _ = self._head.act(
+            self.model, scene, self.plan, positions=self.positions
+        )
         return self._head.joined(parts)
 
     def _act_in_episode(self, batch: int, arrays: tuple) -> mx.array:
@@ -198,11 +199,14 @@ class Policy:
         scene = self._scene(*arrays)
         if before.shape[1]:
             scene = dataclasses.replace(scene, attended=before)
-        inside = [pruner.at for pruner in plan if pruner.place == "layer"]
+        inside = [pruner.at for pruner in plan if isinstance(pruner.at, int)]
         layers = len(self.model.decoder.layers)
         note = min([layers // 2, *(at - 1 for at in inside)])
-        how = {"positions": self.positions, "note": note}
-        parts, visual = self._head.act(self.model, scene, plan, **how)
+        parts, visual = self._head.act(
+            self.model, scene, plan, note=note, positions=self.positions
+        )
+        if visual.attended is None:
+            raise ValueError("the head noted no attention")
         seen = mx.mean(visual.attended, axis=1)
         empty = mx.zeros((len(seen), visual.total))
         found = mx.put_along_axis(empty, visual.indices, seen, axis=1)

@@ -78,8 +78,6 @@ class ScorerLoss:
         gate = straight_through(scores, keep, schedule(warm, cold, step, plan.steps))
         visual = mx.stop_gradient(self._model.project(batch.features.tokens))
         logits = self._logits(batch, visual, log_gate(gate))
-        kept = keep_highest(mx.stop_gradient(scores), keep).indices
-        logits = as_if(self._gathered(batch, visual, kept), logits)
         targets = batch.questions.targets
         used = targets != IGNORE
         losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
