@@ -289,7 +289,7 @@ def test_a_policy_that_looks_wins_and_one_that_does_not_loses(
     """The harness itself: frames reach the policy, actions reach the world."""
 
     class Looker:
-        kept = 64
+        kept, robots = 64, None
 
         def __init__(self, *arguments, **options):
             pass
@@ -298,7 +298,14 @@ def test_a_policy_that_looks_wins_and_one_that_does_not_loses(
             right = [frames[0][:, -1].mean() for frames in batch]
             left = [frames[0][:, 0].mean() for frames in batch]
             side = np.sign(np.subtract(right, left))
+            assert self.robots in (None, len(batch))  # those that were said to go on
+            self.robots = len(batch)
             return np.stack([side, side, side, side], axis=1)
+
+        def keep_robots(self, rows):
+            assert sorted(set(rows)) == list(rows)
+            assert rows[-1] < self.robots
+            self.robots = len(rows)
 
     monkeypatch.setattr(success, "Policy", Looker)
     rows = [success.Row(label, Pruner()) for label in ("none", "grey picture")]
@@ -323,10 +330,14 @@ def test_the_opposite_instruction_is_the_opposite(corridor, monkeypatch):
             heard.append(instruction)
             return np.zeros((len(batch), 4))
 
+        def keep_robots(self, rows):
+            pass
+
     monkeypatch.setattr(success, "Policy", Listener)
     row = success.Row("opposite instruction", Pruner())
     for name in TASKS:
-        success._actor(None, None, row, name)(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+        see, _ = success._actor(None, None, row, name)
+        see(np.zeros((1, SIZE, SIZE, 3), np.uint8))
         assert heard[-1] != TASKS[name].instruction
     assert heard[0] == "close the drawer"
 
