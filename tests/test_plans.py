@@ -114,9 +114,9 @@ BAD = {
     "nowhere_at_all:f:0.5": "expected package.module:function",
     "norm:0@2": r"keep ratio 0 is outside \(0, 1\]",
     "norm:-1": r"keep ratio -1 is outside \(0, 1\]",
-    "norm:2.5": "cannot keep 2.5 visual tokens",
-    "norm:nan": "cannot keep nan visual tokens",
-    "norm:inf": "cannot keep inf visual tokens",
+    "norm:2.5": "keeps 2.5 tokens; expected a ratio",
+    "norm:nan": "keeps nan tokens",
+    "norm:inf": "keeps inf tokens",
     "norm:0.5@lens": "cannot prune at 'lens'",
     "norm:0.5@-1": "cannot prune at '-1'",
     "norm:0.5@1.5": "cannot prune at '1.5'",
@@ -247,7 +247,7 @@ def test_so_are_those_of_methods_that_count(request, method):
 def test_a_policy_keeps_what_is_counted_of_both_pictures(oft_policy):
     """Two pictures at one place: at the tower each by itself, later both together."""
     plan = read_plan("norm:0.5@tower+trimvla:20@prompt+attention:7@2")
-    counts = count_tokens(plan, 64, 2, 3)
+    counts = count_tokens(plan, (8, 8), 2, 3)
     assert dataclasses.astuple(counts) == (128, 64, 20, 7, (20 + 20 + 7) / 3)
     model, processor = oft_policy
     image = load_image(TINY_POLICY / "image_0.png")

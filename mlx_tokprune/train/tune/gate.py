@@ -1,16 +1,19 @@
 """A hard choice of K tokens with a gradient to the scores that made it.
 
-Gathering has none. Backward, every token is there, and the logarithm of a gate is
-added to its score in every layer, as in DynamicViT (arXiv 2106.02034): the gate is 0 or
-1, its gradient that of a sigmoid around the threshold between the K-th score and the
-next. A closed gate leaks, or no gradient would reach dropped tokens, and a language
-model that attends to one of them very much sees it through the leak. So forward, what
-counts are the tokens that are kept, alone: `as_if`.
+Gathering has none. Every token is there, and the logarithm of a gate is added to its
+score in every layer, as in DynamicViT (arXiv 2106.02034): the gate is 0 or 1, and its
+gradient that of a sigmoid around the threshold between the K-th score and the next.
+
+A closed gate lets a little through. Much at first, 1e-4, with which scorers learn at
+once. But a token that the language model attends to very much is then seen through the
+leak, and after some steps scorers leave such tokens out; so the leak goes down to next
+to nothing, where the value is that of the kept tokens alone. The gradient of opening a
+closed gate is then of any size, and is `tamed`.
 """
 
 import mlx.core as mx
 
-CLOSED = 1e-4  # what a closed gate lets through
+LEAKS = (1e-4, 1e-12)  # what a closed gate lets through, at first and in the end
 
 
 def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.array:
@@ -26,14 +29,20 @@ def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.arra
     return hard + soft - mx.stop_gradient(soft)
 
 
-def log_gate(gate: mx.array) -> mx.array:
+def log_gate(gate: mx.array, leak: float = LEAKS[1]) -> mx.array:
     """What is added to attention scores: 0 where open, far below where not."""
-    return mx.log(gate * (1 - CLOSED) + CLOSED)
+    return mx.log(gate * (1 - leak) + leak)
 
 
-def as_if(hard: mx.array, soft: mx.array) -> mx.array:
-    """The value of `hard` with the gradient of `soft`."""
-    return soft + mx.stop_gradient(hard - soft)
+@mx.custom_function
+def tamed(gate: mx.array) -> mx.array:
+    """The gate itself; its gradient keeps its sign and is never more than 1."""
+    return gate
+
+
+@tamed.vjp
+def _tame(primals, cotangent, output):
+    return cotangent / (1 + mx.abs(cotangent))
 
 
 def schedule(start: float, end: float, step: int, steps: int) -> float:

@@ -5,6 +5,7 @@ those that are not kept; how many are kept is drawn anew for each batch.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from ...errors import InputError
 from ...features import Features, keep_rows
 from ...learned import SCORERS, save_scorer
 from ...pruners import count_kept
-from ...pruners.saliency import keep_highest
 from ..packing import IGNORE, answer_logits
 from .batches import Batch, Batches
 from .data import Samples
-from .gate import as_if, log_gate, schedule, straight_through
+from .gate import LEAKS, log_gate, schedule, straight_through, tamed
 from .loop import Loop, Schedule, draw_losses
 
 
@@ -30,9 +30,10 @@ class Plan:
 
     least, most: shares of tokens that are kept, between which each batch draws its own,
     evenly in the logarithm. curriculum: the share of the steps in which `least` comes
-    down from 1. noise: of a Gumbel distribution, falling to 0. temperature: of the
-    gate's gradient, from the first to the second. distill: weight of the divergence
-    from the unpruned model's answers.
+    down from 1. tighten: the share in which the leak of closed gates does. noise: of a
+    Gumbel distribution, falling to 0. temperature: of the gate's gradient, from the
+    first to the second. distill: weight of the divergence from the unpruned model's
+    answers.
     """
 
     steps: int
@@ -42,6 +43,7 @@ class Plan:
     most: float = 0.25
     curriculum: float = 0.0
     noise: float = 0.5
+    tighten: float = 0.3
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
 
@@ -77,7 +79,9 @@ class ScorerLoss:
         warm, cold = plan.temperature
         gate = straight_through(scores, keep, schedule(warm, cold, step, plan.steps))
         visual = mx.stop_gradient(self._model.project(batch.features.tokens))
-        logits = self._logits(batch, visual, log_gate(gate))
+        first, last = map(math.log, LEAKS)
+        leak = math.exp(schedule(first, last, step, round(plan.tighten * plan.steps)))
+        logits = self._logits(batch, visual, log_gate(tamed(gate), leak))
         targets = batch.questions.targets
         used = targets != IGNORE
         losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
