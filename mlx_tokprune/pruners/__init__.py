@@ -10,16 +10,8 @@ from . import (  # noqa: F401  (registers them)
     text,
 )
 from .notation import read_place, read_plan, read_pruner
-from .pruner import (
-    Counts,
-    Plan,
-    Pruner,
-    Pruners,
-    as_plan,
-    check_seed,
-    count_kept,
-    count_tokens,
-)
+from .plans import Counts, Plan, Pruners, as_plan, count_tokens
+from .pruner import Pruner, check_seed, count_kept
 from .registry import Place, get_method, is_registered, list_pruners, register
 
 __all__ = [

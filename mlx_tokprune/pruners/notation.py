@@ -7,7 +7,8 @@ number of tokens; the place is tower, prompt or a number of layers, else the met
 from typing import cast
 
 from ..errors import InputError
-from .pruner import Plan, Pruner
+from .plans import Plan
+from .pruner import Pruner
 from .registry import Options, Place, get_method
 
 
