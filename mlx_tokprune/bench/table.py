@@ -2,6 +2,7 @@
 
 import statistics
 
+from ..errors import printable
 from .measure import is_base, median
 
 _NOISE = "~"  # before a saving above its ceiling
@@ -79,7 +80,7 @@ def _line(row: dict, rows: list[dict]) -> str:
     stages = [stage(row, n) for n in ("preprocess", "vision", "prune", "project")]
     prefill = stage(row, "prefill")
     cells = [
-        row["model"],
+        printable(row["model"]).replace("|", "/"),
         row["image_size"],
         label(row),
         f"{row.get('mean_kept', row['kept']):.4g}/{row['visual_tokens']}",

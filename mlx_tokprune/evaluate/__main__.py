@@ -200,7 +200,8 @@ def _answers(questions: Questions, records: dict) -> list[dict]:
 def _report(args, result: dict) -> None:
     machine = result["machine"]
     print(
-        f"{result['questions']} questions of {result['data']}, {args.positions} "
+        f"{result['questions']} questions of {printable(result['data'])}, "
+        f"{args.positions} "
         f"positions, padding {args.padding}, {machine['device']}, MLX {mx.__version__}"
     )
     print(markdown(result["rows"]))
