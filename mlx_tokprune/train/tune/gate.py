@@ -6,14 +6,15 @@ gradient that of a sigmoid around the threshold between the K-th score and the n
 
 A closed gate lets a little through. Much at first, 1e-4, with which scorers learn at
 once. But a token that the language model attends to very much is then seen through the
-leak, and after some steps scorers leave such tokens out; so the leak goes down to next
-to nothing, where the value is that of the kept tokens alone. The gradient of opening a
-closed gate is then of any size, and is `tamed`.
+leak, and after some steps scorers leave such tokens out; so then next to nothing comes
+through, and the value is that of the kept tokens alone. The gradient of opening a
+closed gate is of any size there, and is `tamed`.
 """
 
 import mlx.core as mx
 
-LEAKS = (1e-4, 1e-12)  # what a closed gate lets through, at first and in the end
+_USUAL = 0.9  # quantile of a sample's gradients that others come down to
+LEAKS = (1e-4, 1e-12)  # what a closed gate lets through, at first and then
 
 
 def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.array:
@@ -36,13 +37,15 @@ def log_gate(gate: mx.array, leak: float = LEAKS[1]) -> mx.array:
 
 @mx.custom_function
 def tamed(gate: mx.array) -> mx.array:
-    """The gate itself; its gradient keeps its sign and is never more than 1."""
+    """The gate (B, N) itself; large gradients of a sample come down to its others'."""
     return gate
 
 
 @tamed.vjp
 def _tame(primals, cotangent, output):
-    return cotangent / (1 + mx.abs(cotangent))
+    size = mx.abs(cotangent)
+    usual = mx.sort(size, axis=1)[:, int(_USUAL * size.shape[1]), None]
+    return cotangent / (size + usual + 1e-9)
 
 
 def schedule(start: float, end: float, step: int, steps: int) -> float:

@@ -5,7 +5,6 @@ those that are not kept; how many are kept is drawn anew for each batch.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class Plan:
 
     least, most: shares of tokens that are kept, between which each batch draws its own,
     evenly in the logarithm. curriculum: the share of the steps in which `least` comes
-    down from 1. tighten: the share in which the leak of closed gates does. noise: of a
+    down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
     Gumbel distribution, falling to 0. temperature: of the gate's gradient, from the
     first to the second. distill: weight of the divergence from the unpruned model's
     answers.
@@ -43,7 +42,7 @@ class Plan:
     most: float = 0.25
     curriculum: float = 0.0
     noise: float = 0.5
-    tighten: float = 0.3
+    leaky: float = 0.1
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
 
@@ -79,8 +78,7 @@ class ScorerLoss:
         warm, cold = plan.temperature
         gate = straight_through(scores, keep, schedule(warm, cold, step, plan.steps))
         visual = mx.stop_gradient(self._model.project(batch.features.tokens))
-        first, last = map(math.log, LEAKS)
-        leak = math.exp(schedule(first, last, step, round(plan.tighten * plan.steps)))
+        leak = LEAKS[step >= plan.leaky * plan.steps]
         logits = self._logits(batch, visual, log_gate(tamed(gate), leak))
         targets = batch.questions.targets
         used = targets != IGNORE
