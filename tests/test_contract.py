@@ -96,6 +96,24 @@ def test_a_method_reads_any_extra_that_its_model_has(demo):
     assert mx.array_equal(visual.indices, keep_highest(scores, 16).indices)
 
 
+def test_tokens_that_there_are_not_are_refused():
+    """MLX would read, and write, whatever lies there."""
+    with temporary("beyond") as register:
+
+        @register
+        def beyond(features, *, keep):
+            return Selection(mx.full((2, keep), 9999, mx.int32))
+
+        with pytest.raises(InputError, match="numbers from 0 to 11"):
+            Pruner("beyond", keep_tokens=2)(FEATURES)
+
+        @mx.compile
+        def inside(tokens):
+            return Pruner("beyond", keep_tokens=2)(Features(tokens, None)).indices
+
+        assert inside(TOKENS).tolist() == [[11, 11], [11, 11]]
+
+
 def test_seeded_methods_take_their_options():
     with temporary("drawn", seeded=True) as register:
 

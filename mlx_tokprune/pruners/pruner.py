@@ -226,6 +226,12 @@ class Pruner:
         return selection
 
     def _select(self, features: Features) -> Selection:
+        selection = self._selected(features)
+        if self._known.is_own:
+            return selection
+        return _inside(selection, features.total, self.method)
+
+    def _selected(self, features: Features) -> Selection:
         keep = None if self.has_own_count else self.count(features.total)
         if keep == features.total:
             return get_method("none").function(features, keep=keep)
@@ -279,6 +285,23 @@ def _chosen(selection) -> Selection:
             "expected a Selection of at least one"
         )
     return selection
+
+
+def _inside(selection: Selection, total: int, method: str) -> Selection:
+    """What somebody else's method chose; `InputError` for tokens that there are not.
+
+    MLX reads whatever lies there. In a compiled call nothing can be looked at: there
+    the nearest token is taken.
+    """
+    indices, right = mx.clip(selection.indices, 0, total - 1), True
+    with contextlib.suppress(ValueError):  # MLX's, where it traces
+        right = mx.array_equal(indices, selection.indices).item()
+    if not right:
+        raise InputError(
+            f"method {method!r} chose tokens that there are not; expected numbers "
+            f"from 0 to {total - 1}"
+        )
+    return replace(selection, indices=indices)
 
 
 class _Same:

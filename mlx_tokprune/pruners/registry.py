@@ -66,6 +66,11 @@ class Method:
         return self.at if isinstance(self.at, str) else "layer"
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is one of this package's."""
+        return self.function.__module__.startswith("mlx_tokprune.")
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Names of the options that the method takes besides its budget."""
         parameters = inspect.signature(self.function).parameters

@@ -18,8 +18,27 @@ SIZES = ("0", "-64", "1", "63", "64", "128", "448", "9" * 30, "4097", "x", "1e3"
 OWN = dict.fromkeys(("runs", "tokens", "max_tokens", "pictures"), FEW)
 OWN |= {"workers": ("-1", "0", "1", "x", ""), "actions_per_chunk": FEW}
 OWN |= dict.fromkeys(("image_size", "image_sizes"), SIZES)
+PLANS = (
+    *("norm:0.5", "norm:0.5@tower+attention:0.5@1", "fastv:0.5", "norm:3@tower"),
+    *(
+        "norm@tower",
+        "norm:",
+        ":0.5",
+        "@",
+        "+",
+        "",
+        "norm:0.5@",
+        "norm:0.5@99",
+        "trimvla",
+    ),
+    *("pyramiddrop:0.5", "norm:0.5+norm:0.5", "cdpruner:1e400", "norm:nan", "norm:-1"),
+    *("os:system:0.5", "norm:0.5@\n", "\x1b[2J:0.5@tower", "norm:" + "9" * 5000),
+)
+OWN |= dict.fromkeys(("prune", "plans"), PLANS)
 METHODS = (
     *("attention", "mean_similarity", "similarity", "spatial", "random", "uniform"),
+    *("divprune", "cdpruner", "dart", "visionzip", "prumerge", "hiprune", "sparsevlm"),
+    *("fastv", "pyramiddrop", "vlapruner", ".", "/"),
     *("trimvla", "lightvla", "learned", "none", "norm", "nrm", "NORM"),
     *("os:system", "json:nothing", "nowhere:f", "os:nothing", ":", "a:", ":b", "a:b:c"),
     *("os.path:join", "..x:y", ".x:y", "x" * 5000 + ":y", "\n:\n", "é:é", "\udc80:x"),
