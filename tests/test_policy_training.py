@@ -379,6 +379,7 @@ def test_the_table_and_the_picture_for_people(tmp_path):
     shown = table.markdown(lines, {"norm 0.5": 0.25}).splitlines()
     assert shown[2].startswith("| none | 64 | 75.0 (30.1-95.4) |  | 75 |")
     assert shown[3].startswith("| norm 0.5 | 32 | 0.0 (0.0-49.0) | 25 % | 0 |")
+    assert "TTFT" not in table.markdown(lines, {})
     table.draw(lines, tmp_path / "success.png")
     with Image.open(tmp_path / "success.png") as picture:
         assert picture.width > picture.height > 300

@@ -24,7 +24,8 @@ def build_parser() -> Parser:
     table.add_argument("logs", nargs="+")
     table.add_argument("--model", default="demo-policy")
     table.add_argument("--plot", help="also draw it to this PNG")
-    table.add_argument("--runs", type=int, default=15, help="for TTFT, each row")
+    help_ = "for TTFT, each row; 0 leaves it out (default: 15)"
+    table.add_argument("--runs", type=int, default=15, help=help_)
     return parser
 
 
@@ -81,7 +82,8 @@ def _print_table(args) -> None:
         if not log.exists():
             raise InputError(f"{log} does not exist; expected a log of `success`")
         lines += read_log(log)
-    print(markdown(lines, _time_saved(args.model, args.runs)))
+    saved = _time_saved(args.model, args.runs) if args.runs else {}
+    print(markdown(lines, saved))
     if args.plot:
         draw(lines, Path(args.plot))
 

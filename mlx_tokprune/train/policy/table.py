@@ -31,10 +31,15 @@ def _overall(lines: list[dict]) -> dict[str, tuple[float, int, int]]:
 
 
 def markdown(lines: list[dict], saved: dict[str, float]) -> str:
-    """The table for people: success in percent; `saved`: share of TTFT, by row."""
+    """The table for people: success in percent; `saved`: share of TTFT, by row.
+
+    Without any of those that column is left out.
+    """
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    head = "| | kept | success (95 %) | TTFT saved | " + " | ".join(tasks) + " |"
-    table = [head, "|---|---:|---:|---:|" + "---:|" * len(tasks)]
+    timed = " TTFT saved |" if saved else ""
+    head = f"| | kept | success (95 %) |{timed} " + " | ".join(tasks) + " |"
+    columns = len(tasks) + 2 + bool(saved)
+    table = [head, "|---|" + "---:|" * columns]
     for label, (kept, won, total) in _overall(lines).items():
         mine = {line["task"]: line for line in lines if line["row"] == label}
         low, high = wilson(won, total)
@@ -42,10 +47,11 @@ def markdown(lines: list[dict], saved: dict[str, float]) -> str:
             f"{100 * np.mean(mine[task]['success']):.0f}" if task in mine else ""
             for task in tasks
         ]
-        saving = f"{100 * saved[label]:.0f} %" if label in saved else ""
+        saving = f" {100 * saved[label]:.0f} % |" if label in saved else ""
+        saving = saving or ("  |" if saved else "")
         rate = f"{100 * won / total:.1f} ({100 * low:.1f}-{100 * high:.1f})"
         shown = f"{kept:.0f}" if kept else ""
-        table.append(f"| {label} | {shown} | {rate} | {saving} | {' | '.join(cells)} |")
+        table.append(f"| {label} | {shown} | {rate} |{saving} {' | '.join(cells)} |")
     return "\n".join(table)
 
 
