@@ -78,6 +78,8 @@ def _add_prune(commands) -> None:
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least comes down from all"
     add("--curriculum", type=float, default=0.0, help=help_)
+    help_ = "imitate this layer's attention (1: as FastV) in place of the answers' loss"
+    add("--imitate", type=int, metavar="LAYER", help=help_)
     help_ = "weight of the divergence from the unpruned answers (default: 0)"
     add("--distill", type=float, default=0.0, help=help_)
 
@@ -112,7 +114,8 @@ def _prune(args) -> None:
             + nearest(args.scorer, SCORERS)
         )
     questions = 1 if SCORERS[args.scorer].at == "prompt" else args.questions
-    how = {"curriculum": args.curriculum, "distill": args.distill}
+    names = ("curriculum", "distill", "imitate")
+    how = {name: getattr(args, name) for name in names}
     plan = Plan(args.steps, args.batch, questions, *args.keep_ratios, **how)
     samples, schedule, folder, output = _training(args)
     train_scorer(load(args.model), args.scorer, samples, plan, schedule, folder, output)

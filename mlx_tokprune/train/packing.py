@@ -68,6 +68,23 @@ def answer_logits(
 
     gate: (B, K), added to every score of a visual token in every layer.
     """
+    batch, count, length = questions.ids.shape
+    asked = (prefix, visual, indices, questions, total, positions, gate)
+    read = model.decoder.read(packed(model, *asked), rows=count * length)
+    return model.decoder.logits(read.hidden).reshape(batch, count, length, -1)
+
+
+def packed(
+    model: FastVLM,
+    prefix: Sequence[int],
+    visual: mx.array,
+    indices: mx.array,
+    questions: Questions,
+    total: int,
+    positions: str = "original",
+    gate: mx.array | None = None,
+) -> Tokens:
+    """What `answer_logits` reads: the prefix, a picture, and all its questions."""
     batch, kept, _ = visual.shape
     _, count, length = questions.ids.shape
     start, decoder = len(prefix), model.decoder
@@ -87,14 +104,11 @@ def answer_logits(
         ],
         axis=1,
     )
-    end = after + length
     mask = _mask(start + kept, count, length)[None]
     if gate is not None:
         more = mx.pad(gate, [(0, 0), (start, mask.shape[-1] - start - kept)])
         mask = mx.where(mask, more[:, None].astype(hidden.dtype), -mx.inf)
-    sequence = Tokens(hidden, values, end, mask)
-    read = decoder.read(sequence, rows=count * length)
-    return decoder.logits(read.hidden).reshape(batch, count, length, -1)
+    return Tokens(hidden, values, after + length, mask, (slice(start, start + kept),))
 
 
 def _mask(shared: int, count: int, length: int) -> mx.array:

@@ -13,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ...errors import InputError
-from ...features import Features, keep_rows
+from ...features import Features
 from ...learned import SCORERS, save_scorer
 from ...pruners import count_kept
-from ..packing import IGNORE, answer_logits
+from ..packing import IGNORE, answer_logits, packed
 from .batches import Batch, Batches
 from .data import Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
@@ -32,7 +32,9 @@ class Plan:
     down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
     Gumbel distribution, falling to 0. temperature: of the gate's gradient, from the
     first to the second. distill: weight of the divergence from the unpruned model's
-    answers.
+    answers. imitate: the number of a layer of the language model, whose attention from
+    the prompt's last tokens is imitated in the place of all that: no layer has run
+    where a scorer has to know as much.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class Plan:
     leaky: float = 0.1
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
+    imitate: int | None = None
 
     def __post_init__(self):
         if not 0 < self.least <= self.most <= 1:
@@ -73,11 +76,13 @@ class ScorerLoss:
         rng = np.random.default_rng((*seed, 1))
         keep = plan.keep(rng, step, batch.features.total)
         scores = score(self._model, scorer, batch, keep)
+        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
+        if plan.imitate is not None:
+            return self._imitation(batch, visual, scores, plan.imitate)
         noise = schedule(plan.noise, 0.0, step, plan.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
         warm, cold = plan.temperature
         gate = straight_through(scores, keep, schedule(warm, cold, step, plan.steps))
-        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
         leak = LEAKS[step >= plan.leaky * plan.steps]
         logits = self._logits(batch, visual, log_gate(tamed(gate), leak))
         targets = batch.questions.targets
@@ -88,11 +93,27 @@ class ScorerLoss:
             losses = losses + plan.distill * _divergence(whole, logits)
         return mx.sum(losses * used), mx.sum(used)
 
-    def _gathered(self, batch: Batch, visual: mx.array, kept: mx.array) -> mx.array:
-        """Logits of the kept tokens alone, as at inference."""
-        some = keep_rows(visual, kept)
-        asked = (batch.questions, batch.features.total)
-        return answer_logits(self._model, batch.prefix, some, kept, *asked)
+    def _imitation(self, batch: Batch, visual: mx.array, scores: mx.array, layer: int):
+        """Cross entropy of the scores' softmax from the attention, and how many."""
+        total, seen = batch.features.total, []
+        every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
+        asked = (batch.prefix, visual, every, batch.questions, total)
+        sequence = packed(self._model, *asked)
+        _, count, length = batch.prompt.shape
+        last = mx.sum(batch.prompt, axis=-1) - 1 + mx.arange(count) * length
+        rows = len(batch.prefix) + total + last
+
+        def watch(number: int, hidden: mx.array) -> None:
+            if number == layer:
+                where = (rows, sequence.positions, sequence.mask)
+                seen.append(self._model.decoder.attention_to(number, hidden, *where))
+
+        self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
+        attention = mx.mean(seen[0][..., sequence.visual[0]], axis=1)
+        target = attention / mx.sum(attention, axis=1, keepdims=True)
+        logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
+        loss = -mx.sum(mx.stop_gradient(target) * logs)
+        return loss, mx.array(float(len(scores)))
 
     def _logits(self, batch: Batch, visual: mx.array, gate: mx.array | None):
         total = batch.features.total
