@@ -1,6 +1,10 @@
 """Scorers, the gate they learn through, the training loop, and adapters."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +20,7 @@ from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import answer_logits
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import Sample, read_samples
-from mlx_tokprune.train.tune.gate import as_if, log_gate, schedule, straight_through
+from mlx_tokprune.train.tune.gate import log_gate, schedule, straight_through, tamed
 from mlx_tokprune.train.tune.loop import Loop, Schedule
 from mlx_tokprune.train.tune.scorer import Plan, ScorerLoss, score
 
@@ -70,9 +74,15 @@ def test_a_hard_gather_has_no_gradient_to_scores():
     assert mx.all(mx.grad(gathered)(mx.array([[0.3, 2, -1, 0.9, 0.5]])) == 0).item()
 
 
-def test_the_value_of_one_with_the_gradient_of_another():
-    value, gradient = mx.value_and_grad(lambda x: as_if(x * 0 + 7, x**2))(mx.array(3.0))
-    assert (value.item(), gradient.item()) == (7, 6)
+def test_large_gradients_come_down_to_those_of_their_sample():
+    large = mx.array([[1e6, -2.0, 1.0, 0.5, 0.1, 0.0, -1.0, 2.0, 1.0, -3.0]])
+    found = np.array(
+        mx.grad(lambda gate: mx.sum(large * tamed(gate)))(mx.ones((1, 10)))
+    )
+    assert (np.sign(found) == np.sign(np.array(large))).all()
+    assert np.abs(found).max() <= 1
+    assert found[0, 0] == np.abs(found).max()
+    np.testing.assert_allclose(tamed(large), large)
 
 
 def test_schedules_at_their_ends():
@@ -288,3 +298,69 @@ def test_bad_training_options(tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+TWICE = """
+import sys, mlx_tokprune
+from pathlib import Path
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_tokprune import load
+from mlx_tokprune.learned import Adaptive
+from mlx_tokprune.train.tune.batches import Batches
+from mlx_tokprune.train.tune.data import read_samples
+from mlx_tokprune.train.tune.loop import Loop, Schedule
+from mlx_tokprune.train.tune.scorer import Plan, ScorerLoss
+
+model, processor = load("demo")
+batches = Batches(model, processor, read_samples("demo", 3).items)
+mx.random.seed(0)
+scorer, folder = Adaptive(512, 16), Path(sys.argv[2])
+loss = ScorerLoss(model, batches, Plan(2, 1, 1))
+loop = Loop(scorer, loss, Schedule(2, 1e-3, accumulate=int(sys.argv[1])), folder)
+loop.run()
+if loop.is_first:
+    mx.savez(str(folder / "w.npz"), **dict(tree_flatten(scorer.parameters())))
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Each draws its part of a batch; one process draws both, after each other."""
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE)
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    subprocess.run([sys.executable, script, "2", one], check=True)
+    start = [launcher, "-n", "2", "--backend", "ring", "--", sys.executable]
+    limits = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([*start, script, "1", two], check=True, env=os.environ | limits)
+    alone, both = (np.load(f"{folder}/w.npz") for folder in (one, two))
+    for name in alone.files:
+        np.testing.assert_allclose(alone[name], both[name], atol=1e-6, err_msg=name)
+
+
+def test_a_scorer_imitates_a_layer(demo):
+    """The goal is the attention from the prompt's last tokens in that layer."""
+    model, processor = demo
+    batches = Batches(model, processor, read_samples("demo", 2).items)
+    plan, scorer = Plan(1, 2, 2, imitate=1), Adaptive(512)
+    loss, count = ScorerLoss(model, batches, plan)(scorer, (0,), 0)
+    batch = batches.draw((0,), 2, 2)
+    keep = plan.keep(np.random.default_rng((0, 1)), 0, 64)
+    logs = np.array(score(model, scorer, batch, keep), np.float64)
+    logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
+    expected, visual = 0.0, model.project(batch.features.tokens)
+    for i in range(2):
+        attention = np.zeros(64)
+        for j in range(2):
+            ids = batch.questions.ids[i, j][: int(batch.prompt[i, j].sum().item())]
+            parts = [mx.array(batch.prefix), ids]
+            before, after = (model.decoder.embed(part[None]) for part in parts)
+            hidden = mx.concatenate([before, visual[i : i + 1], after], axis=1)
+            hidden = model.layers[0](hidden, "causal", None)
+            last = mx.array([[hidden.shape[1] - 1]])
+            seen = model.decoder.attention_to(1, hidden, last)[0, 0]
+            attention += np.array(seen[len(batch.prefix) : len(batch.prefix) + 64])
+        expected -= (attention / attention.sum() * logs[i]).sum()
+    assert count.item() == 2
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-4)
