@@ -56,7 +56,7 @@ def _add_training(parser, steps: int, rate: float) -> None:
     add("--pictures", type=int, default=2048, help="of demo (default: 2048)")
     add("--steps", type=int, default=steps, help=f"(default: {steps})")
     add("--batch", type=int, default=32, help="pictures in a step (default: 32)")
-    help_ = "about each of them in a step; 1 at the prompt (default: 5)"
+    help_ = "about each of them in a step (default: 5)"
     add("--questions", type=int, default=5, help=help_)
     add("--learning-rate", type=float, default=rate, help=f"(default: {rate:g})")
     add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
@@ -113,7 +113,8 @@ def _prune(args) -> None:
             f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}."
             + nearest(args.scorer, SCORERS)
         )
-    questions = 1 if SCORERS[args.scorer].at == "prompt" else args.questions
+    alone = SCORERS[args.scorer].at == "prompt" and args.imitate is None
+    questions = 1 if alone else args.questions
     names = ("curriculum", "distill", "imitate")
     how = {name: getattr(args, name) for name in names}
     plan = Plan(args.steps, args.batch, questions, *args.keep_ratios, **how)

@@ -27,6 +27,7 @@ from .loop import Loop, Schedule, draw_losses
 class Plan:
     """What a scorer learns under.
 
+    questions: of a picture; a scorer at the prompt learns from one, unless it imitates.
     least, most: shares of tokens that are kept, between which each batch draws its own,
     evenly in the logarithm. curriculum: the share of the steps in which `least` comes
     down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
@@ -109,7 +110,10 @@ class ScorerLoss:
                 seen.append(self._model.decoder.attention_to(number, hidden, *where))
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
-        attention = mx.mean(seen[0][..., sequence.visual[0]], axis=1)
+        attention = seen[0][..., sequence.visual[0]]  # (B, Q, N)
+        if len(scores) == len(visual):
+            attention = mx.mean(attention, axis=1)
+        attention = attention.reshape(scores.shape)
         target = attention / mx.sum(attention, axis=1, keepdims=True)
         logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
         loss = -mx.sum(mx.stop_gradient(target) * logs)
@@ -158,16 +162,19 @@ def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
 
 
 def score(model, scorer: nn.Module, batch: Batch, keep: int) -> mx.array:
-    """(B, N) what a scorer says of a batch, at its place."""
-    features = batch.features
-    extras = {"budget": mx.full((len(features.tokens),), keep / features.total)}
+    """(B, N) what a scorer says of pictures, or (B * Q, N) of each with its question."""
+    features, share = batch.features, keep / batch.features.total
     if scorer.at == "tower":
-        extras |= features.extras
+        extras = {"budget": mx.full((len(features.tokens),), share)} | features.extras
         return scorer(Features(features.tokens, features.grid, extras=extras))
-    if batch.prompt.shape[1] > 1:
-        raise ValueError("a scorer at the prompt reads one question of a picture")
+    _, count, _ = batch.prompt.shape
     length = int(np.array(mx.max(mx.sum(batch.prompt, axis=-1))))
     embeddings = mx.stop_gradient(model.project(features.tokens))
-    extras["text"] = model.decoder.embed(batch.questions.ids[:, 0, :length])
-    extras["text_mask"] = batch.prompt[:, 0, :length]
+    embeddings = mx.repeat(embeddings, count, axis=0)
+    text = model.decoder.embed(batch.questions.ids[..., :length].flatten(0, 1))
+    extras = {
+        "budget": mx.full((len(embeddings),), share),
+        "text": mx.stop_gradient(text),
+        "text_mask": batch.prompt[..., :length].flatten(0, 1),
+    }
     return scorer(Features(embeddings, features.grid, extras=extras))
