@@ -162,7 +162,7 @@ def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
 
 
 def score(model, scorer: nn.Module, batch: Batch, keep: int) -> mx.array:
-    """(B, N) what a scorer says of pictures, or (B * Q, N) of each with its question."""
+    """What a scorer says: (B, N) of pictures, (B * Q, N) of each with a question."""
     features, share = batch.features, keep / batch.features.total
     if scorer.at == "tower":
         extras = {"budget": mx.full((len(features.tokens),), share)} | features.extras
