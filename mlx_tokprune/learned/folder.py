@@ -7,15 +7,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..demo import FOLDER
 from ..errors import InputError, nearest
 from ..files import new_folder, object_of, read_json
 from .scorers import SCORERS
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
+EMBEDDED = {"demo-adaptive": FOLDER / "adaptive"}  # of the demo model
 
 
 def is_scorer(folder: str | Path) -> bool:
-    return (Path(folder) / CONFIG).is_file()
+    """Whether this is the folder of a scorer, or the name of an embedded one."""
+    return (Path(EMBEDDED.get(str(folder), folder)) / CONFIG).is_file()
 
 
 def save_scorer(
@@ -33,7 +36,7 @@ def save_scorer(
 
 def load_scorer(folder: str | Path) -> nn.Module:
     """The scorer of a folder; `InputError` unless it is one, whole and finite."""
-    folder = Path(folder)
+    folder = Path(EMBEDDED.get(str(folder), folder))
     config = read_json(folder / CONFIG)
     kind, settings = config.get("scorer"), object_of(config, "settings")
     if kind not in SCORERS:

@@ -16,6 +16,11 @@ _FREQUENCIES = 4  # of a token's place, along each side
 _BUDGET_SINES = 256
 
 
+def gelu(x: mx.array) -> mx.array:
+    """Exact; MLX's own is compiled, which counting and Core ML cannot look into."""
+    return x * (1 + mx.erf(x * 0.5**0.5)) / 2
+
+
 def sines(values: mx.array, count: int, longest: float) -> mx.array:
     """(...,) -> (..., count): sines and cosines of growing periods up to `longest`."""
     half = count // 2
@@ -55,7 +60,7 @@ class Attend(nn.Module):
             products = mx.where(mask[:, None, None], products, -1e9)
         mixed = mx.softmax(products, axis=-1) @ v
         x = x + self.out(mixed.swapaxes(1, 2).reshape(x.shape))
-        return x + self.down(nn.gelu(self.up(self.norm2(x))))
+        return x + self.down(gelu(self.up(self.norm2(x))))
 
 
 class Adaptive(nn.Module):
@@ -84,12 +89,12 @@ class Adaptive(nn.Module):
         tokens = self.norm(features.tokens.astype(mx.float32))
         x = self.token(tokens) + self.place(places(features))
         first, second = self.budget
-        asked = second(nn.gelu(first(sines(budget(features), _BUDGET_SINES, 1e-3))))
+        asked = second(gelu(first(sines(budget(features), _BUDGET_SINES, 1e-3))))
         products = self.key(x) @ asked[..., None] * asked.shape[-1] ** -0.5
         found = mx.sum(mx.softmax(products, axis=1) * self.value(x), axis=1)
         found = mx.broadcast_to((found + asked)[:, None], x.shape)
         joined = self.join(mx.concatenate([x, found], axis=-1))
-        return self.score(nn.gelu(joined))[..., 0]
+        return self.score(gelu(joined))[..., 0]
 
 
 class Asking(nn.Module):
