@@ -85,6 +85,7 @@ FORMS = (
     Pruner("prumerge_plus", keep_tokens=2),
     Pruner("visionzip", keep_tokens=5),
     Pruner("dart", keep_ratio=0.25, at="tower"),
+    Pruner("demo-adaptive", keep_ratio=0.25),
 )
 
 

@@ -132,7 +132,14 @@ def _entry(*kinds: str) -> Callable[[Callable], Callable]:
 # Elementwise ------------------------------------------------------------------------
 
 _UNARY = {
-    **{"Abs": "abs", "Erf": "erf", "Sigmoid": "sigmoid", "Square": "square"},
+    **{
+        "Abs": "abs",
+        "Cos": "cos",
+        "Erf": "erf",
+        "Sigmoid": "sigmoid",
+        "Sin": "sin",
+        "Square": "square",
+    },
     "LogicalNot": "logical_not",
 }
 _BINARY = {

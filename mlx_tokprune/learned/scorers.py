@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..features import Features
 
@@ -24,20 +25,20 @@ def gelu(x: mx.array) -> mx.array:
 def sines(values: mx.array, count: int, longest: float) -> mx.array:
     """(...,) -> (..., count): sines and cosines of growing periods up to `longest`."""
     half = count // 2
-    rates = mx.exp(mx.arange(half) * (-math.log(longest) / max(1, half - 1)))
-    angles = values[..., None] * rates * math.pi
+    rates = np.exp(np.arange(half) * (-math.log(longest) / max(1, half - 1))) * math.pi
+    angles = values[..., None] * mx.array(rates.astype(np.float32))
     return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
 
 
 def places(features: Features) -> mx.array:
     """(N, 4 * frequencies): where each token is, in rows and columns of its picture."""
     height, width = features.grid or (1, features.total // features.pictures)
-    rates = 2.0 ** mx.arange(_FREQUENCIES) * math.pi
-    rows = mx.repeat((mx.arange(height) + 0.5) / height, width)
-    columns = mx.tile((mx.arange(width) + 0.5) / width, height)
-    angles = mx.concatenate([rows[:, None] * rates, columns[:, None] * rates], axis=1)
-    found = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=1)
-    return mx.tile(found, (features.pictures, 1))
+    rates = 2.0 ** np.arange(_FREQUENCIES) * math.pi
+    rows = np.repeat((np.arange(height) + 0.5) / height, width)
+    columns = np.tile((np.arange(width) + 0.5) / width, height)
+    angles = np.concatenate([rows[:, None] * rates, columns[:, None] * rates], axis=1)
+    found = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return mx.array(np.tile(found, (features.pictures, 1)).astype(np.float32))
 
 
 class Attend(nn.Module):
@@ -90,9 +91,9 @@ class Adaptive(nn.Module):
         x = self.token(tokens) + self.place(places(features))
         first, second = self.budget
         asked = second(gelu(first(sines(budget(features), _BUDGET_SINES, 1e-3))))
-        products = self.key(x) @ asked[..., None] * asked.shape[-1] ** -0.5
-        found = mx.sum(mx.softmax(products, axis=1) * self.value(x), axis=1)
-        found = mx.broadcast_to((found + asked)[:, None], x.shape)
+        products = asked[:, None] @ self.key(x).swapaxes(1, 2) * asked.shape[-1] ** -0.5
+        found = mx.softmax(products, axis=-1) @ self.value(x) + asked[:, None]
+        found = mx.broadcast_to(found, x.shape)
         joined = self.join(mx.concatenate([x, found], axis=-1))
         return self.score(gelu(joined))[..., 0]
 
