@@ -156,6 +156,14 @@ def test_padding_of_questions_is_not_seen():
     np.testing.assert_allclose(padded[:1], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["demo-adaptive", "demo-asking"])
+def test_embedded_scorers_answer(demo, name):
+    model, processor = demo
+    for picture in PICTURES:
+        asked = (model, processor, [picture.path], picture.question)
+        assert generate(*asked, pruner=Pruner(name, 0.11)) == picture.answer
+
+
 def test_a_scorer_on_disk(tmp_path, demo):
     model, processor = demo
     for name, scorer in (("a", Adaptive(512)), ("b", Asking(192))):

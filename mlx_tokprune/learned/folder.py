@@ -13,7 +13,8 @@ from ..files import new_folder, object_of, read_json
 from .scorers import SCORERS
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
-EMBEDDED = {"demo-adaptive": FOLDER / "adaptive"}  # of the demo model
+# Of the demo model.
+EMBEDDED = {"demo-adaptive": FOLDER / "adaptive", "demo-asking": FOLDER / "asking"}
 
 
 def is_scorer(folder: str | Path) -> bool:
