@@ -38,7 +38,7 @@ FILES = [str(picture.path) for picture in PICTURES]
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    (tmp_path / "corner_tokens.py").write_text(
+    (tmp_path / "edge_tokens.py").write_text(
         "import mlx.core as mx\n"
         "from mlx_tokprune import Selection\n"
         "def corner(features, *, keep):\n"
@@ -48,7 +48,7 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("_METHODS", "_NAMES"):  # what this test registers goes with it
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    return "corner_tokens:corner"
+    return "edge_tokens:corner"
 
 
 DEPTHS = (0.25, 0.5, 0.75)
@@ -75,10 +75,10 @@ DEPTHS = (0.25, 0.5, 0.75)
             ],
         ),
         (
-            "corner_tokens:corner:4+corner_tokens:corner:0.5@prompt",
+            "edge_tokens:corner:4+edge_tokens:corner:0.5@prompt",
             [
-                ("corner_tokens:corner", None, 4, "tower"),
-                ("corner_tokens:corner", 0.5, None, "prompt"),
+                ("edge_tokens:corner", None, 4, "tower"),
+                ("edge_tokens:corner", 0.5, None, "prompt"),
             ],
         ),
     ],
@@ -108,7 +108,7 @@ BAD = {
     "norm:0.5@tower+": "'' is no place of a plan",
     "norm": "method 'norm' needs a budget: say norm:0.5",
     "norm@2": "method 'norm' needs a budget",
-    "corner_tokens:corner": "method 'corner_tokens:corner' needs a budget",
+    "edge_tokens:corner": "method 'edge_tokens:corner' needs a budget",
     "nrm:0.5": "Did you mean 'norm'",
     "norm:half": "expected package.module:function",
     "nowhere_at_all:f:0.5": "expected package.module:function",
@@ -522,7 +522,10 @@ def test_a_policy_is_evaluated_and_timed_under_plans(tmp_path, capsys):
     plan = "norm:0.5@tower+trimvla:0.5@prompt+attention:0.5@3"
     how = ["--model", "demo-policy", "--plans", plan]
     files = [str(tmp_path / name) for name in ("e.json", "b.json")]
-    evaluate([*how, "--data", "metaworld", "--pictures", "2", "--output", files[0]])
+    asked = tmp_path / "asked.jsonl"
+    question = {"image": str(POLICY_FRAME.path), "question": POLICY_FRAME.question}
+    asked.write_text(json.dumps(question | {"answer": POLICY_FRAME.answer}))
+    evaluate([*how, "--data", str(asked), "--output", files[0]])
     bench([*how, "--runs", "1", "--output", files[1]])
     means = []
     for file, name in zip(files, ("kept", "mean_kept"), strict=True):
