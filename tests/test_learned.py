@@ -22,7 +22,7 @@ from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import Sample, read_samples
 from mlx_tokprune.train.tune.gate import log_gate, schedule, straight_through, tamed
 from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.scorer import Plan, ScorerLoss, score
+from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score
 
 
 def features(batch=2, side=4, channels=24, seed=0, **extras):
@@ -97,7 +97,7 @@ def test_schedules_at_their_ends():
 def test_the_training_forward_is_that_of_inference(tiny, kind):
     """The loss that a step sees equals that of the kept tokens alone."""
     model, processor = tiny
-    batches, plan = Batches(model, processor, samples()), Plan(4, 3, 1, noise=0.0)
+    batches, plan = Batches(model, processor, samples()), Lesson(4, 3, 1, noise=0.0)
     hidden = model.args.text["hidden_size"]
     size = model.feature_size if kind == "adaptive" else hidden
     scorer = {"adaptive": Adaptive, "asking": Asking}[kind](size)
@@ -204,7 +204,7 @@ def test_damaged_scorers_are_refused(tmp_path, change, message):
 
 def trained(tiny, folder, steps, stop=None):
     model, processor = tiny
-    batches, plan = Batches(model, processor, samples()), Plan(steps, 2, 1)
+    batches, plan = Batches(model, processor, samples()), Lesson(steps, 2, 1)
     mx.random.seed(0)
     scorer = Adaptive(model.feature_size, width=16)
     how = Schedule(steps, 1e-3, save_every=1)
@@ -292,6 +292,7 @@ def test_a_scorer_is_trained_on_the_command_line(tmp_path):
         (["prune", "--keep-ratios", "0.5", "0.1"], "out of order"),
         (["prune", "--data", "nothing.jsonl"], "does not exist"),
         (["prune", "--steps", "0"], "whole numbers from 1"),
+        (["prune", "--imitate", "4", "--pictures", "1"], "expected 0 to 3"),
         (
             ["lora", "--method", "fastv", "--pictures", "1"],
             "under pruning at the tower",
@@ -318,13 +319,13 @@ from mlx_tokprune.learned import Adaptive
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import read_samples
 from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.scorer import Plan, ScorerLoss
+from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss
 
 model, processor = load("demo")
 batches = Batches(model, processor, read_samples("demo", 3).items)
 mx.random.seed(0)
 scorer, folder = Adaptive(512, 16), Path(sys.argv[2])
-loss = ScorerLoss(model, batches, Plan(2, 1, 1))
+loss = ScorerLoss(model, batches, Lesson(2, 1, 1))
 loop = Loop(scorer, loss, Schedule(2, 1e-3, accumulate=int(sys.argv[1])), folder)
 loop.run()
 if loop.is_first:
@@ -351,7 +352,7 @@ def test_a_scorer_imitates_a_layer(demo):
     """The goal is the attention from the prompt's last tokens in that layer."""
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 2).items)
-    plan, scorer = Plan(1, 2, 2, imitate=1), Adaptive(512)
+    plan, scorer = Lesson(1, 2, 2, imitate=1), Adaptive(512)
     loss, count = ScorerLoss(model, batches, plan)(scorer, (0,), 0)
     batch = batches.draw((0,), 2, 2)
     keep = plan.keep(np.random.default_rng((0, 1)), 0, 64)

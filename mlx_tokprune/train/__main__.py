@@ -106,7 +106,7 @@ def _check_fonts() -> None:
 
 def _prune(args) -> None:
     from ..loading import load
-    from .tune.scorer import Plan, train_scorer
+    from .tune.scorer import Lesson, train_scorer
 
     if args.scorer not in SCORERS:
         raise InputError(
@@ -117,9 +117,11 @@ def _prune(args) -> None:
     questions = 1 if alone else args.questions
     names = ("curriculum", "distill", "imitate")
     how = {name: getattr(args, name) for name in names}
-    plan = Plan(args.steps, args.batch, questions, *args.keep_ratios, **how)
+    lesson = Lesson(args.steps, args.batch, questions, *args.keep_ratios, **how)
     samples, schedule, folder, output = _training(args)
-    train_scorer(load(args.model), args.scorer, samples, plan, schedule, folder, output)
+    train_scorer(
+        load(args.model), args.scorer, samples, lesson, schedule, folder, output
+    )
     print(f"wrote {output}")
 
 

@@ -24,7 +24,7 @@ from .loop import Loop, Schedule, draw_losses
 
 
 @dataclass(frozen=True)
-class Plan:
+class Lesson:
     """What a scorer learns under.
 
     questions: of a picture; a scorer at the prompt learns from one, unless it imitates.
@@ -68,30 +68,30 @@ class Plan:
 class ScorerLoss:
     """The loss of a scorer on batches; a `LossOf` of the training loop."""
 
-    def __init__(self, model, batches: Batches, plan: Plan):
-        self._model, self._batches, self._plan = model, batches, plan
+    def __init__(self, model, batches: Batches, lesson: Lesson):
+        self._model, self._batches, self._lesson = model, batches, lesson
 
     def __call__(self, scorer: nn.Module, seed: tuple[int, ...], step: int):
-        plan = self._plan
-        batch = self._batches.draw(seed, plan.pictures, plan.questions)
+        lesson = self._lesson
+        batch = self._batches.draw(seed, lesson.pictures, lesson.questions)
         rng = np.random.default_rng((*seed, 1))
-        keep = plan.keep(rng, step, batch.features.total)
+        keep = lesson.keep(rng, step, batch.features.total)
         scores = score(self._model, scorer, batch, keep)
         visual = mx.stop_gradient(self._model.project(batch.features.tokens))
-        if plan.imitate is not None:
-            return self._imitation(batch, visual, scores, plan.imitate)
-        noise = schedule(plan.noise, 0.0, step, plan.steps)
+        if lesson.imitate is not None:
+            return self._imitation(batch, visual, scores, lesson.imitate)
+        noise = schedule(lesson.noise, 0.0, step, lesson.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
-        warm, cold = plan.temperature
-        gate = straight_through(scores, keep, schedule(warm, cold, step, plan.steps))
-        leak = LEAKS[step >= plan.leaky * plan.steps]
+        warm, cold = lesson.temperature
+        gate = straight_through(scores, keep, schedule(warm, cold, step, lesson.steps))
+        leak = LEAKS[step >= lesson.leaky * lesson.steps]
         logits = self._logits(batch, visual, log_gate(tamed(gate), leak))
         targets = batch.questions.targets
         used = targets != IGNORE
         losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
-        if plan.distill:
+        if lesson.distill:
             whole = mx.stop_gradient(self._logits(batch, visual, None))
-            losses = losses + plan.distill * _divergence(whole, logits)
+            losses = losses + lesson.distill * _divergence(whole, logits)
         return mx.sum(losses * used), mx.sum(used)
 
     def _imitation(self, batch: Batch, visual: mx.array, scores: mx.array, layer: int):
@@ -130,7 +130,7 @@ def train_scorer(
     loaded: tuple,
     kind: str,
     samples: Samples,
-    plan: Plan,
+    lesson: Lesson,
     schedule: Schedule,
     folder: Path,
     output: Path,
@@ -140,15 +140,20 @@ def train_scorer(
     folder: keeps the state of the training, which goes on from there.
     """
     model, processor = loaded
+    layers = len(model.decoder.layers)
+    if lesson.imitate is not None and not 0 <= lesson.imitate < layers:
+        raise InputError(
+            f"there is no layer {lesson.imitate} to imitate; expected 0 to {layers - 1}"
+        )
     mx.random.seed(schedule.seed)
     at_tower = SCORERS[kind].at == "tower"
     size = model.feature_size if at_tower else model.args.text["hidden_size"]
     scorer = SCORERS[kind](size)
     batches = Batches(model, processor, samples.items)
-    loop = Loop(scorer, ScorerLoss(model, batches, plan), schedule, folder)
+    loop = Loop(scorer, ScorerLoss(model, batches, lesson), schedule, folder)
     loop.run()
     if loop.is_first:
-        trained = {**dataclasses.asdict(plan), **dataclasses.asdict(schedule)}
+        trained = {**dataclasses.asdict(lesson), **dataclasses.asdict(schedule)}
         save_scorer(scorer, output, trained)
         draw_losses(loop.losses, folder / "loss.png")
     return scorer
