@@ -1,7 +1,7 @@
 """Pruners that look at the prompt: which visual tokens does it ask for?
 
 They run at the language model's input, on projected tokens, so they cost a projection
-of every token. Both may keep another number in each sample of a batch.
+of every token. Those with a count of their own may keep another number in each sample.
 """
 
 import math
