@@ -272,8 +272,9 @@ def test_an_adapter_is_trained_used_and_fused(tmp_path, packages, dora):
     merged, _ = load(fused)
     ids = mx.array([[1, 5, 9, 30]])
     logits, same = adapted(ids), merged(ids)
-    assert mx.max(mx.abs(logits - load("demo")[0](ids))).item() > 1e-4
-    np.testing.assert_allclose(logits, same, atol=2e-2)
+    effect = mx.max(mx.abs(logits - load("demo")[0](ids))).item()
+    assert effect > 1e-3
+    assert mx.max(mx.abs(logits - same)).item() < 0.05 * effect
 
 
 def test_a_scorer_is_trained_on_the_command_line(tmp_path):

@@ -55,22 +55,12 @@ def pack(rows: Sequence[Sequence[Question | None]], encode, suffix: str, end: in
 
 
 def answer_logits(
-    model: FastVLM,
-    prefix: Sequence[int],
-    visual: mx.array,
-    indices: mx.array,
-    questions: Questions,
-    total: int,
-    positions: str = "original",
-    gate: mx.array | None = None,
+    model: FastVLM, prefix: Sequence[int], visual, indices, questions: Questions, *how
 ) -> mx.array:
-    """(B, Q, L, V) logits; visual (B, K, D) are tokens `indices` (B, K) of `total`.
-
-    gate: (B, K), added to every score of a visual token in every layer.
-    """
+    """(B, Q, L, V) logits of what `packed` makes of the same."""
     batch, count, length = questions.ids.shape
-    asked = (prefix, visual, indices, questions, total, positions, gate)
-    read = model.decoder.read(packed(model, *asked), rows=count * length)
+    sequence = packed(model, prefix, visual, indices, questions, *how)
+    read = model.decoder.read(sequence, rows=count * length)
     return model.decoder.logits(read.hidden).reshape(batch, count, length, -1)
 
 
@@ -84,7 +74,11 @@ def packed(
     positions: str = "original",
     gate: mx.array | None = None,
 ) -> Tokens:
-    """What `answer_logits` reads: the prefix, a picture, and all its questions."""
+    """The prefix, a picture, and all its questions.
+
+    visual: (B, K, D) tokens `indices` (B, K) of `total`. gate: (B, K), added to every
+    score of a visual token in every layer.
+    """
     batch, kept, _ = visual.shape
     _, count, length = questions.ids.shape
     start, decoder = len(prefix), model.decoder
@@ -119,10 +113,15 @@ def _mask(shared: int, count: int, length: int) -> mx.array:
     return mx.array(causal & (own | (group[None] == 0)))
 
 
+def answer_losses(logits: mx.array, questions: Questions) -> tuple[mx.array, mx.array]:
+    """(B, Q, L) cross entropy of each token, and which of them are the answers'."""
+    used = questions.targets != IGNORE
+    return nn.losses.cross_entropy(logits, mx.maximum(questions.targets, 0)), used
+
+
 def answer_loss(logits: mx.array, questions: Questions) -> mx.array:
     """Mean cross entropy of the answers' tokens."""
-    used = questions.targets != IGNORE
-    losses = nn.losses.cross_entropy(logits, mx.maximum(questions.targets, 0))
+    losses, used = answer_losses(logits, questions)
     return mx.sum(losses * used) / mx.maximum(mx.sum(used), 1)
 
 

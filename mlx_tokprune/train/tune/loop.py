@@ -98,7 +98,7 @@ class Loop:
     def _step(self, step: int) -> tuple[float, float]:
         """The mean loss of a step, and answer tokens that were learned from."""
         schedule, size, rank = self.schedule, self._group.size(), self._group.rank()
-        sums = nn.value_and_grad(self.module, self._summed)
+        sums = nn.value_and_grad(self.module, self.loss)
         total, count, gradients = 0.0, 0.0, None
         for part in range(schedule.accumulate):
             seed = (schedule.seed, step, part * size + rank)
@@ -116,9 +116,6 @@ class Loop:
         self._optimizer.update(self.module, gradients)
         mx.eval(self.module.trainable_parameters(), self._optimizer.state)
         return (total / count).item(), count.item()
-
-    def _summed(self, module, seed, step):
-        return self.loss(module, seed, step)
 
     # What is kept -------------------------------------------------------------------
 

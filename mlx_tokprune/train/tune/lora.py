@@ -16,9 +16,10 @@ from mlx.utils import tree_flatten
 from ...errors import InputError
 from ...files import new_folder
 from ...loading import Opened, load, open_checkpoint
-from ...pipeline import plan_for
+from ...pipeline import Scene, plan_for, prune
+from ...prompt import Prompt
 from ...pruners import Plan, Pruners
-from ..packing import IGNORE, answer_logits
+from ..packing import answer_logits, answer_losses
 from .batches import Batches
 from .data import Samples
 from .loop import Loop, Schedule, draw_losses
@@ -73,18 +74,14 @@ class AnswerLoss:
 
     def __call__(self, module: nn.Module, seed: tuple[int, ...], step: int):
         batch = self._batches.draw(seed, *self._sizes)
-        features, total = batch.features, batch.features.total
-        tokens, indices = features.tokens, mx.arange(total)[None]
-        indices = mx.broadcast_to(indices, tokens.shape[:2])
-        for pruner in self._plan:
-            selection = pruner(features)
-            tokens, indices = selection.apply(tokens), selection.indices
-        visual = mx.stop_gradient(self._model.project(tokens))
-        asked = (batch.questions, total, self._positions)
-        logits = answer_logits(self._model, batch.prefix, visual, indices, *asked)
-        targets = batch.questions.targets
-        used = targets != IGNORE
-        losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
+        features = batch.features
+        # One sample of as many places as there are pictures: each by itself.
+        scene = Scene(None, Prompt(((),) * (len(features.tokens) + 1)))
+        visual = prune(self._model, scene, self._plan, features)
+        seen = (mx.stop_gradient(visual.embeddings), visual.indices)
+        asked = (batch.questions, features.total, self._positions)
+        logits = answer_logits(self._model, batch.prefix, *seen, *asked)
+        losses, used = answer_losses(logits, batch.questions)
         return mx.sum(losses * used), mx.sum(used)
 
 

@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...features import Features
 from ...learned import SCORERS, save_scorer
 from ...pruners import count_kept
-from ..packing import IGNORE, answer_logits, packed
+from ..packing import answer_logits, answer_losses, packed
 from .batches import Batch, Batches
 from .data import Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
@@ -86,9 +86,7 @@ class ScorerLoss:
         gate = straight_through(scores, keep, schedule(warm, cold, step, lesson.steps))
         leak = LEAKS[step >= lesson.leaky * lesson.steps]
         logits = self._logits(batch, visual, log_gate(tamed(gate), leak))
-        targets = batch.questions.targets
-        used = targets != IGNORE
-        losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
+        losses, used = answer_losses(logits, batch.questions)
         if lesson.distill:
             whole = mx.stop_gradient(self._logits(batch, visual, None))
             losses = losses + lesson.distill * _divergence(whole, logits)
