@@ -49,7 +49,8 @@ class Policy:
     `reset` between episodes forgets the tokens of past instructions.
     draft: guess that tokens are those of the last action, and have the model check them
     in one call; actions stay the same. `kept` is how many visual tokens the last call
-    had, mean over robots and layers; `calls` how often it ran the language model.
+    had, mean over robots and layers, `kept_each` that of each robot; `calls` how often
+    it ran the language model.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Policy:
         self._noted = wrap(self._act_and_note)
         self._noted_warm_up = wrap(functools.partial(self._act_and_note, plan=()))
         self._drafts = draft
-        self.kept, self.calls = 0.0, 0
+        self.kept, self.kept_each, self.calls = 0.0, [0.0], 0
         self.reset()
 
     def reset(self) -> None:
@@ -131,7 +132,9 @@ class Policy:
         check_text(instruction, "the instruction")
         scene = observe(self.processor, robots, self._prompt(instruction), state)
         self.calls = self._head.calls
+        self.kept_each = []
         said = self._act(scene, self._arrays(scene))
+        self.kept_each = self.kept_each or [self.kept] * len(batch)
         normalized = check_action(self._head.normalized(np.array(said)))
         self._last = said if self._drafts else None
         return self.bounds.to_units(normalized)
@@ -242,7 +245,8 @@ class Policy:
         visual = choose(self.model, scene, self.plan, visual)
         self.kept = visual.keep
         if visual.mask is not None:
-            self.kept = mx.mean(mx.sum(visual.mask, axis=1)).item()
+            counts = mx.sum(visual.mask, axis=1)
+            self.kept, self.kept_each = mx.mean(counts).item(), counts.tolist()
         return self._rest(*_padded(visual), *arrays)
 
     @property

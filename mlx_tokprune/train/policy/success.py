@@ -33,8 +33,16 @@ class Row:
     positions: str = DEFAULT_POSITIONS
 
 
-def rows(methods: Iterable[str] | None = None, budgets=BUDGETS) -> list[Row]:
-    """The unpruned policy, every method at every budget, and the controls."""
+def rows(
+    methods: Iterable[str] | None = None,
+    budgets: Iterable[float] = BUDGETS,
+    controls: bool = True,
+) -> list[Row]:
+    """The unpruned policy, every method at every budget, and the controls.
+
+    Those are contiguous positions, and what is no policy.
+    """
+    budgets = list(budgets)
     chosen = [m for m in methods or list_pruners() if m != "none"]
     found = [Row("none", Pruner())]
     for name in chosen:
@@ -42,6 +50,8 @@ def rows(methods: Iterable[str] | None = None, budgets=BUDGETS) -> list[Row]:
             found.append(Row(f"{name} own count", Pruner(name)))
         if get_method(name).counts != "own":
             found += [Row(f"{name} {b:g}", Pruner(name, b)) for b in budgets]
+    if not controls:
+        return found
     for budget in (0.5, 0.25):
         label = f"trimvla {budget:g} contiguous"
         found.append(Row(label, Pruner("trimvla", budget), "contiguous"))
@@ -78,10 +88,11 @@ def _run(model, processor, worlds: list[World], row: Row) -> dict:
     for number, world in enumerate(worlds):
         world.reset(first + number)
     act, keep_robots = _actor(model, processor, row, name)
-    live, steps, kept = worlds, 0, []
+    live, steps, kept, counts = worlds, 0, [], []
     for _ in range(HORIZON):
-        actions, count = act(np.stack([world.frame() for world in live]))
-        kept.append(count)
+        actions, some = act(np.stack([world.frame() for world in live]))
+        kept.append(np.mean(some))
+        counts += list(some)
         steps += len(live)
         ended = [w.step(a) for w, a in zip(live, actions, strict=True)]
         rows = [number for number, done in enumerate(ended) if not done]
@@ -93,11 +104,13 @@ def _run(model, processor, worlds: list[World], row: Row) -> dict:
         "success": [bool(world.success) for world in worlds],
         "steps": steps,
         "kept": float(np.mean(kept)),
+        "least": float(min(counts)),
+        "most": float(max(counts)),
     }
 
 
 def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
-    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that were kept.
+    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that each kept.
 
     And what is told which of the robots go on.
     """
@@ -105,7 +118,7 @@ def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
         rng = np.random.default_rng(0)
 
         def draw(frames: np.ndarray):
-            return rng.uniform(-1, 1, (len(frames), 4)), 0
+            return rng.uniform(-1, 1, (len(frames), 4)), [0]
 
         return draw, lambda rows: None
     policy = Policy(
@@ -120,7 +133,7 @@ def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
         if row.label == "grey picture":
             frames = np.full_like(frames, 128)
         actions = policy.act_on_batch([[frame] for frame in frames], instruction)
-        return actions, policy.kept
+        return actions, policy.kept_each
 
     return act, policy.keep_robots
 
