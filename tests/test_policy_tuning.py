@@ -165,8 +165,8 @@ def test_noise_spreads_the_choice_and_none_is_the_pruner_s():
     assert kept == ever == 18
     kept, ever = counts(lambda: trimvla_gate(policy, visual, batch, 6, 9.0, 1.0)[0])
     assert kept == 18 < ever
-    kept, ever = counts(lambda: lightvla_gate(policy, visual, batch, 0.0, 1.0))
-    more, _ = counts(lambda: lightvla_gate(policy, visual, batch, 99.0, 1.0))
+    kept, ever = counts(lambda: lightvla_gate(policy, visual, batch, 0.0, 1.0)[0])
+    more, _ = counts(lambda: lightvla_gate(policy, visual, batch, 99.0, 1.0)[0])
     assert kept == ever < more
 
 

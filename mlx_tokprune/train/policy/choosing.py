@@ -25,7 +25,7 @@ def trimvla_gate(
 ) -> tuple[mx.array, mx.array]:
     """(B, N): 1 for the `keep` highest scores with `noise` of a Gumbel distribution.
 
-    And these scores, without gradient.
+    And these scores as a rank, without gradient.
     """
     scores = trimvla_scores(policy, visual, batch)
     scores = scores + noise * mx.random.gumbel(scores.shape)
@@ -38,11 +38,12 @@ def lightvla_gate(
     batch: Labelled,
     noise: float,
     temperature: float,
-) -> mx.array:
+) -> tuple[mx.array, mx.array]:
     """(B, N): 1 for each token that a query votes for, with uniform `noise` on votes.
 
     The gradient is that of the chance that any query votes for it, each drawn from the
-    softmax of its votes.
+    softmax of its votes. And a rank, without gradient: what is voted for is above the
+    rest, and what is likely above what is not.
     """
     text = policy.decoder.embed(batch.prompts)
     votes = votes_for(visual, text, batch.asked) * visual.shape[-1] ** -0.5
@@ -51,4 +52,5 @@ def lightvla_gate(
     hard = mx.any(best == mx.arange(visual.shape[1]), axis=1).astype(mx.float32)
     shares = mx.minimum(mx.softmax(votes / temperature, axis=-1), _SURE)
     soft = 1 - mx.exp(mx.sum(mx.log1p(-shares), axis=1))
-    return hard + soft - mx.stop_gradient(soft)
+    known = mx.stop_gradient(soft)
+    return hard + soft - known, hard + known

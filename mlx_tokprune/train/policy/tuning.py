@@ -153,21 +153,20 @@ class Tuner:
     ) -> tuple[mx.array, mx.array]:
         """What is added to scores of tokens (B, M), and which of all tokens they are.
 
-        Of trimvla these are the kept ones and the next best: others are far from the
-        threshold, where the gate has hardly a gradient, and time is saved.
+        The chosen ones and the next best: others are far from being chosen, where the
+        gate has hardly a gradient, and time is saved.
         """
         tuning, steps, total = self.tuning, self.plan.steps, visual.shape[1]
         noise = schedule(tuning.noise, 0.0, step, steps)
         how = (noise, schedule(*tuning.temperature, step, steps))
         if tuning.method == "trimvla":
             keep = tuning.keep(rng, total)
-            gate, scores = trimvla_gate(self.policy, visual, batch, keep, *how)
-            here = keep_highest(scores, min(_CANDIDATES * keep, total)).indices
-            gate = mx.take_along_axis(gate, here, axis=1)
+            gate, ranks = trimvla_gate(self.policy, visual, batch, keep, *how)
         else:
-            gate = lightvla_gate(self.policy, visual, batch, *how)
-            here = mx.broadcast_to(mx.arange(total), gate.shape)
-        gate, share = tamed(gate), tuning.choice
+            gate, ranks = lightvla_gate(self.policy, visual, batch, *how)
+            keep = int(np.array(mx.max(mx.sum(gate > 0.5, axis=1))))
+        here = keep_highest(ranks, min(_CANDIDATES * keep, total)).indices
+        gate, share = tamed(mx.take_along_axis(gate, here, axis=1)), tuning.choice
         return log_gate(share * gate + (1 - share) * mx.stop_gradient(gate)), here
 
     # Episodes -----------------------------------------------------------------------
