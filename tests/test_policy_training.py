@@ -349,6 +349,9 @@ def test_every_method_and_control_has_its_rows():
     for label in ("none", "norm 0.75", "trimvla 0.1", "lightvla own count"):
         assert label in labels
     assert set(success.CONTROLS) <= set(labels)
+    chosen = ["lightvla own count", "trimvla 0.07", "none"]
+    found = success.rows(budgets=[0.07], labels=chosen)
+    assert [row.label for row in found] == chosen
 
 
 def test_seeds_of_judging_are_never_those_of_training():
@@ -392,6 +395,8 @@ def test_the_table_and_the_picture_for_people(tmp_path):
         (["success", "--log", "x", "--tasks", "drawer-opn"], "'drawer-open'?"),
         (["success", "--log", "x", "--episodes", "0"], "cannot run 0 episodes"),
         (["success", "--log", "x", "--methods", "nrm"], "'norm'?"),
+        (["success", "--log", "x", "--rows", "trimvla .1"], "'trimvla 0.1'?"),
+        (["success", "--log", "x", "--budgets", "2"], "outside (0, 1]"),
         (["run", "--folder", "f", "--output", "o", "--scale", "0"], "out of range"),
         (["run", "--folder", "f", "--output", "."], "already exists"),
         (["table", "nowhere.jsonl"], "does not exist"),

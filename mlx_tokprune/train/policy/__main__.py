@@ -22,8 +22,8 @@ def build_parser() -> Parser:
     success.add_argument("--methods", nargs="+", help="default: all")
     help_ = "shares of tokens to keep (default: 0.75 0.5 0.25 0.1 0.05)"
     success.add_argument("--budgets", nargs="+", type=float, help=help_)
-    help_ = "leave out what shows what success needs, and contiguous positions"
-    success.add_argument("--no-controls", action="store_true", help=help_)
+    help_ = "only these, called as in the table: none, 'trimvla 0.1' (default: all)"
+    success.add_argument("--rows", nargs="+", metavar="ROW", help=help_)
     success.add_argument("--log", required=True, help="JSON lines, added to")
     _add_tune(commands)
     table = commands.add_parser("table", help="the table of one or more logs")
@@ -113,7 +113,7 @@ def _measure(args) -> None:
             )
     if args.episodes < 1:
         raise InputError(f"cannot run {args.episodes} episodes; the least is 1")
-    chosen = rows(args.methods, args.budgets or BUDGETS, not args.no_controls)
+    chosen = rows(args.methods, args.budgets or BUDGETS, args.rows)
     log = Path(args.log)
     measure(*load(args.model), args.episodes, args.tasks, chosen, log)
     print(f"wrote {log}")

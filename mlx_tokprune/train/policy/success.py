@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ...errors import InputError, nearest
 from ...measure.results import fingerprint
 from ...pipeline import DEFAULT_POSITIONS
 from ...pruners import Pruner, get_method, list_pruners
@@ -36,13 +37,23 @@ class Row:
 def rows(
     methods: Iterable[str] | None = None,
     budgets: Iterable[float] = BUDGETS,
-    controls: bool = True,
+    labels: Iterable[str] | None = None,
 ) -> list[Row]:
     """The unpruned policy, every method at every budget, and the controls.
 
-    Those are contiguous positions, and what is no policy.
+    labels: of those that are wanted. Raises `InputError` for one that there is not.
     """
-    budgets = list(budgets)
+    found = {row.label: row for row in _all_rows(methods, list(budgets))}
+    for label in labels or ():
+        if label not in found:
+            raise InputError(
+                f"there is no row {label!r}; rows are called as in the table, such as "
+                f"'none'.{nearest(label, found)}"
+            )
+    return [found[label] for label in labels or found]
+
+
+def _all_rows(methods: Iterable[str] | None, budgets: list[float]) -> list[Row]:
     chosen = [m for m in methods or list_pruners() if m != "none"]
     found = [Row("none", Pruner())]
     for name in chosen:
@@ -50,8 +61,6 @@ def rows(
             found.append(Row(f"{name} own count", Pruner(name)))
         if get_method(name).counts != "own":
             found += [Row(f"{name} {b:g}", Pruner(name, b)) for b in budgets]
-    if not controls:
-        return found
     for budget in (0.5, 0.25):
         label = f"trimvla {budget:g} contiguous"
         found.append(Row(label, Pruner("trimvla", budget), "contiguous"))
