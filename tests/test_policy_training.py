@@ -384,6 +384,8 @@ def test_the_table_and_the_picture_for_people(tmp_path):
     assert shown[2].startswith("| none | 64 | 75.0 (30.1-95.4) |  | 75 |")
     assert shown[3].startswith("| norm 0.5 | 32 | 0.0 (0.0-49.0) | 25 % | 0 |")
     assert "TTFT" not in table.markdown(lines, {})
+    spread = [{**lines[0], "least": 3, "most": 9, "kept": 5.6, "row": "lightvla"}]
+    assert "| lightvla | 6 (3-9) |" in table.markdown(spread, {})
     table.draw(lines, tmp_path / "success.png")
     with Image.open(tmp_path / "success.png") as picture:
         assert picture.width > picture.height > 300

@@ -50,9 +50,18 @@ def markdown(lines: list[dict], saved: dict[str, float]) -> str:
         saving = f" {100 * saved[label]:.0f} % |" if label in saved else ""
         saving = saving or ("  |" if saved else "")
         rate = f"{100 * won / total:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-        shown = f"{kept:.0f}" if kept else ""
+        shown = f"{kept:.0f}{_spread(lines, label)}" if kept else ""
         table.append(f"| {label} | {shown} | {rate} |{saving} {' | '.join(cells)} |")
     return "\n".join(table)
+
+
+def _spread(lines: list[dict], label: str) -> str:
+    """The least and the most tokens that a picture kept, where those differ."""
+    mine = [line for line in lines if line["row"] == label and "least" in line]
+    if not mine:
+        return ""
+    least, most = min(x["least"] for x in mine), max(x["most"] for x in mine)
+    return f" ({least:.0f}-{most:.0f})" if least < most else ""
 
 
 def draw(lines: list[dict], file: Path) -> None:
