@@ -180,7 +180,7 @@ def test_noise_and_temperature_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "trimvla_gate", spy)
     for step in (0, 10):
         made.losses(batch_of(1), np.random.default_rng(0), step)
-    assert seen == [(0.5, 1.0), (0.0, pytest.approx(0.3))]
+    assert seen == [(0.25, 1.0), (0.0, pytest.approx(0.3))]
 
 
 def test_how_many_stay():
@@ -190,6 +190,19 @@ def test_how_many_stay():
     wide = tuning.Tuning(keep_ratio=0.9)
     assert max(wide.keep(rng, 64) for _ in range(99)) == 63
     assert settings.rounds_of(800) == (0, 400)
+
+
+def test_tasks_that_take_long_are_drawn_more_often(tmp_path, corridor):
+    collector = collecting.Collector(tmp_path)
+    for step, slow in ((0, 3), (7, 8)):
+        tasks = np.repeat(np.arange(9), [30 if n == slow else 10 for n in range(9)])
+        frames = np.zeros((len(tasks), SIZE, SIZE, 3), np.uint8)
+        episodes = demonstrations.Episodes(frames, np.zeros((len(tasks), 4)), tasks)
+        episodes.save(collector.data / f"corrections-{step:06d}")
+    assert np.argmax(collector.shares(6)) == 3
+    shares = collector.shares(7)
+    np.testing.assert_allclose(shares[8], (9 / 17 + 1 / 9) / 2)
+    np.testing.assert_allclose(shares[:8], (1 / 17 + 1 / 9) / 2)
 
 
 def run(folder, output, *more):
@@ -241,10 +254,10 @@ def test_a_stopped_tuning_goes_on_where_it_was(tmp_path, corridor):
     stopped = tuner(tmp_path / "parts", steps=4)
     draw = stopped.collector.draw
 
-    def fail_late(rng, size, episodes):
+    def fail_late(*arguments):
         if stopped._loop.losses[2:]:
             raise KeyboardInterrupt
-        return draw(rng, size, episodes)
+        return draw(*arguments)
 
     stopped.collector.draw = fail_late
     with pytest.raises(KeyboardInterrupt):
@@ -260,7 +273,7 @@ def test_a_stopped_tuning_goes_on_where_it_was(tmp_path, corridor):
 def test_other_settings_in_a_folder_are_refused(tmp_path):
     tuner(tmp_path)
     with pytest.raises(InputError, match="other settings"):
-        tuner(tmp_path, noise=0.25)
+        tuner(tmp_path, noise=0.75)
 
 
 @pytest.mark.parametrize(

@@ -46,15 +46,15 @@ def _add_tune(commands) -> None:
     add("--keep-ratio", type=float, default=0.1, help=help_)
     add("--steps", type=int, default=800, help="(default: 800)")
     add("--batch", type=int, default=32, help="frames in a step (default: 32)")
-    add("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
-    help_ = "of LoRA; 0 trains all of the language model (default: 8)"
-    add("--rank", type=int, default=8, help=help_)
-    help_ = "weight of the choice's gradient (default: 0.5)"
-    add("--choice", type=float, default=0.5, help=help_)
+    add("--learning-rate", type=float, default=5e-5, help="(default: 5e-5)")
+    help_ = "of LoRA; 0, the default, trains all of the language model"
+    add("--rank", type=int, default=0, help=help_)
+    help_ = "weight of the choice's gradient (default: 1)"
+    add("--choice", type=float, default=1.0, help=help_)
     help_ = "episodes of each task (default: 36)"
     add("--demonstrations", type=int, default=36, help=help_)
-    help_ = "episodes of each task in a round of DAgger (default: 8)"
-    add("--corrections", type=int, default=8, help=help_)
+    help_ = "episodes of each task in a round of DAgger (default: 12)"
+    add("--corrections", type=int, default=12, help=help_)
     add("--rounds", type=int, default=2, help="of DAgger (default: 2)")
     add("--seed", type=int, default=0)
     help_ = "steps after which OUTPUT-STEP is written (default: 200 400)"

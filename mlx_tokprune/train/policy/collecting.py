@@ -98,13 +98,33 @@ class Collector:
                 found.append((some, rows))
         return found
 
+    def shares(self, step: int) -> np.ndarray:
+        """Of tasks: half of it even, half by how long the last round's episodes are.
+
+        By their square. Who fails goes on to the end: what needs it is learned more.
+        """
+        done = (f.name for f in self.data.glob("corrections-" + 6 * "[0-9]"))
+        last = max(name for name in done if name <= _corrections(step))
+        frames = np.bincount(np.load(self.data / last / "tasks.npy"))
+        return (frames**2 / np.sum(frames**2) + 1 / len(TASKS)) / 2
+
     def draw(
-        self, rng: np.random.Generator, size: int, episodes: list[tuple[Episodes, list]]
+        self,
+        rng: np.random.Generator,
+        size: int,
+        episodes: list[tuple[Episodes, list]],
+        shares: np.ndarray | None = None,
     ) -> Labelled:
-        """For each row a task, a folder by its length, and a frame at random."""
+        """For each row a task, a folder by its length, and a frame at random.
+
+        shares: of the tasks; as many of each when `None`.
+        """
         frames = np.empty((size, SIZE, SIZE, 3), np.float32)
         actions = np.empty((size, 4), np.float32)
-        tasks = rng.integers(len(TASKS), size=size)
+        if shares is None:
+            tasks = rng.integers(len(TASKS), size=size)
+        else:
+            tasks = rng.choice(len(TASKS), size=size, p=shares)
         for row, task in enumerate(tasks):
             lengths = np.array([len(rows[task]) for _, rows in episodes], float)
             number = rng.choice(len(episodes), p=lengths / lengths.sum())

@@ -57,13 +57,13 @@ class Tuning:
     method: str = "trimvla"
     keep_ratio: float = 0.1
     batch: int = 32
-    rank: int = 8
+    rank: int = 0
     whole: float = 0.1
-    noise: float = 0.5
+    noise: float = 0.25
     temperature: tuple[float, float] = (1.0, 0.3)
-    choice: float = 0.5
+    choice: float = 1.0
     demonstrations: int = 36
-    corrections: int = 8
+    corrections: int = 12
     rounds: int = 2
     mixed: float = 0.1
 
@@ -101,12 +101,12 @@ class Tuner:
         _thaw(self.policy, tuning.rank)
         self._loop = Loop(self.policy, self._loss, plan, folder)
         self._episodes: list = []
+        self._shares: np.ndarray | None = None
 
     def run(self, output: Path, snapshots: tuple[int, ...] = ()) -> None:
         """All steps; writes `output`, and `output`-STEP after each of `snapshots`."""
         loop = self._loop
         self.collector.demonstrate(self.tuning.demonstrations)
-        self._episodes = self.collector.load(loop.begin)
 
         def between(step: int) -> None:
             self._correct(step)
@@ -115,6 +115,7 @@ class Tuner:
                 write_checkpoint(self.weights(), snapshot)
 
         between(loop.begin)
+        self._load(loop.begin)
         loop.run(between)
         write_checkpoint(self.weights(), output)
         draw_losses(loop.losses, self.folder / "loss.png", "the actions")
@@ -131,7 +132,8 @@ class Tuner:
 
     def _loss(self, policy: nn.Module, seed: tuple[int, ...], step: int):
         rng = np.random.default_rng(seed)
-        batch = self.collector.draw(rng, self.tuning.batch, self._episodes)
+        size = self.tuning.batch
+        batch = self.collector.draw(rng, size, self._episodes, self._shares)
         losses = self.losses(batch, rng, step)
         return mx.sum(losses), mx.array(float(losses.size))
 
@@ -178,7 +180,11 @@ class Tuner:
             return
         if not collector.has_corrections(step):
             collector.correct(step, tuning.corrections, tuning.mixed, self._actor)
-        self._episodes = collector.load(step)
+        self._load(step)
+
+    def _load(self, step: int) -> None:
+        self._episodes = self.collector.load(step)
+        self._shares = self.collector.shares(step)
 
     def _actor(self, rng: np.random.Generator, seed: int) -> Policy:
         keep = None
