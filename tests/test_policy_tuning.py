@@ -17,7 +17,6 @@ from mlx_tokprune.train.policy import __main__ as program
 from mlx_tokprune.train.policy import collecting, demonstrations, student, tuning
 from mlx_tokprune.train.policy.choosing import lightvla_gate, trimvla_gate
 from mlx_tokprune.train.policy.worlds import SIZE, TASKS
-from mlx_tokprune.train.tune.gate import log_gate
 from mlx_tokprune.train.tune.loop import Schedule
 
 
@@ -85,15 +84,18 @@ def pruned_losses(policy, pruner: Pruner, batch: student.Labelled, row: int):
     acted = student.action_ids(np.array(batch.classes[row]))[:-1].tolist()
     told = Scene(None, Prompt(((student.START,), (*ids, *acted))))
     read = policy.decoder.read(assemble(policy, told, visual), rows=4)
-    one = dataclasses.replace(batch, classes=batch.classes[row : row + 1])
-    rows = mx.arange(4)[None]
-    return student.action_losses(policy, read.hidden, rows, one)[0], visual.keep
+    return losses_of(policy, read.hidden, mx.arange(4)[None], batch, row), visual.keep
+
+
+def losses_of(policy, hidden, rows, batch, row: int) -> mx.array:
+    log_shares = student.action_log_shares(policy, hidden, rows)[0]
+    return -mx.sum(student.blurred(batch.classes[row]) * log_shares, axis=-1)
 
 
 @pytest.mark.parametrize("method", ["trimvla", "lightvla"])
 def test_training_chooses_and_sees_what_acting_does(method, monkeypatch, tmp_path):
     """Gated, padded and taught by force: the losses of gathered tokens."""
-    made = tuner(tmp_path, method=method, noise=0.0, whole=0.0)
+    made = tuner(tmp_path, method=method, noise=0.0, whole=0.0, distill=0.0)
     batch = batch_of(5)
     assert len(set(batch.lengths.tolist())) > 1
     monkeypatch.setattr(tuning.Tuning, "keep", lambda *_: 6)
@@ -105,16 +107,27 @@ def test_training_chooses_and_sees_what_acting_does(method, monkeypatch, tmp_pat
         np.testing.assert_allclose(ours[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_whole_batches_see_every_token(tmp_path):
-    made, batch = tuner(tmp_path, whole=1.0), batch_of(2)
-    visual = made.policy.project(made.policy.encode(batch.pixels).tokens)
-    every = mx.broadcast_to(mx.arange(64), visual.shape[:2])
-    open_gate = log_gate(mx.ones(every.shape))
-    sequence, rows = student.told(made.policy, visual, every, 64, batch, open_gate)
-    read = made.policy.decoder.read(sequence, rows=sequence.embeddings.shape[1])
-    expected = student.action_losses(made.policy, read.hidden, rows, batch)
-    ours = made.losses(batch, np.random.default_rng(0), 0)
-    np.testing.assert_allclose(ours, expected, atol=1e-4)
+@pytest.mark.parametrize(
+    ("whole", "distill", "learns"),
+    [(1.0, 1.0, False), (1.0, 0.0, True), (0.0, 1.0, True)],
+)
+def test_the_policy_itself_is_its_target(tmp_path, whole, distill, learns):
+    """With every token nothing is left to learn from it, with fewer there is."""
+    made = tuner(tmp_path, method="lightvla", whole=whole, distill=distill)
+    found = gradients(made, batch_of(3), 1.0).values()
+    assert (max(mx.max(mx.abs(g)).item() for g in found) > 1e-2) == learns
+
+
+def test_half_of_the_target_is_the_expert_s(tmp_path):
+    made, batch = tuner(tmp_path), batch_of(2)
+
+    def target(share: float) -> mx.array:
+        made.tuning = dataclasses.replace(made.tuning, distill=share)
+        return made._target(batch)
+
+    np.testing.assert_allclose(target(0.0), student.blurred(batch.classes))
+    both = (target(0.0) + target(1.0)) / 2
+    np.testing.assert_allclose(target(0.5), both, atol=1e-6)
 
 
 def gradients(made, batch, choice: float) -> dict[str, mx.array]:
@@ -180,7 +193,7 @@ def test_noise_and_temperature_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "trimvla_gate", spy)
     for step in (0, 10):
         made.losses(batch_of(1), np.random.default_rng(0), step)
-    assert seen == [(0.25, 1.0), (0.0, pytest.approx(0.3))]
+    assert seen == [(0.5, 1.0), (0.0, pytest.approx(0.3))]
 
 
 def test_how_many_stay():
@@ -220,7 +233,7 @@ def test_tune_writes_a_policy_that_acts(tmp_path, corridor, monkeypatch):
     # The rate of the first step is 0, so the snapshot is what was tuned.
     before, snapshot, tuned = (
         dict(tree_flatten(load(name)[0].parameters()))
-        for name in ("demo-policy", tmp_path / "tuned-1", tmp_path / "tuned")
+        for name in ("demo-policy", tmp_path / "state" / "step-1", tmp_path / "tuned")
     )
     assert before.keys() == tuned.keys()
     assert all(mx.array_equal(before[name], snapshot[name]) for name in before)

@@ -45,19 +45,24 @@ def _add_tune(commands) -> None:
     help_ = "of trimvla; lightvla has its own (default: 0.1)"
     add("--keep-ratio", type=float, default=0.1, help=help_)
     add("--steps", type=int, default=800, help="(default: 800)")
-    add("--batch", type=int, default=32, help="frames in a step (default: 32)")
-    add("--learning-rate", type=float, default=5e-5, help="(default: 5e-5)")
+    add("--batch", type=int, default=16, help="frames in a step (default: 16)")
+    add("--learning-rate", type=float, default=1e-4, help="(default: 1e-4)")
     help_ = "of LoRA; 0, the default, trains all of the language model"
     add("--rank", type=int, default=0, help=help_)
-    help_ = "weight of the choice's gradient (default: 1)"
-    add("--choice", type=float, default=1.0, help=help_)
+    help_ = "weight of the choice's gradient (default: 2)"
+    add("--choice", type=float, default=2.0, help=help_)
+    help_ = "on the scores, fades to 0 (default: 0.5)"
+    add("--noise", type=float, default=0.5, help=help_)
+    help_ = "share of the policy's own unpruned actions in what is learned (default: 1)"
+    add("--distill", type=float, default=1.0, help=help_)
+    add("--tower", action="store_true", help="train the towers, too")
     help_ = "episodes of each task (default: 36)"
     add("--demonstrations", type=int, default=36, help=help_)
-    help_ = "episodes of each task in a round of DAgger (default: 12)"
-    add("--corrections", type=int, default=12, help=help_)
+    help_ = "episodes of each task in a round of DAgger (default: 8)"
+    add("--corrections", type=int, default=8, help=help_)
     add("--rounds", type=int, default=2, help="of DAgger (default: 2)")
     add("--seed", type=int, default=0)
-    help_ = "steps after which OUTPUT-STEP is written (default: 200 400)"
+    help_ = "steps after which FOLDER/step-STEP is written (default: 200 400)"
     add("--snapshots", nargs="*", type=int, default=(200, 400), help=help_)
     add("--folder", required=True, help="where training state is kept")
     add("--output", required=True, help="checkpoint folder to write")

@@ -193,7 +193,8 @@ def losses(policy: OpenVLA, batch: Batch) -> tuple[mx.array, mx.array]:
     visual = policy.project(kept)
     sequence, rows = told(policy, visual, indices, features.shape[1], batch)
     hidden, received = _forward(policy, sequence, rows)
-    loss = mx.mean(action_losses(policy, hidden, rows, batch))
+    log_shares = action_log_shares(policy, hidden, rows)
+    loss = -mx.mean(mx.sum(blurred(batch.classes) * log_shares, axis=-1))
     seen = received[..., 1 : 1 + batch.keep]
     target = mx.stop_gradient(seen / mx.sum(seen, axis=-1, keepdims=True))
     scores = trimvla_scores(policy, mx.stop_gradient(visual), batch)
@@ -232,14 +233,11 @@ def told(
     return Sequence(embeddings, positions, end, mask), rows
 
 
-def action_losses(
-    policy: OpenVLA, hidden: mx.array, rows: mx.array, batch: Labelled
-) -> mx.array:
-    """(B, A) cross-entropy of the actions' blurred bins; hidden: (B, T, D)."""
+def action_log_shares(policy: OpenVLA, hidden: mx.array, rows: mx.array) -> mx.array:
+    """(B, A, 255) of the actions' bins, which `rows` of `hidden` (B, T, D) tell."""
     at_rows = mx.take_along_axis(hidden, rows[..., None], axis=1)
     logits = policy.decoder.logits(at_rows)[..., TEXT_TOKENS + 1 : TEXT_TOKENS + BINS]
-    log_shares = nn.log_softmax(logits[..., ::-1].astype(mx.float32), axis=-1)
-    return -mx.sum(_blurred(batch.classes) * log_shares, axis=-1)
+    return nn.log_softmax(logits[..., ::-1].astype(mx.float32), axis=-1)
 
 
 def trimvla_scores(policy: OpenVLA, visual: mx.array, batch: Labelled) -> mx.array:
@@ -295,7 +293,7 @@ def _forward(policy: OpenVLA, sequence: Sequence, rows: mx.array):
     return read.hidden, sum(received) / len(received)
 
 
-def _blurred(classes: mx.array) -> mx.array:
+def blurred(classes: mx.array) -> mx.array:
     """(B, A) bins -> (B, A, 255) shares, a bell around each label."""
     distance = (mx.arange(BINS - 1) - classes[..., None]) / _SPREAD
     return mx.softmax(-0.5 * mx.square(distance), axis=-1)

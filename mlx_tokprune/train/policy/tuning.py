@@ -29,7 +29,8 @@ from .choosing import METHODS, lightvla_gate, trimvla_gate
 from .collecting import Collector
 from .student import (
     Labelled,
-    action_losses,
+    action_log_shares,
+    blurred,
     build_policy,
     build_processor,
     told,
@@ -49,21 +50,25 @@ class Tuning:
     rank: of LoRA on the language model, beside a projector of which all is trained; 0
     trains all of both. whole: the share of batches that see every token. noise: on the
     scores, falling to 0. temperature: of the choice's gradient, from the first to the
-    second. choice: weight of that gradient. demonstrations, corrections: episodes of
-    each task, and of each of `rounds` of DAgger, evenly over the training; the expert
-    acts in `mixed` of their steps.
+    second. choice: weight of that gradient. distill: how much of the target are the
+    actions of the policy itself with every token, as it was; the rest are the expert's.
+    tower: whether the towers learn, too. demonstrations, corrections: episodes of each
+    task, and of each of `rounds` of DAgger, evenly over the training; the expert acts
+    in `mixed` of their steps.
     """
 
     method: str = "trimvla"
     keep_ratio: float = 0.1
-    batch: int = 32
+    batch: int = 16
     rank: int = 0
     whole: float = 0.1
-    noise: float = 0.25
+    noise: float = 0.5
     temperature: tuple[float, float] = (1.0, 0.3)
-    choice: float = 1.0
+    choice: float = 2.0
+    distill: float = 1.0
+    tower: bool = False
     demonstrations: int = 36
-    corrections: int = 12
+    corrections: int = 8
     rounds: int = 2
     mixed: float = 0.1
 
@@ -97,20 +102,22 @@ class Tuner:
         _check_same(folder / "tuning.json", dataclasses.asdict(tuning))
         self.tuning, self.plan, self.folder = tuning, plan, folder
         self.collector, self.policy = Collector(folder), open_policy(model)
+        self._teacher = open_policy(model) if tuning.distill else self.policy
+        self._teacher.freeze()
         mx.random.seed(plan.seed)
-        _thaw(self.policy, tuning.rank)
+        _thaw(self.policy, tuning.rank, tuning.tower)
         self._loop = Loop(self.policy, self._loss, plan, folder)
         self._episodes: list = []
         self._shares: np.ndarray | None = None
 
     def run(self, output: Path, snapshots: tuple[int, ...] = ()) -> None:
-        """All steps; writes `output`, and `output`-STEP after each of `snapshots`."""
+        """All steps; writes `output`, and step-STEP in the folder after `snapshots`."""
         loop = self._loop
         self.collector.demonstrate(self.tuning.demonstrations)
 
         def between(step: int) -> None:
             self._correct(step)
-            snapshot = output.with_name(f"{output.name}-{step}")
+            snapshot = self.folder / f"step-{step}"
             if step in snapshots and not snapshot.exists():
                 write_checkpoint(self.weights(), snapshot)
 
@@ -140,15 +147,25 @@ class Tuner:
     def losses(self, batch: Labelled, rng: np.random.Generator, step: int) -> mx.array:
         """(B, A) of each action, under the choice of this step."""
         policy = self.policy
-        visual = policy.project(policy.encode(batch.pixels).tokens)
-        shape, gate = visual.shape[:2], None
-        here = mx.broadcast_to(mx.arange(shape[1]), shape)
+        features = policy.encode(batch.pixels).tokens
+        visual, total, gate = policy.project(features), features.shape[1], None
+        here = mx.broadcast_to(mx.arange(total), features.shape[:2])
         if rng.random() >= self.tuning.whole:
             gate, here = self._gate(visual, batch, rng, step)
             visual = mx.take_along_axis(visual, here[..., None], axis=1)
-        sequence, rows = told(policy, visual, here, shape[1], batch, gate)
-        read = policy.decoder.read(sequence, rows=sequence.embeddings.shape[1])
-        return action_losses(policy, read.hidden, rows, batch)
+        log_shares = _act(policy, visual, here, total, batch, gate)
+        return -mx.sum(self._target(batch) * log_shares, axis=-1)
+
+    def _target(self, batch: Labelled) -> mx.array:
+        """(B, A, 255) shares of bins: the expert's and those of what was tuned."""
+        share, target = self.tuning.distill, blurred(batch.classes)
+        if not share:
+            return target
+        teacher = self._teacher
+        visual = teacher.project(teacher.encode(batch.pixels).tokens)
+        every = mx.broadcast_to(mx.arange(visual.shape[1]), visual.shape[:2])
+        known = _act(teacher, visual, every, visual.shape[1], batch)
+        return share * mx.stop_gradient(mx.exp(known)) + (1 - share) * target
 
     def _gate(
         self, visual: mx.array, batch: Labelled, rng: np.random.Generator, step: int
@@ -194,6 +211,13 @@ class Tuner:
         return Policy(self.policy, build_processor(), pruner=pruner, compile=False)
 
 
+def _act(policy: OpenVLA, visual, here, total: int, batch: Labelled, gate=None):
+    """(B, A, 255) log shares of bins, from tokens `here` (B, M) of `total`."""
+    sequence, rows = told(policy, visual, here, total, batch, gate)
+    read = policy.decoder.read(sequence, rows=sequence.embeddings.shape[1])
+    return action_log_shares(policy, read.hidden, rows)
+
+
 def open_policy(model: str | Path) -> OpenVLA:
     """A policy of the demo policy's shape with the weights of a checkpoint."""
     family, checkpoint, _ = open_checkpoint(model)
@@ -206,7 +230,7 @@ def open_policy(model: str | Path) -> OpenVLA:
     return policy
 
 
-def _thaw(policy: OpenVLA, rank: int) -> None:
+def _thaw(policy: OpenVLA, rank: int, tower: bool) -> None:
     """Freeze all but projector and language model, or its adapters.
 
     The first layer's queries and keys stay as they are: they are trimvla's scores,
@@ -218,6 +242,8 @@ def _thaw(policy: OpenVLA, rank: int) -> None:
     else:
         policy.language_model.unfreeze()
     policy.projector.unfreeze()
+    if tower:
+        policy.vision_backbone.unfreeze()
     first = policy.layers[0].self_attn
     first.q_proj.freeze()
     first.k_proj.freeze()
