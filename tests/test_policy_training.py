@@ -391,6 +391,22 @@ def test_the_table_and_the_picture_for_people(tmp_path):
         assert picture.width > picture.height > 300
 
 
+def test_success_by_the_steps_of_a_tuning(tmp_path, capsys):
+    for step, won in ((0, [True, False]), (200, [True, True])):
+        line = {"row": "lightvla own count", "task": "hammer", "success": won}
+        line |= {"kept": 4.5, "least": 2, "most": 9}
+        (tmp_path / f"{step}.jsonl").write_text(json.dumps(line) + "\n")
+    logs = [str(tmp_path / f"{step}.jsonl") for step in (0, 200)]
+    plot = tmp_path / "plot.png"
+    program.main(["table", *logs, "--steps", "0", "200", "--plot", str(plot)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "| | step 0 | step 200 |"
+    assert shown[2].startswith("| lightvla own count | 50.0 (9.5-90.5), 4.5 (2-9) |")
+    assert plot.stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        program.main(["table", *logs, "--steps", "0"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -30,6 +30,8 @@ def build_parser() -> Parser:
     table.add_argument("logs", nargs="+")
     table.add_argument("--model", default="demo-policy")
     table.add_argument("--plot", help="also draw it to this PNG")
+    help_ = "of a training at which each log was measured: a table by these"
+    table.add_argument("--steps", nargs="+", type=int, help=help_)
     help_ = "for TTFT, each row; 0 leaves it out (default: 15)"
     table.add_argument("--runs", type=int, default=15, help=help_)
     return parser
@@ -125,13 +127,22 @@ def _measure(args) -> None:
 
 
 def _print_table(args) -> None:
-    from .table import draw, markdown, read_log
+    from .table import by_step, draw, draw_by_step, markdown, read_log
 
-    lines = []
+    found = []
     for log in map(Path, args.logs):
         if not log.exists():
             raise InputError(f"{log} does not exist; expected a log of `success`")
-        lines += read_log(log)
+        found.append(read_log(log))
+    if args.steps:
+        if len(args.steps) != len(found):
+            raise InputError(f"give a step for each of {len(found)} logs")
+        logs = dict(zip(args.steps, found, strict=True))
+        print(by_step(logs))
+        if args.plot:
+            draw_by_step(logs, Path(args.plot))
+        return
+    lines = [line for log in found for line in log]
     saved = _time_saved(args.model, args.runs) if args.runs else {}
     print(markdown(lines, saved))
     if args.plot:
