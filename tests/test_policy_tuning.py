@@ -14,7 +14,13 @@ from mlx_tokprune.features import Selection
 from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, choose
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.train.policy import __main__ as program
-from mlx_tokprune.train.policy import collecting, demonstrations, student, tuning
+from mlx_tokprune.train.policy import (
+    choosing,
+    collecting,
+    demonstrations,
+    student,
+    tuning,
+)
 from mlx_tokprune.train.policy.choosing import lightvla_gate, trimvla_gate
 from mlx_tokprune.train.policy.worlds import SIZE, TASKS
 from mlx_tokprune.train.tune.loop import Schedule
@@ -170,17 +176,36 @@ def test_noise_spreads_the_choice_and_none_is_the_pruner_s():
     policy, batch = student.build_policy(), batch_of(3)
     visual = policy.project(policy.encode(batch.pixels).tokens)
 
-    def counts(gate, times=8):
-        gates = [gate() for _ in range(times)]
+    def counts(choose, times=8):
+        gates = []
+        for _ in range(times):
+            gate, here = choose()
+            whole = mx.zeros(visual.shape[:2])
+            gates.append(mx.put_along_axis(whole, here, gate, axis=1))
         return mx.sum(gates[0]).item(), mx.sum(sum(gates) > 0).item()
 
-    kept, ever = counts(lambda: trimvla_gate(policy, visual, batch, 6, 0.0, 1.0)[0])
+    kept, ever = counts(lambda: trimvla_gate(policy, visual, batch, 6, 0.0, 1.0))
     assert kept == ever == 18
-    kept, ever = counts(lambda: trimvla_gate(policy, visual, batch, 6, 9.0, 1.0)[0])
+    kept, ever = counts(lambda: trimvla_gate(policy, visual, batch, 6, 9.0, 1.0))
     assert kept == 18 < ever
-    kept, ever = counts(lambda: lightvla_gate(policy, visual, batch, 0.0, 1.0)[0])
-    more, _ = counts(lambda: lightvla_gate(policy, visual, batch, 99.0, 1.0)[0])
+    kept, ever = counts(lambda: lightvla_gate(policy, visual, batch, 0.0, 1.0))
+    more, _ = counts(lambda: lightvla_gate(policy, visual, batch, 99.0, 1.0))
     assert kept == ever < more
+
+
+def test_scores_are_not_pushed_up_together(monkeypatch):
+    """The gradient of trimvla's choice changes the order, not the mean."""
+    scores = mx.random.normal((2, 18), key=mx.random.key(0))
+    pull = mx.random.normal((2, 18), key=mx.random.key(1)) - 3
+
+    def chosen(more):
+        monkeypatch.setattr(choosing, "trimvla_scores", lambda *_: scores + more)
+        gate, here = trimvla_gate(None, None, None, 6, 0.0, 1.0)
+        return mx.sum(gate * mx.take_along_axis(pull, here, axis=1))
+
+    found = mx.grad(chosen)(mx.zeros(scores.shape))
+    assert mx.max(mx.abs(found)).item() > 0.1
+    np.testing.assert_allclose(mx.sum(found, axis=1), mx.zeros(2), atol=1e-5)
 
 
 def test_noise_and_temperature_from_end_to_end(tmp_path, monkeypatch):
@@ -188,7 +213,8 @@ def test_noise_and_temperature_from_end_to_end(tmp_path, monkeypatch):
 
     def spy(policy, visual, batch, keep, noise, temperature):
         seen.append((noise, temperature))
-        return mx.ones(visual.shape[:2]), mx.ones(visual.shape[:2])
+        here = mx.broadcast_to(mx.arange(64), visual.shape[:2])
+        return mx.ones(here.shape), here
 
     monkeypatch.setattr(tuning, "trimvla_gate", spy)
     for step in (0, 10):

@@ -20,7 +20,6 @@ from ...files import write_text
 from ...loading import open_checkpoint
 from ...models.openvla import OpenVLA
 from ...pruners import Pruner, count_kept
-from ...pruners.saliency import keep_highest
 from ...robot.policy import Policy
 from ..tune.gate import log_gate, schedule, tamed
 from ..tune.loop import Loop, Schedule, draw_losses
@@ -37,7 +36,6 @@ from .student import (
     write_checkpoint,
 )
 
-_CANDIDATES = 3  # times the tokens that are kept
 _SCALE = 2.0  # of the adapter
 _RANGE = (0.5, 2.5)  # of the share: between these, batches and episodes draw theirs
 
@@ -170,22 +168,16 @@ class Tuner:
     def _gate(
         self, visual: mx.array, batch: Labelled, rng: np.random.Generator, step: int
     ) -> tuple[mx.array, mx.array]:
-        """What is added to scores of tokens (B, M), and which of all tokens they are.
-
-        The chosen ones and the next best: others are far from being chosen, where the
-        gate has hardly a gradient, and time is saved.
-        """
-        tuning, steps, total = self.tuning, self.plan.steps, visual.shape[1]
+        """What is added to scores of tokens (B, M), and which of all they are."""
+        tuning, steps = self.tuning, self.plan.steps
         noise = schedule(tuning.noise, 0.0, step, steps)
         how = (noise, schedule(*tuning.temperature, step, steps))
         if tuning.method == "trimvla":
-            keep = tuning.keep(rng, total)
-            gate, ranks = trimvla_gate(self.policy, visual, batch, keep, *how)
+            keep = tuning.keep(rng, visual.shape[1])
+            gate, here = trimvla_gate(self.policy, visual, batch, keep, *how)
         else:
-            gate, ranks = lightvla_gate(self.policy, visual, batch, *how)
-            keep = int(np.array(mx.max(mx.sum(gate > 0.5, axis=1))))
-        here = keep_highest(ranks, min(_CANDIDATES * keep, total)).indices
-        gate, share = tamed(mx.take_along_axis(gate, here, axis=1)), tuning.choice
+            gate, here = lightvla_gate(self.policy, visual, batch, *how)
+        gate, share = tamed(gate), tuning.choice
         return log_gate(share * gate + (1 - share) * mx.stop_gradient(gate)), here
 
     # Episodes -----------------------------------------------------------------------
