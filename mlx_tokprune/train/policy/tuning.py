@@ -1,8 +1,8 @@
 """Fine-tuning a policy under pruning whose choice is learned with it.
 
-Every visual token is there, with a gate on those that are not chosen; the scores are
-those of inference, so that what is trained is a plain checkpoint. Corrections are
-those of the pruned policy.
+Tokens that are not chosen are there, behind a gate; the scores are those of inference,
+so that what is trained is a plain checkpoint. It learns to act from few tokens as it
+did from all of them, where the pruned policy itself gets to.
 """
 
 import dataclasses
