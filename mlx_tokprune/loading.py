@@ -10,9 +10,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from .carried import read_carried
 from .convert.checkpoint import Checkpoint
 from .convert.families import identify
 from .convert.family import Family
+from .convert.lora import check_weights
 from .errors import InputError
 from .files import read_json
 from .hub import resolve
@@ -21,6 +23,7 @@ from .models.family import VisionModel
 from .processor import ActionProcessor, Processor
 from .threads import end_streams_with_thread
 
+log = logging.getLogger(__name__)
 # The models of each family of checkpoints.
 _MODELS = {
     "FastVLM": (fastvlm.FastVLM, fastvlm.ModelArgs),
@@ -38,12 +41,21 @@ class Opened(NamedTuple):
     config: dict
 
 
-def open_checkpoint(path_or_hf_repo: str | Path) -> Opened:
+def open_checkpoint(
+    path_or_hf_repo: str | Path,
+    lora_adapter: str = "auto",
+    base_model: str | Path | None = None,
+) -> Opened:
     """Find and check a checkpoint, from its headers alone.
 
-    Raises `InputError` unless every tensor is there once, with its shape.
+    lora_adapter, base_model: of an OpenVLA-OFT policy, as `convert` takes them. Raises
+    `InputError` unless every tensor is there once, with its shape.
     """
-    family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
+    folder = resolve(path_or_hf_repo)
+    base = resolve(base_model) if base_model is not None else None
+    if base is None:
+        check_weights(folder)
+    family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
 
     def expected(config: dict) -> dict:
         return expected_shapes(family, config, len(checkpoint.tensors))
@@ -98,11 +110,14 @@ def load(
     dtype: of float weights; `default_dtype()` when `None`. lazy: leave weights on the
     disk until something needs them. adapter_path: the folder of an adapter in mlx-lm's
     format, LoRA or DoRA, for the language model. A model that answers comes with a
-    `Processor`, a policy with an `ActionProcessor`. Raises `InputError` when the folder
+    `Processor`, a policy with an `ActionProcessor`. Pruners that the checkpoint carries
+    prune wherever none is given. Raises `InputError` when the folder
     cannot be used, or a weight is not finite.
     """
     end_streams_with_thread()
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
+    for note in checkpoint.notes:
+        log.info(note)
     model = _build(family, config, True)
     weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
     if dtype is not None:  # before anything is folded, which costs precision
@@ -113,6 +128,7 @@ def load(
     model.load_weights(list(weights.items()))
     if adapter_path is not None:
         _add_adapter(model, Path(adapter_path))
+    model.carried = read_carried(config, checkpoint.folder)
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
@@ -226,9 +242,9 @@ def load_tokenizer(folder: Path, config: dict):
             )
         stops |= set(ids)
     # transformers warns that it has no model type `llava_qwen2`; it needs none.
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         # Else transformers asks on the terminal whether to run the checkpoint's code.
         safe = {"trust_remote_code": False}
@@ -237,7 +253,7 @@ def load_tokenizer(folder: Path, config: dict):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
     finally:
-        log.setLevel(level)
+        theirs.setLevel(level)
     tokenizer.model_max_length = 1 << 30  # prompts that do not fit are refused here
     return tokenizer
 

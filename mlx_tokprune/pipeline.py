@@ -380,12 +380,17 @@ def _at(plan: Plan, place: str) -> Pruner | None:
     return next((pruner for pruner in plan if pruner.place == place), None)
 
 
+def given_or_carried(model: VisionModel, pruners: Pruners) -> Plan:
+    """These pruners, those that the model's checkpoint carries when `None`."""
+    return as_plan(model.carried if pruners is None else pruners)
+
+
 def plan_for(model: VisionModel, pruners: Pruners) -> Plan:
     """What one pruner, several or none do in this model, in the order of their places.
 
     Raises `InputError` unless it has what each needs at its place.
     """
-    plan = as_plan(pruners, len(model.decoder.layers))
+    plan = as_plan(given_or_carried(model, pruners), len(model.decoder.layers))
     for pruner in plan:
         provided = model.provides.get(pruner.place, ())
         missing = [name for name in pruner.needs if name not in provided]

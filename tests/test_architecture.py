@@ -26,6 +26,7 @@ FLOORS = (
     ),
     ("learned",),
     ("convert", "models", "pruners", "overlay", "processor"),
+    ("carried",),
     ("loading", "pipeline"),
     ("answer", "robot"),
     ("measure",),

@@ -13,6 +13,7 @@ from ..errors import InputError, Parser, command
 from ..image import center_crop, load_image
 from ..loading import load
 from ..measure.machine import device_name
+from ..pipeline import given_or_carried
 from ..robot.policy import Policy
 from ..robot.predict import predict_action
 from .options import (
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
     own = {name: value for name, value in own.items() if value is not None}
-    plan = make_pruners(args, DEFAULT_METHOD, own)
+    pruners = make_pruners(args, DEFAULT_METHOD, own)
     pictures, instruction = args.image, args.instruction
     if args.model is None:
         pictures = pictures or [POLICY_FRAME.path]
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         "demo-policy" if args.model is None else args.model,
         adapter_path=args.adapter_path,
     )
+    plan = given_or_carried(model, pruners)
     mx.reset_peak_memory()
     asked = {"pruner": plan, "positions": args.positions}
     asked["unnorm_key"] = args.unnorm_key

@@ -31,7 +31,8 @@ class VisionModel(Protocol):
     where tokens fill their grid. sees_parts: whether the tower can see a part of a
     picture alone. reads_prompt: whether the tower is conditioned on the prompt.
     attends: "causal" or "full". args: what its config says.
-    action_head: of a model that answers in slots. language_model: mlx-lm's.
+    action_head: of a model that answers in slots. language_model: mlx-lm's. carried:
+    pruners of its checkpoint, which prune unless others are given.
     """
 
     answers: Literal["text", "bins", "slots"]
@@ -46,6 +47,7 @@ class VisionModel(Protocol):
     args: Any
     action_head: Any
     language_model: Any
+    carried: tuple
 
     @property
     def decoder(self) -> Decoder: ...

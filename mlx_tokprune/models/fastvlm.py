@@ -125,7 +125,7 @@ class FastVLM(nn.Module):
         super().__init__()
         from mlx_lm.models import qwen2
 
-        self.args = args
+        self.args, self.carried = args, ()
         self.vision_tower = VisionTower(args.vision, inference)
         hidden = args.text["hidden_size"]
         self.mm_projector = [

@@ -277,7 +277,7 @@ class OpenVLA(nn.Module):
         super().__init__()
         from mlx_lm.models import llama
 
-        self.args = args
+        self.args, self.carried = args, ()
         hidden = args.text["hidden_size"]
         channels = sum(tower.embed_dim for tower in args.towers)
         self.vision_backbone = VisionBackbone(args, complete=not inference)

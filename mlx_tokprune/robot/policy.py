@@ -42,10 +42,11 @@ _DECAY = 0.8  # of what earlier actions attended to, of the same
 class Policy:
     """A policy in a control loop: `action = policy(images, instruction)`.
 
-    Holds model, pruner and data set. Each shape is compiled once, so that the second
-    call of a shape (batch, length of the instruction, and for methods with a count of
-    their own its multiple of 8) does not compile again. Nothing of one observation
-    reaches the next, but for drafts; weights are those of the first call of a shape.
+    Holds model, data set and pruner, which is that of the checkpoint, mostly none, when
+    `None`. Each shape is compiled once, so that the second call of a shape (batch,
+    length of the instruction, and for methods with a count of their own its multiple
+    of 8) does not compile again. Nothing of one observation reaches the next, but for
+    drafts; weights are those of the first call of a shape.
     `reset` between episodes forgets the tokens of past instructions.
     draft: guess that tokens are those of the last action, and have the model check them
     in one call; actions stay the same. `kept` is how many visual tokens the last call

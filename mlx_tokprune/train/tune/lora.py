@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ...carried import carry, read_carried
 from ...errors import InputError
 from ...files import new_folder
 from ...loading import Opened, load, open_checkpoint
@@ -158,5 +159,7 @@ def write_fused(opened: Opened, merged: dict[str, mx.array], output: Path) -> No
     size = sum(array.nbytes for array in weights.values())
     with new_folder(output) as folder:
         copy_companions(checkpoint.folder, folder)
-        write_config(folder, {k: v for k, v in config.items() if k != "auto_map"})
+        kept = {k: v for k, v in config.items() if k != "auto_map"}
+        pruners = read_carried(config, checkpoint.folder)
+        write_config(folder, carry(pruners, kept, folder))
         write_shards(folder, tensors(), size)
