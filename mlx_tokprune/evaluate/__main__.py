@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..answer.settings import Settings
 from ..commands.options import (
     add_adapter,
     add_common,
@@ -52,6 +53,12 @@ def build_parser() -> Parser:
     add("--padding", choices=PADDINGS, default="keep", help="of pictures to squares")
     add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
     add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
+    add(
+        "--kv-bits",
+        type=int,
+        help="quantize the cache behind the prompt to 4 or 8 bits",
+    )
+    add("--kv-group-size", type=int, default=64, help="(default: 64)")
     help_ = "name the cheapest that loses at most this share of answers, such as 0.02"
     add("--recommend", type=float, metavar="LOSS", help=help_)
     add("--workers", type=int, default=1, help="processes on this machine")
@@ -92,12 +99,13 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
         rows,
         positions=args.positions,
         max_tokens=args.max_tokens,
+        kv_bits=args.kv_bits,
         image_size=subject.image_size,
         padding=args.padding,
     )
     journal = Journal(_journal_file(args.output, workers), header)
     mine = workers.share(len(questions.items))
-    evaluator = Evaluator(subject, rows, args.positions, args.max_tokens)
+    evaluator = Evaluator(subject, rows, _settings(args))
     records = answer_all(evaluator, questions.items, mine, journal)
     records = workers.gather(records)
     if workers.is_first:
@@ -121,6 +129,7 @@ def _check(args) -> None:
     """Refuse what can be refused before anything is read."""
     if min(args.pictures, args.max_tokens, args.workers) < 1:
         raise InputError("pictures, max tokens and workers are whole numbers from 1")
+    _settings(args)
     loss = args.recommend
     if loss is not None and not 0 <= loss <= 1:
         raise InputError(f"a loss of {loss:g} is outside [0, 1]; 0.02 is 2 points")
@@ -136,6 +145,16 @@ def _check(args) -> None:
     if args.plot:
         check_output(args.plot)
         import_matplotlib()
+
+
+def _settings(args) -> Settings:
+    return Settings(
+        positions=args.positions,
+        max_tokens=args.max_tokens,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=0,
+    )
 
 
 def _rows(args, subject: Subject, questions: Questions) -> list[Row]:

@@ -67,7 +67,8 @@ def predict_action(
     whose units are wanted; may be left out where there is one. proprio: robot state in
     its own units, for OFT policies that read it. pruner: one, or several at different
     places; when `None` those that the checkpoint carries, mostly none. stages: fence
-    the run and time its stages. Raises `InputError` for anything that does not fit the policy.
+    the run and time its stages. Raises `InputError` for anything that does not fit the
+    policy.
     """
     check_acts(model, processor)
     plan = plan_for(model, pruner)
