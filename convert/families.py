@@ -9,15 +9,23 @@ from .openvla import OPENVLA, gather, is_prismatic
 FAMILIES = (FASTVLM, OPENVLA)
 
 
-def identify(checkpoint: Checkpoint) -> tuple[Family, Checkpoint]:
+def identify(
+    checkpoint: Checkpoint, adapter: str = "auto"
+) -> tuple[Family, Checkpoint]:
     """The family of a checkpoint, and the checkpoint with all its files.
 
+    adapter: what becomes of an OpenVLA-OFT policy's `lora_adapter/`.
     Raises `InputError` that says what was found and what can be read.
     """
     if is_fastvlm(checkpoint.tensors):
+        if adapter != "auto" or checkpoint.base:
+            raise InputError(
+                f"{checkpoint.folder} is a FastVLM; leave out --lora-adapter and "
+                "--base-model, which are said of OpenVLA-OFT policies"
+            )
         return FASTVLM, checkpoint
     if is_prismatic(checkpoint.tensors):
-        return OPENVLA, gather(checkpoint)
+        return OPENVLA, gather(checkpoint, adapter)
     found = describe_unreadable(checkpoint) or (
         f"a checkpoint of model type {checkpoint.config.get('model_type')!r} without a "
         "vision tower that is known here"

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import InputError
-from .checkpoint import FLOATS, Checkpoint, check_shapes
+from .checkpoint import FLOATS, Checkpoint, Shape, check_shapes
 
-Shape = tuple[int, ...]
 # Names and shapes of the MLX layout for a config; the runtime's models say.
 Expected = Callable[[dict], dict[str, Shape]]
 
