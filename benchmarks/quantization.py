@@ -4,8 +4,8 @@
     python benchmarks/quantization.py --pictures 512 --adapter-path DIR --bits 4
 
 The language model of `demo` is quantized by `convert`, the cache behind the prompt from
-the first answer token on. Bytes of weights are those of the file, bytes of the cache are
-those after a prompt of the demo.
+first answer token on. Bytes of weights are those of the file, those of the cache are
+what a prompt of the demo fills.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 from ..errors import InputError
 from .checkpoint import Checkpoint
+from .coremltower import add_tower, is_app
 from .family import Family
 from .fastvlm import FASTVLM, describe_unreadable, is_fastvlm
 from .openvla import OPENVLA, gather, is_prismatic
@@ -17,6 +18,8 @@ def identify(
     adapter: what becomes of an OpenVLA-OFT policy's `lora_adapter/`.
     Raises `InputError` that says what was found and what can be read.
     """
+    if is_app(checkpoint):
+        checkpoint = add_tower(checkpoint)
     if is_fastvlm(checkpoint.tensors):
         if adapter != "auto" or checkpoint.base:
             raise InputError(

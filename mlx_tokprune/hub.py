@@ -26,7 +26,14 @@ COMPANIONS = (
     "*.md",
 )
 
-_PATTERNS = ("*.json", "*.safetensors", "*_checkpoint.pt", *COMPANIONS)
+_PATTERNS = (
+    "*.json",
+    "*.safetensors",
+    "*_checkpoint.pt",
+    "*.mlpackage/*",
+    "lora_adapter/*",
+    *COMPANIONS,
+)
 
 
 # The embedded demo models, by name.

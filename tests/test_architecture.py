@@ -28,7 +28,7 @@ FLOORS = (
     ("convert", "models", "pruners", "overlay", "processor"),
     ("carried",),
     ("loading", "pipeline"),
-    ("answer", "robot"),
+    ("answer", "robot", "adapters"),
     ("measure",),
     ("coreml", "train"),
     ("bench", "evaluate"),

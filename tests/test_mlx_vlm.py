@@ -1,6 +1,7 @@
 """`attach` in mlx-vlm's own generate, chats, batches: what holds for each family."""
 
 import contextlib
+import dataclasses
 
 import mlx.core as mx
 import numpy as np
@@ -10,17 +11,21 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 
 from mlx_vlm.generate import PromptCacheState  # noqa: E402
 from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
+from mlx_vlm.utils import prepare_inputs  # noqa: E402
 from vlm.families import FAMILIES, picture, prompt  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
 from mlx_tokprune.adapters import mlx_vlm as adapter  # noqa: E402
 from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.features import Features  # noqa: E402
 
 QUESTION, MORE = "what is in the picture ?", "which colour is it ?"
 LENGTH = 8
 PRUNED = [name for name in FAMILIES if name != "llava_next"]
 # A state that has read a token cannot be told to have not.
 RECURRENT = {"qwen3_5"}
+# Stock mlx-vlm is wrong here, or raises (docs/upstream.md).
+NO_BATCHES = {"qwen3_vl", "gemma3n", "gemma3", "paligemma"}
 HALF = Pruner("norm", 0.5)
 
 
@@ -183,3 +188,188 @@ def test_another_picture_is_not_answered_from_the_first_ones_cache(loaded):
         warm = loaded.ask(second, other, prompt_cache_state=state)
         assert warm == loaded.ask(second, other)
         assert warm != loaded.ask(second)
+
+
+def served(loaded, requests) -> list[list[int]]:
+    """Answers to (text, file) requests as the server has them: read in one batch."""
+    from mlx_vlm.generate.ar import BatchGenerator
+
+    gen = BatchGenerator(
+        loaded.model.language_model,
+        loaded.processor,
+        prefill_batch_size=2,
+        completion_batch_size=2,
+        compute_logprobs=False,
+    )
+    uids = []
+    for text, file in requests:
+        inputs = dict(prepare_inputs(loaded.processor, images=[file], prompts=text))
+        ids, pixels, mask = (
+            inputs.pop(n) for n in ("input_ids", "pixel_values", "attention_mask")
+        )
+        features = loaded.model.get_input_embeddings(ids, pixels, mask=mask, **inputs)
+        given = {k: v for k, v in features.to_dict().items() if v is not None}
+        rows = [ids.squeeze(0).tolist()]
+        uids += gen.insert(rows, max_tokens=LENGTH, prompt_kwargs=[inputs | given])
+    answers = {uid: [] for uid in uids}
+    while gen.has_work:
+        for response in gen.next()[1]:
+            answers[response.uid].append(response.token)
+    gen.close()
+    return [answers[uid] for uid in uids]
+
+
+def test_two_requests_are_answered_as_each_alone(loaded):
+    if loaded.family.name in NO_BATCHES:
+        pytest.skip("stock mlx-vlm does not do this")
+    texts = [
+        prompt(loaded.processor, loaded.model.config, text) for text in (QUESTION, MORE)
+    ]
+    both = list(zip(texts, loaded.files, strict=False))
+    with loaded.pruned() as handle:
+        alone = [loaded.ask(*request)[0] for request in both]
+        assert served(loaded, both) == alone
+        assert handle.last[0].keep == handle.last[0].total // 2
+    assert alone[0] != alone[1]
+
+
+# One family is enough for what follows ----------------------------------------------
+
+
+def embedded(loaded) -> tuple[np.ndarray, mx.array, dict]:
+    """Ids (T,) of the question, their embeddings (T, D), and other inputs."""
+    text = prompt(loaded.processor, loaded.model.config, QUESTION)
+    inputs = dict(
+        prepare_inputs(loaded.processor, images=loaded.files[:1], prompts=text)
+    )
+    names = ("input_ids", "pixel_values", "attention_mask")
+    ids, pixels, mask = (inputs.pop(name) for name in names)
+    found = loaded.model.get_input_embeddings(ids, pixels, mask=mask, **inputs)
+    return np.array(ids[0]), found.inputs_embeds[0], inputs
+
+
+def grid_of(inputs: dict) -> tuple[int, int]:
+    """Of Qwen2-VL's visual tokens, which are 2 x 2 patches."""
+    _, height, width = np.array(inputs["image_grid_thw"])[0].tolist()
+    return height // 2, width // 2
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        Pruner("similarity", 0.5),
+        Pruner("divprune", 0.3),
+        Pruner("dart", 0.3),
+        Pruner("cdpruner", 0.3),
+        Pruner("random", keep_tokens=7, seed=3),
+        Pruner("uniform", 0.5),
+        Pruner("spatial", 0.3),
+    ],
+    ids=lambda pruner: pruner.method,
+)
+def test_methods_choose_as_they_do_here(qwen, pruner):
+    """From the rows that mlx-vlm would have read."""
+    ids, rows, inputs = embedded(qwen)
+    where = np.flatnonzero(ids == qwen.model.config.image_token_id)
+    extras = {}
+    if "text" in pruner.needs:
+        extras["text"] = rows[where[-1] + 1 :][None]
+    features = Features(rows[mx.array(where)][None], grid_of(inputs), extras=extras)
+    wanted = dataclasses.replace(pruner, at="prompt")(features)
+    with qwen.pruned(pruner) as handle:
+        _, count = qwen.ask()
+        (kept,) = handle.last
+    assert kept.indices.tolist() == np.array(wanted.indices[0]).tolist()
+    assert count == len(ids) - len(where) + wanted.keep
+
+
+def test_a_merged_token_is_what_the_method_makes_of_it(qwen):
+    pruner = Pruner("spatial", 0.3)
+    ids, whole, inputs = embedded(qwen)
+    where = np.flatnonzero(ids == qwen.model.config.image_token_id)
+    tokens = whole[mx.array(where)][None]
+    selection = pruner(Features(tokens, grid_of(inputs)))
+    with qwen.pruned(pruner):
+        _, less, _ = embedded(qwen)
+    start = where[0]
+    found = less[start : start + selection.keep]
+    assert mx.allclose(found, selection.apply(tokens)[0], atol=1e-6)
+    assert mx.array_equal(less[:start], whole[:start])
+    assert mx.array_equal(less[start + selection.keep :], whole[where[-1] + 1 :])
+
+
+def test_a_budget_of_more_tokens_than_there_are_keeps_all(qwen):
+    with qwen.pruned(Pruner("norm", keep_tokens=1000)):
+        pruned = qwen.ask()
+    assert pruned == qwen.ask()
+
+
+def test_two_pictures_share_a_budget(qwen):
+    text = prompt(qwen.processor, qwen.model.config, QUESTION, pictures=2)
+    both = qwen.files[:2]
+
+    def ask(**named):
+        pieces = mlx_vlm.stream_generate(
+            qwen.model, qwen.processor, text, image=both, max_tokens=LENGTH, **named
+        )
+        return list(pieces)[-1].token_ids
+
+    with qwen.pruned() as handle:
+        answer = ask()
+        (kept,) = handle.last
+        assert kept.runs == (30, 30)
+        assert [len(place) for place in kept.places] != [15, 15]
+        assert sum(map(len, kept.places)) == kept.keep == 30
+        assert answer == ask(prefill_step_size=4)
+
+
+def test_what_cannot_be_attached_is_refused(qwen, tmp_path):
+    def refused(pruner, match, positions=None):
+        with pytest.raises(InputError, match=match):
+            attach(qwen.model, qwen.processor, pruner, positions)
+        assert "process" not in vars(qwen.processor)
+
+    refused(Pruner("lightvla"), "decides itself how many")
+    refused(Pruner("attention", 0.5), "needs attention")
+    refused(Pruner("attention", 0.5, at=2), "pruning is at 'prompt'")
+    refused(Pruner("demo-adaptive", 0.5), "pruning is at 'prompt'")
+    refused(HALF, "stay original", "contiguous")
+    refused(HALF, "positions are", "somewhere")
+    with qwen.pruned(), pytest.raises(InputError, match="detach it first"):
+        attach(qwen.model, qwen.processor, HALF)
+    family = FAMILIES["llava_next"]
+    with pytest.raises(InputError, match="which row is which"):
+        Loaded(family, tmp_path / "next").pruned().__enter__()
+
+
+@pytest.mark.parametrize("seam", ["field", "process", "keywords"])
+def test_a_version_with_other_seams_is_refused(qwen, monkeypatch, seam):
+    if seam == "field":
+        kind = adapter_features()
+        other = dataclasses.make_dataclass(
+            "Other", [("new_rows", object, None)], bases=(kind,)
+        )
+        monkeypatch.setattr("mlx_vlm.models.base.InputEmbeddingsFeatures", other)
+    elif seam == "process":
+        monkeypatch.setattr("mlx_vlm.utils.process_inputs", lambda *a, **k: {})
+    else:
+        kind = type(qwen.model)
+        monkeypatch.setattr(kind, "get_input_embeddings", lambda self, ids, pixels: 0)
+    with pytest.raises(InputError, match="which is not known here"):
+        attach(qwen.model, qwen.processor, HALF)
+    assert "process" not in vars(qwen.processor)
+
+
+def adapter_features():
+    from mlx_vlm.models.base import InputEmbeddingsFeatures
+
+    return InputEmbeddingsFeatures
+
+
+def test_original_positions_are_for_one_prompt_at_a_time(tmp_path):
+    loaded = Loaded(FAMILIES["llava"], tmp_path / "m")
+    text = prompt(loaded.processor, loaded.model.config, QUESTION)
+    requests = [(text, file) for file in loaded.files[:2]]
+    with loaded.pruned(positions="original"):
+        with pytest.raises(InputError, match="one prompt at a time"):
+            served(loaded, requests)
