@@ -4,7 +4,7 @@
     python benchmarks/quantization.py --pictures 512 --adapter-path DIR --bits 4
 
 The language model of `demo` is quantized by `convert`, the cache behind the prompt from
-first answer token on. Bytes of weights are those of the file, those of the cache are
+the first answer token on. Bytes of weights are those of the file, bytes of the cache
 what a prompt of the demo fills.
 """
 
