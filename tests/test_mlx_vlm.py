@@ -15,7 +15,7 @@ from mlx_vlm.utils import prepare_inputs  # noqa: E402
 from vlm.families import FAMILIES, picture, prompt  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
-from mlx_tokprune.adapters import mlx_vlm as adapter  # noqa: E402
+from mlx_tokprune.adapters import hooks  # noqa: E402
 from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 
@@ -131,9 +131,9 @@ def masked(model, columns):
 def test_equals_the_full_prompt_with_what_is_dropped_masked(loaded, monkeypatch):
     if loaded.family.name in RECURRENT:
         pytest.skip("a recurrent state has read what would be masked")
-    rows, find = [], adapter.find_rows
+    rows, find = [], hooks.find_rows
     monkeypatch.setattr(
-        adapter, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
+        hooks, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
     )
     with loaded.pruned(positions=loaded.original) as handle:
         answer, count = loaded.ask()

@@ -8,32 +8,19 @@ shorter as they leave the processor (`prompts`), embeddings as they leave
 import dataclasses
 import functools
 import inspect
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import InputError, nearest
-from ..features import Features
 from ..pipeline import check_positions
 from ..pruners import Pruner, list_pruners
-from .families import FAMILIES, Family, media_of
-from .positions import Positions
+from .families import FAMILIES, Family
+from .hooks import Hooks, Kept
 from .prompts import (
     SENT,
-    Row,
-    Sent,
-    Shortened,
-    find_rows,
-    pad_rows,
-    shorten,
-    take_columns,
 )
 
-_REMEMBERED = 64  # prompts whose full ids are known
 _FIELDS = {  # of what `get_input_embeddings` gives
     *("inputs_embeds", "attention_mask_4d", "visual_pos_masks"),
     *("deepstack_visual_embeds", "per_layer_inputs", "cross_attention_states"),
@@ -44,30 +31,6 @@ _FIELDS = {  # of what `get_input_embeddings` gives
 _PROVIDES = ("text", "grid")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What stayed of one prompt's visual tokens.
-
-    total, keep: N and K. indices: (K,) int32, ascending. runs: how many of the N stand
-    together each time: a picture, or a tile or a line of one.
-    """
-
-    total: int
-    keep: int
-    indices: np.ndarray
-    runs: tuple[int, ...]
-
-    @property
-    def places(self) -> list[list[int]]:
-        """Of each run, which of its tokens stayed."""
-        ends = np.cumsum(self.runs)
-        parts = np.split(self.indices, np.searchsorted(self.indices, ends[:-1]))
-        starts = [0, *ends[:-1].tolist()]
-        return [
-            (part - start).tolist() for part, start in zip(parts, starts, strict=True)
-        ]
-
-
 class Handle:
     """An attached pruner: `last` says what it kept, `detach` undoes it.
 
@@ -75,7 +38,7 @@ class Handle:
     "original" or "contiguous", as they are in this model.
     """
 
-    def __init__(self, hooks: "_Hooks", undo: Sequence):
+    def __init__(self, hooks: Hooks, undo: Sequence):
         self._hooks, self._undo = hooks, list(undo)
 
     @property
@@ -102,12 +65,12 @@ def attach(model, processor, pruner: Pruner, positions: str | None = None) -> Ha
     Raises `InputError` for what is not known: a family, a method, a version of mlx-vlm
     whose seams are others.
     """
-    family = _family_of(model)
+    import_mlx_vlm()
     if "_tokprune" in vars(type(model)):
         raise InputError("a pruner is attached to this model; detach it first")
-    pruner = _at_prompt(pruner, family)
+    family, pruner = check_known(_name_of(model), pruner, positions)
     _check_seams(model)
-    hooks = _Hooks(model, pruner, family, positions)
+    hooks = Hooks(model, pruner, family, positions)
     undo = [*hooks.positions.attach(model.language_model)]
     undo.append(_hook_processor(processor, hooks))
     undo += _hook_model(model, hooks)
@@ -117,24 +80,43 @@ def attach(model, processor, pruner: Pruner, positions: str | None = None) -> Ha
 # What is known ----------------------------------------------------------------------
 
 
-def _family_of(model) -> Family:
+def import_mlx_vlm() -> None:
+    """Raise `InputError` where mlx-vlm is missing."""
+    try:
+        import mlx_vlm  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "mlx-vlm is not installed; pip install 'mlx-tokprune[mlx-vlm]'"
+        ) from None
+
+
+def check_known(
+    name: str, pruner: Pruner, positions: str | None = None
+) -> tuple[Family, Pruner]:
+    """What is known of a family by its name, and the pruner at its place there."""
+    if positions is not None:
+        check_positions(positions)
+    if name not in FAMILIES:
+        working = [known for known, family in FAMILIES.items() if not family.why]
+        raise InputError(
+            f"models of {name!r} are not known here; expected one of "
+            f"{', '.join(working)}.{nearest(name, working)}"
+        )
+    family = FAMILIES[name]
+    if family.why:
+        raise InputError(f"models of {name!r} cannot be pruned: {family.why}")
+    return family, _at_prompt(pruner, family)
+
+
+def _name_of(model) -> str:
+    """Its family in mlx-vlm; classes of a folder's own are made of those."""
     names = [
         kind.__module__.split(".")[2]
         for kind in type(model).__mro__
         if kind.__module__.startswith("mlx_vlm.models.")
     ]
-    known = [name for name in names if name in FAMILIES]
-    if not known:
-        working = [name for name, family in FAMILIES.items() if not family.why]
-        name = names[0] if names else type(model).__module__
-        raise InputError(
-            f"models of {name!r} are not known here; expected one of "
-            f"{', '.join(working)}.{nearest(name, working)}"
-        )
-    family = FAMILIES[known[0]]
-    if family.why:
-        raise InputError(f"models of {known[0]!r} cannot be pruned: {family.why}")
-    return family
+    known = (name for name in names if name in FAMILIES)
+    return next(known, names[0] if names else type(model).__module__)
 
 
 def _at_prompt(pruner: Pruner, family: Family) -> Pruner:
@@ -212,232 +194,10 @@ def _processor_is_asked() -> bool:
     return found.get(SENT) == ["here"]
 
 
-# The hooks --------------------------------------------------------------------------
-
-
-class _Hooks:
-    """What the hooks of one model share."""
-
-    def __init__(self, model, pruner: Pruner, family: Family, positions: str | None):
-        self.model, self.pruner, self.family = model, pruner, family
-        self.config = model.config
-        self.is_media = media_of(model.config, family)
-        self.turns = callable(getattr(model.language_model, "get_rope_index", None))
-        if positions is not None:
-            check_positions(positions)
-        if self.turns and positions == "contiguous":
-            raise InputError(
-                "positions of this model say where in a picture a token is and stay "
-                "original; leave out positions"
-            )
-        self.kind = positions or ("original" if self.turns else "contiguous")
-        self.positions = Positions(self.kind == "original" and not self.turns)
-        self.last: tuple[Kept, ...] = ()
-        self._prompts: OrderedDict[bytes, Shortened] = OrderedDict()
-        self._lock, self._inside = threading.Lock(), threading.local()
-
-    # Ids
-
-    @property
-    def vocabulary(self) -> int:
-        text = getattr(self.config, "text_config", self.config)
-        return int(getattr(text, "vocab_size", 0) or self.config.vocab_size)
-
-    def groups(self, inputs, total: int) -> list[tuple[int, tuple[int, int] | None]]:
-        """Visual tokens of a prompt that are chosen from together, and their grid."""
-        if "grid" not in self.pruner.needs or self.family.grids is None:
-            return [(total, None)]
-        grids = self.family.grids(inputs, self.config)
-        sizes = [height * width for height, width in grids]
-        if sum(sizes) != total:
-            raise InputError(
-                f"pictures of {sum(sizes)} tokens do not explain the {total} "
-                f"placeholders of a prompt; choose a method other than "
-                f"{self.pruner.method!r}"
-            )
-        return list(zip(sizes, grids, strict=True))
-
-    def count(self, total: int, grid: tuple[int, int] | None) -> int:
-        """K of a group; a budget of more tokens than there are keeps all of them."""
-        if self.pruner.keeps_all or total <= (self.pruner.keep_tokens or 0):
-            return total
-        return self.pruner.count(total) if grid is None else self.pruner.count_on(grid)
-
-    def shortened(self, inputs):
-        """What a processor gave, with fewer placeholders."""
-        if inputs.get("input_ids") is None:
-            return inputs
-        each = self.family.each(inputs) if self.family.each else 1
-
-        def count(total: int) -> int:
-            return sum(self.count(*group) for group in self.groups(inputs, total))
-
-        found = shorten(inputs, self.is_media, count, self.vocabulary, each=each)
-        if found is None:
-            return inputs
-        with self._lock:
-            self._prompts[_key(found.ids)] = found
-            while len(self._prompts) > _REMEMBERED:
-                self._prompts.popitem(last=False)
-        return found.inputs
-
-    # Positions
-
-    def rope_index(self, base, language, ids, *grids, **named):
-        """`get_rope_index` of ids that were made shorter, or of others as ever."""
-        known = None
-        if not getattr(self._inside, "full", False):
-            with self._lock:
-                known = self._prompts.get(_key(np.array(ids)))
-        if known is None:
-            return base(language, ids, *grids, **named)
-        image, video, *_ = [*grids, None, None]
-        full, mask = mx.array(known.sent.full), mx.array(known.sent.mask)
-        found, deltas = base(language, full, image, video, mask)
-        dropped = full.shape[1] - known.columns.shape[1]
-        return mx.take(found, mx.array(known.columns[0]), -1), deltas + dropped
-
-    # Embeddings
-
-    def embed(self, base, model, *args, **named):
-        """`get_input_embeddings` of a prompt that was made shorter."""
-        sent = named.pop(SENT, None)
-        if sent is None:
-            ids = args[0] if args else named.get("input_ids")
-            if ids is None or np.shape(ids)[-1] > 1:  # some ask for each new token
-                self.positions.reset()
-            return base(model, *args, **named)
-        sent = Sent.read(sent)
-        rows = find_rows(sent.full, sent.mask, self.is_media, sent.each)
-        pixels = args[1] if len(args) > 1 else named.pop("pixel_values", None)
-        if pixels is None and named.get("pixel_values_videos") is None:
-            # A chat goes on behind pictures that are in its cache.
-            first = [np.arange(k) for k in sent.keeps]
-            self.positions.set(_columns(rows, first, sent.mask))
-            return base(model, *args, **named)
-        named |= {"mask": mx.array(sent.mask)}
-        named |= {name: mx.array(array) for name, array in sent.aligned.items()}
-        self._inside.full = True
-        try:
-            features = base(model, mx.array(sent.full), pixels, **named)
-        finally:
-            self._inside.full = False
-        return self._pruned(features, rows, sent, {"pixel_values": pixels, **named})
-
-    def _pruned(self, features, rows: list[Row], sent: Sent, inputs):
-        """The rows that stay of everything that has one for each column."""
-        given = features.inputs_embeds
-        columns = sum(len(row.visual) + len(row.text) for row in rows[:1])
-        if len(rows) == 1 and given.shape[1] != columns:
-            raise ValueError(f"{given.shape[1]} embeddings for {columns} columns")
-        if sent.each > 1 and len(rows) > 1:
-            raise InputError(
-                "prompts of this model are pruned one at a time in mlx-vlm, or in its "
-                "server; expected a batch of 1"
-            )
-        chosen, embeddings = [], []
-        for row, array in zip(rows, given, strict=True):
-            indices, tokens = self._choose(row, array, inputs)
-            chosen.append(indices)
-            both = mx.concatenate([array[mx.array(row.text)], tokens])
-            where = np.concatenate([row.text, row.visual[indices]])
-            embeddings.append(both[mx.array(np.argsort(where, kind="stable"))])
-        self.last = tuple(
-            Kept(row.total, len(indices), indices, row.runs)
-            for row, indices in zip(rows, chosen, strict=True)
-            if row.total
-        )
-        kept = _columns(rows, chosen, sent.mask)
-        self.positions.set(kept)
-        return _taken(features, embeddings, kept, rows, chosen, sent)
-
-    def _choose(self, row: Row, embeddings: mx.array, inputs):
-        """(K,) visual tokens of a prompt that stay, and (K, D) what they are then."""
-        tokens = embeddings[mx.array(row.visual)][None]
-        behind = row.text[row.text > row.visual[-1]] if row.total else row.text
-        text = embeddings[mx.array(behind if len(behind) else row.text)][None]
-        indices, kept, start = [np.zeros(0, int)], [tokens[0, :0]], 0
-        for size, grid in self.groups(inputs, row.total) if row.total else ():
-            part = tokens[:, start : start + size]
-            some = np.arange(size)
-            if self.count(size, grid) < size:
-                named = {"text": text} if "text" in self.pruner.needs else {}
-                selection = self.pruner(Features(part, grid, extras=named))
-                part, some = selection.apply(part), np.array(selection.indices[0])
-            indices.append(start + some)
-            kept.append(part[0])
-            start += size
-        return np.concatenate(indices), mx.concatenate(kept)
-
-
-def _columns(rows: list[Row], chosen: list[np.ndarray], mask: np.ndarray) -> np.ndarray:
-    """(B, L) columns that stay, -1 for padding."""
-    kept = [
-        np.sort(np.concatenate([row.text, row.visual[indices]]))
-        for row, indices in zip(rows, chosen, strict=True)
-    ]
-    return pad_rows(kept, mask)
-
-
-def _taken(features, embeddings, kept: np.ndarray, rows, chosen, sent: Sent):
-    """mlx-vlm's features with the columns `kept` of each field."""
-    columns = mx.array(np.maximum(kept, 0))
-    length = columns.shape[1]
-
-    def take(array, axis: int):
-        """Columns of (..., B, T, ...), where T is `axis`."""
-        if array is None or array.shape[axis] != features.inputs_embeds.shape[1]:
-            return array
-        shape = [1] * array.ndim
-        shape[axis - 1], shape[axis] = columns.shape
-        return mx.take_along_axis(array, columns.reshape(shape), axis=axis)
-
-    padded = []
-    for row, array in zip(kept, embeddings, strict=True):
-        before = int(np.argmax(row >= 0))
-        more = (before, length - before - array.shape[0])
-        padded.append(mx.pad(array, [more, (0, 0)]))
-    dropped = [row.total - len(some) for row, some in zip(rows, chosen, strict=True)]
-    starts = np.cumsum([0, *[row.total for row in rows]])
-    compact = np.concatenate([s + c for s, c in zip(starts, chosen, strict=False)])
-    positions, deltas = features.position_ids, features.rope_deltas
-    found = dataclasses.replace(
-        features,
-        inputs_embeds=mx.stack(padded),
-        attention_mask_4d=None,
-        visual_pos_masks=take(features.visual_pos_masks, 1),
-        per_layer_inputs=take(features.per_layer_inputs, 1),
-        deepstack_visual_embeds=_compact(features.deepstack_visual_embeds, compact),
-        position_ids=positions if positions is None else take(positions, -1),
-        rope_deltas=deltas if deltas is None else deltas + mx.array(dropped)[:, None],
-    )
-    aligned = {
-        name: mx.array(take_columns(array, kept, 0))
-        for name, array in sent.aligned.items()
-    }
-    if aligned:  # of the columns that stayed, and no others of as many
-        plain = found.to_dict
-        found.to_dict = lambda: {**plain(), **aligned}
-    return found
-
-
-def _compact(layers, rows: np.ndarray):
-    """Deep features (n, D) of visual tokens, of each layer, those of some."""
-    if layers is None:
-        return None
-    if isinstance(layers, mx.array):
-        return layers[:, mx.array(rows)]
-    return [layer[mx.array(rows)] for layer in layers]
-
-
-def _key(ids: np.ndarray) -> bytes:
-    return repr(ids.shape).encode() + ids.astype(np.int64).tobytes()
-
-
 # Putting them on --------------------------------------------------------------------
 
 
-def _hook_processor(processor, hooks: _Hooks):
+def _hook_processor(processor, hooks: Hooks):
     """`processor.process`, which mlx-vlm asks for; gives what undoes it."""
     before = {
         name: vars(processor).get(name) for name in ("process", "apc_key_dependencies")
@@ -462,7 +222,7 @@ def _hook_processor(processor, hooks: _Hooks):
     return undo
 
 
-def _hook_model(model, hooks: _Hooks) -> list:
+def _hook_model(model, hooks: Hooks) -> list:
     """Classes of the model and its language model; gives what undoes it."""
     kind, language = type(model), model.language_model
 

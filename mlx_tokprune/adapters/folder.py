@@ -1,0 +1,111 @@
+"""A folder that stock mlx-vlm loads and that prunes by itself.
+
+Links to the checkpoint's files, its config with mlx-vlm's official `model_file`, and
+our settings. Weights are never written.
+"""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from ..carried import carry, read_carried
+from ..errors import InputError
+from ..files import new_folder, read_json
+from ..hub import is_local, resolve
+from ..pruners import Pruner
+from .mlx_vlm import attach, check_known, import_mlx_vlm
+
+MODEL_FILE, SETTINGS = "pruned_model.py", "tokprune.json"
+_CODE = '''"""Written by mlx_tokprune.attach: the model of this folder, which prunes."""
+
+from mlx_tokprune.adapters.folder import prune_when_loaded
+
+globals().update(prune_when_loaded(__file__))
+'''
+
+
+def write_folder(
+    source: str | Path, target: str | Path, pruner: Pruner, positions: str | None = None
+) -> Path:
+    """Write `target`, which is `source` (a folder or hub id) with a pruner attached.
+
+    Raises `InputError` for a checkpoint or a method that `attach` does not know.
+    """
+    import_mlx_vlm()
+    from mlx_vlm.utils import get_model_type
+
+    folder = resolve(source)
+    config = read_json(folder / "config.json")
+    own = config.get("model_file")
+    if (folder / SETTINGS).exists():
+        raise InputError(f"{folder} prunes already; expected a checkpoint without")
+    if own is not None and not is_local(str(source)):
+        raise InputError(
+            f"{source} brings code of its own ({own}), which is not run from the hub; "
+            "expected a folder on this machine"
+        )
+    check_known(get_model_type(config), pruner, positions)
+    with new_folder(target) as made:
+        for path in sorted(folder.iterdir()):
+            if path.name not in ("config.json", MODEL_FILE, SETTINGS):
+                (made / path.name).symlink_to(os.path.realpath(path))
+        changed = config | {"model_file": MODEL_FILE}
+        settings = carry(pruner, {}, made)
+        settings |= {"positions": positions, "model_file": own}
+        for name, value in (("config.json", changed), (SETTINGS, settings)):
+            (made / name).write_text(json.dumps(value, indent=2) + "\n")
+        (made / MODEL_FILE).write_text(_CODE)
+    return Path(target)
+
+
+def prune_when_loaded(file: str) -> dict:
+    """The names of the module `file`: those of the family, and a `Model` that prunes.
+
+    A processor is loaded after its model. The first that is for the same folder gets
+    the pruner attached; until then mlx-vlm's `load_processor` is ours.
+    """
+    from mlx_vlm import utils
+
+    folder = Path(file).resolve().parent
+    settings = read_json(folder / SETTINGS)
+    (pruner,) = read_carried(settings, folder)
+    stock, made = _stock(folder, settings.get("model_file")), []
+
+    class Model(stock.Model):
+        def __init__(self, *args, **named):
+            super().__init__(*args, **named)
+            made.append(self)
+
+    Model.__module__ = stock.Model.__module__
+    original = utils.load_processor
+
+    def load_processor(path, *args, **named):
+        processor = original(path, *args, **named)
+        if made and Path(path).resolve() == folder:
+            attach(made.pop(), processor, pruner, settings.get("positions"))
+            if utils.load_processor is load_processor:
+                utils.load_processor = original
+        return processor
+
+    utils.load_processor = load_processor
+    names = {name: value for name, value in vars(stock).items() if name[:2] != "__"}
+    return names | {"Model": Model}
+
+
+def _stock(folder: Path, own: str | None):
+    """The module that mlx-vlm would have taken."""
+    from mlx_vlm.utils import get_model_and_args
+
+    config = read_json(folder / "config.json")
+    del config["model_file"]
+    if own is None:
+        return get_model_and_args(config)[0]
+    if Path(own).name != own:
+        raise InputError(f"{folder / SETTINGS} names {own!r}; expected a file there")
+    spec = importlib.util.spec_from_file_location("stock_model", folder / own)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{folder / own} is no Python module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,37 @@
+"""A folder that mlx-vlm loads and that prunes by itself, from the command line."""
+
+from ..adapters.folder import write_folder
+from ..errors import InputError, Parser, command
+from ..pipeline import POSITIONS
+from ..pruners import Pruner
+from .options import add_option, read_options
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mlx_tokprune.attach", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id of a checkpoint of mlx-vlm")
+    help_ = "that needs nothing but tokens and prompt, such as norm, dart or cdpruner"
+    add("--method", default="norm", help=f"{help_} (default: norm)")
+    keep = parser.add_mutually_exclusive_group(required=True)
+    keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
+    help_ = "visual tokens of a prompt; pictures of fewer keep all"
+    keep.add_argument("--keep-tokens", type=int, help=help_)
+    help_ = "of models without M-RoPE: original for one prompt at a time"
+    add("--positions", choices=POSITIONS, help=f"{help_} (default: contiguous)")
+    add("--seed", type=int, default=0, help="of method random")
+    add("--mlx-path", required=True, help="folder to write; must not exist")
+    add_option(parser)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    options = read_options(args.option)
+    budget = (args.keep_ratio, args.keep_tokens)
+    pruner = Pruner(args.method, *budget, seed=args.seed, options=options)
+    if pruner.keeps_all:
+        raise InputError("nothing would be pruned; expected a keep ratio below 1")
+    target = write_folder(args.model, args.mlx_path, pruner, args.positions)
+    print(f"wrote {target}; python -m mlx_vlm.generate --model {target} prunes")
