@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import InputError, nearest
 from ..pipeline import check_positions
@@ -48,6 +49,17 @@ class Handle:
     @property
     def positions(self) -> str:
         return self._hooks.kind
+
+    @property
+    def grids(self):
+        """(inputs, config) -> the grid of each picture, `None` where there is none."""
+        return self._hooks.family.grids
+
+    def total(self, inputs) -> int:
+        """N, the visual tokens of the first prompt of a processor's inputs."""
+        family, ids = self._hooks.family, np.array(inputs["input_ids"])
+        each = family.each(inputs) if family.each else 1
+        return each * int(self._hooks.is_media(ids[0]).sum())
 
     def detach(self) -> None:
         """Leave model and processor as they were."""
