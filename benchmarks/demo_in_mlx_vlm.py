@@ -18,7 +18,7 @@ import json
 import sys
 from pathlib import Path
 
-import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
+import mlx_tokprune  # noqa: F401  # isort: skip  (loads the BLAS before MLX)
 
 import mlx.core as mx
 

@@ -18,6 +18,7 @@ from ..commands.options import (
 from ..errors import InputError, Parser, command, import_matplotlib, printable
 from ..files import check_apart, check_output, locked, write_text
 from ..loading import load, open_checkpoint
+from ..measure.guest import RUNTIMES
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of
@@ -33,7 +34,6 @@ from .results import SCHEMA
 from .table import draw, markdown, summarize
 
 RATIOS = (0.5, 0.25, 0.11)
-RUNTIMES = ("own", "mlx-vlm")
 
 
 def build_parser() -> Parser:

@@ -15,6 +15,7 @@ from ..pruners import Pruner, get_method, list_pruners
 from ..pruners.registry import Options
 from .cost import Cost, count
 
+RUNTIMES = ("own", "mlx-vlm")
 SMALLER = "max_pixels"  # rows of whole pictures with as few tokens
 
 
@@ -66,7 +67,12 @@ class Guest:
         import mlx_vlm
 
         self.name, self.positions = name, positions
-        self.model, self.processor = mlx_vlm.load(str(resolve(name)))
+        folder = str(resolve(name))
+        try:
+            self.model, self.processor = mlx_vlm.load(folder)
+        except Exception as error:  # whatever mlx-vlm runs into
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"mlx-vlm cannot load {folder} ({reason})") from None
         self._counted: dict = {}
         self._known = attach(self.model, self.processor, Pruner("norm", 0.5), positions)
         self._known.detach()  # it refuses what is not known
@@ -238,7 +244,8 @@ class Guest:
         def seen(pixels):
             return [embed(ids, pixels, mask=mask, **inputs).inputs_embeds]
 
-        cache, found = make_prompt_cache(language), embed(ids, pixels, mask, **inputs)
+        cache = make_prompt_cache(language)
+        found = embed(ids, pixels, mask=mask, **inputs)
         more = {k: v for k, v in found.to_dict().items() if v is not None}
         embeddings = more.pop("inputs_embeds")
         shorter = embeddings.shape[1] - (total - kept)
