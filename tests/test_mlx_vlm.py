@@ -26,6 +26,7 @@ PRUNED = [name for name in FAMILIES if name != "llava_next"]
 RECURRENT = {"qwen3_5"}
 # Stock mlx-vlm is wrong here, or raises (docs/upstream.md).
 NO_BATCHES = {"qwen3_vl", "gemma3n", "gemma3", "paligemma"}
+VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision"}
 HALF = Pruner("norm", 0.5)
 
 
@@ -52,10 +53,9 @@ class Loaded:
         """The ids of a greedy answer, and how many a prompt had."""
         text = text or prompt(self.processor, self.model.config, QUESTION)
         named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
-        file = file or self.files[0]
-        pieces = mlx_vlm.stream_generate(
-            self.model, self.processor, text, image=[file], **named
-        )
+        if "video" not in named:
+            named["image"] = [file or self.files[0]]
+        pieces = mlx_vlm.stream_generate(self.model, self.processor, text, **named)
         last = list(pieces)[-1]
         return last.token_ids, last.prompt_tokens
 
@@ -146,6 +146,33 @@ def test_equals_the_full_prompt_with_what_is_dropped_masked(loaded, monkeypatch)
     assert answer == wanted
     assert full - count == len(dropped) or loaded.family.name == "fastvlm"
     assert answer != loaded.ask()[0]
+
+
+def test_a_video_is_pruned_as_a_whole(loaded, monkeypatch):
+    """Of the families whose videos were tried."""
+    if loaded.family.name not in VIDEOS:
+        pytest.skip("pictures only")
+    shape = (4, *loaded.family.size[::-1], 3)
+    frames = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    text = apply_chat_template(
+        *(loaded.processor, loaded.model.config, QUESTION), num_images=0, video="x.mp4"
+    )
+    rows, find = [], hooks.find_rows
+    monkeypatch.setattr(
+        hooks, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
+    )
+    with loaded.pruned(positions=loaded.original) as handle:
+        answer = loaded.ask(text, video=[frames])
+        assert loaded.ask(text, video=[frames], prefill_step_size=4) == answer
+        (kept,) = handle.last
+    assert kept.keep == kept.total // 2
+    if loaded.family.name in RECURRENT:
+        return
+    dropped = np.delete(rows[0][0].visual, kept.indices)
+    with masked(loaded.model, dropped):
+        wanted, full = loaded.ask(text, video=[frames], prefill_step_size=None)
+    assert answer == (wanted, full - len(dropped))
+    assert answer != loaded.ask(text, video=[frames])
 
 
 def test_keeping_all_and_detaching_change_nothing(loaded):
