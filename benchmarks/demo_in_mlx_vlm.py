@@ -1,17 +1,18 @@
 """The demo model run by mlx-vlm: a folder that it loads, and the same questions.
 
     pip install -e '.[mlx-vlm]'
-    python benchmarks/demo_in_mlx_vlm.py FOLDER
+    python benchmarks/demo_in_mlx_vlm.py FOLDER [FUSED]
     python -m mlx_tokprune.evaluate --runtime mlx-vlm --model FOLDER \
         --data FOLDER/questions/all.jsonl --methods norm --keep-ratios 0.25 \
         [--positions original]
-    python -m mlx_tokprune.evaluate --model FOLDER \
+    python -m mlx_tokprune.evaluate --model demo \
         --data FOLDER/questions/all.jsonl --plans norm:0.25@prompt \
         [--positions contiguous]
 
 mlx-vlm's FastVLM has the sizes of Apple's tower in its code; the folder's `model_file`
 has the demo's. Its chat template is FastVLM's own. There is one question about each of
-128 held-out pictures: mlx-vlm looks at a picture anew for each answer.
+128 held-out pictures: mlx-vlm looks at a picture anew for each answer. FUSED is what
+`mlx_tokprune.train fuse` wrote, in the place of the demo.
 """
 
 import json
@@ -43,7 +44,8 @@ UNUSED = "vision_tower.vision_model.head.proj"  # mlx-vlm wants it all the same
 
 
 def main() -> None:
-    folder = convert("demo", sys.argv[1])
+    target, *fused = sys.argv[1:]
+    folder = convert(*fused or ["demo"], target)
     config = json.loads((folder / "config.json").read_text())
     vision = config["vision_config"]
     side = vision["image_size"]
