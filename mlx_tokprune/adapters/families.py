@@ -20,7 +20,8 @@ class Family:
     grids: from the processor's inputs and the model's config the grid (h, w) of each
     picture or frame, where tokens are grids. each: embeddings of a placeholder. signs:
     whether negative ids are the placeholders. cold: a chat reads its prompt anew,
-    because of this. why: it is refused, because of this.
+    because of this. why: it is refused, because of this. pixels: whether it has a group
+    of patches for each token, which `look` and `towers` know.
     """
 
     grids: Callable[[Mapping, object], Grids] | None = None
@@ -28,6 +29,7 @@ class Family:
     signs: bool = False
     cold: str | None = None
     why: str | None = None
+    pixels: bool = False
 
 
 def _by_grid(inputs: Mapping, config) -> Grids:
@@ -59,7 +61,7 @@ def _cells(inputs: Mapping) -> int:
     return (np.shape(inputs["pixel_values"])[-1] // 64) ** 2
 
 
-_QWEN, _PLAIN = Family(_by_grid), Family()
+_QWEN, _PLAIN = Family(_by_grid, pixels=True), Family()
 _LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,

@@ -1,6 +1,7 @@
 """What the hooks of a model of mlx-vlm do: shorter ids, fewer rows, the same places."""
 
 import dataclasses
+import functools
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ..errors import InputError
 from ..features import Features
 from ..pruners import Pruner
 from .families import Family, media_of
+from .look import Look
 from .positions import Positions
 from .prompts import (
     SENT,
@@ -32,13 +34,15 @@ class Kept:
     """What stayed of one prompt's visual tokens.
 
     total, keep: N and K. indices: (K,) int32, ascending. runs: how many of the N stand
-    together each time: a picture, or a tile or a line of one.
+    together each time: a picture, or a tile or a line of one. encoded: how many of the
+    N the tower made.
     """
 
     total: int
     keep: int
     indices: np.ndarray
     runs: tuple[int, ...]
+    encoded: int
 
     @property
     def places(self) -> list[list[int]]:
@@ -54,9 +58,16 @@ class Kept:
 class Hooks:
     """What the hooks of one model share."""
 
-    def __init__(self, model, pruner: Pruner, family: Family, positions: str | None):
+    def __init__(
+        self,
+        model,
+        pruner: Pruner,
+        family: Family,
+        positions: str | None,
+        look: Look | None = None,
+    ):
         self.model, self.pruner, self.family = model, pruner, family
-        self.config = model.config
+        self.config, self.look = model.config, look
         self.is_media = media_of(model.config, family)
         self.turns = callable(getattr(model.language_model, "get_rope_index", None))
         if self.turns and positions == "contiguous":
@@ -106,7 +117,10 @@ class Hooks:
         def count(total: int) -> int:
             return sum(self.count(*group) for group in self.groups(inputs, total))
 
-        found = shorten(inputs, self.is_media, count, self.vocabulary, each=each)
+        look = functools.partial(self.look, inputs) if self.look else None
+        found = shorten(
+            inputs, self.is_media, count, self.vocabulary, each=each, look=look
+        )
         if found is None:
             return inputs
         with self._lock:
@@ -140,6 +154,7 @@ class Hooks:
             ids = args[0] if args else named.get("input_ids")
             if ids is None or np.shape(ids)[-1] > 1:  # some ask for each new token
                 self.positions.reset()
+            self._note_whole(ids, *args[1:2], **named)
             return base(model, *args, **named)
         sent = Sent.read(sent)
         rows = find_rows(sent.full, sent.mask, self.is_media, sent.each)
@@ -152,11 +167,36 @@ class Hooks:
         named |= {"mask": mx.array(sent.mask)}
         named |= {name: mx.array(array) for name, array in sent.aligned.items()}
         self._inside.full = True
+        self._inside.sources = list(sent.seen.sources) if sent.seen else []
         try:
             features = base(model, mx.array(sent.full), pixels, **named)
         finally:
-            self._inside.full = False
+            self._inside.full, self._inside.sources = False, []
         return self._pruned(features, rows, sent, {"pixel_values": pixels, **named})
+
+    def _note_whole(self, ids, pixel_values=None, **named) -> None:
+        """Nothing was left out of a prompt that has pictures."""
+        if pixel_values is None and named.get("pixel_values_videos") is None:
+            return
+        full, mask = np.array(ids), named.get("mask")
+        mask = np.ones_like(full) if mask is None else np.array(mask)
+        inputs = {"pixel_values": pixel_values, **named}
+        each = self.family.each(inputs) if self.family.each else 1
+        self.last = tuple(
+            Kept(row.total, row.total, np.arange(row.total), row.runs, row.total)
+            for row in find_rows(full, mask, self.is_media, each)
+            if row.total
+        )
+
+    def source(self, total: int) -> np.ndarray | None:
+        """For the next picture of `total` groups that the tower is asked for."""
+        waiting = getattr(self._inside, "sources", [])
+        found = next((array for array in waiting if len(array) == total), None)
+        if found is None:
+            return None
+        waiting.remove(found)
+        source = np.array(found)
+        return None if np.array_equal(source, np.arange(total)) else source
 
     def _pruned(self, features, rows: list[Row], sent: Sent, inputs):
         """The rows that stay of everything that has one for each column."""
@@ -170,28 +210,34 @@ class Hooks:
                 "server; expected a batch of 1"
             )
         chosen, embeddings = [], []
-        for row, array in zip(rows, given, strict=True):
-            indices, tokens = self._choose(row, array, inputs)
+        for number, (row, array) in enumerate(zip(rows, given, strict=True)):
+            stays = np.array(sent.seen.stays[number], int) if sent.seen else None
+            indices, tokens = self._choose(row, array, inputs, stays)
             chosen.append(indices)
             both = mx.concatenate([array[mx.array(row.text)], tokens])
             where = np.concatenate([row.text, row.visual[indices]])
             embeddings.append(both[mx.array(np.argsort(where, kind="stable"))])
+        made = sent.seen.encoded if sent.seen else [row.total for row in rows]
         self.last = tuple(
-            Kept(row.total, len(indices), indices, row.runs)
-            for row, indices in zip(rows, chosen, strict=True)
+            Kept(row.total, len(indices), indices, row.runs, encoded)
+            for row, indices, encoded in zip(rows, chosen, made, strict=True)
             if row.total
         )
         kept = _columns(rows, chosen, sent.mask)
         self.positions.set(kept)
         return _taken(features, embeddings, kept, rows, chosen, sent)
 
-    def _choose(self, row: Row, embeddings: mx.array, inputs):
-        """(K,) visual tokens of a prompt that stay, and (K, D) what they are then."""
-        tokens = embeddings[mx.array(row.visual)][None]
+    def _choose(self, row: Row, embeddings: mx.array, inputs, stays=None):
+        """(K,) visual tokens of a prompt that stay, and (K, D) what they are then.
+
+        stays: those that stay by their pixels, if these were asked.
+        """
+        stays = np.arange(row.total) if stays is None else stays
+        tokens = embeddings[mx.array(row.visual[stays])][None]
         behind = row.text[row.text > row.visual[-1]] if row.total else row.text
         text = embeddings[mx.array(behind if len(behind) else row.text)][None]
         indices, kept, start = [np.zeros(0, int)], [tokens[0, :0]], 0
-        for size, grid in self.groups(inputs, row.total) if row.total else ():
+        for size, grid in self.groups(inputs, len(stays)) if row.total else ():
             part = tokens[:, start : start + size]
             some = np.arange(size)
             if self.count(size, grid) < size:
@@ -201,7 +247,7 @@ class Hooks:
             indices.append(start + some)
             kept.append(part[0])
             start += size
-        return np.concatenate(indices), mx.concatenate(kept)
+        return stays[np.concatenate(indices)], mx.concatenate(kept)
 
 
 def _columns(rows: list[Row], chosen: list[np.ndarray], mask: np.ndarray) -> np.ndarray:

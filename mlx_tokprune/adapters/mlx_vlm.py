@@ -16,8 +16,11 @@ import numpy as np
 from ..errors import InputError, nearest
 from ..pipeline import check_positions
 from ..pruners import Pruner, list_pruners
+from . import towers
 from .families import FAMILIES, Family
 from .hooks import Hooks, Kept
+from .look import Look
+from .pixels import Pixels, RepeatPruner, TemporalPruner, scales, split
 from .prompts import (
     SENT,
 )
@@ -30,6 +33,7 @@ _FIELDS = {  # of what `get_input_embeddings` gives
     "rope_deltas",
 }
 _PROVIDES = ("text", "grid")
+Known = Pruner | TemporalPruner | RepeatPruner
 
 
 class Handle:
@@ -67,25 +71,35 @@ class Handle:
             self._undo.pop()()
 
 
-def attach(model, processor, pruner: Pruner, positions: str | None = None) -> Handle:
+def attach(
+    model,
+    processor,
+    pruner: Known | Sequence[Known],
+    positions: str | None = None,
+) -> Handle:
     """Have a loaded mlx-vlm model prune the visual tokens of every prompt.
 
-    pruner: with a budget, of a method that needs nothing but the tokens and the prompt.
-    It chooses at the language model's input, after the projector, among the tokens of
-    all pictures of a prompt. positions: models with M-RoPE keep original ones; others
-    have contiguous ones by default, and "original" for one prompt at a time.
+    pruner: a `Pruner` with a budget, of a method that needs nothing but the tokens and
+    the prompt. It chooses at the language model's input, after the projector, among the
+    tokens of all pictures of a prompt. For Qwen's models instead of it or before it a
+    `TemporalPruner`, a `RepeatPruner` or both, whose counts follow from the pixels.
+    positions: models with M-RoPE keep original ones; others have contiguous ones by
+    default, and "original" for one prompt at a time.
     Raises `InputError` for what is not known: a family, a method, a version of mlx-vlm
     whose seams are others.
     """
     import_mlx_vlm()
     if "_tokprune" in vars(type(model)):
         raise InputError("a pruner is attached to this model; detach it first")
-    family, pruner = check_known(_name_of(model), pruner, positions)
+    family, chosen, pixels = check_known(_name_of(model), pruner, positions)
     _check_seams(model)
-    hooks = Hooks(model, pruner, family, positions)
+    look = Look(pixels, model.config, scales(processor)) if pixels else None
+    hooks = Hooks(model, chosen, family, positions, look)
+    partial = pixels.repeats and towers.methods(model.vision_tower, hooks.source)
     undo = [*hooks.positions.attach(model.language_model)]
     undo.append(_hook_processor(processor, hooks))
     undo += _hook_model(model, hooks)
+    undo += [_swap(model.vision_tower, **partial)] if partial else []
     return Handle(hooks, undo)
 
 
@@ -103,9 +117,10 @@ def import_mlx_vlm() -> None:
 
 
 def check_known(
-    name: str, pruner: Pruner, positions: str | None = None
-) -> tuple[Family, Pruner]:
-    """What is known of a family by its name, and the pruner at its place there."""
+    name: str, pruners: Known | Sequence[Known], positions: str | None = None
+) -> tuple[Family, Pruner, Pixels]:
+    """What is known of a family by its name, the pruner at its place there, and those
+    of pixels."""
     if positions is not None:
         check_positions(positions)
     if name not in FAMILIES:
@@ -117,7 +132,22 @@ def check_known(
     family = FAMILIES[name]
     if family.why:
         raise InputError(f"models of {name!r} cannot be pruned: {family.why}")
-    return family, _at_prompt(pruner, family)
+    tokens, pixels = split(pruners)
+    if pixels and not family.pixels:
+        working = [known for known, other in FAMILIES.items() if other.pixels]
+        raise InputError(
+            f"which patches become a token of models of {name!r} is not known here; "
+            f"pixels are looked at for {', '.join(working)}"
+        )
+    if len(tokens) > 1 or not (tokens or pixels):
+        raise InputError(f"{len(tokens)} pruners of tokens; expected one")
+    chosen = _at_prompt(*tokens, family) if tokens else Pruner("none", at="prompt")
+    if pixels and "grid" in chosen.needs:
+        raise InputError(
+            f"method {chosen.method!r} needs a whole grid, in which pruning by pixels "
+            "leaves holes; choose one that needs none, such as 'norm'"
+        )
+    return family, chosen, pixels
 
 
 def _name_of(model) -> str:
@@ -222,7 +252,8 @@ def _hook_processor(processor, hooks: Hooks):
 
     process.__signature__ = inspect.signature(original)  # by which it passes arguments
     processor.process = process
-    described = f"mlx_tokprune {hooks.pruner.described()} {hooks.kind}"
+    seen = hooks.look and hooks.look.pixels
+    described = f"mlx_tokprune {hooks.pruner.described()} {seen} {hooks.kind}"
     processor.apc_key_dependencies = lambda: (*(depends() or ()), described)
 
     def undo() -> None:

@@ -6,12 +6,15 @@ anything is known but the sizes of pictures. Which ids go does not matter. The f
 travel along under `SENT`, and embeddings are made from those.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+
+from .pixels import Seen
 
 SENT = "tokprune_sent"  # a list, since mlx-vlm would convert anything else
 _MARKS = 2  # ids that tell a picture from others
@@ -61,7 +64,8 @@ class Sent:
     """The prompts as they were, which travel along with those that are shorter.
 
     full, mask: (B, T) ids, and 1 where they are read. aligned: what else has a number
-    for each id. each: embeddings of a placeholder. keeps: K of each prompt.
+    for each id. each: embeddings of a placeholder. keeps: K of each prompt. seen: what
+    the pixels say, if they were asked.
     """
 
     full: np.ndarray
@@ -69,17 +73,20 @@ class Sent:
     aligned: dict[str, np.ndarray]
     each: int
     keeps: list[int]
+    seen: Seen | None = None
 
     def written(self) -> list:
         aligned = {name: array.tolist() for name, array in self.aligned.items()}
         arrays = self.full.tolist(), self.mask.tolist()
-        return [*arrays, aligned, self.each, self.keeps]
+        seen = self.seen and dataclasses.asdict(self.seen)
+        return [*arrays, aligned, self.each, self.keeps, seen]
 
     @classmethod
     def read(cls, written: list) -> "Sent":
-        full, mask, aligned, each, keeps = written
+        full, mask, aligned, each, keeps, seen = written
         arrays = {name: np.array(array) for name, array in aligned.items()}
-        return cls(np.array(full), np.array(mask), arrays, each, keeps)
+        seen = seen and Seen(**seen)
+        return cls(np.array(full), np.array(mask), arrays, each, keeps, seen)
 
 
 @dataclass(frozen=True)
@@ -102,19 +109,25 @@ def shorten(
     count: Callable[[int], int],
     vocabulary: int,
     each: int = 1,
+    look: Callable[[np.ndarray, list[Row]], Seen] | None = None,
 ) -> Shortened | None:
     """A processor's inputs with `count(N)` placeholders for N visual tokens in a row.
 
-    `None` where nothing would be left out. vocabulary: how many ids there are.
+    `None` where nothing would be left out. vocabulary: how many ids there are. look:
+    says which tokens stay by their pixels; N is the number of those.
     """
     full = _array(inputs["input_ids"])
     seen = inputs.get("attention_mask")
     mask = np.ones_like(full) if seen is None else _array(seen)
     rows = find_rows(full, mask, is_media)
-    keeps = [count(row.total * each) if row.total else 0 for row in rows]
+    seen = look(full, rows) if look else None
+    open_ = [row.visual for row in rows]
+    if seen is not None:
+        open_ = [row.visual[some] for row, some in zip(rows, seen.stays, strict=True)]
+    keeps = [count(len(some) * each) if len(some) else 0 for some in open_]
     if all(keep == row.total * each for keep, row in zip(keeps, rows, strict=True)):
         return None
-    picked = [_picked(row, keep) for row, keep in zip(rows, keeps, strict=True)]
+    picked = [_picked(*given) for given in zip(rows, open_, keeps, strict=True)]
     columns = pad_rows(picked, mask)
     taken = ("input_ids", "attention_mask")
     aligned = {
@@ -126,7 +139,7 @@ def shorten(
     marks = _marks(inputs) % vocabulary
     for number, (row, keep) in enumerate(zip(rows, keeps, strict=True)):
         _mark(ids[number], np.isin(columns[number], row.visual), keep, marks)
-    sent = Sent(full, mask, aligned, each, keeps)
+    sent = Sent(full, mask, aligned, each, keeps, seen)
     shorter = dict(inputs)
     shorter["input_ids"] = mx.array(ids)
     shorter["attention_mask"] = mx.array(take_columns(mask, columns, 0))
@@ -149,16 +162,16 @@ def pad_rows(rows: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _picked(row: Row, keep: int) -> np.ndarray:
-    """Columns of ids that stay: of placeholders the first ones, and the last.
+def _picked(row: Row, visual: np.ndarray, keep: int) -> np.ndarray:
+    """Columns of ids that stay: of the placeholders `visual` the first, and the last.
 
     More than there are, where one stands for many, repeat the first.
     """
-    if not row.total:
+    if not len(visual):
         return row.text
-    some = row.visual[: max(0, min(keep, row.total) - 1)]
-    more = np.repeat(row.visual[:1], max(0, keep - row.total))
-    return np.sort(np.concatenate([row.text, more, some, row.visual[-1:]]))
+    some = visual[: max(0, min(keep, len(visual)) - 1)]
+    more = np.repeat(visual[:1], max(0, keep - len(visual)))
+    return np.sort(np.concatenate([row.text, more, some, visual[-1:]]))
 
 
 def take_columns(array: np.ndarray, columns: np.ndarray, padding: int) -> np.ndarray:
@@ -183,7 +196,7 @@ def _marks(inputs: Mapping) -> np.ndarray:
     digest = hashlib.blake2b(digest_size=8)
     pixels = [inputs.get(name) for name in ("pixel_values", "pixel_values_videos")]
     for array in (p for p in pixels if p is not None):
-        digest.update(np.ascontiguousarray(_floats(array)).tobytes())
+        digest.update(np.ascontiguousarray(floats(array)).tobytes())
     if all(p is None for p in pixels):
         return np.zeros(0, int)
     return np.frombuffer(digest.digest(), np.uint32)[:_MARKS].astype(np.int64)
@@ -204,10 +217,10 @@ def _shape(value) -> tuple:
     return ()
 
 
-def _floats(array) -> np.ndarray:
+def floats(array) -> np.ndarray:
     """Any array of numbers as NumPy's, bfloat16 included."""
     if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
         array = array.astype(mx.float32)
     if isinstance(array, (list, tuple)):
-        return np.concatenate([_floats(part).reshape(-1) for part in array])
+        return np.concatenate([floats(part).reshape(-1) for part in array])
     return np.array(array)
