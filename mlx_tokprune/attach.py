@@ -4,8 +4,9 @@ The command is `commands/attach.py`; nothing of it is imported until it is asked
 """
 
 from .adapters.mlx_vlm import Handle, attach
+from .adapters.pixels import RepeatPruner, TemporalPruner
 
-__all__ = ["Handle", "attach"]
+__all__ = ["Handle", "RepeatPruner", "TemporalPruner", "attach"]
 
 
 def __getattr__(name: str):

@@ -4,6 +4,7 @@ Links to the checkpoint's files, its config with mlx-vlm's official `model_file`
 our settings. Weights are never written.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,8 +14,8 @@ from ..carried import carry, read_carried
 from ..errors import InputError
 from ..files import new_folder, read_json
 from ..hub import is_local, resolve
-from ..pruners import Pruner
-from .mlx_vlm import attach, check_known, import_mlx_vlm
+from .mlx_vlm import Pruners, attach, check_known, import_mlx_vlm
+from .pixels import Pixels, split
 
 MODEL_FILE, SETTINGS = "pruned_model.py", "tokprune.json"
 _CODE = '''"""Written by mlx_tokprune.attach: the model of this folder, which prunes."""
@@ -26,7 +27,10 @@ globals().update(prune_when_loaded(__file__))
 
 
 def write_folder(
-    source: str | Path, target: str | Path, pruner: Pruner, positions: str | None = None
+    source: str | Path,
+    target: str | Path,
+    pruner: Pruners,
+    positions: str | None = None,
 ) -> Path:
     """Write `target`, which is `source` (a folder or hub id) with a pruner attached.
 
@@ -51,8 +55,10 @@ def write_folder(
             if path.name not in ("config.json", MODEL_FILE, SETTINGS):
                 (made / path.name).symlink_to(os.path.realpath(path))
         changed = config | {"model_file": MODEL_FILE}
-        settings = carry(pruner, {}, made)
+        tokens, pixels = split(pruner)
+        settings = carry(tokens, {}, made)
         settings |= {"positions": positions, "model_file": own}
+        settings |= {"pixels": dataclasses.asdict(pixels)} if pixels else {}
         for name, value in (("config.json", changed), (SETTINGS, settings)):
             (made / name).write_text(json.dumps(value, indent=2) + "\n")
         (made / MODEL_FILE).write_text(_CODE)
@@ -69,7 +75,8 @@ def prune_when_loaded(file: str) -> dict:
 
     folder = Path(file).resolve().parent
     settings = read_json(folder / SETTINGS)
-    (pruner,) = read_carried(settings, folder)
+    pruner = [*read_carried(settings, folder)]
+    pruner += Pixels.read(settings.get("pixels", {})).pruners
     stock, made = _stock(folder, settings.get("model_file")), []
 
     class Model(stock.Model):

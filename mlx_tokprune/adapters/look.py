@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Look:
     """
 
     pixels: Pixels
-    config: object
+    config: Any
     scales: Mapping[str, np.ndarray]
 
     def __call__(self, inputs: Mapping, full: np.ndarray, rows: Sequence[Row]) -> Seen:

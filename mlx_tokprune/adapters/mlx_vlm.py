@@ -34,6 +34,7 @@ _FIELDS = {  # of what `get_input_embeddings` gives
 }
 _PROVIDES = ("text", "grid")
 Known = Pruner | TemporalPruner | RepeatPruner
+Pruners = Known | Sequence[Known]
 
 
 class Handle:
@@ -74,7 +75,7 @@ class Handle:
 def attach(
     model,
     processor,
-    pruner: Known | Sequence[Known],
+    pruner: Pruners,
     positions: str | None = None,
 ) -> Handle:
     """Have a loaded mlx-vlm model prune the visual tokens of every prompt.
@@ -117,10 +118,9 @@ def import_mlx_vlm() -> None:
 
 
 def check_known(
-    name: str, pruners: Known | Sequence[Known], positions: str | None = None
+    name: str, pruners: Pruners, positions: str | None = None
 ) -> tuple[Family, Pruner, Pixels]:
-    """What is known of a family by its name, the pruner at its place there, and those
-    of pixels."""
+    """What is known of a family by its name, its pruner of tokens, and of pixels."""
     if positions is not None:
         check_positions(positions)
     if name not in FAMILIES:
@@ -141,7 +141,7 @@ def check_known(
         )
     if len(tokens) > 1 or not (tokens or pixels):
         raise InputError(f"{len(tokens)} pruners of tokens; expected one")
-    chosen = _at_prompt(*tokens, family) if tokens else Pruner("none", at="prompt")
+    chosen = _at_prompt(tokens[0], family) if tokens else Pruner("none", at="prompt")
     if pixels and "grid" in chosen.needs:
         raise InputError(
             f"method {chosen.method!r} needs a whole grid, in which pruning by pixels "

@@ -79,6 +79,23 @@ class Pixels:
     def __bool__(self) -> bool:
         return self != Pixels()
 
+    @property
+    def pruners(self) -> list[TemporalPruner | RepeatPruner]:
+        return [pruner for pruner in (self.temporal, self.repeats) if pruner]
+
+    @classmethod
+    def read(cls, section: Mapping) -> "Pixels":
+        """What `dataclasses.asdict` wrote."""
+        kinds = {"temporal": TemporalPruner, "repeats": RepeatPruner}
+        try:
+            given = {name: how for name, how in section.items() if how is not None}
+            return cls(**{name: kinds[name](**how) for name, how in given.items()})
+        except (AttributeError, KeyError, TypeError):
+            raise InputError(
+                f"{section!r} says no pruners of pixels; expected temporal with "
+                "threshold and max_age, and repeats with threshold"
+            ) from None
+
     def look(
         self, patches: np.ndarray, grids: Iterable, side: int
     ) -> tuple[np.ndarray, np.ndarray]:
