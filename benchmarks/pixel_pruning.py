@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub id (default: tiny models)")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threshold", type=float, default=0.0)
+    names = ["screenshot", "noise"]
+    parser.add_argument("--pictures", nargs="+", choices=names, default=names)
     parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
@@ -107,6 +109,7 @@ def main() -> None:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
         pictures = {"screenshot": screenshot(width, height)}
         pictures["noise"] = Image.fromarray(noise)
+        pictures = {name: pictures[name] for name in args.pictures}
         for name, folder in folders.items():
             import mlx_vlm
 
