@@ -132,9 +132,9 @@ def test_a_scorer_behind_a_link_that_leaves_the_folder(carrying, tmp_path):
 
 
 def test_code_of_ones_own_is_not_carried(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def odd(features, *, keep):\n    pass\n")
+    (tmp_path / "carried_own.py").write_text("def odd(features, *, keep):\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     target = str(tmp_path / "target")
     with pytest.raises(InputError, match="cannot carry the code"):
-        convert("demo", target, pruner=Pruner("mine:odd", 0.5))
+        convert("demo", target, pruner=Pruner("carried_own:odd", 0.5))
     assert not (tmp_path / "target").exists()
