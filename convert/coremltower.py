@@ -348,9 +348,11 @@ def _shape(value) -> tuple[int, ...]:
 def _model_file(package: Path) -> Path:
     manifest = read_json(package / "Manifest.json")
     entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
-    entry = entries.get(root) if isinstance(entries, dict) else None
+    named = isinstance(entries, dict) and isinstance(root, str)
+    entry = entries.get(root) if named else None
     name = entry.get("path") if isinstance(entry, dict) else None
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    short = isinstance(name, str) and len(name) < 256
+    parts = PurePosixPath(name).parts if short else ()
     if not parts or parts[0] == "/" or ".." in parts:
         raise InputError(
             f"Manifest.json of {package} names no model inside the package; {_INSTEAD}"

@@ -201,10 +201,10 @@ def _read_settings(folder: Path) -> tuple[int, float]:
     if not any(start is known or start == known for known in _STARTS):
         refuse("init_lora_weights", "a start that leaves the base model as it was")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        refuse("r", "a positive whole number")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        refuse("lora_alpha", "a positive number")
+    if type(rank) is not int or not 1 <= rank < 1 << 16:
+        refuse("r", "a whole number from 1 to 65535")
+    if type(alpha) not in (int, float) or not 1e-6 < alpha < 1e6:
+        refuse("lora_alpha", "a number between 1e-6 and 1e6")
     root = settings.get("use_rslora", False)
     if type(root) is not bool:
         refuse("use_rslora", "true or false")

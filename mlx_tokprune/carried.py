@@ -4,6 +4,7 @@ A list with an object for each place: the fields of `Pruner`, or in the place of
 `method` the name of a scorer's folder beside the weights. Code is never carried.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .learned import is_scorer, save_scorer
 from .pruners import Plan, Pruner, Pruners, as_plan, is_registered
 
 SECTION = "pruner"
+_NAME = re.compile(r"[\w-]{1,64}")  # of a folder
 _FIELDS = {"method", "scorer", "keep_ratio", "keep_tokens", "at", "seed", "options"}
 
 
@@ -64,7 +66,7 @@ def _read(entry: dict, folder: Path) -> Pruner:
         )
     how = {name: value for name, value in entry.items() if name != "scorer"}
     if scorer is not None:
-        inside = isinstance(scorer, str) and Path(scorer).name == scorer
+        inside = isinstance(scorer, str) and _NAME.fullmatch(scorer)
         path = (folder / scorer).resolve() if inside else folder
         if path.parent != folder.resolve() or not is_scorer(path):
             raise InputError(

@@ -20,7 +20,9 @@ from .files import read_json
 from .hub import resolve
 from .models import fastvlm, openvla
 from .models.family import VisionModel
+from .pipeline import plan_for
 from .processor import ActionProcessor, Processor
+from .pruners import Pruners
 from .threads import end_streams_with_thread
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,11 @@ def expected_shapes(
             f"config.json does not describe a {family.name} model ({e})"
         ) from None
     return {name: array.shape for name, array in _named(model)}
+
+
+def check_plan(family: Family, config: dict, pruners: Pruners) -> None:
+    """Raise `InputError` unless a model of this config can be pruned so."""
+    plan_for(_build(family, config, True), pruners)
 
 
 def default_dtype() -> mx.Dtype | None:

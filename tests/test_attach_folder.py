@@ -52,7 +52,7 @@ def expected(loaded, text: str, file: str) -> tuple[list[int], int]:
 
 def test_links_and_settings_but_no_weights(qwen, folder):
     for path in folder.iterdir():
-        linked = path.name not in ("config.json", "tokprune.json", "pruned_model.py")
+        linked = path.name not in ("config.json", "tokprune.json", "tokprune_model.py")
         assert path.is_symlink() == linked
     weights = (folder / "model.safetensors").resolve()
     assert weights == (qwen.folder / "model.safetensors").resolve()
@@ -176,3 +176,45 @@ def test_code_of_the_hub_is_not_run(monkeypatch, tmp_path):
 
     with pytest.raises(InputError, match="not run from the hub"):
         write_folder("somebody/model", tmp_path / "target", HALF)
+
+
+def test_folders_load_in_threads_and_after_a_load_that_failed(qwen, folder):
+    load_processor = mlx_vlm.utils.load_processor
+
+    def tokens(_=None) -> int:
+        model, processor = mlx_vlm.load(str(folder))
+        text = prompt(processor, model.config, QUESTION)
+        inputs = mlx_vlm.utils.prepare_inputs(
+            processor, images=qwen.files[:1], prompts=text
+        )
+        return inputs["input_ids"].shape[1]
+
+    _, wanted = expected(qwen, QUESTION, qwen.files[0])
+    mlx_vlm.utils.load_model(folder)  # no processor follows
+    assert tokens() == wanted
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(tokens, range(3))) == [wanted] * 3
+    assert mlx_vlm.utils.load_processor is load_processor
+
+
+def test_more_that_is_refused(qwen, tmp_path, capsys):
+    def refused(match: str, source, target=None, *options: str) -> None:
+        target = target or tmp_path / "target"
+        with pytest.raises(SystemExit) as stopped:
+            main(["--model", str(source), "--mlx-path", str(target), *(options or ASK)])
+        assert stopped.value.code == 2
+        assert match in capsys.readouterr().err
+        assert not target.exists()
+
+    refused("choose a folder elsewhere", qwen.folder, qwen.folder / "inside")
+    positions = [*ASK, "--positions", "contiguous"]
+    refused("stay original", qwen.folder, None, *positions)
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    for config, match in (
+        ({"model_type": "qwen2_vl"}, "no weights"),
+        ({"model_type": "qwen2_vl", "model_file": "../x.py"}, "expected one in it"),
+        ({"model_type": "qwen2_vl", "model_file": 5}, "expected one in it"),
+    ):
+        (strange / "config.json").write_text(json.dumps(config))
+        refused(match, strange)

@@ -138,3 +138,12 @@ def test_code_of_ones_own_is_not_carried(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot carry the code"):
         convert("demo", target, pruner=Pruner("carried_own:odd", 0.5))
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("plan", ["attention:0.5@999", "cdpruner:0.5@tower"])
+def test_what_the_model_cannot_do_is_not_carried(tmp_path, plan, capsys):
+    target = tmp_path / "target"
+    with pytest.raises(SystemExit):
+        convert_main(["--hf-path", "demo", "--mlx-path", str(target), "--prune", plan])
+    assert "error" in capsys.readouterr().err
+    assert not target.exists()

@@ -400,3 +400,83 @@ def test_original_positions_are_for_one_prompt_at_a_time(tmp_path):
     with loaded.pruned(positions="original"):
         with pytest.raises(InputError, match="one prompt at a time"):
             served(loaded, requests)
+
+
+# What a review found ----------------------------------------------------------------
+
+
+def test_a_processor_belongs_to_one_model(qwen):
+    """Else both would shorten the same ids."""
+    other, _ = mlx_vlm.load(str(qwen.folder))
+    with qwen.pruned(), pytest.raises(InputError, match="processor of its own"):
+        attach(other, qwen.processor, HALF)
+    with pytest.raises(TypeError):
+        attach(qwen.model, object(), HALF)
+    assert "_tokprune" not in vars(type(qwen.model))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (HALF, Pruner("random", 0.5)),
+        (None, Pruner("norm", keep_tokens=2)),
+        (None, Pruner("norm", keep_tokens=1)),
+        (Pruner("norm", keep_tokens=2), Pruner("norm", keep_tokens=3)),
+    ],
+)
+def test_a_chat_goes_on_rightly_under_another_pruner(qwen, first, then):
+    state, second = PromptCacheState(), qwen.chat("abc")
+    with qwen.pruned(first or Pruner("norm", 1.0)):
+        qwen.ask(qwen.chat(), prompt_cache_state=state)
+    with qwen.pruned(then):
+        warm = qwen.ask(second, prompt_cache_state=state)
+        assert warm == qwen.ask(second)
+
+
+def test_a_prompt_of_long_ago_is_read_anew(qwen, monkeypatch):
+    monkeypatch.setattr(hooks, "_REMEMBERED", 1)
+    state, second = PromptCacheState(), qwen.chat("abc")
+    with qwen.pruned() as handle:
+        qwen.ask(qwen.chat(), prompt_cache_state=state)
+        shortened = handle._hooks.shortened
+
+        def late(given):
+            found = shortened(given)
+            shortened(prepared)  # of somebody else
+            return found
+
+        prepared = prepare_inputs(
+            qwen.processor, images=qwen.files[1:2], prompts=second
+        )
+        cold = qwen.ask(second)
+        monkeypatch.setattr(handle._hooks, "shortened", late)
+        assert qwen.ask(second, prompt_cache_state=state) == cold
+
+
+def test_what_was_kept_last_is_of_the_last_prompt(qwen):
+    with qwen.pruned() as handle:
+        qwen.ask()
+        assert handle.last[0].keep == 15
+        text = apply_chat_template(qwen.processor, qwen.model.config, MORE)
+        list(mlx_vlm.stream_generate(qwen.model, qwen.processor, text, max_tokens=2))
+        assert handle.last == ()
+
+
+@pytest.mark.parametrize("wrong", ["fewer", "more", "backwards"])
+def test_a_method_that_does_not_keep_its_budget(qwen, tmp_path, monkeypatch, wrong):
+    kinds = {
+        "fewer": "mx.arange(keep - 1)",
+        "more": "mx.arange(keep + 1)",
+        "backwards": "mx.arange(keep)[::-1]",
+    }
+    (tmp_path / f"guest_{wrong}.py").write_text(
+        "import mlx.core as mx\n"
+        "from mlx_tokprune.features import Selection\n"
+        "def choose(features, *, keep):\n"
+        f"    return Selection({kinds[wrong]}[None].astype(mx.int32))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with qwen.pruned(Pruner(f"guest_{wrong}:choose", 0.5)):
+        with pytest.raises(InputError, match="was asked for 15 tokens"):
+            qwen.ask()
+    assert qwen.ask()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import InputError
+
 _MEDIA = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 Grids = list[tuple[int, int]]
 
@@ -20,7 +22,8 @@ class Family:
     grids: from the processor's inputs and the model's config the grid (h, w) of each
     picture or frame, where tokens are grids. each: embeddings of a placeholder. signs:
     whether negative ids are the placeholders. cold: a chat reads its prompt anew,
-    because of this. why: it is refused, because of this. pixels: whether it has a group
+    because of this. why: it is refused, because of this. turns: whether positions have
+    three dimensions (M-RoPE), and stay original. pixels: whether it has a group
     of patches for each token, which `look` and `towers` know.
     """
 
@@ -29,11 +32,18 @@ class Family:
     signs: bool = False
     cold: str | None = None
     why: str | None = None
+    turns: bool = False
     pixels: bool = False
 
 
 def _by_grid(inputs: Mapping, config) -> Grids:
-    """Qwen's: pictures, then frames of videos."""
+    """Qwen's: pictures, or frames of videos."""
+    kinds = [n for n in ("image_grid_thw", "video_grid_thw") if len(inputs.get(n, []))]
+    if len(kinds) > 1:
+        raise InputError(
+            "a prompt with pictures and videos is pruned by methods that need no grid, "
+            "such as 'norm'"
+        )
     side, found = config.vision_config.spatial_merge_size, []
     for name in ("image_grid_thw", "video_grid_thw"):
         for t, h, w in np.array(inputs.get(name, [])).reshape(-1, 3).tolist():
@@ -61,7 +71,7 @@ def _cells(inputs: Mapping) -> int:
     return (np.shape(inputs["pixel_values"])[-1] // 64) ** 2
 
 
-_QWEN, _PLAIN = Family(_by_grid, pixels=True), Family()
+_QWEN, _PLAIN = Family(_by_grid, turns=True, pixels=True), Family()
 _LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,

@@ -70,16 +70,17 @@ class Hooks:
         self.config, self.look = model.config, look
         self.is_media = media_of(model.config, family)
         self.turns = callable(getattr(model.language_model, "get_rope_index", None))
-        if self.turns and positions == "contiguous":
-            raise InputError(
-                "positions of this model say where in a picture a token is and stay "
-                "original; leave out positions"
-            )
         self.kind = positions or ("original" if self.turns else "contiguous")
         self.positions = Positions(self.kind == "original" and not self.turns)
         self.last: tuple[Kept, ...] = ()
         self._prompts: OrderedDict[bytes, Shortened] = OrderedDict()
         self._lock, self._inside = threading.Lock(), threading.local()
+
+    @property
+    def described(self) -> str:
+        """What tells the caches of this pruner from others."""
+        seen = self.look and self.look.pixels
+        return f"mlx_tokprune {self.pruner.described()} {seen} {self.kind}"
 
     # Ids
 
@@ -118,9 +119,8 @@ class Hooks:
             return sum(self.count(*group) for group in self.groups(inputs, total))
 
         look = functools.partial(self.look, inputs) if self.look else None
-        found = shorten(
-            inputs, self.is_media, count, self.vocabulary, each=each, look=look
-        )
+        how = {"each": each, "look": look, "salt": self.described}
+        found = shorten(inputs, self.is_media, count, self.vocabulary, **how)
         if found is None:
             return inputs
         with self._lock:
@@ -137,6 +137,9 @@ class Hooks:
         if not getattr(self._inside, "full", False):
             with self._lock:
                 known = self._prompts.get(_key(np.array(ids)))
+                if known is not None:
+                    self._prompts.move_to_end(_key(known.ids))
+            self._check_known(known, ids, grids)
         if known is None:
             return base(language, ids, *grids, **named)
         image, video, *_ = [*grids, None, None]
@@ -144,6 +147,19 @@ class Hooks:
         found, deltas = base(language, full, image, video, mask)
         dropped = full.shape[1] - known.columns.shape[1]
         return mx.take(found, mx.array(known.columns[0]), -1), deltas + dropped
+
+    def _check_known(self, known: Shortened | None, ids, grids) -> None:
+        """Raise `InputError` where mlx-vlm had better read a prompt anew."""
+        if known is not None:
+            if 1 in known.sent.keeps:
+                raise InputError("a single visual token does not tell pictures apart")
+            return
+        side = self.config.vision_config.spatial_merge_size
+        given = [np.array(grid) for grid in grids[:2] if grid is not None]
+        patches = sum(int(np.prod(grid, axis=-1).sum()) for grid in given)
+        placeholders = int(self.is_media(np.array(ids)).sum())
+        if placeholders < patches // side**2:
+            raise InputError("the prompt was made shorter too long ago to be known")
 
     # Embeddings
 
@@ -177,6 +193,8 @@ class Hooks:
     def _note_whole(self, ids, pixel_values=None, **named) -> None:
         """Nothing was left out of a prompt that has pictures."""
         if pixel_values is None and named.get("pixel_values_videos") is None:
+            if ids is None or np.shape(ids)[-1] > 1:
+                self.last = ()
             return
         full, mask = np.array(ids), named.get("mask")
         mask = np.ones_like(full) if mask is None else np.array(mask)
@@ -244,10 +262,18 @@ class Hooks:
                 named = {"text": text} if "text" in self.pruner.needs else {}
                 selection = self.pruner(Features(part, grid, extras=named))
                 part, some = selection.apply(part), np.array(selection.indices[0])
+                self._check_chosen(some, self.count(size, grid))
             indices.append(start + some)
             kept.append(part[0])
             start += size
         return stays[np.concatenate(indices)], mx.concatenate(kept)
+
+    def _check_chosen(self, some: np.ndarray, keep: int) -> None:
+        if len(some) != keep or np.any(np.diff(some) <= 0):
+            raise InputError(
+                f"method {self.pruner.method!r} was asked for {keep} tokens and chose "
+                f"{len(some)}; expected as many, each once and in ascending order"
+            )
 
 
 def _columns(rows: list[Row], chosen: list[np.ndarray], mask: np.ndarray) -> np.ndarray:

@@ -44,8 +44,8 @@ class Handle:
     "original" or "contiguous", as they are in this model.
     """
 
-    def __init__(self, hooks: Hooks, undo: Sequence):
-        self._hooks, self._undo = hooks, list(undo)
+    def __init__(self, hooks: Hooks):
+        self._hooks, self.undo = hooks, []
 
     @property
     def last(self) -> tuple[Kept, ...]:
@@ -68,8 +68,8 @@ class Handle:
 
     def detach(self) -> None:
         """Leave model and processor as they were."""
-        while self._undo:
-            self._undo.pop()()
+        while self.undo:
+            self.undo.pop()()
 
 
 def attach(
@@ -90,18 +90,28 @@ def attach(
     whose seams are others.
     """
     import_mlx_vlm()
-    if "_tokprune" in vars(type(model)):
-        raise InputError("a pruner is attached to this model; detach it first")
+    process = getattr(processor, "process", None)
+    if "_tokprune" in vars(type(model)) or hasattr(process, "_tokprune"):
+        raise InputError(
+            "a pruner is attached to this model or its processor; detach it first, and "
+            "give each model a processor of its own"
+        )
     family, chosen, pixels = check_known(_name_of(model), pruner, positions)
     _check_seams(model)
     look = Look(pixels, model.config, scales(processor)) if pixels else None
     hooks = Hooks(model, chosen, family, positions, look)
     partial = pixels.repeats and towers.methods(model.vision_tower, hooks.source)
-    undo = [*hooks.positions.attach(model.language_model)]
-    undo.append(_hook_processor(processor, hooks))
-    undo += _hook_model(model, hooks)
-    undo += [_swap(model.vision_tower, **partial)] if partial else []
-    return Handle(hooks, undo)
+    handle = Handle(hooks)
+    try:
+        hooks.positions.attach(model.language_model, handle.undo)
+        _hook_processor(processor, hooks, handle.undo)
+        _hook_model(model, hooks, handle.undo)
+        if partial:
+            _swap(model.vision_tower, handle.undo, **partial)
+    except BaseException:
+        handle.detach()
+        raise
+    return handle
 
 
 # What is known ----------------------------------------------------------------------
@@ -123,13 +133,18 @@ def check_known(
     """What is known of a family by its name, its pruner of tokens, and of pixels."""
     if positions is not None:
         check_positions(positions)
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         working = [known for known, family in FAMILIES.items() if not family.why]
         raise InputError(
             f"models of {name!r} are not known here; expected one of "
-            f"{', '.join(working)}.{nearest(name, working)}"
+            f"{', '.join(working)}.{nearest(str(name), working)}"
         )
     family = FAMILIES[name]
+    if family.turns and positions == "contiguous":
+        raise InputError(
+            "positions of this model say where in a picture a token is and stay "
+            "original; leave out positions"
+        )
     if family.why:
         raise InputError(f"models of {name!r} cannot be pruned: {family.why}")
     tokens, pixels = split(pruners)
@@ -239,8 +254,8 @@ def _processor_is_asked() -> bool:
 # Putting them on --------------------------------------------------------------------
 
 
-def _hook_processor(processor, hooks: Hooks):
-    """`processor.process`, which mlx-vlm asks for; gives what undoes it."""
+def _hook_processor(processor, hooks: Hooks, undos: list) -> None:
+    """`processor.process`, which mlx-vlm asks for."""
     before = {
         name: vars(processor).get(name) for name in ("process", "apc_key_dependencies")
     }
@@ -251,29 +266,28 @@ def _hook_processor(processor, hooks: Hooks):
         return hooks.shortened(original(*args, **named))
 
     process.__signature__ = inspect.signature(original)  # by which it passes arguments
-    processor.process = process
-    seen = hooks.look and hooks.look.pixels
-    described = f"mlx_tokprune {hooks.pruner.described()} {seen} {hooks.kind}"
-    processor.apc_key_dependencies = lambda: (*(depends() or ()), described)
+    process._tokprune = True
 
     def undo() -> None:
         for name, value in before.items():
-            delattr(processor, name)
+            vars(processor).pop(name, None)
             if value is not None:
                 setattr(processor, name, value)
 
-    return undo
+    undos.append(undo)
+    processor.process = process
+    processor.apc_key_dependencies = lambda: (*(depends() or ()), hooks.described)
 
 
-def _hook_model(model, hooks: Hooks) -> list:
-    """Classes of the model and its language model; gives what undoes it."""
+def _hook_model(model, hooks: Hooks, undos: list) -> None:
+    """Classes of the model and its language model."""
     kind, language = type(model), model.language_model
 
     @functools.wraps(kind.get_input_embeddings)
     def get_input_embeddings(self, *args, **named):
         return hooks.embed(kind.get_input_embeddings, self, *args, **named)
 
-    undo = [_swap(model, get_input_embeddings=get_input_embeddings)]
+    _swap(model, undos, get_input_embeddings=get_input_embeddings)
     if hooks.turns:
         spoken = type(language)
 
@@ -281,18 +295,17 @@ def _hook_model(model, hooks: Hooks) -> list:
         def get_rope_index(self, *args, **named):
             return hooks.rope_index(spoken.get_rope_index, self, *args, **named)
 
-        undo.append(_swap(language, get_rope_index=get_rope_index))
+        _swap(language, undos, get_rope_index=get_rope_index)
     elif hooks.family.cold:
         # What it cannot prime, mlx-vlm reads anew, and says so.
         def refuse(self, *args, **named):
             raise InputError(f"{hooks.family.cold}, so the whole chat is read again")
 
-        undo.append(_swap(language, get_rope_index=refuse, _position_ids=None))
-    return undo
+        _swap(language, undos, get_rope_index=refuse, _position_ids=None)
 
 
-def _swap(instance, **named):
-    """Give an instance a class of its own with these; gives what undoes it."""
+def _swap(instance, undos: list, **named) -> None:
+    """Give an instance a class of its own with these."""
     kind = type(instance)
     names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_tokprune": True}
     instance.__class__ = type(kind.__name__, (kind,), names | named)
@@ -300,4 +313,4 @@ def _swap(instance, **named):
     def undo() -> None:
         instance.__class__ = kind
 
-    return undo
+    undos.append(undo)

@@ -1,6 +1,6 @@
 """Original positions where mlx-vlm counts: rotary embeddings that are told where."""
 
-from collections.abc import Callable
+import functools
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,10 +52,10 @@ class Positions:
         found = np.where(numbers < len(columns), inside, numbers + dropped)
         return At(mx.array(found.astype(np.int32)))
 
-    def attach(self, language) -> list[Callable[[], None]]:
-        """Have every rotary embedding of a language model ask; gives what undoes it."""
+    def attach(self, language, undos: list) -> None:
+        """Have every rotary embedding of a language model ask."""
         if not self._original:
-            return []
+            return
         owners = [
             (module, name)
             for module in language.modules()
@@ -67,12 +67,9 @@ class Positions:
                 "the rotary embeddings of this model are not known here; expected "
                 "contiguous positions"
             )
-        return [self._wrap(*owner) for owner in owners]
-
-    def _wrap(self, owner: nn.Module, name: str) -> Callable[[], None]:
-        inner = owner[name]
-        setattr(owner, name, _AskingRoPE(inner, self))
-        return lambda: setattr(owner, name, inner)
+        for owner, name in owners:
+            undos.append(functools.partial(setattr, owner, name, owner[name]))
+            setattr(owner, name, _AskingRoPE(owner[name], self))
 
 
 class _AskingRoPE(nn.Module):

@@ -110,11 +110,13 @@ def shorten(
     vocabulary: int,
     each: int = 1,
     look: Callable[[np.ndarray, list[Row]], Seen] | None = None,
+    salt: str = "",
 ) -> Shortened | None:
     """A processor's inputs with `count(N)` placeholders for N visual tokens in a row.
 
     `None` where nothing would be left out. vocabulary: how many ids there are. look:
-    says which tokens stay by their pixels; N is the number of those.
+    says which tokens stay by their pixels; N is the number of those. salt: tells
+    prompts apart besides their pixels.
     """
     full = _array(inputs["input_ids"])
     seen = inputs.get("attention_mask")
@@ -136,7 +138,7 @@ def shorten(
         if name not in taken and _shape(value) == full.shape
     }
     ids = take_columns(full, columns, 0)
-    marks = _marks(inputs) % vocabulary
+    marks = _marks(inputs, salt) % vocabulary
     for number, (row, keep) in enumerate(zip(rows, keeps, strict=True)):
         _mark(ids[number], np.isin(columns[number], row.visual), keep, marks)
     sent = Sent(full, mask, aligned, each, keeps, seen)
@@ -181,19 +183,20 @@ def take_columns(array: np.ndarray, columns: np.ndarray, padding: int) -> np.nda
 
 
 def _mark(ids: np.ndarray, visual: np.ndarray, keep: int, marks: np.ndarray) -> None:
-    """Ids that tell pictures apart, between the first placeholder and the last.
+    """Ids that tell pictures apart, in the place of the first placeholders.
 
     A chat takes the cache of another picture where ids are equal, and a budget makes
-    those of all pictures equal. Nothing is embedded from these ids.
+    those of all pictures equal. Nothing is embedded from these ids. The last stays what
+    it is: it says where the pictures end.
     """
-    where = np.flatnonzero(visual)
-    if keep > _MARKS + 1 and len(marks):
-        ids[where[1 : 1 + _MARKS]] = marks
+    count = min(len(marks), keep - 1)
+    if count > 0:
+        ids[np.flatnonzero(visual)[:count]] = marks[:count]
 
 
-def _marks(inputs: Mapping) -> np.ndarray:
+def _marks(inputs: Mapping, salt: str) -> np.ndarray:
     """Two ids from the pixels; none where there are no pixels."""
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(salt.encode(), digest_size=8)
     pixels = [inputs.get(name) for name in ("pixel_values", "pixel_values_videos")]
     for array in (p for p in pixels if p is not None):
         digest.update(np.ascontiguousarray(floats(array)).tobytes())

@@ -18,6 +18,7 @@ from ..measure.guest import Guest, GuestRow
 from ..measure.machine import describe
 from ..measure.results import MACHINE, NUMBER, Optional, read_result
 
+_MOST = 1e30  # of a time, a rate, or FLOPs
 SCHEMA = "mlx_tokprune.bench.guest/1"
 _SAMPLES = ("ttft_ms", "total_ms", "decode_tokens_per_second")
 SHAPE = {
@@ -43,7 +44,12 @@ def measure(
     runs: int,
     output: Path,
 ) -> dict:
-    """Write and give the result of `runs` rounds after one to warm up."""
+    """Write and give the result of `runs` rounds after one to warm up.
+
+    Raises `InputError` where `output` is something else than such a result.
+    """
+    if output.exists():
+        read_guest(output)
     cases = list(itertools.product(rows, range(len(images)), prompts))
     lines: list[dict] = [{} for _ in cases]
     total = len(cases) * (runs + 1)
@@ -78,14 +84,29 @@ def measure(
 def read_guest(file: str | Path) -> dict:
     """A result file; `InputError` unless it is one, with an untouched row for each."""
     result = read_result(file, SCHEMA, SHAPE)
+    if not result["rows"]:
+        raise InputError(f"{file} is damaged: it has no rows")
     for row in result["rows"]:
-        counts = {len(values) for values in row["samples"].values()}
-        if len(counts) != 1 or counts == {0} or not _base(row, result["rows"]):
+        base = _base(row, result["rows"])
+        if base is None or not _fits(row, base):
             raise InputError(
                 f"{file} is damaged: its rows do not fit together; expected as many "
                 "samples of each, and an untouched row for every other"
             )
     return result
+
+
+def _fits(row: dict, base: dict) -> bool:
+    """Whether a row has as many samples of everything, and times that can be."""
+    counts = {len(values) for values in row["samples"].values()}
+    times = row["samples"]["ttft_ms"] + row["samples"]["total_ms"]
+    rates = [r for r in row["samples"]["decode_tokens_per_second"] if r is not None]
+    numbers = [*rates, *([] if row["flops"] is None else [row["flops"]])]
+    return (
+        counts == {len(base["samples"]["ttft_ms"])} != {0}
+        and all(time is not None and 0 < time < _MOST for time in times)
+        and all(0 < number < _MOST for number in numbers)
+    )
 
 
 def _base(row: dict, rows: list[dict]) -> dict | None:

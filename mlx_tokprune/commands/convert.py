@@ -26,6 +26,7 @@ from ..files import new_folder
 from ..hub import resolve
 from ..loading import (
     check_finite,
+    check_plan,
     expected_shapes,
     load_tokenizer,
     open_checkpoint,
@@ -87,12 +88,13 @@ def convert(
             f"{target} is inside {source}, which is only read; choose a folder "
             "elsewhere"
         )
-    as_plan(pruner)
     family, checkpoint, config = open_checkpoint(source, lora_adapter, base_model)
     for note in checkpoint.notes:
         log.warning(note)
     if pruner is None:
         pruner = read_carried(config, checkpoint.folder)
+    if as_plan(pruner):
+        check_plan(family, config, pruner)
     _override_oft(config, actions_per_chunk, pictures)
     load_tokenizer(checkpoint.folder, config)  # or the result could not be used
     if quantize and q_bits == 8 and family is OPENVLA:

@@ -238,7 +238,7 @@ def _guest_overlay(
     guest: Guest, image: Image.Image, text: str, row: dict
 ) -> Image.Image:
     """The same in mlx-vlm; the picture alone where its tokens are no one grid."""
-    (pruner,) = map(_pruner, _described(row))
+    pruner = _pruner(row["pruner"])
     found = guest.ask(GuestRow(row["label"], pruner), image, text, 1)
     grids = guest.grids(image, text)
     if len(grids) != 1 or found.places is None or len(found.places) != 1:

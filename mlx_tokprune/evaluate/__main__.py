@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     name = "demo-policy" if args.data == "metaworld" else "demo"
     name = name if args.model is None else args.model
     if args.workers > 1:
+        if args.runtime != "own":
+            raise InputError("mlx-vlm's runtime has one worker; leave out --workers")
         open_checkpoint(name)
         launch(sys.argv[1:] if argv is None else argv, args.workers, args.output)
         return
@@ -142,6 +144,8 @@ def _begin_guest(args, name: str, questions: Questions) -> tuple:
 
     names = ("plans", "image_size", "adapter_path", "kv_bits", "eval_budgets")
     check_guest(**{name: getattr(args, name) for name in names})
+    if args.data == "metaworld":
+        raise InputError("Meta-World's frames are for policies; choose other data")
     check_guest(recommend=args.recommend is not None, padding=args.padding == "skip")
     guest = Guest(name, args.positions)
     methods = guest.methods() if args.methods is None else args.methods

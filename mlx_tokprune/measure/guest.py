@@ -115,6 +115,7 @@ class Guest:
         for ratio in ratios if self.resizes else ():
             if ratio < 1:
                 found.append(GuestRow(f"{SMALLER} {ratio:g}", Pruner("none"), ratio))
+        found = list({row.label: row for row in found}.values())
         for row in found:
             with self._pruned(row.pruner):
                 pass
@@ -190,7 +191,7 @@ class Guest:
         (height, width), *_ = self.grids(image, text)
         cell = self.model.config.vision_config
         side = cell.patch_size * cell.spatial_merge_size
-        return {"max_pixels": int(row.share * height * width) * side * side}
+        return {"max_pixels": max(1, int(row.share * height * width)) * side * side}
 
     def _inputs(self, image: Image.Image, text: str, sizes: dict) -> dict:
         from mlx_vlm.utils import prepare_inputs
