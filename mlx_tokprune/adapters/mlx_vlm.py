@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError, nearest
+from ..hub import resolve
 from ..pipeline import check_positions
 from ..pruners import Pruner, list_pruners
 from . import towers
@@ -125,6 +126,19 @@ def import_mlx_vlm() -> None:
         raise InputError(
             "mlx-vlm is not installed; pip install 'mlx-tokprune[mlx-vlm]'"
         ) from None
+
+
+def load_mlx_vlm(name: str, adapter_path: str | None = None) -> tuple:
+    """(model, processor) as mlx-vlm loads a folder or an id of the hub."""
+    import_mlx_vlm()
+    import mlx_vlm
+
+    folder = str(resolve(name))
+    try:
+        return mlx_vlm.load(folder, adapter_path)
+    except Exception as error:  # whatever mlx-vlm runs into
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"mlx-vlm cannot load {folder} ({reason})") from None
 
 
 def check_known(

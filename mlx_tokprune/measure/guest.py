@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from PIL import Image
 
-from ..adapters.mlx_vlm import Handle, attach, import_mlx_vlm
+from ..adapters.mlx_vlm import Handle, attach, load_mlx_vlm
 from ..errors import InputError
-from ..hub import resolve
 from ..pruners import Pruner, get_method, list_pruners
 from ..pruners.registry import Options
 from .cost import Cost, count
@@ -63,16 +62,8 @@ class Guest:
     kind = "answering"
 
     def __init__(self, name: str, positions: str | None = None):
-        import_mlx_vlm()
-        import mlx_vlm
-
         self.name, self.positions = name, positions
-        folder = str(resolve(name))
-        try:
-            self.model, self.processor = mlx_vlm.load(folder)
-        except Exception as error:  # whatever mlx-vlm runs into
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(f"mlx-vlm cannot load {folder} ({reason})") from None
+        self.model, self.processor = load_mlx_vlm(name)
         self._counted: dict = {}
         self._known = attach(self.model, self.processor, Pruner("norm", 0.5), positions)
         self._known.detach()  # it refuses what is not known
