@@ -9,6 +9,7 @@ from .errors import InputError, nearest
 # What travels with the weights: tokenizer, licence and model card.
 COMPANIONS = (
     "tokenizer*",
+    "fast_*.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
@@ -32,6 +33,9 @@ _PATTERNS = (
     "*_checkpoint.pt",
     "*.mlpackage/*",
     "lora_adapter/*",
+    "tokenizer/*",
+    "fast/*.json",
+    "assets/*/norm_stats.json",
     *COMPANIONS,
 )
 
