@@ -261,6 +261,9 @@ _NAMES = {
     "text": ("tokenizer", "text_tokenizer_name", "google/paligemma-3b-pt-224"),
     "fast": ("fast", "action_tokenizer_name", "lerobot/fast-action-tokenizer"),
 }
+_HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+# Not the weights that lie beside them on the hub.
+_FILES = ("*token*.json", "processor_config.json", "LICENSE*", "NOTICE*")
 
 
 def _beside(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -286,13 +289,13 @@ def _tokenizer(checkpoint: Checkpoint, kind: str) -> Path:
     if (folder / "tokenizer.json").is_file():
         return folder
     name = checkpoint.config.get(key, default)
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(_HUB_ID, name):
         raise InputError(
             f"config.json of {checkpoint.folder} says {key} {name!r}, which is no hub "
             f"id; put its files into {folder}"
         )
     try:
-        found = resolve(name)
+        found = resolve(name, _FILES)
     except InputError as error:
         raise InputError(f"{error}; put its files into {folder}") from None
     if not (found / "tokenizer.json").is_file():

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import InputError, nearest
@@ -52,9 +53,10 @@ def is_local(name: str) -> bool:
     return name in EMBEDDED or os.path.exists(name)
 
 
-def resolve(path_or_id: str | Path) -> Path:
+def resolve(path_or_id: str | Path, files: Sequence[str] = _PATTERNS) -> Path:
     """`demo`, `demo-policy`, a folder, or a downloaded snapshot of a hub id.
 
+    files: patterns of what is downloaded.
     Raises `InputError` when it is none of these.
     """
     if str(path_or_id) in EMBEDDED:
@@ -72,7 +74,7 @@ def resolve(path_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (
             str(error).strip().splitlines()[0] if str(error) else type(error).__name__

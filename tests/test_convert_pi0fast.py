@@ -330,7 +330,8 @@ def test_a_tokenizer_that_the_hub_does_not_give_says_where_to_put_it(
     remove("fast")(copy)
     asked = []
 
-    def nothing(name):
+    def nothing(name, files):
+        assert not any("safetensors" in pattern for pattern in files)
         asked.append(name)
         raise InputError(f"{name} cannot be fetched")
 

@@ -56,6 +56,8 @@ def build_parser() -> Parser:
     add("--seed", type=int, default=0, help="of method random")
     help_ = "warm runs of a compiled policy, for actions/s (default: none)"
     add("--runs", type=int, default=0, help=help_)
+    help_ = "draft each of these by the last one's tokens; actions stay the same"
+    add("--draft", action="store_true", help=help_)
     help_ = "fence the run and time its stages, which makes its TTFT a little longer"
     add("--stages", action="store_true", help=help_)
     add("--overlay", help="write a picture of what was kept to this PNG")
@@ -81,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no instruction was given; say --instruction TEXT")
     if args.runs < 0:
         raise InputError(f"cannot time {args.runs} runs; the least is 0")
+    if args.draft and not args.runs:
+        raise InputError("--draft is by the last action's tokens; say --runs, too")
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
     model, processor = load(
@@ -97,10 +101,11 @@ def main(argv: list[str] | None = None) -> None:
         *(model, processor, images, instruction),
         **{"proprio": args.proprio, "stages": args.stages, **asked},
     )
-    peak, rate = mx.get_peak_memory() / 1e6, None
+    peak, rate, calls = mx.get_peak_memory() / 1e6, None, None
     if args.runs:
-        policy = Policy(model, processor, **asked)
+        policy = Policy(model, processor, draft=args.draft, **asked)
         rate = _actions_per_second(policy, images, instruction, args.proprio, args.runs)
+        calls = policy.calls
     visual = action.visual
     if args.overlay:
         seen = check_images(model, images)
@@ -117,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         "ttft_ms": action.ttft_ms,
         "total_ms": action.total_ms,
         "actions_per_second": rate,
+        "calls": calls,
         "peak_memory_mb": peak,
         "method": methods(plan),
         "keep": len(visual.left()[0]),
@@ -185,7 +191,8 @@ def format_report(record: dict) -> str:
     )
     if record["actions_per_second"]:
         rate = record["actions_per_second"]
-        lines.append(f"actions/s       {rate:.1f} (warm, compiled)")
+        how = f"warm, {record['calls']} calls of the language model"
+        lines.append(f"actions/s       {rate:.1f} ({how})")
     return "\n".join(
         [
             *lines,

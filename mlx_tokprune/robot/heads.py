@@ -7,7 +7,7 @@ decodes a chunk in FAST's code (pi0-FAST, arXiv 2501.09747), whose length shows 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -224,11 +224,18 @@ class Chunks:
         first, rest = parts
         return mx.stack([first, *rest], axis=1)
 
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether nothing follows these tokens of an answer."""
+        return len(ids) >= self.most or self.processor.stop in ids or min(ids) < 0
+
+    def cut(self, ids: Sequence[int]) -> list[int]:
+        """An answer up to its end."""
+        stop = self.processor.stop
+        return list(ids[: ids.index(stop) + 1] if stop in ids else ids)[: self.most]
+
     def ids(self, said: np.ndarray) -> tuple[int, ...]:
         """Token ids of one answer, up to its end."""
-        ids = [int(number) for number in said]
-        stop = self.processor.stop
-        return tuple(ids[: ids.index(stop) + 1] if stop in ids else ids)
+        return tuple(self.cut([int(number) for number in said]))
 
     def normalized(self, said: np.ndarray) -> np.ndarray:
         """(..., T) token ids -> (..., chunk, A), NaN for what is none."""

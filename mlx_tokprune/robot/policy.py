@@ -25,7 +25,7 @@ from ..processor import ActionProcessor
 from ..prompt import Prompt, check_text
 from ..pruners import Pruners, count_tokens
 from ..threads import end_streams_with_thread
-from .heads import head_of
+from .heads import Chunks, head_of
 from .inputs import (
     check_action,
     check_acts,
@@ -34,7 +34,7 @@ from .inputs import (
     observe,
     tell,
 )
-from .speculative import Checked, correct_draft, read_draft
+from .speculative import Checked, correct_draft, draft_chunk, read_draft
 
 _BUCKET = 8  # visual tokens by which compiled shapes grow where counts vary
 _WARM_UP = 3  # first steps of an episode that keep every token, as in VLA-Pruner
@@ -50,9 +50,10 @@ class Policy:
     of 8) does not compile again. Nothing of one observation reaches the next, but for
     drafts; weights are those of the first call of a shape.
     `reset` between episodes forgets the tokens of past instructions.
-    draft: guess that tokens are those of the last action, and have the model check them
-    in one call; actions stay the same. `kept` is how many visual tokens the last call
-    had, mean over robots and layers; `calls` how often it ran the language model;
+    draft: guess that tokens are those of the last action, or go on as they did there,
+    and have the model check them in one call; actions stay the same. `kept` is how many
+    visual tokens the last call had, mean over robots and layers; `calls` how often it
+    ran the language model;
     `wrong` what was wrong with its answer, of pi0-FAST policies. Those read one robot's
     state as text and end their answers themselves, so they are not compiled, and robots
     of a batch act one after the other.
@@ -150,7 +151,7 @@ class Policy:
         said = self._act(scene, self._arrays(scene))
         normalized = check_action(self._head.normalized(np.array(said)))
         if self.model.answers == "chunks":
-            self.calls, self.wrong = said.shape[1], self._head.wrong(np.array(said[0]))
+            self.wrong = self._head.wrong(np.array(said[0]))
         self._last = said if self._drafts else None
         return self.bounds.to_units(normalized)
 
@@ -183,11 +184,23 @@ class Policy:
             return self._act_with_own_count(scene, arrays)
         if self._looks_back:
             return self._act_in_episode(scene.batch, arrays)
+        if self._last is not None and isinstance(self._head, Chunks):
+            return self._draft_chunk(self._head, self._last[0], scene)
         if self._last is not None and len(self._last) == scene.batch:
             return self._act_with_draft(self._last, arrays)
         said = self._whole(*arrays)
         self.kept = self._counted()
+        if isinstance(self._head, Chunks):
+            self.calls = said.shape[1]
         return said
+
+    def _draft_chunk(self, head: Chunks, last: mx.array, scene: Scene) -> mx.array:
+        answer, how = list(head.ids(np.array(last))), {"positions": self.positions}
+        said, self.calls = draft_chunk(
+            *(head, self.model, scene, self.plan, answer), **how
+        )
+        self.kept = self._counted()
+        return mx.array([said], mx.int32)
 
     @property
     def _total(self) -> int:
