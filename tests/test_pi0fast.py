@@ -10,7 +10,9 @@ from conftest import TINY_CHUNKS
 
 from mlx_tokprune import Policy, Pruner, load, pipeline
 from mlx_tokprune.act import main, predict_action
+from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.errors import InputError
+from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.image import load_image
 from mlx_tokprune.models.positions import LayerCache
 from mlx_tokprune.prompt import Prompt
@@ -349,3 +351,19 @@ def test_overlay_shows_pictures_on_their_square(tiny_chunks):
     assert not pixels[:7].any()
     assert not pixels[-7:].any()
     assert pixels[7:-7].min(axis=(1, 2)).max() > 0
+
+
+def test_bench_and_evaluate_take_such_a_policy(tiny_chunks, tmp_path, capsys):
+    """Every camera sees the picture; chunks are judged number by number."""
+    picture = str(TINY_CHUNKS / "image_0.png")
+    record = {"image": picture, "question": "go", "answer": " ".join(["0.0"] * 12)}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(record))
+    asked = ["--model", str(TINY_CHUNKS), "--methods", "norm", "--keep-ratio", "0.5"]
+    output = ["--output", str(tmp_path / "result.json")]
+    evaluate([*asked, *output, "--data", str(tmp_path / "asked.jsonl")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert "48" in capsys.readouterr().out
+    assert len(result["answers"][0]["given"]["none"].split()) == 12
+    output = ["--output", str(tmp_path / "bench.json")]
+    bench([*asked, *output, "--image", picture, "--prompt", "go", "--runs", "1"])
+    assert "24/48" in capsys.readouterr().out

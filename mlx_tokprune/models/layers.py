@@ -40,8 +40,8 @@ def gelu(x: mx.array) -> mx.array:
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU by tanh, as Gemma and PaliGemma's SigLIP have it."""
-    return nn.gelu_approx(x)
+    """GELU by tanh, as PaliGemma's SigLIP has it; tanh written as a sigmoid."""
+    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def attention_weights(q: mx.array, k: mx.array, scale: float) -> mx.array:

@@ -31,6 +31,7 @@ class Bins:
     decodes = True
     compiles = True
     rows = 1
+    stops = frozenset()
 
     @property
     def calls(self) -> int:
@@ -109,6 +110,7 @@ class Slots:
     decodes = False
     compiles = True
     calls = 1
+    stops = frozenset()
 
     @property
     def rows(self) -> int:
@@ -168,6 +170,11 @@ class Chunks:
     def calls(self) -> int:
         """How often the language model runs for a chunk, at most."""
         return self.most
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset({self.processor.stop})
 
     def check(self, bounds: Scale) -> None:
         """Raise `InputError` unless `bounds` scale this head's actions."""
