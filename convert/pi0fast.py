@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..files import object_of, read_json
-from ..hub import resolve
+from ..hub import fetch
 from .checkpoint import Checkpoint, read_header
 from .family import Family, Shape
 
@@ -188,14 +188,15 @@ def _feature(config: Mapping, group: str, name: str):
 def _state_size(config: Mapping, stats: Mapping) -> int:
     """Numbers of the state: of its statistics, else what the config says."""
     for entry in stats.values():
-        for values in object_of(entry, "proprio").values():
-            if isinstance(values, list):
+        for name, values in object_of(entry, "proprio").items():
+            if name in _READ and isinstance(values, list):
                 return len(values)
     return _feature(config, "input_features", "observation.state") or 0
 
 
 # Statistics ---------------------------------------------------------------------------
 
+_READ = ("q01", "q99", "q10", "q90", "min", "max", "mean", "std")
 _PARTS = {"action": ("action", "ACTION"), "observation.state": ("proprio", "STATE")}
 
 
@@ -239,7 +240,7 @@ def _statistics(folder: Path, name) -> dict:
     found: dict[str, dict] = {}
     for key, array in mx.load(str(folder / name), format="safetensors").items():
         part, _, statistic = key.rpartition(".")
-        if part in _PARTS and array.ndim == 1:
+        if part in _PARTS and statistic in _READ and array.ndim == 1:
             values = array.astype(mx.float32).tolist()
             found.setdefault(_PARTS[part][0], {})[statistic] = values
     return found
@@ -295,7 +296,7 @@ def _tokenizer(checkpoint: Checkpoint, kind: str) -> Path:
             f"id; put its files into {folder}"
         )
     try:
-        found = resolve(name, _FILES)
+        found = fetch(name, _FILES)
     except InputError as error:
         raise InputError(f"{error}; put its files into {folder}") from None
     if not (found / "tokenizer.json").is_file():

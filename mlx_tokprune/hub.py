@@ -53,10 +53,9 @@ def is_local(name: str) -> bool:
     return name in EMBEDDED or os.path.exists(name)
 
 
-def resolve(path_or_id: str | Path, files: Sequence[str] = _PATTERNS) -> Path:
+def resolve(path_or_id: str | Path) -> Path:
     """`demo`, `demo-policy`, a folder, or a downloaded snapshot of a hub id.
 
-    files: patterns of what is downloaded.
     Raises `InputError` when it is none of these.
     """
     if str(path_or_id) in EMBEDDED:
@@ -70,16 +69,23 @@ def resolve(path_or_id: str | Path, files: Sequence[str] = _PATTERNS) -> Path:
             f"as apple/FastVLM-0.5B, or {' or '.join(EMBEDDED)}."
             + nearest(str(path_or_id), EMBEDDED)
         )
+    return fetch(str(path_or_id), _PATTERNS)
+
+
+def fetch(hub_id: str, files: Sequence[str]) -> Path:
+    """A downloaded snapshot of a hub id, of the files that match these patterns.
+
+    Raises `InputError` when there is none.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=list(files)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (
             str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         )
         raise InputError(
-            f"{path_or_id} is no folder here and cannot be fetched from the hub "
-            f"({reason})"
+            f"{hub_id} is no folder here and cannot be fetched from the hub ({reason})"
         ) from None

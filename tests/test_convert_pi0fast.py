@@ -230,6 +230,17 @@ def test_rules_of_normalisation_are_the_checkpoint_s(copy, kind, mode, names):
     assert np.isfinite(act(copy).values).all()
 
 
+def test_statistics_that_nobody_reads_say_no_size(copy):
+    """lerobot also counts frames."""
+    stats = {k: mx.array(v) for k, v in mx.load(str(copy / STATISTICS)).items()}
+    stats |= {f"{n}.count": mx.ones((1,)) for n in ("action", "observation.state")}
+    mx.eval(stats)
+    mx.save_safetensors(str(copy / STATISTICS), stats)
+    opened = open_checkpoint(copy)
+    assert opened.config["policy"]["state_size"] == 5
+    assert "count" not in opened.config["norm_stats"]["lerobot"]["proprio"]
+
+
 def test_a_constant_state_is_in_the_middle_bin(copy):
     """lerobot adds 1e-8 to a deviation of nothing."""
     file = copy / "policy_preprocessor.json"
@@ -335,7 +346,7 @@ def test_a_tokenizer_that_the_hub_does_not_give_says_where_to_put_it(
         asked.append(name)
         raise InputError(f"{name} cannot be fetched")
 
-    monkeypatch.setattr("mlx_tokprune.convert.pi0fast.resolve", nothing)
+    monkeypatch.setattr("mlx_tokprune.convert.pi0fast.fetch", nothing)
     with pytest.raises(InputError, match=r"put its files into .*fast"):
         convert(str(copy), str(tmp_path / "mlx"))
     assert asked == ["lerobot/fast-action-tokenizer"]

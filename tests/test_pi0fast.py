@@ -224,6 +224,26 @@ def test_decoding_equals_reading_prompt_and_answer_at_once(tiny_chunks, plan, di
     assert again.tolist() == said.tolist()
 
 
+def test_two_robots_answer_as_each_does_alone(tiny_chunks):
+    """The one that ends first goes on with zeros, as lerobot's does."""
+    model, processor = tiny_chunks
+    scene, head = two_robots(tiny_chunks), head_of(model, processor, 3)
+    plan = pipeline.plan_for(model, Pruner("norm", 0.5))
+    together = np.array(head.joined(head.act(model, scene, plan)[0]))
+    lengths = []
+    for row, said in enumerate(together):
+        pixels = scene.pixels[2 * row : 2 * row + 2]
+        alone = dataclasses.replace(scene, pixels=pixels, batch=1)
+        answer = np.array(head.joined(head.act(model, alone, plan)[0]))[0]
+        assert said[: len(answer)].tolist() == answer.tolist()
+        assert not said[len(answer) :].any()
+        assert head.normalized(together)[row].tolist() == (
+            head.normalized(answer).tolist()
+        )
+        lengths.append(len(answer))
+    assert lengths[0] != lengths[1]
+
+
 def fits(model, name: str) -> bool:
     method = get_method(name)
     return set(method.needs) <= set(model.provides.get(method.place, ()))
