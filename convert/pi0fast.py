@@ -92,6 +92,7 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     config["text_config"]["tie_word_embeddings"] = _HEAD not in shapes
     config["vision_config"] = _vision(shapes) | dict(vision)
     if "policy" in config:
+        config["norm_stats"] = dict(object_of(config, "norm_stats"))
         return config
     openpi = config.get("type") != "pi0_fast"
     stats, rules = (_assets if openpi else _processors)(checkpoint)

@@ -372,3 +372,21 @@ def test_names_are_renamed_whatever_transformers_wrote():
         PI0FAST.rename(f"{old}model.norm.weight") == "language_model.model.norm.weight"
     )
     assert PI0FAST.rename(f"{old}lm_head.weight") == "language_model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_stats": 1e300}, r"norm_stats 1e\+300; expected an object"),
+        ({"policy": {}}, "policy horizon None; expected a whole number"),
+        ({"text_config": {"head_dim": 8}}, "has shape"),
+        ({"vision_config": {"image_size": 28}}, "has shape"),
+    ],
+)
+def test_damaged_converted_configs_are_refused(tmp_path, changes, message):
+    target = convert(str(TINY_CHUNKS), str(tmp_path / "mlx"))
+    config = json.loads((target / "config.json").read_text())
+    parts = {k: config[k] | v for k, v in changes.items() if k.endswith("_config")}
+    edit(target / "config.json", **(changes | parts))
+    with pytest.raises(InputError, match=message):
+        act(target)
