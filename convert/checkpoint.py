@@ -213,6 +213,13 @@ def check_shapes(
         raise InputError(f"{source} has the unknown tensor {extra[0]}{others}")
 
 
+def copy_beside(files: Mapping[str, Path], target: Path) -> None:
+    """Files that lay elsewhere, under the names they have beside the weights."""
+    for name, path in files.items():
+        _check_companion(path, path.parent)
+        shutil.copyfile(path, target / name)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, licence and model card travel with the weights; code does not."""
     for pattern in COMPANIONS:
@@ -225,8 +232,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def _check_companion(path: Path, source: Path) -> None:
     """Links stay in the folder, or in the hub's cache that the folder is a part of."""
     allowed = [source.resolve()]
-    if source.parent.name == "snapshots":
-        allowed.append(source.resolve().parents[1] / "blobs")
+    allowed += [p.parent / "blobs" for p in allowed[0].parents if p.name == "snapshots"]
     if not any(path.resolve().is_relative_to(folder) for folder in allowed):
         raise InputError(
             f"{path} is a link that leaves {source}; expected the file itself"

@@ -11,14 +11,16 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from .carried import read_carried
+from .chunks import ChunkProcessor
 from .convert.checkpoint import Checkpoint
 from .convert.families import identify
 from .convert.family import Family
 from .convert.lora import check_weights
 from .errors import InputError
+from .fast import FastCode
 from .files import read_json
 from .hub import resolve
-from .models import fastvlm, openvla
+from .models import fastvlm, openvla, pi0fast
 from .models.family import VisionModel
 from .pipeline import plan_for
 from .processor import ActionProcessor, Processor
@@ -30,7 +32,9 @@ log = logging.getLogger(__name__)
 _MODELS = {
     "FastVLM": (fastvlm.FastVLM, fastvlm.ModelArgs),
     "OpenVLA": (openvla.OpenVLA, openvla.ModelArgs),
+    "pi0-FAST": (pi0fast.Pi0Fast, pi0fast.ModelArgs),
 }
+AnyProcessor = Processor | ActionProcessor | ChunkProcessor
 # What building a model from an impossible config runs into.
 _MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
@@ -111,13 +115,14 @@ def load(
     dtype: mx.Dtype | None = None,
     lazy: bool = False,
     adapter_path: str | Path | None = None,
-) -> tuple[VisionModel, Processor | ActionProcessor]:
+) -> tuple[VisionModel, AnyProcessor]:
     """Load a checkpoint, converted or original: `demo`, a folder, or one of the hub.
 
     dtype: of float weights; `default_dtype()` when `None`. lazy: leave weights on the
     disk until something needs them. adapter_path: the folder of an adapter in mlx-lm's
     format, LoRA or DoRA, for the language model. A model that answers comes with a
-    `Processor`, a policy with an `ActionProcessor`. Pruners that the checkpoint carries
+    `Processor`, a policy with an `ActionProcessor`, or for chunks of actions in code
+    with a `ChunkProcessor`. Pruners that the checkpoint carries
     prune wherever none is given. Raises `InputError` when the folder
     cannot be used, or a weight is not finite.
     """
@@ -140,12 +145,22 @@ def load(
     if not lazy:
         mx.eval(model.parameters())
         check_finite(_named(model))
-    tokenizer = load_tokenizer(checkpoint.folder, config)
+    beside = family.beside(checkpoint)
+    tokenizer = load_tokenizer(tokenizer_folder(checkpoint, beside), config)
     vocabulary = tokenizer.get_vocab()
-    _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
     longest = max(map(len, vocabulary), default=1)
+    if model.answers == "chunks":
+        code = _fast_code(checkpoint.folder, beside)
+        return model, _chunk_processor(model, tokenizer, config, longest, code)
+    _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
     make = _processor if model.answers == "text" else _action_processor
     return model, make(model, tokenizer, config, longest)
+
+
+def tokenizer_folder(checkpoint: Checkpoint, beside: Mapping[str, Path]) -> Path:
+    """Where the tokenizer of a checkpoint is."""
+    file = beside.get("tokenizer.json")
+    return checkpoint.folder if file is None else file.parent
 
 
 def _add_adapter(model: VisionModel, folder: Path) -> None:
@@ -211,6 +226,33 @@ def _action_processor(model, tokenizer, config: Mapping, longest: int):
         args.rule,
         args.crop,
         Image.Resampling.LANCZOS if args.oft else Image.Resampling.BICUBIC,
+        longest,
+    )
+
+
+def _fast_code(folder: Path, beside: Mapping[str, Path]) -> FastCode:
+    names = ("fast_tokenizer.json", "fast_processor_config.json")
+    return FastCode.read(*(beside.get(name, folder / name) for name in names))
+
+
+def _chunk_processor(model, tokenizer, config: Mapping, longest: int, code: FastCode):
+    args = model.args
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is None:
+            raise InputError("the tokenizer has no <bos> or no <eos>; expected both")
+    return ChunkProcessor(
+        tokenizer,
+        model.image_size,
+        code,
+        config["norm_stats"],
+        args.rules,
+        args.horizon,
+        args.action_dim,
+        args.skipped,
+        args.text["vocab_size"],
+        args.longest_prompt,
+        args.dialect,
+        args.strict,
         longest,
     )
 

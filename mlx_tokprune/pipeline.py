@@ -349,7 +349,7 @@ def assemble(
             slices.append(slice(length, length + visual.keep))
             start, length = start + total, length + visual.keep
     embeddings = mx.concatenate(parts, axis=1)
-    mask, seen = model.attends, None
+    mask, seen, gap = model.attends, None, model.gap
     if masks is not None:
         seen = mx.concatenate(keys, axis=1)
         mask = _visible(seen, model.attends)
@@ -357,12 +357,12 @@ def assemble(
     if positions == "original" and (length < start or seen is not None or drops):
         found = mx.concatenate([p.astype(mx.int32) for p in places], axis=1)
         found = found[0] if batch == 1 else found
-        return Sequence(embeddings, found, start, mask, tuple(slices))
+        return Sequence(embeddings, found, start + gap, mask, tuple(slices))
     if seen is None:
-        return Sequence(embeddings, None, length, mask, tuple(slices))
+        return Sequence(embeddings, None, length + gap, mask, tuple(slices))
     # Padding takes no place: only what each sample kept is counted.
     counted = mx.cumsum(seen.astype(mx.int32), axis=1)
-    ends = counted[:, -1]
+    ends = counted[:, -1] + gap
     return Sequence(embeddings, counted - 1, ends, mask, tuple(slices))
 
 

@@ -31,6 +31,7 @@ def needs_coremltools() -> None:
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "fastvlm-tiny"
 TINY_POLICY = DATA / "openvla-tiny"
+TINY_CHUNKS = DATA / "pi0fast-tiny"
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +62,12 @@ def demo_policy():
 def tiny_policy():
     """(model, processor) of the tiny golden policy, in its original layout."""
     return mlx_tokprune.load(TINY_POLICY)
+
+
+@pytest.fixture(scope="session")
+def tiny_chunks():
+    """(model, processor) of the tiny pi0-FAST policy, in lerobot's layout."""
+    return mlx_tokprune.load(TINY_CHUNKS)
 
 
 @pytest.fixture

@@ -19,13 +19,14 @@ FLOORS = (
         "image",
         "prompt",
         "actions",
+        "fast",
         "hub",
         "demo",
         "timing",
         "threads",
     ),
     ("learned",),
-    ("convert", "models", "pruners", "overlay", "processor"),
+    ("convert", "models", "pruners", "overlay", "processor", "chunks"),
     ("carried",),
     ("loading", "pipeline"),
     ("answer", "robot", "adapters"),
@@ -162,6 +163,7 @@ def test_families_are_known_where_they_are_made():
     for name in MODULES:
         if not name.startswith(free):
             families = {"models.fastvlm", "models.openvla", "models.oft"}
+            families |= {"models.pi0fast"}
             assert not families & imports(name), name
 
 

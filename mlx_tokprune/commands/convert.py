@@ -14,6 +14,7 @@ from ..convert.checkpoint import (
     BYTES,
     FLOATS,
     Checkpoint,
+    copy_beside,
     copy_companions,
     write_config,
     write_shards,
@@ -30,6 +31,7 @@ from ..loading import (
     expected_shapes,
     load_tokenizer,
     open_checkpoint,
+    tokenizer_folder,
 )
 from ..pruners import Pruners, as_plan
 from .options import add_option, add_prune, read_options, read_plans
@@ -96,7 +98,8 @@ def convert(
     if as_plan(pruner):
         check_plan(family, config, pruner)
     _override_oft(config, actions_per_chunk, pictures)
-    load_tokenizer(checkpoint.folder, config)  # or the result could not be used
+    beside = family.beside(checkpoint)
+    load_tokenizer(tokenizer_folder(checkpoint, beside), config)  # or of no use
     if quantize and q_bits == 8 and family is OPENVLA:
         log.warning(INT8_WARNING)
     if quantize and config.get("quantization"):
@@ -108,6 +111,7 @@ def convert(
         if checkpoint.base:  # its licence; what the policy has, too, is the policy's
             copy_companions(checkpoint.base, folder)
         copy_companions(checkpoint.folder, folder)
+        copy_beside(beside, folder)
         target_config = _target_config(config, dtype, quantize, q_bits, q_group_size)
         write_config(folder, carry(pruner, target_config, folder))
         write_shards(folder, tensors, size)

@@ -119,6 +119,7 @@ class FastVLM(nn.Module):
     sees_parts = True
     reads_prompt = False
     attends = "causal"
+    gap, cameras = 0, ()
     provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):

@@ -271,6 +271,7 @@ class OpenVLA(nn.Module):
     """
 
     sees_parts = False
+    gap, cameras = 0, ()
     provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
