@@ -321,7 +321,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), REFUSED, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("damage", "message"), REFUSED, ids=[text for _, text in REFUSED]
+)
 def test_adapters_that_cannot_be_added_are_refused(policy, tmp_path, damage, message):
     damage(policy / "lora_adapter")
     for how in ("auto", "merge"):
