@@ -19,6 +19,7 @@ from mlx_tokprune.pruners.text import prompt_scores
 from mlx_tokprune.train.policy import __main__ as program
 from mlx_tokprune.train.policy import (
     cloning,
+    collecting,
     demonstrations,
     student,
     success,
@@ -66,7 +67,7 @@ class Corridor:
 
 @pytest.fixture
 def corridor(monkeypatch):
-    for module in (cloning, success):
+    for module in (collecting, success):
         monkeypatch.setattr(module, "World", Corridor)
     for module in (demonstrations, success):
         monkeypatch.setattr(module, "HORIZON", 5)
@@ -150,7 +151,7 @@ def test_training_scores_what_the_pruner_scores():
     pruner = Pruner("trimvla", keep_tokens=16)
     policy, batch = student.build_policy(), batch_of(64, False)
     visual = policy.project(policy.encode(batch.pixels).tokens)
-    ours = student._scores(policy, visual, batch)
+    ours = student.trimvla_scores(policy, visual, batch)
     lengths = batch.lengths.tolist()
     assert min(lengths) < max(lengths)
     for row, length in enumerate(lengths):
@@ -272,7 +273,7 @@ def test_success_is_logged_and_not_measured_again(tmp_path, corridor, policy):
     ]
     assert all(len(x["success"]) == 3 for x in lines)
     assert lines[0]["kept"] == 64
-    assert 1 <= lines[1]["kept"] < 64
+    assert 1 <= lines[1]["least"] <= lines[1]["kept"] <= lines[1]["most"] < 64
     before = log.read_text()
     success.measure(*policy, 3, ["drawer-open", "hammer"], rows, log)
     assert log.read_text() == before
@@ -289,7 +290,7 @@ def test_a_policy_that_looks_wins_and_one_that_does_not_loses(
     """The harness itself: frames reach the policy, actions reach the world."""
 
     class Looker:
-        kept, robots = 64, None
+        kept_each, robots = (64,), None
 
         def __init__(self, *arguments, **options):
             pass
@@ -321,7 +322,7 @@ def test_the_opposite_instruction_is_the_opposite(corridor, monkeypatch):
     heard = []
 
     class Listener:
-        kept = 64
+        kept_each = (64,)
 
         def __init__(self, *arguments, **options):
             pass
@@ -348,16 +349,19 @@ def test_every_method_and_control_has_its_rows():
     for label in ("none", "norm 0.75", "trimvla 0.1", "lightvla own count"):
         assert label in labels
     assert set(success.CONTROLS) <= set(labels)
+    chosen = ["lightvla own count", "trimvla 0.07", "none"]
+    found = success.rows(budgets=[0.07], labels=chosen)
+    assert [row.label for row in found] == chosen
 
 
 def test_seeds_of_judging_are_never_those_of_training():
     most = cloning.Plan()
     tasks = len(TASKS)
-    shown = cloning.DEMONSTRATION_SEEDS
+    shown = demonstrations.DEMONSTRATION_SEEDS
     last = shown + 10_000 * (tasks - 1) + most.demonstrations
     assert most.demonstrations <= 10_000
-    assert last < cloning.CORRECTION_SEEDS
-    last = cloning.CORRECTION_SEEDS + 1_000_000 * (tasks - 1) + 16 * most.steps
+    assert last < demonstrations.CORRECTION_SEEDS
+    last = demonstrations.CORRECTION_SEEDS + 1_000_000 * (tasks - 1) + 16 * most.steps
     assert last + most.corrections < success.TEST_SEEDS
 
 
@@ -380,9 +384,27 @@ def test_the_table_and_the_picture_for_people(tmp_path):
     assert shown[2].startswith("| none | 64 | 75.0 (30.1-95.4) |  | 75 |")
     assert shown[3].startswith("| norm 0.5 | 32 | 0.0 (0.0-49.0) | 25 % | 0 |")
     assert "TTFT" not in table.markdown(lines, {})
+    spread = [{**lines[0], "least": 3, "most": 9, "kept": 5.6, "row": "lightvla"}]
+    assert "| lightvla | 6 (3-9) |" in table.markdown(spread, {})
     table.draw(lines, tmp_path / "success.png")
     with Image.open(tmp_path / "success.png") as picture:
         assert picture.width > picture.height > 300
+
+
+def test_success_by_the_steps_of_a_tuning(tmp_path, capsys):
+    for step, won in ((0, [True, False]), (200, [True, True])):
+        line = {"row": "lightvla own count", "task": "hammer", "success": won}
+        line |= {"kept": 4.5, "least": 2, "most": 9}
+        (tmp_path / f"{step}.jsonl").write_text(json.dumps(line) + "\n")
+    logs = [str(tmp_path / f"{step}.jsonl") for step in (0, 200)]
+    plot = tmp_path / "plot.png"
+    program.main(["table", *logs, "--steps", "0", "200", "--plot", str(plot)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "| | step 0 | step 200 |"
+    assert shown[2].startswith("| lightvla own count | 50.0 (9.5-90.5), 4.5 (2-9) |")
+    assert plot.stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        program.main(["table", *logs, "--steps", "0"])
 
 
 @pytest.mark.parametrize(
@@ -391,6 +413,8 @@ def test_the_table_and_the_picture_for_people(tmp_path):
         (["success", "--log", "x", "--tasks", "drawer-opn"], "'drawer-open'?"),
         (["success", "--log", "x", "--episodes", "0"], "cannot run 0 episodes"),
         (["success", "--log", "x", "--methods", "nrm"], "'norm'?"),
+        (["success", "--log", "x", "--rows", "trimvla .1"], "'trimvla 0.1'?"),
+        (["success", "--log", "x", "--budgets", "2"], "outside (0, 1]"),
         (["run", "--folder", "f", "--output", "o", "--scale", "0"], "out of range"),
         (["run", "--folder", "f", "--output", "."], "already exists"),
         (["table", "nowhere.jsonl"], "does not exist"),

@@ -110,14 +110,24 @@ def lightvla(features: Features, *, keep: int | None = None) -> Selection:
     for the visual token closest to it. LightVLA (arXiv 2509.12594), without its
     training noise. It decides itself how many tokens stay.
     """
-    tokens = rms_normalize(features.tokens)
-    text = rms_normalize(features.extras["text"])
-    scale = tokens.shape[-1] ** -0.5
-    attention = mx.softmax(tokens @ text.swapaxes(-1, -2) * scale, axis=-1)
-    queries = rms_normalize(attention @ text)
-    votes = mx.argmax(queries @ tokens.swapaxes(-1, -2), axis=-1)
-    positions = mx.arange(tokens.shape[1])
+    votes = mx.argmax(votes_for(features.tokens, features.extras["text"]), axis=-1)
+    positions = mx.arange(features.total)
     return keep_marked(mx.any(votes[:, :, None] == positions, axis=1))
+
+
+def votes_for(
+    tokens: mx.array, text: mx.array, asked: mx.array | None = None
+) -> mx.array:
+    """(B, N, N): how much each visual token's query likes each visual token.
+
+    tokens, text: (B, N, D) and (B, T, D). asked: (B, T) bool, false at padding.
+    """
+    tokens, text = rms_normalize(tokens), rms_normalize(text)
+    products = tokens @ text.swapaxes(-1, -2) * tokens.shape[-1] ** -0.5
+    if asked is not None:
+        products = mx.where(asked[:, None], products, -mx.inf)
+    queries = rms_normalize(mx.softmax(products, axis=-1) @ text)
+    return queries @ tokens.swapaxes(-1, -2)
 
 
 @register(

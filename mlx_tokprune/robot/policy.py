@@ -52,8 +52,8 @@ class Policy:
     `reset` between episodes forgets the tokens of past instructions.
     draft: guess that tokens are those of the last action, or go on as they did there,
     and have the model check them in one call; actions stay the same. `kept` is how many
-    visual tokens the last call had, mean over robots and layers; `calls` how often it
-    ran the language model;
+    visual tokens the last call had, mean over robots and layers, `kept_each` that of
+    each robot; `calls` how often it ran the language model;
     `wrong` what was wrong with its answer, of pi0-FAST policies. Those read one robot's
     state as text and end their answers themselves, so they are not compiled, and robots
     of a batch act one after the other.
@@ -95,7 +95,7 @@ class Policy:
         self._noted = wrap(self._act_and_note)
         self._noted_warm_up = wrap(functools.partial(self._act_and_note, plan=()))
         self._drafts = draft
-        self.kept, self.calls = 0.0, 0
+        self.kept, self.kept_each, self.calls = 0.0, [0.0], 0
         self.wrong: str | None = None
         self._seen = model.pictures or 1  # pictures of a robot
         self.reset()
@@ -148,7 +148,9 @@ class Policy:
         scene = observe(self.processor, robots, *told)
         self._seen = len(robots[0])
         self.calls = self._head.calls
+        self.kept_each = []
         said = self._act(scene, self._arrays(scene))
+        self.kept_each = self.kept_each or [self.kept] * len(batch)
         normalized = check_action(self._head.normalized(np.array(said)))
         if self.model.answers == "chunks":
             self.wrong = self._head.wrong(np.array(said[0]))
@@ -177,7 +179,12 @@ class Policy:
         if len(states) != len(batch):
             raise InputError(f"{len(batch)} robots need as many states")
         rows = zip(batch, states, strict=True)
-        return np.stack([self(images, instruction, state) for images, state in rows])
+        actions, kept = [], []
+        for images, state in rows:
+            actions.append(self(images, instruction, state))
+            kept.append(self.kept)
+        self.kept_each = kept
+        return np.stack(actions)
 
     def _act(self, scene: Scene, arrays: tuple) -> mx.array:
         if self._has_own_count:
@@ -297,7 +304,8 @@ class Policy:
         visual = choose(self.model, scene, self.plan, visual)
         self.kept = visual.keep
         if visual.mask is not None:
-            self.kept = mx.mean(mx.sum(visual.mask, axis=1)).item()
+            counts = mx.sum(visual.mask, axis=1)
+            self.kept, self.kept_each = mx.mean(counts).item(), counts.tolist()
         return self._rest(*_padded(visual), *arrays)
 
     @property

@@ -1,5 +1,6 @@
 """Train the demo policy or measure one: `python -m mlx_tokprune.train.policy`."""
 
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -19,14 +20,54 @@ def build_parser() -> Parser:
     success.add_argument("--episodes", type=int, default=25, help="of each task")
     success.add_argument("--tasks", nargs="+", default=list(TASKS))
     success.add_argument("--methods", nargs="+", help="default: all")
+    help_ = "shares of tokens to keep (default: 0.75 0.5 0.25 0.1 0.05)"
+    success.add_argument("--budgets", nargs="+", type=float, help=help_)
+    help_ = "only these, called as in the table: none, 'trimvla 0.1' (default: all)"
+    success.add_argument("--rows", nargs="+", metavar="ROW", help=help_)
     success.add_argument("--log", required=True, help="JSON lines, added to")
+    _add_tune(commands)
     table = commands.add_parser("table", help="the table of one or more logs")
     table.add_argument("logs", nargs="+")
     table.add_argument("--model", default="demo-policy")
     table.add_argument("--plot", help="also draw it to this PNG")
+    help_ = "of a training at which each log was measured: a table by these"
+    table.add_argument("--steps", nargs="+", type=int, help=help_)
     help_ = "for TTFT, each row; 0 leaves it out (default: 15)"
     table.add_argument("--runs", type=int, default=15, help=help_)
     return parser
+
+
+def _add_tune(commands) -> None:
+    help_ = "fine-tune under pruning whose choice is learned, resuming"
+    parser = commands.add_parser("tune", help=help_)
+    add = parser.add_argument
+    help_ = "folder of a policy of its shape (default: demo-policy)"
+    add("--model", default="demo-policy", help=help_)
+    add("--method", default="trimvla", help="trimvla (default) or lightvla")
+    help_ = "of trimvla; lightvla has its own (default: 0.1)"
+    add("--keep-ratio", type=float, default=0.1, help=help_)
+    add("--steps", type=int, default=800, help="(default: 800)")
+    add("--batch", type=int, default=16, help="frames in a step (default: 16)")
+    add("--learning-rate", type=float, default=1e-4, help="(default: 1e-4)")
+    help_ = "of LoRA; 0, the default, trains all of the language model"
+    add("--rank", type=int, default=0, help=help_)
+    help_ = "weight of the choice's gradient (default: 2)"
+    add("--choice", type=float, default=2.0, help=help_)
+    help_ = "on the scores, fades to 0 (default: 0.5)"
+    add("--noise", type=float, default=0.5, help=help_)
+    help_ = "share of the policy's own unpruned actions in what is learned (default: 1)"
+    add("--distill", type=float, default=1.0, help=help_)
+    add("--tower", action="store_true", help="train the towers, too")
+    help_ = "episodes of each task (default: 36)"
+    add("--demonstrations", type=int, default=36, help=help_)
+    help_ = "episodes of each task in a round of DAgger (default: 8)"
+    add("--corrections", type=int, default=8, help=help_)
+    add("--rounds", type=int, default=2, help="of DAgger (default: 2)")
+    add("--seed", type=int, default=0)
+    help_ = "steps after which FOLDER/step-STEP is written (default: 200 400)"
+    add("--snapshots", nargs="*", type=int, default=(200, 400), help=help_)
+    add("--folder", required=True, help="where training state is kept")
+    add("--output", required=True, help="checkpoint folder to write")
 
 
 @command
@@ -36,10 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         _print_table(args)
         return
     import_simulator()
-    if args.command == "run":
-        _train(args)
-    else:
-        _measure(args)
+    {"run": _train, "tune": _tune, "success": _measure}[args.command](args)
 
 
 def _train(args) -> None:
@@ -56,9 +94,23 @@ def _train(args) -> None:
     print(f"wrote {args.output}")
 
 
+def _tune(args) -> None:
+    from ..tune.loop import Schedule
+    from .tuning import Tuner, Tuning
+
+    if Path(args.output).exists():
+        raise InputError(f"{args.output} already exists; choose a new folder")
+    names = [field.name for field in dataclasses.fields(Tuning)]
+    tuning = Tuning(**{n: v for n, v in vars(args).items() if n in names})
+    plan = Schedule(args.steps, args.learning_rate, seed=args.seed)
+    tuner = Tuner(args.model, tuning, plan, Path(args.folder))
+    tuner.run(Path(args.output), tuple(args.snapshots))
+    print(f"wrote {args.output}")
+
+
 def _measure(args) -> None:
     from ...loading import load
-    from .success import measure, rows
+    from .success import BUDGETS, measure, rows
 
     for task in args.tasks:
         if task not in TASKS:
@@ -68,20 +120,29 @@ def _measure(args) -> None:
             )
     if args.episodes < 1:
         raise InputError(f"cannot run {args.episodes} episodes; the least is 1")
-    chosen = rows(args.methods)
+    chosen = rows(args.methods, args.budgets or BUDGETS, args.rows)
     log = Path(args.log)
     measure(*load(args.model), args.episodes, args.tasks, chosen, log)
     print(f"wrote {log}")
 
 
 def _print_table(args) -> None:
-    from .table import draw, markdown, read_log
+    from .table import by_step, draw, draw_by_step, markdown, read_log
 
-    lines = []
+    found = []
     for log in map(Path, args.logs):
         if not log.exists():
             raise InputError(f"{log} does not exist; expected a log of `success`")
-        lines += read_log(log)
+        found.append(read_log(log))
+    if args.steps:
+        if len(args.steps) != len(found):
+            raise InputError(f"give a step for each of {len(found)} logs")
+        logs = dict(zip(args.steps, found, strict=True))
+        print(by_step(logs))
+        if args.plot:
+            draw_by_step(logs, Path(args.plot))
+        return
+    lines = [line for log in found for line in log]
     saved = _time_saved(args.model, args.runs) if args.runs else {}
     print(markdown(lines, saved))
     if args.plot:

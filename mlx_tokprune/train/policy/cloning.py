@@ -19,28 +19,12 @@ from tqdm import tqdm
 
 from ...pruners import Pruner
 from ...robot.policy import Policy
-from .demonstrations import (
-    CORRECTION_SEEDS,
-    DEMONSTRATION_SEEDS,
-    Episodes,
-    demonstrate,
-    join,
-    record,
-)
-from .student import (
-    PAD,
-    Batch,
-    action_classes,
-    build_policy,
-    build_processor,
-    losses,
-    prompt_ids,
-)
-from .worlds import SIZE, TASKS, World
+from .collecting import Collector
+from .demonstrations import Episodes
+from .student import Batch, build_policy, build_processor, losses
 
 _KEEP = (64, 40, 24, 16, 8)  # visual tokens that stay in a batch
 _KEEP_SHARES = (0.4, 0.2, 0.18, 0.12, 0.1)
-_SHIFT = 3  # pixels by which a frame is moved at most
 _SAVE_EVERY = 100
 
 
@@ -80,8 +64,7 @@ class Trainer:
 
     def __init__(self, folder: Path, plan: Plan):
         self.folder, self.plan = folder, plan
-        self.data = folder / "episodes"
-        self.data.mkdir(parents=True, exist_ok=True)
+        self.collector = Collector(folder)
         mx.random.seed(0)
         self.policy = build_policy()
         self.average = dict(tree_flatten(self.policy.parameters()))
@@ -89,24 +72,19 @@ class Trainer:
             plan.learning_rate, betas=[0.9, 0.98], weight_decay=plan.weight_decay
         )
         self.step = 0
-        self._worlds: dict[str, World] = {}
-        prompts = [prompt_ids(task.instruction) for task in TASKS.values()]
-        longest = max(map(len, prompts))
-        self._lengths = np.array([len(p) for p in prompts], dtype=np.int32)
-        self._prompts = np.array([p + [PAD] * (longest - len(p)) for p in prompts])
         self._restore()
 
     def run(self) -> None:
         """Goes on from what the folder holds to the end of the plan."""
-        self._demonstrate()
-        update = self._updater()
-        plan, episodes = self.plan, self._load(self.step)
+        plan, collector = self.plan, self.collector
+        collector.demonstrate(plan.demonstrations)
+        update, episodes = self._updater(), collector.load(self.step)
         steps = range(self.step, plan.steps)
         for step in tqdm(steps, desc="cloning", unit="step", disable=None):
             past = step - plan.first_round
             if past >= 0 and past % plan.round_every == 0:
                 self._correct(step)
-                episodes = self._load(step)
+                episodes = collector.load(step)
             self.optimizer.learning_rate = self._rate(step)
             update(self._draw(step, episodes))
             mx.eval(self.policy.parameters(), self.optimizer.state)
@@ -155,90 +133,31 @@ class Trainer:
         mx.eval(self.average)
 
     def _draw(self, step: int, episodes: list[tuple[Episodes, list]]) -> Batch:
-        """A batch: a task, an episode folder by its length, and a frame at random."""
         rng = np.random.default_rng((1, step))
         size = self.plan.batch
-        frames = np.empty((size, SIZE, SIZE, 3), np.float32)
-        actions = np.empty((size, 4), np.float32)
-        tasks = rng.integers(len(TASKS), size=size)
-        for row, task in enumerate(tasks):
-            lengths = np.array([len(rows[task]) for _, rows in episodes], float)
-            number = rng.choice(len(episodes), p=lengths / lengths.sum())
-            some, rows = episodes[number]
-            frame = rows[task][rng.integers(len(rows[task]))]
-            frames[row] = _shifted(some.frames[frame], rng)
-            actions[row] = some.actions[frame]
+        shown = self.collector.draw(rng, size, episodes)
         keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
         return Batch(
-            mx.array(frames / 255),
-            mx.array(self._prompts[tasks]),
-            mx.array(self._lengths[tasks]),
-            mx.array(action_classes(actions)),
-            keep,
-            mx.array(rng.gumbel(size=(size, _KEEP[0])).astype(np.float32)),
-            bool(rng.random() < 0.6),
+            **vars(shown),
+            keep=keep,
+            noise=mx.array(rng.gumbel(size=(size, _KEEP[0])).astype(np.float32)),
+            scored=bool(rng.random() < 0.6),
         )
-
-    # Episodes -----------------------------------------------------------------------
-
-    def _world(self, name: str) -> World:
-        if name not in self._worlds:
-            self._worlds[name] = World(name)
-        return self._worlds[name]
-
-    def _demonstrate(self) -> None:
-        for number, name in enumerate(TASKS):
-            folder = self.data / f"demonstrations-{name}"
-            if folder.exists():
-                continue
-            first = DEMONSTRATION_SEEDS + 10_000 * number
-            seeds = range(first, first + self.plan.demonstrations)
-            shown = tqdm(seeds, desc=name, unit="episode", disable=None)
-            join([demonstrate(self._world(name), s) for s in shown]).save(folder)
 
     def _correct(self, step: int) -> None:
         """A round of DAgger with the averaged weights and several budgets."""
-        folder = self.data / _corrections(step)
-        if folder.exists():
+        if self.collector.has_corrections(step):
             return
-        weights = tree_flatten(self.policy.parameters())
+        plan, weights = self.plan, tree_flatten(self.policy.parameters())
         self.policy.update(tree_unflatten(list(self.average.items())))
-        parts = []
-        for number, name in enumerate(TASKS):
-            first = CORRECTION_SEEDS + 1_000_000 * number + step * 16
-            for seed in range(first, first + self.plan.corrections):
-                parts.append(self._corrected(name, seed))
-        join(parts).save(folder)
+        self.collector.correct(step, plan.corrections, plan.mixed, self._actor)
         self.policy.update(tree_unflatten(weights))
 
-    def _corrected(self, name: str, seed: int) -> Episodes:
-        rng = np.random.default_rng(seed)
+    def _actor(self, rng: np.random.Generator, seed: int) -> Policy:
         keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
         method = "trimvla" if rng.random() < 0.7 else "random"
         pruner = Pruner(method, keep_tokens=keep, seed=seed)
-        policy = Policy(self.policy, build_processor(), pruner=pruner, compile=False)
-
-        def act(frame: np.ndarray, expert: np.ndarray) -> np.ndarray:
-            if rng.random() < self.plan.mixed:
-                return expert
-            return policy([frame], TASKS[name].instruction)
-
-        return record(self._world(name), seed, act)
-
-    def _load(self, step: int) -> list[tuple[Episodes, list]]:
-        """The folders of episodes up to a step, with the rows of each task.
-
-        Later ones are there when a run goes on from before it was stopped.
-        """
-        found, last = [], _corrections(step)
-        for folder in sorted(self.data.iterdir()):
-            late = folder.name.startswith("corrections") and folder.name > last
-            if ".partial" not in folder.name and not late:
-                some = Episodes.open(folder)
-                tasks = np.array(some.tasks)
-                rows = [np.flatnonzero(tasks == n) for n in range(len(TASKS))]
-                found.append((some, rows))
-        return found
+        return Policy(self.policy, build_processor(), pruner=pruner, compile=False)
 
     # State --------------------------------------------------------------------------
 
@@ -267,17 +186,5 @@ class Trainer:
         self.optimizer.state = tree_unflatten(parts["optimizer"])
 
 
-def _corrections(step: int) -> str:
-    return f"corrections-{step:06d}"
-
-
 def _prefixed(part: str, tree) -> dict[str, mx.array]:
     return {f"{part}.{name}": array for name, array in tree_flatten(tree)}
-
-
-def _shifted(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The frame moved by a few pixels; its edge is repeated."""
-    down, right = rng.integers(2 * _SHIFT + 1, size=2)
-    edge = ((_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
-    padded = np.pad(frame, edge, mode="edge")
-    return padded[down : down + SIZE, right : right + SIZE]

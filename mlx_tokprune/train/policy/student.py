@@ -150,18 +150,32 @@ def build_policy() -> OpenVLA:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Labelled:
     """B frames with the expert's actions.
 
     pixels: (B, S, S, 3) in [0, 1]. prompts: (B, P) ids, padded behind. lengths: (B,).
-    classes: (B, A) bins. keep: visual tokens that stay. noise: (B, N) Gumbel noise
-    that chooses them. scored: whether trimvla's scores choose too.
+    classes: (B, A) bins.
     """
 
     pixels: mx.array
     prompts: mx.array
     lengths: mx.array
     classes: mx.array
+
+    @property
+    def asked(self) -> mx.array:
+        """(B, P) bool: which of the prompts' ids are no padding."""
+        return mx.arange(self.prompts.shape[1]) < self.lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Batch(Labelled):
+    """The same, and what drops visual tokens.
+
+    keep: how many stay. noise: (B, N) Gumbel noise that chooses them. scored: whether
+    trimvla's scores choose too.
+    """
+
     keep: int
     noise: mx.array
     scored: bool
@@ -177,39 +191,63 @@ def losses(policy: OpenVLA, batch: Batch) -> tuple[mx.array, mx.array]:
     indices = _choose(policy, features, batch)
     kept = mx.take_along_axis(features, indices[..., None], axis=1)
     visual = policy.project(kept)
-    ids, embed = _with_actions(batch), policy.decoder.embed
-    total = features.shape[1]
-    embeddings = mx.concatenate(
-        [embed(mx.full((len(ids), 1), START)), visual, embed(ids)], axis=1
-    )
-    start = mx.zeros((len(ids), 1), mx.int32)
-    rest = mx.broadcast_to(1 + total + mx.arange(ids.shape[1]), ids.shape)
-    positions = mx.concatenate([start, 1 + indices, rest], axis=1).astype(mx.int32)
-    rows = batch.keep + batch.lengths[:, None] + mx.arange(ACTION_DIM)
-    end = 1 + total + ids.shape[1]
-    hidden, received = _forward(policy, Sequence(embeddings, positions, end), rows)
-    at_rows = mx.take_along_axis(hidden, rows[..., None], axis=1)
-    logits = policy.decoder.logits(at_rows)[..., TEXT_TOKENS + 1 : TEXT_TOKENS + BINS]
-    log_shares = nn.log_softmax(logits[..., ::-1].astype(mx.float32), axis=-1)
-    loss = -mx.mean(mx.sum(_blurred(batch.classes) * log_shares, axis=-1))
+    sequence, rows = told(policy, visual, indices, features.shape[1], batch)
+    hidden, received = _forward(policy, sequence, rows)
+    log_shares = action_log_shares(policy, hidden, rows)
+    loss = -mx.mean(mx.sum(blurred(batch.classes) * log_shares, axis=-1))
     seen = received[..., 1 : 1 + batch.keep]
     target = mx.stop_gradient(seen / mx.sum(seen, axis=-1, keepdims=True))
-    scores = _scores(policy, mx.stop_gradient(visual), batch)
+    scores = trimvla_scores(policy, mx.stop_gradient(visual), batch)
     alike = target * (
         mx.log(mx.maximum(target, 1e-9)) - nn.log_softmax(scores, axis=-1)
     )
     return loss, mx.mean(mx.sum(alike, axis=-1))
 
 
-def _scores(policy: OpenVLA, visual: mx.array, batch: Batch) -> mx.array:
+def told(
+    policy: OpenVLA,
+    visual: mx.array,
+    indices: mx.array,
+    total: int,
+    batch: Labelled,
+    gate: mx.array | None = None,
+) -> tuple[Sequence, mx.array]:
+    """Pictures, prompts and actions in one sequence, and the rows that tell actions.
+
+    visual: (B, K, D) tokens `indices` (B, K) of `total`. gate: (B, K), added to every
+    score of a visual token in every layer. Rows: (B, A).
+    """
+    ids, embed, kept = _with_actions(batch), policy.decoder.embed, visual.shape[1]
+    first = embed(mx.full((len(ids), 1), START))
+    embeddings = mx.concatenate([first, visual, embed(ids)], axis=1)
+    start = mx.zeros((len(ids), 1), mx.int32)
+    rest = mx.broadcast_to(1 + total + mx.arange(ids.shape[1]), ids.shape)
+    positions = mx.concatenate([start, 1 + indices, rest], axis=1).astype(mx.int32)
+    mask: mx.array | str = "causal"
+    if gate is not None:
+        length = embeddings.shape[1]
+        added = mx.pad(gate, [(0, 0), (1, length - 1 - kept)])[:, None]
+        mask = mx.where(mx.tri(length, dtype=mx.bool_), added, -mx.inf)
+    rows = kept + batch.lengths[:, None] + mx.arange(ACTION_DIM)
+    end = 1 + total + ids.shape[1]
+    return Sequence(embeddings, positions, end, mask), rows
+
+
+def action_log_shares(policy: OpenVLA, hidden: mx.array, rows: mx.array) -> mx.array:
+    """(B, A, 255) of the actions' bins, which `rows` of `hidden` (B, T, D) tell."""
+    at_rows = mx.take_along_axis(hidden, rows[..., None], axis=1)
+    logits = policy.decoder.logits(at_rows)[..., TEXT_TOKENS + 1 : TEXT_TOKENS + BINS]
+    return nn.log_softmax(logits[..., ::-1].astype(mx.float32), axis=-1)
+
+
+def trimvla_scores(policy: OpenVLA, visual: mx.array, batch: Labelled) -> mx.array:
     """trimvla's scores (B, K), with padding of the prompts left out."""
     text = mx.stop_gradient(policy.decoder.embed(batch.prompts))
     prepared = parameter_free_norm(visual), parameter_free_norm(text)
     queries, keys = policy.decoder.queries_and_keys(*prepared)
     # A key of padding must not count: one that no query likes does not.
-    inside = mx.arange(text.shape[1]) < batch.lengths[:, None]
     products = queries @ keys.swapaxes(-1, -2) * queries.shape[-1] ** -0.5
-    products = mx.where(inside[:, None, None], products, -1e9)
+    products = mx.where(batch.asked[:, None, None], products, -1e9)
     return mx.mean(mx.logsumexp(products, axis=-1), axis=1)
 
 
@@ -220,13 +258,13 @@ def _choose(policy: OpenVLA, features: mx.array, batch: Batch) -> mx.array:
         return mx.broadcast_to(mx.arange(total), features.shape[:2])
     scores = batch.noise
     if batch.scored:
-        found = _scores(policy, policy.project(features), batch)
+        found = trimvla_scores(policy, policy.project(features), batch)
         scores = mx.stop_gradient(found) + 0.5 * batch.noise
     order = mx.argsort(-scores, axis=1)[:, : batch.keep]
     return mx.sort(order, axis=1)
 
 
-def _with_actions(batch: Batch) -> mx.array:
+def _with_actions(batch: Labelled) -> mx.array:
     """(B, P + A - 1): each prompt, followed at once by its first actions."""
     ids = TEXT_TOKENS + BINS - 1 - batch.classes[:, : ACTION_DIM - 1]
     room = mx.full((len(ids), ACTION_DIM - 1), PAD)
@@ -255,7 +293,7 @@ def _forward(policy: OpenVLA, sequence: Sequence, rows: mx.array):
     return read.hidden, sum(received) / len(received)
 
 
-def _blurred(classes: mx.array) -> mx.array:
+def blurred(classes: mx.array) -> mx.array:
     """(B, A) bins -> (B, A, 255) shares, a bell around each label."""
     distance = (mx.arange(BINS - 1) - classes[..., None]) / _SPREAD
     return mx.softmax(-0.5 * mx.square(distance), axis=-1)

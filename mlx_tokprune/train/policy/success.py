@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ...errors import InputError, nearest
 from ...measure.results import fingerprint
 from ...pipeline import DEFAULT_POSITIONS
 from ...pruners import Pruner, get_method, list_pruners
@@ -33,8 +34,26 @@ class Row:
     positions: str = DEFAULT_POSITIONS
 
 
-def rows(methods: Iterable[str] | None = None, budgets=BUDGETS) -> list[Row]:
-    """The unpruned policy, every method at every budget, and the controls."""
+def rows(
+    methods: Iterable[str] | None = None,
+    budgets: Iterable[float] = BUDGETS,
+    labels: Iterable[str] | None = None,
+) -> list[Row]:
+    """The unpruned policy, every method at every budget, and the controls.
+
+    labels: of those that are wanted. Raises `InputError` for one that there is not.
+    """
+    found = {row.label: row for row in _all_rows(methods, list(budgets))}
+    for label in labels or ():
+        if label not in found:
+            raise InputError(
+                f"there is no row {label!r}; rows are called as in the table, such as "
+                f"'none'.{nearest(label, found)}"
+            )
+    return [found[label] for label in labels or found]
+
+
+def _all_rows(methods: Iterable[str] | None, budgets: list[float]) -> list[Row]:
     chosen = [m for m in methods or list_pruners() if m != "none"]
     found = [Row("none", Pruner())]
     for name in chosen:
@@ -78,10 +97,11 @@ def _run(model, processor, worlds: list[World], row: Row) -> dict:
     for number, world in enumerate(worlds):
         world.reset(first + number)
     act, keep_robots = _actor(model, processor, row, name)
-    live, steps, kept = worlds, 0, []
+    live, steps, kept, counts = worlds, 0, [], []
     for _ in range(HORIZON):
-        actions, count = act(np.stack([world.frame() for world in live]))
-        kept.append(count)
+        actions, some = act(np.stack([world.frame() for world in live]))
+        kept.append(np.mean(some))
+        counts += list(some)
         steps += len(live)
         ended = [w.step(a) for w, a in zip(live, actions, strict=True)]
         rows = [number for number, done in enumerate(ended) if not done]
@@ -93,11 +113,13 @@ def _run(model, processor, worlds: list[World], row: Row) -> dict:
         "success": [bool(world.success) for world in worlds],
         "steps": steps,
         "kept": float(np.mean(kept)),
+        "least": float(min(counts)),
+        "most": float(max(counts)),
     }
 
 
 def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
-    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that were kept.
+    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that each kept.
 
     And what is told which of the robots go on.
     """
@@ -105,7 +127,7 @@ def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
         rng = np.random.default_rng(0)
 
         def draw(frames: np.ndarray):
-            return rng.uniform(-1, 1, (len(frames), 4)), 0
+            return rng.uniform(-1, 1, (len(frames), 4)), [0]
 
         return draw, lambda rows: None
     policy = Policy(
@@ -120,7 +142,7 @@ def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
         if row.label == "grey picture":
             frames = np.full_like(frames, 128)
         actions = policy.act_on_batch([[frame] for frame in frames], instruction)
-        return actions, policy.kept
+        return actions, policy.kept_each
 
     return act, policy.keep_robots
 

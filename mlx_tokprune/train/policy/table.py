@@ -50,9 +50,18 @@ def markdown(lines: list[dict], saved: dict[str, float]) -> str:
         saving = f" {100 * saved[label]:.0f} % |" if label in saved else ""
         saving = saving or ("  |" if saved else "")
         rate = f"{100 * won / total:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-        shown = f"{kept:.0f}" if kept else ""
+        shown = f"{kept:.0f}{_spread(lines, label)}" if kept else ""
         table.append(f"| {label} | {shown} | {rate} |{saving} {' | '.join(cells)} |")
     return "\n".join(table)
+
+
+def _spread(lines: list[dict], label: str) -> str:
+    """The least and the most tokens that a picture kept, where those differ."""
+    mine = [line for line in lines if line["row"] == label and "least" in line]
+    if not mine:
+        return ""
+    least, most = min(x["least"] for x in mine), max(x["most"] for x in mine)
+    return f" ({least:.0f}-{most:.0f})" if least < most else ""
 
 
 def draw(lines: list[dict], file: Path) -> None:
@@ -88,3 +97,39 @@ def _line(axes, points: list[tuple[float, int, int]], label: str) -> None:
     rate = won / total
     errors = 100 * np.abs(bounds - rate)
     axes.errorbar(kept, 100 * rate, errors, marker="o", ms=4, capsize=2, label=label)
+
+
+def by_step(logs: dict[int, list[dict]]) -> str:
+    """The table of rows by the step of their training: success, 95 %, and tokens."""
+    steps = sorted(logs)
+    found = {step: _overall(logs[step]) for step in steps}
+    labels = dict.fromkeys(label for step in steps for label in found[step])
+    head = "| | " + " | ".join(f"step {step}" for step in steps) + " |"
+    table = [head, "|---|" + "---:|" * len(steps)]
+    for label in labels:
+        cells = []
+        for step in steps:
+            kept, won, total = found[step].get(label, (0, 0, 0))
+            low, high = wilson(won, total) if total else (0, 0)
+            rate = f"{100 * won / max(total, 1):.1f} ({100 * low:.1f}-{100 * high:.1f})"
+            tokens = f"{kept:.1f}{_spread(logs[step], label)}"
+            cells.append(f"{rate}, {tokens}" if total else "")
+        table.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def draw_by_step(logs: dict[int, list[dict]], file: Path) -> None:
+    """Success against the step of a training, a line per row, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes, curves = figure.subplots(), {}
+    for step in sorted(logs):
+        for label, (_, won, total) in _overall(logs[step]).items():
+            curves.setdefault(label, []).append((step, won, total))
+    for label, points in curves.items():
+        _line(axes, points, label)
+    axes.set(xlabel="steps of tuning", ylabel="episodes won (%)", ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(file, format="png")

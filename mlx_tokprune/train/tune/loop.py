@@ -49,7 +49,10 @@ LossOf = Callable[[nn.Module, tuple[int, ...], int], tuple[mx.array, mx.array]]
 
 
 class Loop:
-    """Trains what is not frozen of `module`; its state is kept in `folder`."""
+    """Trains what is not frozen of `module`; its state is kept in `folder`.
+
+    begin: the step at which `run` goes on.
+    """
 
     def __init__(
         self, module: nn.Module, loss: LossOf, schedule: Schedule, folder: Path
@@ -69,7 +72,7 @@ class Loop:
         self._optimizer = optim.AdamW(rates, weight_decay=schedule.weight_decay)
         self._optimizer.init(module.trainable_parameters())
         self.losses: list[float] = []
-        self._begin = self._resume()
+        self.begin = self._resume()
 
     @property
     def is_first(self) -> bool:
@@ -80,7 +83,7 @@ class Loop:
         steps, start = self.schedule.steps, time.perf_counter()
         shown = None if self.is_first else True
         tokens = 0.0
-        with tqdm(range(self._begin, steps), desc="steps", disable=shown) as bar:
+        with tqdm(range(self.begin, steps), desc="steps", disable=shown) as bar:
             for step in bar:
                 loss, count = self._step(step)
                 tokens += count
@@ -168,7 +171,7 @@ def checkpoint_layers(model) -> None:
     grad_checkpoint(model.decoder.layers[0])
 
 
-def draw_losses(losses: list[float], file: Path) -> None:
+def draw_losses(losses: list[float], file: Path, what: str = "the answers") -> None:
     """The loss of each step and a running mean, as a PNG, where there is matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -183,7 +186,7 @@ def draw_losses(losses: list[float], file: Path) -> None:
         for i in range(len(losses))
     ]
     axes.plot(means, label=f"mean of {width} steps")
-    axes.set(xlabel="step", ylabel="cross entropy of the answers, nats")
+    axes.set(xlabel="step", ylabel=f"cross entropy of {what}, nats")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     with replacing(file) as stream:

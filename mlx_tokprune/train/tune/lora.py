@@ -129,13 +129,23 @@ def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:
 
     In the layout of `convert`, which mlx-vlm loads; quantized weights stay quantized.
     """
-    opened, merged = open_checkpoint(source), {}
+    opened = open_checkpoint(source)
     model, _ = load(source, adapter_path=adapter)
+    merged = {}
+    for tensors in fused_modules(model).values():
+        merged |= tensors
+    write_fused(opened, merged, Path(output))
+
+
+def fused_modules(model) -> dict[str, dict[str, mx.array]]:
+    """Modules of the language model with an adapter: the tensors with it in them."""
+    found = {}
     for path, module in model.language_model.named_modules():
         if hasattr(module, "fuse"):
-            for name, array in tree_flatten(module.fuse().parameters()):
-                merged[f"language_model.{path}.{name}"] = array
-    write_fused(opened, merged, Path(output))
+            path = f"language_model.{path}"
+            tensors = tree_flatten(module.fuse().parameters())
+            found[path] = {f"{path}.{name}": array for name, array in tensors}
+    return found
 
 
 def write_fused(opened: Opened, merged: dict[str, mx.array], output: Path) -> None:

@@ -1,0 +1,152 @@
+"""Episodes in a folder: demonstrations, corrections of a policy, and batches of both.
+
+Every episode and every batch has its own seed, and a folder of episodes is there whole
+or not at all, so a training that is stopped goes on where it was.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ...robot.policy import Policy
+from .demonstrations import (
+    CORRECTION_SEEDS,
+    DEMONSTRATION_SEEDS,
+    Episodes,
+    demonstrate,
+    join,
+    record,
+)
+from .student import PAD, Labelled, action_classes, prompt_ids
+from .worlds import SIZE, TASKS, World
+
+_SHIFT = 3  # pixels by which a frame is moved at most
+
+# (random numbers of an episode, its seed) -> the policy that acts in it
+Actor = Callable[[np.random.Generator, int], Policy]
+
+
+class Collector:
+    """The episodes that a training in `folder` learns from."""
+
+    def __init__(self, folder: Path):
+        self.data = folder / "episodes"
+        self.data.mkdir(parents=True, exist_ok=True)
+        self._worlds: dict[str, World] = {}
+        prompts = [prompt_ids(task.instruction) for task in TASKS.values()]
+        longest = max(map(len, prompts))
+        self._lengths = np.array([len(p) for p in prompts], dtype=np.int32)
+        self._prompts = np.array([p + [PAD] * (longest - len(p)) for p in prompts])
+
+    def demonstrate(self, count: int) -> None:
+        """`count` episodes of the expert in each task, unless they are there."""
+        for number, name in enumerate(TASKS):
+            folder = self.data / f"demonstrations-{name}"
+            if folder.exists():
+                continue
+            first = DEMONSTRATION_SEEDS + 10_000 * number
+            seeds = range(first, first + count)
+            shown = tqdm(seeds, desc=name, unit="episode", disable=None)
+            join([demonstrate(self._world(name), s) for s in shown]).save(folder)
+
+    def has_corrections(self, step: int) -> bool:
+        return (self.data / _corrections(step)).exists()
+
+    def correct(self, step: int, count: int, mixed: float, actor: Actor) -> None:
+        """A round of DAgger: `count` episodes in each task.
+
+        The expert acts in `mixed` of the steps.
+        """
+        parts = []
+        for number, name in enumerate(TASKS):
+            first = CORRECTION_SEEDS + 1_000_000 * number + step * 16
+            for seed in range(first, first + count):
+                parts.append(self._corrected(name, seed, mixed, actor))
+        join(parts).save(self.data / _corrections(step))
+
+    def _corrected(self, name: str, seed: int, mixed: float, actor: Actor) -> Episodes:
+        rng = np.random.default_rng(seed)
+        policy = actor(rng, seed)
+
+        def act(frame: np.ndarray, expert: np.ndarray) -> np.ndarray:
+            if rng.random() < mixed:
+                return expert
+            return policy([frame], TASKS[name].instruction)
+
+        return record(self._world(name), seed, act)
+
+    def _world(self, name: str) -> World:
+        if name not in self._worlds:
+            self._worlds[name] = World(name)
+        return self._worlds[name]
+
+    def load(self, step: int) -> list[tuple[Episodes, list]]:
+        """The folders of episodes up to a step, with the rows of each task.
+
+        Later ones are there when a run goes on from before it was stopped.
+        """
+        found, last = [], _corrections(step)
+        for folder in sorted(self.data.iterdir()):
+            late = folder.name.startswith("corrections") and folder.name > last
+            if ".partial" not in folder.name and not late:
+                some = Episodes.open(folder)
+                tasks = np.array(some.tasks)
+                rows = [np.flatnonzero(tasks == n) for n in range(len(TASKS))]
+                found.append((some, rows))
+        return found
+
+    def shares(self, step: int) -> np.ndarray:
+        """Of tasks: half of it even, half by how long the last round's episodes are.
+
+        By their square. Who fails goes on to the end: what needs it is learned more.
+        """
+        done = (f.name for f in self.data.glob("corrections-" + 6 * "[0-9]"))
+        last = max(name for name in done if name <= _corrections(step))
+        frames = np.bincount(np.load(self.data / last / "tasks.npy"))
+        return (frames**2 / np.sum(frames**2) + 1 / len(TASKS)) / 2
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        episodes: list[tuple[Episodes, list]],
+        shares: np.ndarray | None = None,
+    ) -> Labelled:
+        """For each row a task, a folder by its length, and a frame at random.
+
+        shares: of the tasks; as many of each when `None`.
+        """
+        frames = np.empty((size, SIZE, SIZE, 3), np.float32)
+        actions = np.empty((size, 4), np.float32)
+        if shares is None:
+            tasks = rng.integers(len(TASKS), size=size)
+        else:
+            tasks = rng.choice(len(TASKS), size=size, p=shares)
+        for row, task in enumerate(tasks):
+            lengths = np.array([len(rows[task]) for _, rows in episodes], float)
+            number = rng.choice(len(episodes), p=lengths / lengths.sum())
+            some, rows = episodes[number]
+            frame = rows[task][rng.integers(len(rows[task]))]
+            frames[row] = _shifted(some.frames[frame], rng)
+            actions[row] = some.actions[frame]
+        return Labelled(
+            mx.array(frames / 255),
+            mx.array(self._prompts[tasks]),
+            mx.array(self._lengths[tasks]),
+            mx.array(action_classes(actions)),
+        )
+
+
+def _corrections(step: int) -> str:
+    return f"corrections-{step:06d}"
+
+
+def _shifted(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The frame moved by a few pixels; its edge is repeated."""
+    down, right = rng.integers(2 * _SHIFT + 1, size=2)
+    edge = ((_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
+    padded = np.pad(frame, edge, mode="edge")
+    return padded[down : down + SIZE, right : right + SIZE]
