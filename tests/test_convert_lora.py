@@ -296,8 +296,11 @@ REFUSED = [
         settings(init_lora_weights="pissa"),
         "init_lora_weights 'pissa'; expected a start",
     ),
-    (settings(r=0), "r 0; expected a positive whole number"),
-    (settings(lora_alpha="2"), "lora_alpha '2'; expected a positive number"),
+    (settings(r=0), "r 0; expected a whole number from 1 to 65535"),
+    (
+        settings(lora_alpha="2"),
+        "lora_alpha '2'; expected a number between 1e-6 and 1e6",
+    ),
     (settings(use_rslora="yes"), "use_rslora 'yes'; expected true or false"),
     (settings(r=8), r"\(96, 4\) and \(4, 96\) of rank 8 do not fit tensor language"),
     (tensors(renamed), "changes .*q_porj, of which the model in .* has no weight"),

@@ -9,11 +9,12 @@ import pytest
 pytest.importorskip("mlx_vlm")
 
 from test_mlx_vlm import LENGTH, MORE, QUESTION, Loaded
+from test_report import damaged, paths
 from vlm.families import FAMILIES, prompt
 
 from mlx_tokprune import InputError, Pruner
 from mlx_tokprune.bench.__main__ import main as bench
-from mlx_tokprune.bench.guest import read_guest
+from mlx_tokprune.bench.guest import markdown, read_guest
 from mlx_tokprune.commands.report import main as report
 from mlx_tokprune.evaluate import read_result
 from mlx_tokprune.evaluate.__main__ import main as evaluate
@@ -143,6 +144,26 @@ def test_report_shows_both(qwen, evaluated, tmp_path):
     cards = [part.split('"')[0] for part in text.split('<figure><img src="')[1:]]
     assert len(cards) == 3
     assert cards[0] != cards[1]
+
+
+def test_any_damage_is_found_or_does_no_harm(qwen, tmp_path):
+    file = tmp_path / "bench.json"
+    asked = ["--runtime", "mlx-vlm", "--model", str(qwen.folder), "--runs", "1"]
+    asked += ["--image", qwen.files[0], "--methods", "norm", "--keep-ratios", "0.5"]
+    bench([*asked, "--tokens", "2", "--output", str(file)])
+    whole, harmful = json.loads(file.read_text()), []
+    for path in paths(whole):
+        for wrong in (..., None, "x", 0, [], 10**400):
+            file.write_text(json.dumps(damaged(whole, path, wrong)))
+            try:
+                markdown(read_guest(file))
+            except InputError:
+                continue
+            except Exception as error:
+                harmful.append((path, wrong, repr(error)))
+    assert not harmful
+    with pytest.raises(SystemExit):  # nor is anything else written over
+        bench([*asked, "--output", str(file)])
 
 
 def test_flags_of_the_other_runtime_are_refused(qwen, capsys):
