@@ -14,6 +14,8 @@ import mlx_tokprune
 import mlx.core as mx  # isort: skip
 import pytest  # isort: skip
 
+from mlx_tokprune.pruners import registry
+
 # coremltools leaves temporary folders to be cleaned up by the garbage collector.
 COREMLTOOLS_WARNINGS = [
     pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
@@ -32,6 +34,16 @@ DATA = Path(__file__).parent / "data"
 TINY = DATA / "fastvlm-tiny"
 TINY_POLICY = DATA / "openvla-tiny"
 TINY_CHUNKS = DATA / "pi0fast-tiny"
+
+
+@pytest.fixture(autouse=True)
+def _same_methods():
+    """Methods that a test brings are unknown to the next one."""
+    before = [(known, dict(known)) for known in (registry._METHODS, registry._NAMES)]
+    yield
+    for known, names in before:
+        known.clear()
+        known.update(names)
 
 
 @pytest.fixture(scope="session")
