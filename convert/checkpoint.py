@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ SHARD_BYTES = 1 << 30
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _LARGEST_COMPANION = 256 << 20  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")
+Shape = tuple[int, ...]
+Weights = dict[str, mx.array]
 # Bytes of each safetensors type that MLX reads.
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
@@ -36,13 +38,15 @@ class Tensor:
 
     file: Path
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
 
 
 class Checkpoint:
     """An opened folder: `config`, and `tensors` by name, not yet read.
 
-    extra: tensors that came from other files and are in memory already.
+    extra: tensors that came from other files and are in memory already. base: where
+    config and weights are, when not in the folder. finish: what is done to the weights
+    once they are read. notes: what people should know of all this.
     """
 
     def __init__(
@@ -51,25 +55,29 @@ class Checkpoint:
         config: dict,
         tensors: dict[str, Tensor],
         extra: Mapping[str, mx.array] | None = None,
+        base: Path | None = None,
     ):
         self.folder = folder
         self.config = config
         self.tensors = tensors
         self.extra = dict(extra or {})
+        self.base = base
+        self.finish: Callable[[Weights], Weights] | None = None
+        self.notes: list[str] = []
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Checkpoint":
+    def open(cls, folder: str | Path, base: Path | None = None) -> "Checkpoint":
         """Read config and headers. Raises `InputError` for anything unusable."""
         folder = Path(folder)
-        if not folder.is_dir():
+        for place in (folder, base):
+            _check_folder(place or folder)
+        if base and any(folder.glob("*.safetensors")):
             raise InputError(
-                f"{folder} is not a folder; expected a checkpoint folder with "
-                "config.json and safetensors files"
+                f"{folder} has weights of its own; leave out the base model {base}"
             )
-        _check_kinds(folder)
-        config = read_json(folder / "config.json")
+        config = read_json((base or folder) / "config.json")
         tensors: dict[str, Tensor] = {}
-        for file in _shards(folder):
+        for file in _shards(base or folder):
             header = read_header(file)
             for name in header.keys() & tensors.keys():
                 raise InputError(
@@ -77,19 +85,25 @@ class Checkpoint:
                     f"{file.name}; expected it once"
                 )
             tensors.update(header)
-        return cls(folder, config, tensors)
+        return cls(folder, config, tensors, base=base)
 
-    def load(self) -> dict[str, mx.array]:
+    def load(self) -> Weights:
         """All tensors, lazily: nothing is read until it is evaluated."""
-        weights: dict[str, mx.array] = {}
+        weights: Weights = {}
         stored = {n: t for n, t in self.tensors.items() if n not in self.extra}
         for file in sorted({t.file for t in stored.values()}):
             weights.update(mx.load(str(file), format="safetensors"))
-        return {n: weights[n] for n in stored} | self.extra
+        weights = {n: weights[n] for n in stored}
+        return (self.finish(weights) if self.finish else weights) | self.extra
 
 
-def _check_kinds(folder: Path) -> None:
-    """A pipe or a device would be waited for, or read for ever."""
+def _check_folder(folder: Path) -> None:
+    """A pipe or a device in it would be waited for, or read for ever."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder; expected a checkpoint folder with "
+            "config.json and safetensors files"
+        )
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise InputError(
@@ -199,6 +213,13 @@ def check_shapes(
         raise InputError(f"{source} has the unknown tensor {extra[0]}{others}")
 
 
+def copy_beside(files: Mapping[str, Path], target: Path) -> None:
+    """Files that lay elsewhere, under the names they have beside the weights."""
+    for name, path in files.items():
+        _check_companion(path, path.parent)
+        shutil.copyfile(path, target / name)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, licence and model card travel with the weights; code does not."""
     for pattern in COMPANIONS:
@@ -211,8 +232,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def _check_companion(path: Path, source: Path) -> None:
     """Links stay in the folder, or in the hub's cache that the folder is a part of."""
     allowed = [source.resolve()]
-    if source.parent.name == "snapshots":
-        allowed.append(source.resolve().parents[1] / "blobs")
+    allowed += [p.parent / "blobs" for p in allowed[0].parents if p.name == "snapshots"]
     if not any(path.resolve().is_relative_to(folder) for folder in allowed):
         raise InputError(
             f"{path} is a link that leaves {source}; expected the file itself"

@@ -6,13 +6,13 @@ One `Family` per file of key tables; `families.py` picks the one of a checkpoint
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
 from ..errors import InputError
-from .checkpoint import FLOATS, Checkpoint, check_shapes
+from .checkpoint import FLOATS, Checkpoint, Shape, check_shapes
 
-Shape = tuple[int, ...]
 # Names and shapes of the MLX layout for a config; the runtime's models say.
 Expected = Callable[[dict], dict[str, Shape]]
 
@@ -25,7 +25,8 @@ class Family:
     the MLX layout, else the original one. keys: original names -> MLX names, tried in
     order; `None` drops the tensor. axes: how an original tensor is transposed, by its
     MLX name. optional: tensors carried along that no visual token needs. complete: the
-    config with what the tensors say.
+    config with what the tensors say. beside: files that belong to a checkpoint and may
+    lie elsewhere, by the names they have in the MLX layout.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Family:
     axes: Callable[[str, int], tuple[int, ...] | None]
     complete: Callable[[Checkpoint, dict[str, Shape]], dict]
     optional: re.Pattern = re.compile(r"(?!)")
+    beside: Callable[[Checkpoint], Mapping[str, Path]] = lambda checkpoint: {}
 
     def rename(self, name: str) -> str | None:
         """An original name in the MLX layout; `None` for tensors that are dropped."""

@@ -1,22 +1,62 @@
 """FastVLM checkpoints: their key table, and what their tensors say of the config.
 
-Reads Apple's PyTorch layout and the MLX community's; writes the latter, which mlx-vlm
-loads too.
+Reads Apple's PyTorch layout, transformers' `fast_vlm` and the MLX community's layout;
+writes the latter, which mlx-vlm loads too.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from ..errors import InputError
 from ..files import object_of
 from .checkpoint import Checkpoint
 from .family import Family, Shape
 
 _TOWER = "vision_tower.vision_model"
 
-# Apple's PyTorch names -> MLX names.
+_APPLE = "model.vision_tower.vision_tower."
+_TIMM = "model.vision_tower.timm_model."
+
+
+def _timm_keys() -> tuple[tuple[str, str], ...]:
+    """timm's stages -> places in one list of position convolutions, blocks and others.
+
+    Stage 0 has blocks only; the last two begin with a position convolution.
+    """
+    old, keys, place = re.escape(_TIMM), [], 0
+    for stage in range(5):
+        start = rf"^{old}stages\.{stage}\."
+        if stage > 0:
+            new = f"{_TOWER}.network.{place}.proj."
+            kernel = r"downsample\.proj\.0\.reparam_conv\."
+            keys += [(start + kernel, f"{new}0.lkb_reparam.")]
+            keys += [(start + r"downsample\.proj\.", new)]
+            place += 1
+        if stage > 2:
+            keys += [(start + r"pos_emb\.", f"{_TOWER}.network.{place}.")]
+            place += 1
+        new = rf"{_TOWER}.network.{place}.\1."
+        keys += [(start + r"blocks\.(\d+)\.mlp\.", rf"{new}convffn.")]
+        scale = r"blocks\.(\d+)\.(layer_scale\w*)\.gamma$"
+        keys += [(start + scale, rf"{new}\2"), (start + r"blocks\.(\d+)\.", new)]
+        place += 1
+    keys += [
+        (rf"^{old}stem\.", f"{_TOWER}.patch_embed.blocks."),
+        (rf"^{old}final_conv\.se\.fc1\.", f"{_TOWER}.conv_exp.se.reduce."),
+        (rf"^{old}final_conv\.se\.fc2\.", f"{_TOWER}.conv_exp.se.expand."),
+        (rf"^{old}final_conv\.", f"{_TOWER}.conv_exp."),
+    ]
+    return tuple(keys)
+
+
+# Names of transformers and of Apple's PyTorch checkpoints -> MLX names.
 _KEYS: tuple[tuple[str, str | None], ...] = (
     (r".*\.num_batches_tracked$", None),
     (r".*\.rotary_emb\.inv_freq$", None),
+    *_timm_keys(),
+    (r"^model\.multi_modal_projector\.linear_1\.", "mm_projector.0."),
+    (r"^model\.multi_modal_projector\.linear_2\.", "mm_projector.2."),
+    (r"^model\.language_model\.", "language_model.model."),
     (
         r"^model\.vision_tower\.vision_tower\.model\.patch_embed\.",
         f"{_TOWER}.patch_embed.blocks.",
@@ -31,7 +71,7 @@ _OPTIONAL = re.compile(rf"^{re.escape(_TOWER)}\.head\.")
 
 def is_fastvlm(names: Iterable[str]) -> bool:
     """Whether there is a FastViTHD in one of the layouts that can be read."""
-    towers = ("model.vision_tower.vision_tower.", f"{_TOWER}.")
+    towers = (_APPLE, _TIMM, f"{_TOWER}.")
     return any(name.startswith(towers) for name in names)
 
 
@@ -42,10 +82,8 @@ def describe_unreadable(checkpoint: Checkpoint) -> str | None:
         n.startswith("multi_modal_projector.") for n in names
     ):
         return "Apple's MLX export, whose vision tower is a Core ML package"
-    if checkpoint.config.get("model_type") == "fast_vlm" or any(
-        ".timm_model." in n for n in names
-    ):
-        return "a transformers fast_vlm checkpoint, whose tower has timm's names"
+    if checkpoint.config.get("model_type") == "fast_vlm":
+        return f"a transformers fast_vlm checkpoint without the tensors {_TIMM}*"
     return None
 
 
@@ -59,6 +97,8 @@ def _axes(name: str, ndim: int) -> tuple[int, ...] | None:
 
 def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     config = dict(checkpoint.config)
+    if any(name.startswith(_TIMM) for name in checkpoint.tensors):
+        config = _from_transformers(config, shapes)
     tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
@@ -71,15 +111,80 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     return config
 
 
+# What transformers' config says that is the same in every FastVLM.
+_FIXED = {
+    "vision_feature_select_strategy": "full",
+    "vision_feature_layer": -1,
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+}
+_SIZES = ("layers", "embed_dims", "mlp_ratios", "cls_ratio")  # of timm's tower
+_IM_END = 151645  # ends an answer, in Qwen2's vocabulary; the configs forget it
+
+
+def _from_transformers(config: Mapping, shapes: dict[str, Shape]) -> dict:
+    """The config in Apple's form, which mlx-vlm reads too."""
+    vision, text = object_of(config, "vision_config"), object_of(config, "text_config")
+    sizes = _timm_sizes(vision)
+    for name, only in _FIXED.items():
+        if config.get(name, only) != only:
+            raise InputError(
+                f"config.json says {name} {config[name]!r}; expected {only!r}, all "
+                "that is read here"
+            )
+    rope = object_of(text, "rope_parameters") or object_of(text, "rope_scaling")
+    theta = rope.get("rope_theta", text.get("rope_theta", 10000.0))
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    stops = text.get("eos_token_id", config.get("eos_token_id"))
+    stops = {*(stops if isinstance(stops, list) else [stops]), _IM_END} - {None}
+    known = shapes.get("language_model.model.embed_tokens.weight", (0,))[0]
+    inner = ("architectures", "rope_parameters", "rope_scaling", "layer_types", "dtype")
+    flat = {k: v for k, v in text.items() if k not in inner}
+    return (
+        flat
+        | ({} if plain else {"rope_scaling": scaling})
+        | {
+            "model_type": "llava_qwen2",
+            "architectures": ["LlavaQwen2ForCausalLM"],
+            "rope_theta": theta,
+            "eos_token_id": sorted(i for i in stops if i != _IM_END or i < known),
+            "mm_hidden_size": shapes.get("mm_projector.0.weight", (0, 0))[-1],
+            "mm_projector_type": "mlp2x_gelu",
+            "image_aspect_ratio": "pad",
+            "torch_dtype": config.get("dtype", config.get("torch_dtype")),
+            "vision_config": sizes,
+        }
+    )
+
+
+def _timm_sizes(vision: Mapping) -> dict:
+    """The tower's sizes where they are not those of FastViTHD."""
+    name, given = vision.get("architecture"), object_of(vision, "model_args")
+    unknown = sorted(given.keys() - {*_SIZES, "inference_mode"})
+    if str(name).split(".")[0] != "fastvit_mci3" or unknown:
+        raise InputError(
+            f"config.json describes the vision tower {name!r}"
+            + (f" with {unknown[0]}" if unknown else "")
+            + "; expected timm's fastvit_mci3, which FastVLM has"
+        )
+    if not given.get("inference_mode", False):
+        raise InputError(
+            "config.json says inference_mode false of the vision tower, whose branches "
+            "are then not folded; expected a FastVLM as transformers publishes it"
+        )
+    sizes = {name: given[name] for name in _SIZES if name in given}
+    return sizes | {k: vision[k] for k in ("image_size",) if k in vision}
+
+
 FASTVLM = Family(
     name="FastVLM",
     reads=(
-        "FastVLM as Apple's PyTorch checkpoints (apple/FastVLM-0.5B, -1.5B, -7B) or as "
-        "MLX checkpoints (such as mlx-community/FastVLM-0.5B-bf16)"
+        "FastVLM as Apple's PyTorch checkpoints (apple/FastVLM-0.5B, -1.5B, -7B), as "
+        "transformers' fast_vlm, or as MLX checkpoints (such as "
+        "mlx-community/FastVLM-0.5B-bf16)"
     ),
-    is_mlx=lambda shapes: (
-        not any(n.startswith("model.vision_tower.vision_tower.") for n in shapes)
-    ),
+    is_mlx=lambda shapes: not any(n.startswith((_APPLE, _TIMM)) for n in shapes),
     keys=_KEYS,
     axes=_axes,
     complete=_complete,

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..files import object_of, read_json
 from .checkpoint import Checkpoint
 from .family import Family, Shape
+from .lora import add_adapter
 from .sidefiles import add_side_files
 
 # Prismatic names -> MLX names.
@@ -36,9 +37,12 @@ def is_prismatic(names: Iterable[str]) -> bool:
     return any(n.startswith("vision_backbone.featurizer.") for n in names)
 
 
-def gather(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the tensors of OpenVLA-OFT's side files, where it has any."""
-    return add_side_files(checkpoint)
+def gather(checkpoint: Checkpoint, adapter: str = "auto") -> Checkpoint:
+    """The checkpoint with what OpenVLA-OFT left beside the shards, where it did.
+
+    adapter: what becomes of `lora_adapter/` (`lora.add_adapter`).
+    """
+    return add_adapter(add_side_files(checkpoint), adapter)
 
 
 def _is_mlx(shapes: Mapping[str, Shape]) -> bool:

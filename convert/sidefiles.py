@@ -56,21 +56,22 @@ def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
         for name, array in _read(path).items():
             whole = name if name.startswith(f"{part}.") else f"{part}.{name}"
             extra[whole] = array
-    extra = _merge_lora({_plain(k): v for k, v in extra.items()})
+    extra = _merge_lora({plain(k): v for k, v in extra.items()})
     tensors = dict(checkpoint.tensors)
     if "vision_backbone" in files:
         # The FiLM backbone replaces the one in the shards.
         tensors = {n: t for n, t in tensors.items() if not _is_tower(n)}
     for name, array in extra.items():
         tensors[name] = Tensor(checkpoint.folder, _TYPES[array.dtype], array.shape)
-    return Checkpoint(checkpoint.folder, checkpoint.config, tensors, extra)
+    folder, base = checkpoint.folder, checkpoint.base
+    return Checkpoint(folder, checkpoint.config, tensors, extra, base)
 
 
 def _is_tower(name: str) -> bool:
     return name.startswith("vision_backbone.")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Without the wrappers of data parallelism and FiLM."""
     name = name.replace(".module.", ".")
     name = name.replace("vision_backbone.vision_backbone.", "vision_backbone.")

@@ -37,6 +37,55 @@ class Bounds:
             scaled = 2 * (values - self.low) / (self.high - self.low + 1e-8) - 1
         return np.clip(np.where(self.mask, scaled, values), -1, 1)
 
+    def normalized(self, values: np.ndarray) -> np.ndarray:
+        """(..., A) in robot units -> float32, not clipped, as lerobot does it."""
+        low, high = self.low.astype(np.float32), self.high.astype(np.float32)
+        width, values = high - low, np.asarray(values, np.float32)
+        width = np.where(width == 0, np.float32(1e-8), width)
+        with np.errstate(over="ignore"):
+            return np.where(self.mask, 2 * (values - low) / width - 1, values)
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """Mean and standard deviation of each dimension in robot units, (A,) float64."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    @property
+    def low(self) -> np.ndarray:
+        """(A,): what -1 stands for."""
+        return self.mean - self.std
+
+    @property
+    def high(self) -> np.ndarray:
+        return self.mean + self.std
+
+    def to_units(self, normalized: np.ndarray) -> np.ndarray:
+        """(..., A) normalised -> robot units."""
+        return normalized * self.std + self.mean
+
+    def from_units(self, values: np.ndarray) -> np.ndarray:
+        """(..., A) in robot units -> normalised, clipped to [-1, 1]."""
+        return np.clip(self.normalized(values), -1, 1)
+
+    def normalized(self, values: np.ndarray) -> np.ndarray:
+        """(..., A) in robot units -> float32, not clipped, as lerobot does it."""
+        mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return (np.asarray(values, np.float32) - mean) / (std + np.float32(1e-8))
+
+
+Scale = Bounds | Deviations
+# What a rule of normalisation reads of the statistics of a data set.
+RULES = {
+    "bounds_q99": ("q01", "q99"),
+    "bounds_q90": ("q10", "q90"),
+    "bounds": ("min", "max"),
+    "mean_std": ("mean", "std"),
+}
+
 
 def bin_values(ids: np.ndarray, vocabulary: int, bins: int = 256) -> np.ndarray:
     """Action token ids -> centres of their bins in [-1, 1].
@@ -82,7 +131,23 @@ def read_bounds(statistics: Mapping, part: str, rule: str = "bounds_q99") -> Bou
 
     Raises `InputError` when they are missing, no numbers, or do not fit together.
     """
-    names = ("q01", "q99") if rule == "bounds_q99" else ("min", "max")
+    names, low, high, mask = _read(statistics, part, rule)
+    if (low > high).any():
+        raise InputError(f"norm_stats of {part} have {names[0]} above {names[1]}")
+    return Bounds(low, high, mask)
+
+
+def read_deviations(statistics: Mapping, part: str) -> Deviations:
+    """Mean and deviation of `action` or `proprio`. Raises as `read_bounds` does."""
+    _, mean, std, _ = _read(statistics, part, "mean_std")
+    if (std < 0).any():
+        raise InputError(f"norm_stats of {part} have a std below 0")
+    return Deviations(mean, std)
+
+
+def _read(statistics: Mapping, part: str, rule: str):
+    """The names that a rule reads, (A,) numbers of both, and (A,) the mask."""
+    names = RULES[rule]
     entry = statistics.get(part) if isinstance(statistics, Mapping) else None
     if not isinstance(entry, Mapping) or any(n not in entry for n in names):
         raise InputError(
@@ -97,9 +162,7 @@ def read_bounds(statistics: Mapping, part: str, rule: str = "bounds_q99") -> Bou
             f"norm_stats of {part} disagree: {names[0]} has {len(low)} numbers, "
             f"{names[1]} {len(high)} and mask {len(mask)}; expected lists of one length"
         )
-    if (low > high).any():
-        raise InputError(f"norm_stats of {part} have {names[0]} above {names[1]}")
-    return Bounds(low, high, np.array(mask))
+    return names, low, high, np.array(mask)
 
 
 def _numbers(values, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import InputError, nearest
@@ -9,6 +10,7 @@ from .errors import InputError, nearest
 # What travels with the weights: tokenizer, licence and model card.
 COMPANIONS = (
     "tokenizer*",
+    "fast_*.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
@@ -26,7 +28,17 @@ COMPANIONS = (
     "*.md",
 )
 
-_PATTERNS = ("*.json", "*.safetensors", "*_checkpoint.pt", *COMPANIONS)
+_PATTERNS = (
+    "*.json",
+    "*.safetensors",
+    "*_checkpoint.pt",
+    "*.mlpackage/*",
+    "lora_adapter/*",
+    "tokenizer/*",
+    "fast/*.json",
+    "assets/*/norm_stats.json",
+    *COMPANIONS,
+)
 
 
 # The embedded demo models, by name.
@@ -57,16 +69,23 @@ def resolve(path_or_id: str | Path) -> Path:
             f"as apple/FastVLM-0.5B, or {' or '.join(EMBEDDED)}."
             + nearest(str(path_or_id), EMBEDDED)
         )
+    return fetch(str(path_or_id), _PATTERNS)
+
+
+def fetch(hub_id: str, files: Sequence[str]) -> Path:
+    """A downloaded snapshot of a hub id, of the files that match these patterns.
+
+    Raises `InputError` when there is none.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (
             str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         )
         raise InputError(
-            f"{path_or_id} is no folder here and cannot be fetched from the hub "
-            f"({reason})"
+            f"{hub_id} is no folder here and cannot be fetched from the hub ({reason})"
         ) from None

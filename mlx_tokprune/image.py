@@ -177,6 +177,37 @@ def _content_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
     return width, height
 
 
+def preprocess_fitted(images: Sequence[Image.Image], size: int) -> np.ndarray:
+    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], centred on black.
+
+    Resized bilinearly between the four nearest pixels however much they shrink, as
+    openpi's and lerobot's policies were trained.
+    """
+    frames = np.zeros((len(images), size, size, 3), np.float32)
+    for frame, image in zip(frames, images, strict=True):
+        pixels = np.asarray(image, np.float32) / 255
+        rows, columns = pixels.shape[:2]
+        ratio = max(rows, columns) / size
+        height, width = (max(1, int(n / ratio)) for n in (rows, columns))
+        if (height, width) != (rows, columns):
+            pixels = _interpolated(pixels, height).swapaxes(0, 1)
+            pixels = _interpolated(pixels, width).swapaxes(0, 1)
+        top, left = (size - height) // 2, (size - width) // 2
+        frame[top : top + height, left : left + width] = np.clip(pixels, 0, 1)
+    return frames
+
+
+def _interpolated(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(R, C, 3) -> (size, C, 3), linear along the first axis."""
+    rows = len(pixels)
+    at = (np.arange(size) + 0.5) * (rows / size) - 0.5
+    at = np.clip(at, 0, rows - 1)
+    low = np.minimum(at.astype(int), rows - 1)
+    high = np.minimum(low + 1, rows - 1)
+    share = (at - low).astype(np.float32)[:, None, None]
+    return pixels[low] * (1 - share) + pixels[high] * share
+
+
 def center_crop(image: Image.Image, share: float) -> Image.Image:
     """The middle of a picture, `share` of its area, cut between pixels if need be."""
     margin = (1 - share**0.5) / 2

@@ -10,22 +10,31 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from .carried import read_carried
+from .chunks import ChunkProcessor
 from .convert.checkpoint import Checkpoint
 from .convert.families import identify
 from .convert.family import Family
+from .convert.lora import check_weights
 from .errors import InputError
+from .fast import FastCode
 from .files import read_json
 from .hub import resolve
-from .models import fastvlm, openvla
+from .models import fastvlm, openvla, pi0fast
 from .models.family import VisionModel
+from .pipeline import plan_for
 from .processor import ActionProcessor, Processor
+from .pruners import Pruners
 from .threads import end_streams_with_thread
 
+log = logging.getLogger(__name__)
 # The models of each family of checkpoints.
 _MODELS = {
     "FastVLM": (fastvlm.FastVLM, fastvlm.ModelArgs),
     "OpenVLA": (openvla.OpenVLA, openvla.ModelArgs),
+    "pi0-FAST": (pi0fast.Pi0Fast, pi0fast.ModelArgs),
 }
+AnyProcessor = Processor | ActionProcessor | ChunkProcessor
 # What building a model from an impossible config runs into.
 _MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
@@ -38,12 +47,21 @@ class Opened(NamedTuple):
     config: dict
 
 
-def open_checkpoint(path_or_hf_repo: str | Path) -> Opened:
+def open_checkpoint(
+    path_or_hf_repo: str | Path,
+    lora_adapter: str = "auto",
+    base_model: str | Path | None = None,
+) -> Opened:
     """Find and check a checkpoint, from its headers alone.
 
-    Raises `InputError` unless every tensor is there once, with its shape.
+    lora_adapter, base_model: of an OpenVLA-OFT policy, as `convert` takes them. Raises
+    `InputError` unless every tensor is there once, with its shape.
     """
-    family, checkpoint = identify(Checkpoint.open(resolve(path_or_hf_repo)))
+    folder = resolve(path_or_hf_repo)
+    base = resolve(base_model) if base_model is not None else None
+    if base is None:
+        check_weights(folder)
+    family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
 
     def expected(config: dict) -> dict:
         return expected_shapes(family, config, len(checkpoint.tensors))
@@ -82,6 +100,11 @@ def expected_shapes(
     return {name: array.shape for name, array in _named(model)}
 
 
+def check_plan(family: Family, config: dict, pruners: Pruners) -> None:
+    """Raise `InputError` unless a model of this config can be pruned so."""
+    plan_for(_build(family, config, True), pruners)
+
+
 def default_dtype() -> mx.Dtype | None:
     """float32 on MLX's CPU backend, whose half precision is slow; else as stored."""
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
@@ -92,17 +115,21 @@ def load(
     dtype: mx.Dtype | None = None,
     lazy: bool = False,
     adapter_path: str | Path | None = None,
-) -> tuple[VisionModel, Processor | ActionProcessor]:
+) -> tuple[VisionModel, AnyProcessor]:
     """Load a checkpoint, converted or original: `demo`, a folder, or one of the hub.
 
     dtype: of float weights; `default_dtype()` when `None`. lazy: leave weights on the
     disk until something needs them. adapter_path: the folder of an adapter in mlx-lm's
     format, LoRA or DoRA, for the language model. A model that answers comes with a
-    `Processor`, a policy with an `ActionProcessor`. Raises `InputError` when the folder
+    `Processor`, a policy with an `ActionProcessor`, or for chunks of actions in code
+    with a `ChunkProcessor`. Pruners that the checkpoint carries
+    prune wherever none is given. Raises `InputError` when the folder
     cannot be used, or a weight is not finite.
     """
     end_streams_with_thread()
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
+    for note in checkpoint.notes:
+        log.info(note)
     model = _build(family, config, True)
     weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
     if dtype is not None:  # before anything is folded, which costs precision
@@ -113,16 +140,27 @@ def load(
     model.load_weights(list(weights.items()))
     if adapter_path is not None:
         _add_adapter(model, Path(adapter_path))
+    model.carried = read_carried(config, checkpoint.folder)
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
         check_finite(_named(model))
-    tokenizer = load_tokenizer(checkpoint.folder, config)
+    beside = family.beside(checkpoint)
+    tokenizer = load_tokenizer(tokenizer_folder(checkpoint, beside), config)
     vocabulary = tokenizer.get_vocab()
-    _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
     longest = max(map(len, vocabulary), default=1)
+    if model.answers == "chunks":
+        code = _fast_code(checkpoint.folder, beside)
+        return model, _chunk_processor(model, tokenizer, config, longest, code)
+    _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
     make = _processor if model.answers == "text" else _action_processor
     return model, make(model, tokenizer, config, longest)
+
+
+def tokenizer_folder(checkpoint: Checkpoint, beside: Mapping[str, Path]) -> Path:
+    """Where the tokenizer of a checkpoint is."""
+    file = beside.get("tokenizer.json")
+    return checkpoint.folder if file is None else file.parent
 
 
 def _add_adapter(model: VisionModel, folder: Path) -> None:
@@ -192,6 +230,33 @@ def _action_processor(model, tokenizer, config: Mapping, longest: int):
     )
 
 
+def _fast_code(folder: Path, beside: Mapping[str, Path]) -> FastCode:
+    names = ("fast_tokenizer.json", "fast_processor_config.json")
+    return FastCode.read(*(beside.get(name, folder / name) for name in names))
+
+
+def _chunk_processor(model, tokenizer, config: Mapping, longest: int, code: FastCode):
+    args = model.args
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is None:
+            raise InputError("the tokenizer has no <bos> or no <eos>; expected both")
+    return ChunkProcessor(
+        tokenizer,
+        model.image_size,
+        code,
+        config["norm_stats"],
+        args.rules,
+        args.horizon,
+        args.action_dim,
+        args.skipped,
+        args.text["vocab_size"],
+        args.longest_prompt,
+        args.dialect,
+        args.strict,
+        longest,
+    )
+
+
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
@@ -226,9 +291,9 @@ def load_tokenizer(folder: Path, config: dict):
             )
         stops |= set(ids)
     # transformers warns that it has no model type `llava_qwen2`; it needs none.
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         # Else transformers asks on the terminal whether to run the checkpoint's code.
         safe = {"trust_remote_code": False}
@@ -237,7 +302,7 @@ def load_tokenizer(folder: Path, config: dict):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
     finally:
-        log.setLevel(level)
+        theirs.setLevel(level)
     tokenizer.model_max_length = 1 << 30  # prompts that do not fit are refused here
     return tokenizer
 

@@ -349,7 +349,7 @@ def assemble(
             slices.append(slice(length, length + visual.keep))
             start, length = start + total, length + visual.keep
     embeddings = mx.concatenate(parts, axis=1)
-    mask, seen = model.attends, None
+    mask, seen, gap = model.attends, None, model.gap
     if masks is not None:
         seen = mx.concatenate(keys, axis=1)
         mask = _visible(seen, model.attends)
@@ -357,12 +357,12 @@ def assemble(
     if positions == "original" and (length < start or seen is not None or drops):
         found = mx.concatenate([p.astype(mx.int32) for p in places], axis=1)
         found = found[0] if batch == 1 else found
-        return Sequence(embeddings, found, start, mask, tuple(slices))
+        return Sequence(embeddings, found, start + gap, mask, tuple(slices))
     if seen is None:
-        return Sequence(embeddings, None, length, mask, tuple(slices))
+        return Sequence(embeddings, None, length + gap, mask, tuple(slices))
     # Padding takes no place: only what each sample kept is counted.
     counted = mx.cumsum(seen.astype(mx.int32), axis=1)
-    ends = counted[:, -1]
+    ends = counted[:, -1] + gap
     return Sequence(embeddings, counted - 1, ends, mask, tuple(slices))
 
 
@@ -380,12 +380,17 @@ def _at(plan: Plan, place: str) -> Pruner | None:
     return next((pruner for pruner in plan if pruner.place == place), None)
 
 
+def given_or_carried(model: VisionModel, pruners: Pruners) -> Plan:
+    """These pruners, those that the model's checkpoint carries when `None`."""
+    return as_plan(model.carried if pruners is None else pruners)
+
+
 def plan_for(model: VisionModel, pruners: Pruners) -> Plan:
     """What one pruner, several or none do in this model, in the order of their places.
 
     Raises `InputError` unless it has what each needs at its place.
     """
-    plan = as_plan(pruners, len(model.decoder.layers))
+    plan = as_plan(given_or_carried(model, pruners), len(model.decoder.layers))
     for pruner in plan:
         provided = model.provides.get(pruner.place, ())
         missing = [name for name in pruner.needs if name not in provided]

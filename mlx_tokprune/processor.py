@@ -111,6 +111,7 @@ class ActionProcessor:
     crop: float = 1.0
     resample: Image.Resampling = Image.Resampling.BICUBIC
     longest: int = 64
+    pads = False
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
         """RGB pictures -> (B, S, S, 3) float32 in [0, 1], resized without padding."""

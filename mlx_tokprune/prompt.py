@@ -1,6 +1,6 @@
 """Prompts: the chat template, and token ids around pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -66,6 +66,19 @@ def action_prompt(instruction: str) -> str:
     return (
         f"In: What action should the robot take to {instruction.strip().lower()}?\nOut:"
     )
+
+
+def state_prompt(instruction: str, bins: Sequence[int], lower: bool) -> str:
+    """pi0-FAST's question: the task, and the bins of the state, from -1 to 255.
+
+    lower: in lower case, as openpi writes it; lerobot leaves it as it is.
+    """
+    check_text(instruction, "the instruction")
+    task = instruction.strip().replace("_", " ").replace("\n", " ")
+    if not task.strip():
+        raise InputError("the instruction is empty; expected what the robot should do")
+    task = task.lower() if lower else task
+    return f"Task: {task}, State: {' '.join(map(str, bins))};\n"
 
 
 def tokenize(text: str, image_token: str, encode: Callable[[str], list[int]]) -> Prompt:

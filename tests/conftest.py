@@ -14,6 +14,8 @@ import mlx_tokprune
 import mlx.core as mx  # isort: skip
 import pytest  # isort: skip
 
+from mlx_tokprune.pruners import registry
+
 # coremltools leaves temporary folders to be cleaned up by the garbage collector.
 COREMLTOOLS_WARNINGS = [
     pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
@@ -31,6 +33,17 @@ def needs_coremltools() -> None:
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "fastvlm-tiny"
 TINY_POLICY = DATA / "openvla-tiny"
+TINY_CHUNKS = DATA / "pi0fast-tiny"
+
+
+@pytest.fixture(autouse=True)
+def _same_methods():
+    """Methods that a test brings are unknown to the next one."""
+    before = [(known, dict(known)) for known in (registry._METHODS, registry._NAMES)]
+    yield
+    for known, names in before:
+        known.clear()
+        known.update(names)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +74,12 @@ def demo_policy():
 def tiny_policy():
     """(model, processor) of the tiny golden policy, in its original layout."""
     return mlx_tokprune.load(TINY_POLICY)
+
+
+@pytest.fixture(scope="session")
+def tiny_chunks():
+    """(model, processor) of the tiny pi0-FAST policy, in lerobot's layout."""
+    return mlx_tokprune.load(TINY_CHUNKS)
 
 
 @pytest.fixture

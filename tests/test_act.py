@@ -22,7 +22,7 @@ ASK = ["--model", str(TINY_POLICY), "--image", PICTURE, "--instruction", INSTRUC
 PROMISED = {
     *("action", "normalized_action", "token_ids", "visual_tokens", "kept_indices"),
     *("stages_ms", "ttft_ms", "total_ms", "actions_per_second", "peak_memory_mb"),
-    *("method", "keep", "places", "positions", "device"),
+    *("method", "keep", "places", "positions", "device", "wrong", "calls"),
 }
 
 

@@ -12,6 +12,7 @@ from conftest import TINY, TINY_POLICY
 from PIL import Image
 
 from mlx_tokprune import generate, load, predict_action, stream_generate
+from mlx_tokprune.answer.settings import Settings
 from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import data, read_result, table
@@ -154,8 +155,9 @@ def test_nothing_to_ask_is_refused(folder, make, message):
 ROWS = make_rows(["norm", "similarity", "uniform"], [0.5, 0.11])
 
 
-def evaluator_of(loaded, rows=ROWS, positions="original", most=8) -> Evaluator:
-    return Evaluator(subject_of("it", *loaded), rows, positions, most)
+def evaluator_of(loaded, rows=ROWS, positions="original", most=8, **cache) -> Evaluator:
+    settings = Settings(positions, most, **cache)
+    return Evaluator(subject_of("it", *loaded), rows, settings)
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
@@ -173,6 +175,25 @@ def test_answers_are_those_of_generate(demo, positions):
             assert record["accuracy"] == accuracy(alone, [picture.answer])
             same = alone == records["none"]["answer"]
             assert record["agrees"] == same
+
+
+def test_answers_of_a_quantized_cache_are_those_of_generate(demo, monkeypatch):
+    cache = {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 0}
+    evaluator, read = evaluator_of(demo, **cache), []
+    follow = type(evaluator.model.decoder).follow
+
+    def watched(decoder, ids, layers):
+        read.extend(type(layer.inner).__name__ for layer in layers)
+        return follow(decoder, ids, layers)
+
+    monkeypatch.setattr(type(evaluator.model.decoder), "follow", watched)
+    item = data.Item(str(PICTURES[0].path), PICTURES[0].question)
+    records = evaluator.ask(item)
+    assert set(read) == {"QuantizedKVCache"}
+    for row in ROWS:
+        how = {"pruner": row.pruners, "max_tokens": 8}
+        alone = generate(*demo, [item.picture], item.question, **how, **cache)
+        assert records[row.label]["answer"] == alone
 
 
 def decoded(evaluator, item, plan, ids) -> mx.array:

@@ -21,6 +21,7 @@ QUARTER = (Pruner("norm", 0.25),)
 COUNTER = SimpleNamespace(
     text=lambda prompt, state: [ids[..., None] * 1.0 for ids in prompt.arrays()],
     attends="causal",
+    gap=0,
 )
 
 
@@ -68,7 +69,7 @@ def test_each_of_a_batch_has_its_pictures_and_positions():
 
 @pytest.mark.parametrize("attends", ["causal", "full"])
 def test_padding_takes_no_place_and_nobody_sees_it(attends):
-    model = SimpleNamespace(text=COUNTER.text, attends=attends)
+    model = SimpleNamespace(text=COUNTER.text, attends=attends, gap=0)
     scene = Scene(None, Prompt(((1,), (2,))), batch=2)
     padding = [[True, True], [True, False]]
     visual = kept_tokens([[1, 2], [3, 3]], (2, 2), 2, padding)
@@ -212,7 +213,7 @@ def test_an_abandoned_stream_leaves_nothing_behind(tiny):
 
 def test_only_a_causal_sequence_can_be_extended():
     scene, visual = Scene(None, Prompt(((1,), (2,)))), kept_tokens([[0]], (2, 2), 1)
-    model = SimpleNamespace(text=COUNTER.text, attends="full")
+    model = SimpleNamespace(text=COUNTER.text, attends="full", gap=0)
     sequence, more = assemble(model, scene, visual), mx.zeros((1, 2, 1))
     assert sequence.mask == "full"
     with pytest.raises(ValueError, match="only a causal sequence"):

@@ -22,7 +22,7 @@ from ..models.family import VisionModel
 from ..models.language import Read
 from ..pipeline import Scene, VisualTokens, check_memory, plan_for, run
 from ..processor import Processor
-from ..pruners import Plan, Pruners
+from ..pruners import Plan, Pruners, as_plan
 from ..threads import end_streams_with_thread
 from ..timing import NO_CLOCK, Clock, NoClock
 from .memory import Memory
@@ -95,7 +95,8 @@ def stream_generate(
 ) -> Iterator[Response]:
     """Stream an answer about `images` (files, arrays or PIL images, in order).
 
-    pruner: a `Pruner`, or several at different places; every visual token when `None`.
+    pruner: a `Pruner`, or several at different places; when `None` those that the
+    checkpoint carries, mostly none.
     vision: what sees and prunes in place of the model's tower and `pruner`: a Core ML
     package (`coreml.vision.open_vision`) or a `Temporal`. memory: a `Memory`, which
     makes another question about the same pictures quick. stages: fence the run and time
@@ -106,14 +107,13 @@ def stream_generate(
     chosen = Settings(**settings)
     images = decoded(images)
     check_answers(model)
-    plan = plan_for(model, pruner)
-    if plan and vision:
+    if vision is not None and as_plan(pruner):
         raise InputError("what sees also prunes: give the pruner to it, not here")
+    plan = plan_for(model, pruner if vision is None else vision.plan)
     chosen.check(model)
     processor.check(prompt, len(images))
     if vision is not None:
         vision.check(model)
-        plan = plan_for(model, vision.plan)
     else:
         check_memory(model, processor.image_size, len(images))
     clock = Clock() if stages else NO_CLOCK

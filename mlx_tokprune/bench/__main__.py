@@ -17,6 +17,7 @@ from ..files import check_name, check_output
 from ..hub import resolve
 from ..image import list_pictures, load_image
 from ..loading import load
+from ..measure.guest import RUNTIMES
 from ..measure.subject import Subject, default_methods, subject_of
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
 from ..pruners import get_method, read_plan
@@ -50,7 +51,9 @@ def build_parser() -> Parser:
         metavar="PX",
         help="input sizes to prune at besides the model's own; FastVLM only",
     )
-    add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
+    add("--positions", choices=POSITIONS, help="(default: original; see mlx-vlm's)")
+    help_ = "what runs the model; mlx-vlm's takes whatever that loads"
+    add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
     add("--tokens", type=int, default=16, help="generated in each run (default: 16)")
     add("--runs", type=int, default=5, help="of each row (default: 5)")
     add("--output", default="bench.json", help="result file; resumed when it is there")
@@ -67,6 +70,10 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     _check(args)
+    if args.runtime == "mlx-vlm":
+        _measure_guest(args)
+        return
+    args.positions = args.positions or DEFAULT_POSITIONS
     subjects = _load(args.model or ["demo"], args.adapter_path)
     subject = subjects[0]
     if len({subject.kind for subject in subjects}) > 1:
@@ -78,8 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         methods = [] if args.plans else default_methods(subject)
     options = options_of(methods, args)
     example = POLICY_FRAME if subject.kind == "acting" else PICTURES[0]
-    paths = args.image or [example.path]
-    images = [load_image(file) for path in paths for file in list_pictures(path)]
+    images = _images(args, example.path)
     prompts = args.prompt or [example.question]
     rows = make_rows(
         *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
@@ -94,6 +100,30 @@ def main(argv: list[str] | None = None) -> None:
     if args.plots:
         for path in draw_all(result, Path(args.plots), _accuracy(args.accuracy)):
             print(f"wrote {path}")
+
+
+def _images(args, example) -> list:
+    paths = args.image or [example]
+    return [load_image(file) for path in paths for file in list_pictures(path)]
+
+
+def _measure_guest(args) -> None:
+    """A model that mlx-vlm runs."""
+    from ..measure.guest import Guest, check_guest
+    from . import guest as bench_guest
+
+    names = ("plans", "image_sizes", "adapter_path", "plots", "accuracy")
+    check_guest(**{name: getattr(args, name) for name in names})
+    if len(args.model) != 1:
+        raise InputError("mlx-vlm's runtime measures one model; give one --model")
+    guest = Guest(args.model[0], args.positions)
+    methods = guest.methods() if args.methods is None else args.methods
+    rows = guest.rows(methods, args.keep_ratios, options_of(methods, args))
+    images, prompts = _images(args, PICTURES[0].path), args.prompt
+    asked = (images, prompts or [PICTURES[0].question], args.tokens, args.runs)
+    result = bench_guest.measure(guest, rows, *asked, Path(args.output))
+    print(bench_guest.markdown(result))
+    print(f"\nwrote {args.output}")
 
 
 def _load(names: list[str], adapter: str | None) -> list[Subject]:

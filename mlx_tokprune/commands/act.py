@@ -1,6 +1,7 @@
 """The action of a robot policy, from the command line."""
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -13,6 +14,8 @@ from ..errors import InputError, Parser, command
 from ..image import center_crop, load_image
 from ..loading import load
 from ..measure.machine import device_name
+from ..pipeline import given_or_carried
+from ..robot.inputs import check_images
 from ..robot.policy import Policy
 from ..robot.predict import predict_action
 from .options import (
@@ -40,10 +43,12 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("--model", help="demo-policy, a folder or hub id (default: demo-policy)")
-    add("--image", action="append", default=[], help="a picture; repeat for several")
+    help_ = "a picture, or CAMERA=FILE; repeat for several"
+    add("--image", action="append", default=[], help=help_)
     add("--instruction", help="what the robot should do")
     add("--unnorm-key", help="the data set whose units are wanted")
-    add("--proprio", type=float, nargs="+", help="robot state, in its own units")
+    help_ = "robot state, in its own units"
+    add("--proprio", "--state", type=float, nargs="+", help=help_)
     add_method(parser, DEFAULT_METHOD)
     add_budget(parser)
     add("--coverage", type=float, help="of trimvla without a budget (default: 0.15)")
@@ -51,6 +56,8 @@ def build_parser() -> Parser:
     add("--seed", type=int, default=0, help="of method random")
     help_ = "warm runs of a compiled policy, for actions/s (default: none)"
     add("--runs", type=int, default=0, help=help_)
+    help_ = "draft each of these by the last one's tokens; actions stay the same"
+    add("--draft", action="store_true", help=help_)
     help_ = "fence the run and time its stages, which makes its TTFT a little longer"
     add("--stages", action="store_true", help=help_)
     add("--overlay", help="write a picture of what was kept to this PNG")
@@ -66,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
     own = {name: value for name, value in own.items() if value is not None}
-    plan = make_pruners(args, DEFAULT_METHOD, own)
-    pictures, instruction = args.image, args.instruction
+    pruners = make_pruners(args, DEFAULT_METHOD, own)
+    names, pictures = split_names(args.image)
+    instruction = args.instruction
     if args.model is None:
         pictures = pictures or [POLICY_FRAME.path]
         instruction = POLICY_FRAME.question if instruction is None else instruction
@@ -75,12 +83,17 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no instruction was given; say --instruction TEXT")
     if args.runs < 0:
         raise InputError(f"cannot time {args.runs} runs; the least is 0")
+    if args.draft and not args.runs:
+        raise InputError("--draft is by the last action's tokens; say --runs, too")
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
     model, processor = load(
         "demo-policy" if args.model is None else args.model,
         adapter_path=args.adapter_path,
     )
+    if names:
+        images = dict(zip(names, images, strict=True))
+    plan = given_or_carried(model, pruners)
     mx.reset_peak_memory()
     asked = {"pruner": plan, "positions": args.positions}
     asked["unnorm_key"] = args.unnorm_key
@@ -88,24 +101,28 @@ def main(argv: list[str] | None = None) -> None:
         *(model, processor, images, instruction),
         **{"proprio": args.proprio, "stages": args.stages, **asked},
     )
-    peak, rate = mx.get_peak_memory() / 1e6, None
+    peak, rate, calls = mx.get_peak_memory() / 1e6, None, None
     if args.runs:
-        policy = Policy(model, processor, **asked)
+        policy = Policy(model, processor, draft=args.draft, **asked)
         rate = _actions_per_second(policy, images, instruction, args.proprio, args.runs)
+        calls = policy.calls
     visual = action.visual
     if args.overlay:
-        seen = [center_crop(image, processor.crop) for image in images]
-        write_overlay(args.overlay, seen, visual, padded=False)
+        seen = check_images(model, images)
+        seen = [center_crop(image, processor.crop) for image in seen]
+        write_overlay(args.overlay, seen, visual, padded=processor.pads)
     record = {
         "action": action.values.tolist(),
         "normalized_action": action.normalized.tolist(),
         "token_ids": action.token_ids and list(action.token_ids),
         "visual_tokens": visual.total,
+        "wrong": action.wrong,
         "kept_indices": visual.left(),
         "stages_ms": action.stages_ms,
         "ttft_ms": action.ttft_ms,
         "total_ms": action.total_ms,
         "actions_per_second": rate,
+        "calls": calls,
         "peak_memory_mb": peak,
         "method": methods(plan),
         "keep": len(visual.left()[0]),
@@ -116,6 +133,28 @@ def main(argv: list[str] | None = None) -> None:
     print(format_report(record), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(record))
+
+
+def split_names(texts: list[str]) -> tuple[list[str], list[str]]:
+    """`camera=file` texts as names and files; no names where none are given.
+
+    Raises `InputError` where some have a name and some have none, or one comes twice.
+    """
+    parts = [("", t) if os.path.exists(t) else _named(t) for t in texts]
+    names, files = [n for n, _ in parts], [f for _, f in parts]
+    if not any(names):
+        return [], files
+    if not all(names) or len(set(names)) < len(names):
+        raise InputError(
+            f"--image is CAMERA=FILE for every picture, each camera once, or FILE for "
+            f"all; got {' '.join(texts)}"
+        )
+    return names, files
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    return (name, file) if equals and "/" not in name else ("", text)
 
 
 def _actions_per_second(policy, images, instruction, proprio, runs: int) -> float:
@@ -140,6 +179,8 @@ def format_report(record: dict) -> str:
         f"visual tokens   {record['visual_tokens']}, kept {record['keep']} "
         f"({record['method']}, {record['positions']} positions)",
     ]
+    if record["wrong"]:
+        lines.insert(1, f"wrong           {record['wrong']}; padded, cut or zeros")
     stages = record["stages_ms"]
     if stages:
         times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
@@ -150,7 +191,8 @@ def format_report(record: dict) -> str:
     )
     if record["actions_per_second"]:
         rate = record["actions_per_second"]
-        lines.append(f"actions/s       {rate:.1f} (warm, compiled)")
+        how = f"warm, {record['calls']} calls of the language model"
+        lines.append(f"actions/s       {rate:.1f} ({how})")
     return "\n".join(
         [
             *lines,

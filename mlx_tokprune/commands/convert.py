@@ -9,25 +9,32 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
+from ..carried import carry, read_carried
 from ..convert.checkpoint import (
     BYTES,
     FLOATS,
     Checkpoint,
+    copy_beside,
     copy_companions,
     write_config,
     write_shards,
 )
 from ..convert.family import Family
+from ..convert.lora import CHOICES
 from ..convert.openvla import OPENVLA
 from ..errors import InputError, Parser, command
 from ..files import new_folder
 from ..hub import resolve
 from ..loading import (
     check_finite,
+    check_plan,
     expected_shapes,
     load_tokenizer,
     open_checkpoint,
+    tokenizer_folder,
 )
+from ..pruners import Pruners, as_plan
+from .options import add_option, add_prune, read_options, read_plans
 
 log = logging.getLogger(__name__)
 INT8_WARNING = (
@@ -46,12 +53,21 @@ def convert(
     q_group_size: int = 64,
     actions_per_chunk: int | None = None,
     pictures: int | None = None,
+    pruner: Pruners = None,
+    lora_adapter: str = "auto",
+    base_model: str | None = None,
 ) -> Path:
     """Write the checkpoint `hf_path` (hub id or folder) as an MLX checkpoint.
 
     dtype: of float tensors, the source's own when `None`.
     quantize: the language model only, to `q_bits` in groups of `q_group_size`.
     actions_per_chunk, pictures: of an OpenVLA-OFT policy whose robot is not known here.
+    lora_adapter: what becomes of the `lora_adapter/` of OpenVLA-OFT's training: `merge`
+    adds it to the weights, `ignore` does not; `auto` adds it unless the weights hold it
+    already, which they are asked, since files do not say. base_model: what it was
+    trained on, where its folder has no weights.
+    pruner: one, or several, that the checkpoint carries from then on, and that prune
+    wherever none is given; those that the source carries when `None`.
 
     Tensors are streamed, so memory holds about one shard of 1 GB. The source is only
     read; its tokenizer, licence and model card are copied. Returns the new folder.
@@ -74,9 +90,16 @@ def convert(
             f"{target} is inside {source}, which is only read; choose a folder "
             "elsewhere"
         )
-    family, checkpoint, config = open_checkpoint(source)
+    family, checkpoint, config = open_checkpoint(source, lora_adapter, base_model)
+    for note in checkpoint.notes:
+        log.warning(note)
+    if pruner is None:
+        pruner = read_carried(config, checkpoint.folder)
+    if as_plan(pruner):
+        check_plan(family, config, pruner)
     _override_oft(config, actions_per_chunk, pictures)
-    load_tokenizer(checkpoint.folder, config)  # or the result could not be used
+    beside = family.beside(checkpoint)
+    load_tokenizer(tokenizer_folder(checkpoint, beside), config)  # or of no use
     if quantize and q_bits == 8 and family is OPENVLA:
         log.warning(INT8_WARNING)
     if quantize and config.get("quantization"):
@@ -85,10 +108,12 @@ def convert(
     tensors = _stream(family, checkpoint, dtype, quantization)
     size = _bytes_to_write(family, checkpoint, dtype, quantization)
     with new_folder(target) as folder:
+        if checkpoint.base:  # its licence; what the policy has, too, is the policy's
+            copy_companions(checkpoint.base, folder)
         copy_companions(checkpoint.folder, folder)
-        write_config(
-            folder, _target_config(config, dtype, quantize, q_bits, q_group_size)
-        )
+        copy_beside(beside, folder)
+        target_config = _target_config(config, dtype, quantize, q_bits, q_group_size)
+        write_config(folder, carry(pruner, target_config, folder))
         write_shards(folder, tensors, size)
     return target
 
@@ -182,10 +207,21 @@ def build_parser() -> Parser:
     add("--q-group-size", type=int, default=64, help="weights per scale (default: 64)")
     add("--actions-per-chunk", type=int, help="of an OpenVLA-OFT policy (default: 8)")
     add("--pictures", type=int, help="an OpenVLA-OFT policy looks at (default: 2)")
+    help_ = "of an OpenVLA-OFT policy (default: auto, merge unless the weights hold it)"
+    add("--lora-adapter", choices=CHOICES, default="auto", help=help_)
+    help_ = "hub id or folder of what lora_adapter/ was trained on, if not beside it"
+    add("--base-model", help=help_)
+    add_prune(parser, "let it prune by itself, such as trimvla, or FOLDER:0.25")
+    add_option(parser)
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    target = convert(**vars(build_parser().parse_args(argv)))
+    asked = vars(build_parser().parse_args(argv))
+    plans, options = asked.pop("prune"), read_options(asked.pop("option"))
+    pruner = read_plans(plans, options) if plans else None
+    if options and pruner is None:
+        raise InputError("--option is for what --prune names; say that, too")
+    target = convert(**asked, pruner=pruner)
     print(f"wrote {target}")

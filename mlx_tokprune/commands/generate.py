@@ -22,9 +22,9 @@ from ..image import list_pictures, load_image
 from ..loading import load
 from ..measure.machine import device_name
 from ..models.language import PREFILL_STEP
-from ..pipeline import VisualTokens
+from ..pipeline import VisualTokens, given_or_carried
 from ..processor import PADDINGS
-from ..pruners import Plan, as_plan
+from ..pruners import Plan
 from .options import (
     add_adapter,
     add_budget,
@@ -91,7 +91,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
-    plan, vision = _plan_and_vision(args)
+    pruners, vision = _pruners_and_vision(args)
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(args, name) for name in names})
     pictures, prompts = args.image, args.prompt
@@ -116,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         "demo" if args.model is None else args.model, adapter_path=args.adapter_path
     )
     check_answers(model)
+    plan = given_or_carried(model, pruners)
+    vision = Temporal(plan) if args.temporal else vision
     apart = each or args.temporal
     asked = [[image] for image in images] if apart else [images]
     asking = _Asking(args, model, processor, plan, vision, settings)
@@ -213,11 +215,10 @@ class _Asking:
         return methods(self.plan)
 
 
-def _plan_and_vision(args) -> tuple[Plan, Vision | None]:
-    """What prunes, and what sees in place of the model's tower, if anything."""
+def _pruners_and_vision(args) -> tuple[Plan | None, Vision | None]:
+    """What prunes, and the package that sees in place of the model's tower, if any."""
     if args.vision is None:
-        plan = as_plan(make_pruners(args, DEFAULT_METHOD))
-        return plan, Temporal(plan) if args.temporal else None
+        return make_pruners(args, DEFAULT_METHOD), None
     if args.temporal:
         raise InputError("a package sees whole frames; leave out --temporal")
     own = (args.method, args.at, args.option, args.prune)

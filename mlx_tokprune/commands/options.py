@@ -16,12 +16,17 @@ from ..pruners.registry import Depths, Options, Place
 
 def add_common(parser: Parser) -> None:
     """`--option` and `--verbose`, which every command that prunes has."""
+    add_option(parser)
+    help_ = "log places, counts and times to stderr"
+    parser.add_argument("--verbose", action="store_true", help=help_)
+
+
+def add_option(parser: Parser) -> None:
+    """`--option`, of methods."""
     help_ = "an option of a method, such as coverage=0.2; repeat for several"
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help=help_
     )
-    help_ = "log places, counts and times to stderr"
-    parser.add_argument("--verbose", action="store_true", help=help_)
 
 
 def add_adapter(parser: Parser) -> None:
@@ -82,10 +87,14 @@ def add_method(parser: Parser, default: str) -> None:
     parser.add_argument("--method", help=help_)
     help_ = "where it prunes: tower, prompt, or after so many layers (default: its own)"
     parser.add_argument("--at", metavar="PLACE", help=help_)
-    help_ = "prune at several places instead, such as norm:0.5@tower; repeat"
+    add_prune(parser, "prune at several places instead, such as norm:0.5@tower")
+
+
+def add_prune(parser: Parser, help_: str) -> None:
+    """`--prune`, a place of a plan each time."""
     metavar = "METHOD[:BUDGET][@PLACE]"
     parser.add_argument(
-        "--prune", action="append", default=[], metavar=metavar, help=help_
+        "--prune", action="append", default=[], metavar=metavar, help=f"{help_}; repeat"
     )
 
 
@@ -120,18 +129,29 @@ def describe_methods() -> str:
     return f"Pruning methods. {'; '.join(lines)}"
 
 
-def make_pruners(args, default: str, own: Options | None = None) -> Plan:
-    """What prunes, from command line options; `own`: options with their own flags."""
-    if not args.prune:
-        return (_make_pruner(args, default, own or {}),)
+def make_pruners(args, default: str, own: Options | None = None) -> Plan | None:
+    """What prunes, from command line options; `own`: options with their own flags.
+
+    `None` where nobody says, which leaves it to the checkpoint.
+    """
     alone = ("method", "at", "keep_ratio", "keep_tokens")
-    if any(getattr(args, name) is not None for name in alone):
+    unsaid = all(getattr(args, name) is None for name in alone)
+    if not args.prune:
+        if unsaid and not args.option and not own:
+            return None
+        return (_make_pruner(args, default, own or {}),)
+    if not unsaid:
         raise InputError(
             "--prune says method, budget and place; leave out --method, --at, "
             "--keep-ratio and --keep-tokens"
         )
     options = read_options(args.option) | dict(own or {})
-    plan = tuple(p for text in args.prune for p in read_plan(text, options, args.seed))
+    return read_plans(args.prune, options, args.seed)
+
+
+def read_plans(texts: Sequence[str], options: Options, seed: int = 0) -> Plan:
+    """The places of one plan; `InputError` for an option that none of them takes."""
+    plan = tuple(p for text in texts for p in read_plan(text, options, seed))
     options_by_method([pruner.method for pruner in plan], options)
     return plan
 

@@ -7,11 +7,13 @@ import base64
 import html
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from ..bench import guest as bench_guest
 from ..bench import measure as bench
 from ..bench import plots
 from ..bench import table as bench_table
@@ -22,8 +24,10 @@ from ..evaluate.data import Item, read_questions
 from ..files import check_apart, check_output, write_text
 from ..hub import is_local
 from ..loading import load
+from ..measure.guest import Guest, GuestRow
 from ..measure.results import read_any
 from ..measure.subject import Subject, subject_of
+from ..overlay import draw_overlay
 from ..pipeline import plan_for, run
 from ..pruners import Pruner, Pruners, get_method, is_registered
 from .options import draw_choices
@@ -108,6 +112,11 @@ def bench_section(result: dict, accuracy: plots.Accuracy) -> str:
     return f"<h2>Speed</h2>{table_of(bench_table.markdown(result))}{shown}"
 
 
+def guest_section(result: dict) -> str:
+    """Speed in mlx-vlm's runtime: the table."""
+    return f"<h2>Speed in mlx-vlm</h2>{table_of(bench_guest.markdown(result))}"
+
+
 def evaluation_section(result: dict) -> str:
     """Answers: the table, and accuracy against FLOPs."""
     title = html.escape(f"{result['questions']} questions of {result['data']}")
@@ -131,14 +140,13 @@ def picture_sections(
 ) -> Iterator[str]:
     """For some questions, what each method kept beside what was answered."""
     _check_methods(result, methods)
-    run, name = result["run"], result["model"]
+    name = result["model"]
     if not is_local(name):
         raise InputError(
             f"model {name!r} of the results is no folder here, and a file must not say "
             "what is fetched; give --pictures 0"
         )
-    subject = subject_of(name, *load(name))
-    subject = subject.at(result["image_size"], run.get("padding"))
+    draw = _drawing(name, result)
     chosen = result["answers"][:: max(1, len(result["answers"]) // pictures)]
     items = _items(result)
     for answer in chosen[:pictures]:
@@ -148,7 +156,7 @@ def picture_sections(
                 f"question {key[1]!r} about {key[0]} is no longer in {result['data']}; "
                 "give --pictures 0, or the questions as they were"
             )
-        yield _picture_section(subject, result, answer, items[key])
+        yield _picture_section(draw, result, answer, items[key])
 
 
 def _check_methods(result: dict, methods: Sequence[str]) -> None:
@@ -171,13 +179,28 @@ def _items(result: dict) -> dict[tuple[str, str], Item]:
     return {(item.picture, item.question): item for item in found.items}
 
 
-def _picture_section(subject: Subject, result: dict, answer: dict, item: Item) -> str:
+def _drawing(name: str, result: dict) -> Callable[..., Image.Image]:
+    """What draws a picture, with a question, as a row of the results saw it."""
+    run = result["run"]
+    if run.get("runtime") == "mlx-vlm":
+        guest = Guest(name, None if run["positions"] == "original" else "contiguous")
+        return lambda *asked: _guest_overlay(guest, *asked)
+    subject = subject_of(name, *load(name))
+    subject = subject.at(result["image_size"], run.get("padding"))
+
+    def draw(image: Image.Image, text: str, row: dict) -> Image.Image:
+        pruners = map(_pruner, _described(row))
+        return _overlay(subject, image, text, pruners, run["positions"])
+
+    return draw
+
+
+def _picture_section(draw, result: dict, answer: dict, item: Item) -> str:
     image, right = item.load(), answer["answers"]
     told = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
     cards = []
     for row in result["run"]["rows"]:
-        asked = (subject, image, item.question, map(_pruner, _described(row)))
-        overlay = _overlay(*asked, result["run"]["positions"])
+        overlay = draw(image, item.question, row)
         label = row["label"]
         score, given = answer["scores"][label], answer["given"][label]
         style = "" if score is None else "right" if score > 0.5 else "wrong"
@@ -211,6 +234,18 @@ def _overlay(
     return draw_choices([image], visual, padded=subject.kind == "answering")
 
 
+def _guest_overlay(
+    guest: Guest, image: Image.Image, text: str, row: dict
+) -> Image.Image:
+    """The same in mlx-vlm; the picture alone where its tokens are no one grid."""
+    pruner = _pruner(row["pruner"])
+    found = guest.ask(GuestRow(row["label"], pruner), image, text, 1)
+    grids = guest.grids(image, text)
+    if len(grids) != 1 or found.places is None or len(found.places) != 1:
+        return image
+    return draw_overlay([image], [np.array(found.places[0])], grids[0], False)
+
+
 # The command ------------------------------------------------------------------------
 
 
@@ -234,11 +269,12 @@ def main(argv: list[str] | None = None) -> None:
     import_matplotlib()
     check_output(args.output)
     check_apart(args.output, args.results)
-    speeds, answers = _read(args.results)
+    speeds, guests, answers = _read(args.results)
     accuracy = {}
     for result in answers:
         accuracy |= evaluation.accuracies(result)
     sections = [bench_section(result, accuracy) for result in speeds]
+    sections += [guest_section(result) for result in guests]
     for result in answers:
         sections.append(evaluation_section(result))
         if args.pictures:
@@ -247,15 +283,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {args.output}")
 
 
-def _read(files: Sequence[str]) -> tuple[list[dict], list[dict]]:
-    """Results of `bench`, and of `evaluate`."""
-    speeds, answers = [], []
+def _read(files: Sequence[str]) -> tuple[list[dict], list[dict], list[dict]]:
+    """Results of `bench`, of those in mlx-vlm's runtime, and of `evaluate`."""
+    speeds, guests, answers = [], [], []
     for name in map(Path, files):
-        if read_any(name).get("schema") == bench.SCHEMA:
+        schema = read_any(name).get("schema")
+        if schema == bench.SCHEMA:
             speeds.append(bench.read_bench(name))
+        elif schema == bench_guest.SCHEMA:
+            guests.append(bench_guest.read_guest(name))
         else:
             answers.append(evaluation.read_result(name))
-    return speeds, answers
+    return speeds, guests, answers
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..answer.settings import Settings
 from ..commands.options import (
     add_adapter,
     add_common,
@@ -17,6 +18,7 @@ from ..commands.options import (
 from ..errors import InputError, Parser, command, import_matplotlib, printable
 from ..files import check_apart, check_output, locked, write_text
 from ..loading import load, open_checkpoint
+from ..measure.guest import RUNTIMES
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of
@@ -50,8 +52,16 @@ def build_parser() -> Parser:
     budget.add_argument("--eval-budgets", help="visual tokens instead", **tokens)
     add("--image-size", type=int, help="of the input, px (default: the model's own)")
     add("--padding", choices=PADDINGS, default="keep", help="of pictures to squares")
-    add("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
+    add("--positions", choices=POSITIONS, help="(default: original; see mlx-vlm's)")
+    help_ = "what runs the model; mlx-vlm's takes whatever that loads"
+    add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
     add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
+    add(
+        "--kv-bits",
+        type=int,
+        help="quantize the cache behind the prompt to 4 or 8 bits",
+    )
+    add("--kv-group-size", type=int, default=64, help="(default: 64)")
     help_ = "name the cheapest that loses at most this share of answers, such as 0.02"
     add("--recommend", type=float, metavar="LOSS", help=help_)
     add("--workers", type=int, default=1, help="processes on this machine")
@@ -71,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     name = "demo-policy" if args.data == "metaworld" else "demo"
     name = name if args.model is None else args.model
     if args.workers > 1:
+        if args.runtime != "own":
+            raise InputError("mlx-vlm's runtime has one worker; leave out --workers")
         open_checkpoint(name)
         launch(sys.argv[1:] if argv is None else argv, args.workers, args.output)
         return
@@ -83,33 +95,23 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {printable(reason)}")
-    subject = subject_of(name, *load(name, adapter_path=args.adapter_path))
-    subject = subject.at(args.image_size or subject.image_size, args.padding)
-    rows = _rows(args, subject, questions)
-    header = describe_run(
-        subject.model,
-        questions.items,
-        rows,
-        positions=args.positions,
-        max_tokens=args.max_tokens,
-        image_size=subject.image_size,
-        padding=args.padding,
-    )
+    begin = _begin_guest if args.runtime == "mlx-vlm" else _begin
+    evaluator, header = begin(args, name, questions)
     journal = Journal(_journal_file(args.output, workers), header)
     mine = workers.share(len(questions.items))
-    evaluator = Evaluator(subject, rows, args.positions, args.max_tokens)
     records = answer_all(evaluator, questions.items, mine, journal)
     records = workers.gather(records)
     if workers.is_first:
         result = {
             **{"schema": SCHEMA, "machine": describe(), "run": header},
-            **{"model": name, "image_size": subject.image_size, "data": args.data},
+            **{"model": name, "image_size": header["image_size"], "data": args.data},
             "questions": len(questions.items),
             "skipped": [list(line) for line in questions.skipped],
             "rows": summarize(questions.items, records),
             "answers": _answers(questions, records),
         }
         if args.recommend is not None:
+            rows = evaluator.rows
             found = recommend(questions.items, records, rows, args.recommend)
             result["recommendation"] = found
         write_text(args.output, json.dumps(result, indent=1) + "\n")
@@ -117,10 +119,55 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
         _report(args, result)
 
 
+def _begin(args, name: str, questions: Questions) -> tuple[Evaluator, dict]:
+    """What answers, and what makes two runs the same."""
+    subject = subject_of(name, *load(name, adapter_path=args.adapter_path))
+    subject = subject.at(args.image_size or subject.image_size, args.padding)
+    rows, settings = _rows(args, subject, questions), _settings(args)
+    header = describe_run(
+        subject.model,
+        questions.items,
+        rows,
+        positions=settings.positions,
+        max_tokens=args.max_tokens,
+        kv_bits=args.kv_bits,
+        image_size=subject.image_size,
+        padding=args.padding,
+    )
+    return Evaluator(subject, rows, settings), header
+
+
+def _begin_guest(args, name: str, questions: Questions) -> tuple:
+    """The same for a model that mlx-vlm runs."""
+    from ..measure.guest import Guest, check_guest
+    from .guest import GuestEvaluator
+
+    names = ("plans", "image_size", "adapter_path", "kv_bits", "eval_budgets")
+    check_guest(**{name: getattr(args, name) for name in names})
+    if args.data == "metaworld":
+        raise InputError("Meta-World's frames are for policies; choose other data")
+    check_guest(recommend=args.recommend is not None, padding=args.padding == "skip")
+    guest = Guest(name, args.positions)
+    methods = guest.methods() if args.methods is None else args.methods
+    options = options_of(methods, args)
+    rows = guest.rows(methods, args.keep_ratios, options)
+    header = describe_run(
+        guest.model,
+        questions.items,
+        rows,
+        positions=guest.kind_of_positions,
+        max_tokens=args.max_tokens,
+        image_size=0,
+        runtime="mlx-vlm",
+    )
+    return GuestEvaluator(guest, rows, args.max_tokens), header
+
+
 def _check(args) -> None:
     """Refuse what can be refused before anything is read."""
     if min(args.pictures, args.max_tokens, args.workers) < 1:
         raise InputError("pictures, max tokens and workers are whole numbers from 1")
+    _settings(args)
     loss = args.recommend
     if loss is not None and not 0 <= loss <= 1:
         raise InputError(f"a loss of {loss:g} is outside [0, 1]; 0.02 is 2 points")
@@ -136,6 +183,16 @@ def _check(args) -> None:
     if args.plot:
         check_output(args.plot)
         import_matplotlib()
+
+
+def _settings(args) -> Settings:
+    return Settings(
+        positions=args.positions or DEFAULT_POSITIONS,
+        max_tokens=args.max_tokens,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=0,
+    )
 
 
 def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
@@ -201,7 +258,7 @@ def _report(args, result: dict) -> None:
     machine = result["machine"]
     print(
         f"{result['questions']} questions of {printable(result['data'])}, "
-        f"{args.positions} "
+        f"{result['run']['positions']} "
         f"positions, padding {args.padding}, {machine['device']}, MLX {mx.__version__}"
     )
     print(markdown(result["rows"]))

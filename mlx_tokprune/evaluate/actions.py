@@ -31,12 +31,10 @@ def accuracy(values: np.ndarray, answers: Sequence[str]) -> float:
 
 
 class Actions:
-    """How a policy speaks, and how its actions are judged.
+    """How a policy speaks, and how its actions are judged; chunks as one after another.
 
     stops: tokens that end an action. most: tokens of one.
     """
-
-    stops: frozenset[int] = frozenset()
 
     def __init__(self, subject: Subject, most: int):
         self._head = subject.head
@@ -45,11 +43,11 @@ class Actions:
                 "OpenVLA-OFT's actions are no tokens that could be compared; measure "
                 "its success in closed loop"
             )
-        self.most = self._head.size
+        self.most, self.stops = self._head.calls, self._head.stops
 
     def judged(self, ids: list[int], reference: list[int], answers) -> dict:
         """The normalised action, how right it is, and whether it is the unpruned."""
-        values = self._head.normalized(np.array(ids))
+        values = self._head.normalized(np.array(ids)).reshape(-1)
         return {
             "answer": " ".join(f"{value:+.3f}" for value in values),
             "accuracy": accuracy(values, answers) if answers else None,

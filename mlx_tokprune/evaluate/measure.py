@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..answer.settings import Settings
 from ..features import Features
 from ..measure.results import Row, fingerprint
 from ..measure.subject import Subject
@@ -21,13 +22,12 @@ from .words import Words
 class Evaluator:
     """Asks one model about pictures, keeping the features of the last one."""
 
-    def __init__(
-        self, subject: Subject, rows: Sequence[Row], positions: str, most: int
-    ):
-        self.subject, self.rows, self.positions = subject, rows, positions
+    def __init__(self, subject: Subject, rows: Sequence[Row], settings: Settings):
+        settings.check(subject.model)
+        self.subject, self.rows, self.settings = subject, rows, settings
         self.model = subject.model
         kinds = {"answering": Words, "acting": Actions}
-        self._speech = kinds[subject.kind](subject, most)
+        self._speech = kinds[subject.kind](subject, settings.max_tokens)
         # Every extra that some row needs, computed at once.
         self._all = tuple(p for row in rows for p in self._plan(row))
         self._last: tuple[str, Features] | None = None
@@ -41,7 +41,7 @@ class Evaluator:
         features, records, reference = self._features(scene, item), {}, None
         for row in self.rows:
             plan = self._plan(row)
-            asked = _Asked(self.model, scene, plan, self.positions, features)
+            asked = _Asked(self.model, scene, plan, self.settings, features)
             if reference is None:
                 given = self._greedy(asked)
                 reference = Reference(given, asked.forced(given))
@@ -50,7 +50,8 @@ class Evaluator:
                 logits = asked.forced(reference.ids)
                 divergence = reference.divergence(logits)
                 same = np.array(mx.argmax(logits, axis=-1)).tolist() == reference.ids
-                given = reference.ids if same else self._greedy(asked)
+                exact = self.settings.kv_bits is None
+                given = reference.ids if same and exact else self._greedy(asked)
             own = asked.kept if any(p.has_own_count for p in plan) else None
             counted = self.subject.count_shapes(scene, plan, own)
             records[row.label] = {
@@ -74,6 +75,8 @@ class Evaluator:
 
     def _greedy(self, asked: "_Asked") -> list[int]:
         """Token ids up to and with the one that stops."""
+        from mlx_lm.generate import maybe_quantize_kv_cache
+
         decoder, cache = self.model.decoder, self.model.decoder.make_cache()
         read, ids = asked.read(cache=cache), []
         hidden, cache = read.hidden, read.cache
@@ -81,15 +84,16 @@ class Evaluator:
             ids.append(mx.argmax(decoder.logits(hidden)[0, -1]).item())
             if ids[-1] in self._speech.stops or len(ids) == self._speech.most:
                 return ids
+            maybe_quantize_kv_cache(cache, **self.settings.quantization)
             hidden = decoder.follow(mx.array([ids[-1:]]), cache)
 
 
 class _Asked:
     """One question under one plan; the picture is looked at once."""
 
-    def __init__(self, model, scene: Scene, plan: Plan, positions, features: Features):
+    def __init__(self, model, scene: Scene, plan: Plan, settings, features: Features):
         self._model, self._scene, self._plan = model, scene, plan
-        self._positions = positions
+        self._positions = settings.positions
         self._visual = prune(model, scene, plan, features)
         self.kept = 0
 

@@ -11,7 +11,7 @@ _SHARE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
 # What is kept of an answer until all are there.
 ANSWER = {
     **{"answer": str, "accuracy": Optional(NUMBER), "agrees": bool},
-    **{"divergence": NUMBER, "kept": NUMBER, "flops": NUMBER},
+    **{"divergence": NUMBER, "kept": NUMBER, "flops": Optional(NUMBER)},
 }
 # docs/results.md says what it means.
 SHAPE = {
@@ -27,7 +27,7 @@ SHAPE = {
     },
     "rows": [
         {
-            **{"label": str, "kept": NUMBER, "flops": NUMBER},
+            **{"label": str, "kept": NUMBER, "flops": Optional(NUMBER)},
             **{"accuracy": Table(_SHARE), "agreement": Table(_SHARE)},
             "divergence": _SHARE,
         }

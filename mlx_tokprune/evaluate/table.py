@@ -19,11 +19,12 @@ def _row(label: str, items, records: dict[int, dict]) -> dict:
     mine = {number: rows[label] for number, rows in records.items()}
     known = {n: r for n, r in mine.items() if r["accuracy"] is not None}
     divergence = [record["divergence"] for record in mine.values()]
+    flops = [record["flops"] for record in mine.values()]
     low, high = bootstrap(divergence, [items[number].picture for number in mine])
     return {
         "label": label,
         "kept": sum(r["kept"] for r in mine.values()) / len(mine),
-        "flops": sum(r["flops"] for r in mine.values()) / len(mine),
+        "flops": None if None in flops else sum(flops) / len(flops),
         "accuracy": _by_kind({n: r["accuracy"] for n, r in known.items()}, items),
         "agreement": _by_kind({n: r["agrees"] for n, r in mine.items()}, items),
         "divergence": {
@@ -82,28 +83,35 @@ def _percent(share: dict) -> str:
 def draw(rows: list[dict], file: Path) -> None:
     """Accuracy (else agreement) against FLOPs, a line per method, as a PNG.
 
-    Bars are 95 % intervals. Raises `InputError` without matplotlib.
+    Against visual tokens where FLOPs are not known. Bars are 95 % intervals. Raises
+    `InputError` without matplotlib.
     """
     import_matplotlib()
     from matplotlib.figure import Figure
 
     what = "accuracy" if rows[0]["accuracy"] else "agreement"
+    known = all(row["flops"] is not None for row in rows)
+
+    def cost(row: dict) -> float:
+        return row["flops"] / 1e9 if known else row["kept"]
+
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     curves: dict[str, list[dict]] = {}
     for row in rows[1:]:
         curves.setdefault(row["label"].split()[0], [rows[0]]).append(row)
     for method, found in (curves or {"none": rows}).items():
-        found = sorted(found, key=lambda row: row["flops"])
+        found = sorted(found, key=cost)
         shares = [row[what]["all"] for row in found]
         values = [100 * share["value"] for share in shares]
         below = [100 * max(0, s["value"] - s["low"]) for s in shares]
         above = [100 * max(0, s["high"] - s["value"]) for s in shares]
-        gflops = [row["flops"] / 1e9 for row in found]
+        costs = [cost(row) for row in found]
         axes.errorbar(
-            gflops, values, [below, above], marker="o", ms=4, capsize=2, label=method
+            costs, values, [below, above], marker="o", ms=4, capsize=2, label=method
         )
-    axes.set(xlabel="GFLOP to the first token", ylabel=f"{what} (%)")
+    counted = "GFLOP to the first token" if known else "visual tokens"
+    axes.set(xlabel=counted, ylabel=f"{what} (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     with replacing(file) as stream:

@@ -46,6 +46,15 @@ def accuracy(given: str, answers: Sequence[str]) -> float:
     return sum(shares) / len(shares)
 
 
+def judge(text: str, unpruned: str, answers: Sequence[str]) -> dict:
+    """An answer, how right it is (`None` if nobody knows), and whether both agree."""
+    return {
+        "answer": text,
+        "accuracy": accuracy(text, answers) if answers else None,
+        "agrees": normalize(text) == normalize(unpruned),
+    }
+
+
 class Words:
     """How a model that answers speaks, and how its answers are judged.
 
@@ -58,12 +67,7 @@ class Words:
 
     def judged(self, ids: list[int], reference: list[int], answers) -> dict:
         """The answer, how right it is, and whether it is the unpruned one."""
-        text, unpruned = self._text(ids), self._text(reference)
-        return {
-            "answer": text,
-            "accuracy": accuracy(text, answers) if answers else None,
-            "agrees": normalize(text) == normalize(unpruned),
-        }
+        return judge(self._text(ids), self._text(reference), answers)
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode([i for i in ids if i not in self.stops])

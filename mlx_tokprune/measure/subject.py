@@ -24,7 +24,7 @@ from ..pruners import (
     list_pruners,
 )
 from ..robot.heads import Head, head_of
-from ..robot.inputs import check_images, observe
+from ..robot.inputs import check_images, observe, tell
 from ..robot.predict import predict_action
 from .cost import Cost, count
 
@@ -261,10 +261,10 @@ class Acting(_Subject):
 
     def scene(self, images: Many, prompt: str) -> Scene:
         state = self._state
-        state = None if state is None else mx.zeros((1, len(state)))
+        states = None if state is None else [state]
         images = check_images(self.model, self._wanted(images))
-        prompt = self.processor.prompt(prompt)
-        return observe(self.processor, [images], prompt, state)
+        told = tell(self.model, self.processor, prompt, states, self.unnorm_key)
+        return observe(self.processor, [images], *told)
 
     def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
         """Times of one action, fenced with `stages`; `tokens` does not matter."""
@@ -286,7 +286,7 @@ class Acting(_Subject):
         }
 
     def _wanted(self, images: Many) -> list:
-        return [images[0]] * self.model.pictures
+        return [images[0]] * (self.model.pictures or len(self.model.cameras))
 
     @property
     def unnorm_key(self) -> str | None:

@@ -24,28 +24,35 @@ PROVIDES: Mapping[str, tuple[str, ...]] = {
 class VisionModel(Protocol):
     """A vision-language model, or a policy.
 
-    answers: in "text", or in actions: "bins" (tokens) or "slots" (states for a head).
+    answers: in "text", or in actions: "bins" (tokens), "slots" (states for a head) or
+    "chunks" (tokens of a compressed chunk of actions).
     image_size, stride: pixels per side of a picture, and of a visual token. pictures:
-    how many an observation has; `None` for any number. provides: by place ("tower",
+    how many an observation has; `None` for any number. cameras: their names, where
+    they have such, of which any may be absent. provides: by place ("tower",
     "prompt", "layer"), the extras of `Features` that a pruner can have there; "grid"
     where tokens fill their grid. sees_parts: whether the tower can see a part of a
     picture alone. reads_prompt: whether the tower is conditioned on the prompt.
-    attends: "causal" or "full". args: what its config says.
-    action_head: of a model that answers in slots. language_model: mlx-lm's.
+    attends: "causal", "full" or "prefix" (full, and causal for what is answered). gap:
+    positions that stay free between prompt and answer. args: what its config says.
+    action_head: of a model that answers in slots. language_model: mlx-lm's. carried:
+    pruners of its checkpoint, which prune unless others are given.
     """
 
-    answers: Literal["text", "bins", "slots"]
-    attends: Literal["causal", "full"]
+    answers: Literal["text", "bins", "slots", "chunks"]
+    attends: Literal["causal", "full", "prefix"]
+    gap: int
     image_size: int
     stride: int
     feature_size: int
     pictures: int | None
+    cameras: tuple[str, ...]
     provides: Mapping[str, tuple[str, ...]]
     sees_parts: bool
     reads_prompt: bool
     args: Any
     action_head: Any
     language_model: Any
+    carried: tuple
 
     @property
     def decoder(self) -> Decoder: ...

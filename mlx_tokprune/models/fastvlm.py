@@ -119,13 +119,14 @@ class FastVLM(nn.Module):
     sees_parts = True
     reads_prompt = False
     attends = "causal"
+    gap, cameras = 0, ()
     provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
         from mlx_lm.models import qwen2
 
-        self.args = args
+        self.args, self.carried = args, ()
         self.vision_tower = VisionTower(args.vision, inference)
         hidden = args.text["hidden_size"]
         self.mm_projector = [

@@ -43,8 +43,8 @@ class Sequence:
 
     embeddings: (B, T, D). positions: (T,) or (B, T) int32, `None` where tokens are
     numbered as they come. end: the position of the token that follows, a number or one
-    for each sample. mask: who sees whom: "causal", "full", or (B, T, T) bool. visual:
-    where visual tokens are.
+    for each sample. mask: who sees whom: "causal", "full", "prefix" (full, and causal
+    for what follows), or (B, T, T) bool. visual: where visual tokens are.
     """
 
     embeddings: mx.array
@@ -54,10 +54,20 @@ class Sequence:
     visual: tuple[slice, ...] = ()
 
     def extended(self, embeddings: mx.array) -> "Sequence":
-        """With tokens (B, L, D) behind. Raises `ValueError` unless it is causal."""
-        if not isinstance(self.mask, str) or self.mask != "causal":
+        """With tokens (B, L, D) behind, which see what is before them.
+
+        Raises `ValueError` where tokens of the sequence see those that follow.
+        """
+        if not isinstance(self.mask, str) or self.mask == "full":
             raise ValueError("only a causal sequence can be extended")
-        more, positions = embeddings.shape[1], self.positions
+        (batch, length), more = self.embeddings.shape[:2], embeddings.shape[1]
+        positions, mask = self.positions, self.mask
+        if mask == "prefix":
+            mask = mx.tri(length + more, length + more, 0, mx.bool_)
+            mask = mask | (mx.arange(length + more) < length)
+            mask = mx.broadcast_to(mask, (batch, *mask.shape))
+        if positions is None and isinstance(self.end, int) and self.end != length:
+            positions = mx.arange(length)
         joined = [self.embeddings, embeddings.astype(self.embeddings.dtype)]
         if positions is not None:
             after = mx.array(self.end)[..., None] + mx.arange(more)
@@ -69,6 +79,7 @@ class Sequence:
             embeddings=mx.concatenate(joined, axis=1),
             positions=positions,
             end=self.end + more,
+            mask=mask,
         )
 
 
@@ -92,11 +103,13 @@ class Read:
 class Decoder:
     """A language model of mlx-lm's Llama-like families.
 
-    A plain object, so that a model's parameters stay those of `language_model`.
+    A plain object, so that a model's parameters stay those of `language_model`. scale:
+    what embeddings of text are multiplied by (Gemma).
     """
 
-    def __init__(self, language_model: nn.Module):
+    def __init__(self, language_model: nn.Module, scale: float = 1.0):
         self._model: Any = language_model
+        self._scale = scale
         for layer in self.layers:
             layer.self_attn.rope = PositionedRoPE(layer.self_attn.rope)
 
@@ -106,7 +119,8 @@ class Decoder:
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """(B, T) token ids -> (B, T, D)."""
-        return self._model.model.embed_tokens(token_ids)
+        embedded = self._model.model.embed_tokens(token_ids)
+        return embedded if self._scale == 1 else embedded * self._scale
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(B, T, D) hidden states -> (B, T, V)."""
@@ -292,7 +306,7 @@ class _State:
         """The mask of these tokens as mlx-lm's layers take it."""
         if isinstance(self._mask, mx.array):
             return self._mask[:, None, start:stop, :stop]
-        return None if self._mask == "full" else "causal"
+        return "causal" if self._mask == "causal" else None
 
     def _note(self, number: int) -> None:
         """What tokens after the sequence need to know of this layer."""

@@ -39,6 +39,11 @@ def gelu(x: mx.array) -> mx.array:
     return cpu.polynomial_gelu(x)
 
 
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU by tanh, as PaliGemma's SigLIP has it; tanh written as a sigmoid."""
+    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
 def attention_weights(q: mx.array, k: mx.array, scale: float) -> mx.array:
     """Softmax of scaled products, (B, heads, N, N), from q and k (B, heads, N, D)."""
     if not use_cpu_forms() or q.dtype != mx.float32:

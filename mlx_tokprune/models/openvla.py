@@ -271,13 +271,14 @@ class OpenVLA(nn.Module):
     """
 
     sees_parts = False
+    gap, cameras = 0, ()
     provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
         from mlx_lm.models import llama
 
-        self.args = args
+        self.args, self.carried = args, ()
         hidden = args.text["hidden_size"]
         channels = sum(tower.embed_dim for tower in args.towers)
         self.vision_backbone = VisionBackbone(args, complete=not inference)

@@ -2,7 +2,8 @@
 
 Attribute names equal the checkpoint's keys. Prismatic models take the patch tokens of
 the second to last block, without prefix tokens and without the final norm, so the last
-block, the norm and SigLIP's pooling are never built here.
+block, the norm and SigLIP's pooling are never built here. PaliGemma takes those of the
+last block after the norm (`whole`).
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from .checks import is_number
-from .layers import attend, attention_weights, gelu, patch_convolution
+from .layers import attend, attention_weights, gelu, gelu_tanh, patch_convolution
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class ViTConfig:
 
     class_token, reg_tokens: prefix tokens. embeds_class: the position embedding has a
     row for the class token (CLIP). layer_scale: DINOv2's. pre_norm: CLIP's, which also
-    has no bias in the patch embedding.
+    has no bias in the patch embedding. whole: features are those of the last block
+    after the final norm. split: queries, keys and values have a matrix each, and the
+    position embedding no batch axis, as in transformers. tanh_gelu: GELU by tanh.
     """
 
     image_size: int
@@ -38,6 +41,9 @@ class ViTConfig:
     pre_norm: bool = False
     quick_gelu: bool = False
     norm_eps: float = 1e-6
+    whole: bool = False
+    split: bool = False
+    tanh_gelu: bool = False
 
     @property
     def side(self) -> int:
@@ -51,6 +57,11 @@ class ViTConfig:
     @property
     def hidden(self) -> int:
         return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def last(self) -> int:
+        """The block that features come from."""
+        return self.depth - 1 if self.whole else self.depth - 2
 
 
 _DINOV2 = {"patch_size": 14, "class_token": True, "layer_scale": True}
@@ -91,7 +102,8 @@ def tower_config(
             f"config.json gives a vision tower the activation {act_layer!r}; expected "
             "gelu or quick_gelu"
         )
-    fields = ViTConfig.__dataclass_fields__.keys() - {"image_size", "quick_gelu"}
+    ours = {"image_size", "quick_gelu", "whole", "split", "tanh_gelu"}
+    fields = ViTConfig.__dataclass_fields__.keys() - ours
     given = dict(_KNOWN.get(name, {})) | {
         k: v for k, v in (sizes or {}).items() if k in fields
     }
@@ -100,11 +112,12 @@ def tower_config(
         config = ViTConfig(image_size=image_size, quick_gelu=quick, **given)
     except TypeError as error:
         raise InputError(f"config.json does not describe a tower ({error})") from None
-    _check(config)
+    check_tower(config)
     return config
 
 
-def _check(config: ViTConfig) -> None:
+def check_tower(config: ViTConfig) -> None:
+    """Raise `InputError` for sizes that cannot be."""
     for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads"):
         value = getattr(config, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -166,14 +179,20 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.num_heads, dim = config.num_heads, config.embed_dim
+        if config.split:
+            self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def heads(self, x: mx.array) -> list[mx.array]:
         """(B, T, C) -> q, k and v, each (B, heads, T, D)."""
         heads = (*x.shape[:2], self.num_heads, -1)
-        parts = mx.split(self.qkv(x), 3, axis=-1)
+        if "qkv" in self:
+            parts = mx.split(self.qkv(x), 3, axis=-1)
+        else:
+            parts = [self.q(x), self.k(x), self.v(x)]
         return [part.reshape(heads).swapaxes(1, 2) for part in parts]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -187,10 +206,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.embed_dim)
-        self._quick = config.quick_gelu
+        self._quick, self._tanh = config.quick_gelu, config.tanh_gelu
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.fc1(x)
+        if self._tanh:
+            return self.fc2(gelu_tanh(x))
         return self.fc2(x * mx.sigmoid(1.702 * x) if self._quick else gelu(x))
 
 
@@ -244,7 +265,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A tower up to its second to last block; `complete` adds what else is stored."""
+    """A tower up to where features come from; `complete` adds what else is stored."""
 
     def __init__(
         self, config: ViTConfig, film_dim: int | None = None, complete: bool = False
@@ -254,16 +275,16 @@ class ViT(nn.Module):
         dim = config.embed_dim
         rows = config.side**2 + int(config.embeds_class)
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = mx.zeros((1, rows, dim))
+        self.pos_embed = mx.zeros((rows, dim) if config.split else (1, rows, dim))
         if config.class_token:
             self.cls_token = mx.zeros((1, 1, dim))
         if config.reg_tokens:
             self.reg_token = mx.zeros((1, config.reg_tokens, dim))
         if config.pre_norm:
             self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps)
-        depth = config.depth if complete else config.depth - 1
+        depth = config.depth if complete else config.last + 1
         self.blocks = [Block(config, film_dim) for _ in range(depth)]
-        if complete:
+        if complete or config.whole:
             self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
 
     def _embed(self, pixels: mx.array) -> mx.array:
@@ -294,7 +315,7 @@ class ViT(nn.Module):
         at three eighths of the depth, as in HiPrune (9 of 24).
         """
         x, extras, prefix = self._embed(pixels), {}, self.config.prefix
-        last, from_class = self.config.depth - 2, self.config.class_token
+        last, from_class = self.config.last, self.config.class_token
         asked = {"attention": last, "attention_middle": self.config.depth * 3 // 8}
         for number, block in enumerate(self.blocks[: last + 1]):
             for name, place in asked.items():
@@ -304,4 +325,5 @@ class ViT(nn.Module):
             if "keys" in needs and number == last:
                 extras["keys"] = block.keys(x, prefix)
             x = block(x, language)
+        x = self.norm(x) if self.config.whole else x
         return x[:, prefix:], extras

@@ -79,7 +79,7 @@ class Pruner:
             raise InputError("give a keep ratio or a number of tokens, not both")
         number = isinstance(ratio, Real) and not isinstance(ratio, bool)
         if ratio is not None and not (number and 0 < ratio <= 1):
-            shown = f"{ratio:g}" if number else repr(ratio)
+            shown = f"{ratio:g}" if isinstance(ratio, float) else repr(ratio)[:40]
             raise InputError(
                 f"keep ratio {shown} is outside (0, 1]; 1 keeps every visual token"
             )

@@ -2,16 +2,19 @@
 
 `Bins` decodes action tokens one after the other (OpenVLA, arXiv 2406.09246), `Slots`
 reads a chunk of actions from the states of empty slots in one forward (OpenVLA-OFT,
-arXiv 2502.19645). Both are lazy, so that one `mx.eval` runs a whole action.
+arXiv 2502.19645). Both are lazy, so that one `mx.eval` runs a whole action. `Chunks`
+decodes a chunk in FAST's code (pi0-FAST, arXiv 2501.09747), whose length shows itself.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..actions import Bounds
+from ..actions import Scale
+from ..chunks import ChunkProcessor
 from ..errors import InputError
 from ..models.family import VisionModel
 from ..pipeline import Scene, VisualTokens, run
@@ -26,14 +29,16 @@ class Bins:
     processor: ActionProcessor
     size: int
     decodes = True
+    compiles = True
     rows = 1
+    stops = frozenset()
 
     @property
     def calls(self) -> int:
         """How often the language model runs for an action."""
         return self.size
 
-    def check(self, bounds: Bounds) -> None:
+    def check(self, bounds: Scale) -> None:
         """Any number of dimensions can be decoded."""
 
     def act(
@@ -81,6 +86,9 @@ class Bins:
         """(..., A) token ids -> values in [-1, 1], NaN for what is none."""
         return np.where(said >= 0, self.processor.values(said), np.nan)
 
+    def wrong(self, said: np.ndarray) -> None:
+        """Every token is an action."""
+
 
 def greedy(logits: mx.array) -> tuple[mx.array, mx.array]:
     """(..., V) -> the best token, and the same or -1 where logits are not finite."""
@@ -100,20 +108,18 @@ class Slots:
     slots: int
     size: int
     decodes = False
+    compiles = True
     calls = 1
+    stops = frozenset()
 
     @property
     def rows(self) -> int:
         """The slots, the state before them, and the stop behind."""
         return self.slots + 2
 
-    def check(self, bounds: Bounds) -> None:
+    def check(self, bounds: Scale) -> None:
         """Raise `InputError` unless `bounds` scale this head's actions."""
-        if len(bounds.low) != self.size:
-            raise InputError(
-                f"norm_stats scale {len(bounds.low)} numbers of action, but the "
-                f"policy's actions have {self.size}"
-            )
+        _check_size(bounds, self.size)
 
     def act(
         self, model: VisionModel, scene: Scene, plan: Plan, **how
@@ -133,12 +139,135 @@ class Slots:
         """(..., chunk, A) as they are."""
         return said
 
+    def wrong(self, said: np.ndarray) -> None:
+        """Numbers are actions as they are."""
 
-Head = Bins | Slots
+
+def _check_size(bounds: Scale, size: int) -> None:
+    if len(bounds.low) != size:
+        raise InputError(
+            f"norm_stats scale {len(bounds.low)} numbers of action, but the "
+            f"policy's actions have {size}"
+        )
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Greedy tokens of a chunk of actions, until the one that ends it.
+
+    size: numbers of an action. most: tokens of an answer. Each token is looked at
+    before the next is computed, so calls are not compiled whole.
+    """
+
+    processor: ChunkProcessor
+    size: int
+    most: int
+    decodes = True
+    compiles = False
+    rows = 1
+
+    @property
+    def calls(self) -> int:
+        """How often the language model runs for a chunk, at most."""
+        return self.most
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset({self.processor.stop})
+
+    def check(self, bounds: Scale) -> None:
+        """Raise `InputError` unless `bounds` scale this head's actions."""
+        _check_size(bounds, self.size)
+
+    def act(
+        self,
+        model: VisionModel,
+        scene: Scene,
+        plan: Plan,
+        note: int | None = None,
+        **how,
+    ) -> tuple[list, VisualTokens]:
+        """The first tokens (B,), lazily, and what gives the others, for `joined`.
+
+        note: the layer in which all of them note what they attend to, which decodes
+        the whole answer at once. `how` is that of `run`.
+        """
+        cache = model.decoder.make_cache()
+        read, visual = run(model, scene, plan, cache=cache, note=note, **how)
+        attended: list[mx.array] = []
+        token, known = greedy(model.decoder.logits(read.hidden)[:, -1])
+
+        def watch(number: int, hidden: mx.array) -> None:
+            if number == note:
+                part = read.cache[number]
+                seen = model.decoder.attention_to_cache(number, hidden, part)
+                attended.append(seen[..., : visual.keep])
+
+        rest = self._follow(model, token, known, read.cache, watch)
+        if note is None or visual.attended is None:
+            return [known, rest], visual
+        rest = list(rest)
+        joined = mx.concatenate([visual.attended, *attended], axis=1)
+        return [known, rest], dataclasses.replace(visual, attended=joined)
+
+    def _follow(self, model, token, known, cache, watch) -> Iterator[mx.array]:
+        """Tokens after the first, until every robot's answer has ended.
+
+        Behind its end an answer goes on with zeros, as the reference's does.
+        """
+        ended = mx.zeros(token.shape, mx.bool_)
+        for _ in range(self.most - 1):
+            ended = ended | (known == self.processor.stop) | (known < 0)
+            if mx.all(ended).item():
+                return
+            hidden = model.decoder.follow(token[:, None], cache, watch)
+            token, known = greedy(model.decoder.logits(hidden)[:, -1])
+            known = mx.where(ended, 0, known)
+            yield known
+
+    def joined(self, parts: list) -> mx.array:
+        """(B, T) token ids."""
+        first, rest = parts
+        return mx.stack([first, *rest], axis=1)
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether nothing follows these tokens of an answer."""
+        return len(ids) >= self.most or self.processor.stop in ids or min(ids) < 0
+
+    def cut(self, ids: Sequence[int]) -> list[int]:
+        """An answer up to its end."""
+        stop = self.processor.stop
+        return list(ids[: ids.index(stop) + 1] if stop in ids else ids)[: self.most]
+
+    def ids(self, said: np.ndarray) -> tuple[int, ...]:
+        """Token ids of one answer, up to its end."""
+        return tuple(self.cut([int(number) for number in said]))
+
+    def normalized(self, said: np.ndarray) -> np.ndarray:
+        """(..., T) token ids -> (..., chunk, A), NaN for what is none."""
+        flat = said.reshape(-1, said.shape[-1])
+        chunks = [self._answer(ids)[0] for ids in flat]
+        return np.stack(chunks).reshape(*said.shape[:-1], *chunks[0].shape)
+
+    def wrong(self, said: np.ndarray) -> str | None:
+        """What was wrong with the tokens (T,) of an answer."""
+        return self._answer(said)[1]
+
+    def _answer(self, said: np.ndarray) -> tuple[np.ndarray, str | None]:
+        if (said < 0).any():
+            shape = (self.processor.horizon, self.processor.size)
+            return np.full(shape, np.nan), None
+        return self.processor.actions(self.ids(said))
+
+
+Head = Bins | Slots | Chunks
 
 
 def head_of(model: VisionModel, processor, size: int) -> Head:
     """How this policy acts, with actions of `size` numbers."""
     if model.answers == "slots":
         return Slots(model.args.oft.slots, model.args.oft.action_dim)
+    if model.answers == "chunks":
+        return Chunks(processor, model.args.action_dim, model.args.steps)
     return Bins(processor, size)

@@ -1,13 +1,14 @@
 """What is given to a policy, checked: pictures, states, data sets, pruners."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..chunks import ChunkProcessor
+from ..errors import InputError, nearest
 from ..image import load_image
 from ..models.family import VisionModel
 from ..pipeline import Scene
@@ -17,7 +18,8 @@ from ..prompt import Prompt
 
 def check_acts(model: VisionModel, processor) -> None:
     """Raise `InputError` for a model that answers in words."""
-    if model.answers == "text" or not isinstance(processor, ActionProcessor):
+    acts = isinstance(processor, ActionProcessor | ChunkProcessor)
+    if model.answers == "text" or not acts:
         raise InputError(
             "this model answers in words, not in actions; use mlx_tokprune.generate, "
             "or give an OpenVLA checkpoint"
@@ -25,7 +27,7 @@ def check_acts(model: VisionModel, processor) -> None:
 
 
 def observe(
-    processor: ActionProcessor,
+    processor: ActionProcessor | ChunkProcessor,
     robots: Sequence[Sequence[Image.Image]],
     prompt: Prompt,
     state: mx.array | None = None,
@@ -44,12 +46,61 @@ def check_action(normalized: np.ndarray) -> np.ndarray:
     return normalized
 
 
+def tell(
+    model: VisionModel, processor, instruction: str, proprio, unnorm_key
+) -> tuple[Prompt, mx.array | None]:
+    """What a robot is told, and its state beside it, unless it is told that, too."""
+    state = normalize_states(model, processor, proprio, unnorm_key, 1)
+    if model.answers != "chunks":
+        return processor.prompt(instruction), state
+    return processor.prompt(instruction, np.zeros(0) if state is None else state), None
+
+
+def name_images(model: VisionModel, images: Mapping) -> list:
+    """Pictures by the names of cameras -> in the model's order; others are absent.
+
+    A name may be a part that only one camera has, such as `wrist`.
+    """
+    if not model.cameras:
+        raise InputError(
+            "this policy's pictures have no names; give them as a list, in order"
+        )
+    found = {}
+    for name, image in images.items():
+        camera = _camera(model.cameras, name)
+        if camera in found:
+            raise InputError(f"the camera {camera} has two pictures; expected one")
+        found[camera] = image
+    return [found[camera] for camera in model.cameras if camera in found]
+
+
+def _camera(cameras: tuple[str, ...], name) -> str:
+    fitting = [c for c in cameras if c == name]
+    fitting = fitting or [c for c in cameras if str(name) and str(name) in c]
+    if len(fitting) != 1:
+        problem = "fits several of" if fitting else "is none of"
+        raise InputError(
+            f"camera {name!r} {problem} {', '.join(cameras)}."
+            + nearest(str(name), cameras)
+        )
+    return fitting[0]
+
+
 def check_images(model: VisionModel, images) -> list[Image.Image]:
-    """The decoded pictures of one robot."""
+    """The decoded pictures of one robot; by name where its cameras have names."""
+    if isinstance(images, Mapping):
+        images = name_images(model, images)
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
     if not isinstance(images, Sequence):
         raise InputError(f"pictures come as a list, not {type(images).__name__}")
+    if model.cameras and not 0 < len(images) <= len(model.cameras):
+        raise InputError(
+            f"this policy looks at 1 to {len(model.cameras)} pictures, of "
+            f"{', '.join(model.cameras)}; {len(images)} given"
+        )
+    if model.cameras:
+        return [load_image(image) for image in images]
     wanted = model.pictures or 1
     if len(images) != wanted:
         raise InputError(
@@ -60,7 +111,11 @@ def check_images(model: VisionModel, images) -> list[Image.Image]:
 
 
 def normalize_states(model, processor, proprio, unnorm_key, robots: int):
-    """(robots, p) normalised states; `None` for policies that read none."""
+    """(robots, p) normalised states; `None` for policies that read none.
+
+    Where the state is a part of what a robot is told, one as a NumPy array (p,), which
+    is not clipped.
+    """
     wanted = model.args.state_size
     if not wanted and proprio is None:
         return None
@@ -84,9 +139,13 @@ def normalize_states(model, processor, proprio, unnorm_key, robots: int):
     if not np.isfinite(state).all():
         raise InputError("proprio has a number that is not finite")
     bounds = processor.bounds("proprio", unnorm_key)
+    if model.answers == "chunks" and not len(bounds.low):
+        return state[0]  # as it is
     if len(bounds.low) != wanted:
         raise InputError(
             f"norm_stats scale {len(bounds.low)} numbers of proprio, but the policy "
             f"reads {wanted}"
         )
+    if model.answers == "chunks":
+        return bounds.normalized(state[0])
     return mx.array(bounds.from_units(state).astype(np.float32))

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 
+from ..chunks import ChunkProcessor
 from ..errors import InputError
 from ..features import Features, Selection
 from ..models.family import VisionModel
@@ -24,15 +25,16 @@ from ..processor import ActionProcessor
 from ..prompt import Prompt, check_text
 from ..pruners import Pruners, count_tokens
 from ..threads import end_streams_with_thread
-from .heads import head_of
+from .heads import Chunks, head_of
 from .inputs import (
     check_action,
     check_acts,
     check_images,
     normalize_states,
     observe,
+    tell,
 )
-from .speculative import Checked, correct_draft, read_draft
+from .speculative import Checked, correct_draft, draft_chunk, read_draft
 
 _BUCKET = 8  # visual tokens by which compiled shapes grow where counts vary
 _WARM_UP = 3  # first steps of an episode that keep every token, as in VLA-Pruner
@@ -42,21 +44,25 @@ _DECAY = 0.8  # of what earlier actions attended to, of the same
 class Policy:
     """A policy in a control loop: `action = policy(images, instruction)`.
 
-    Holds model, pruner and data set. Each shape is compiled once, so that the second
-    call of a shape (batch, length of the instruction, and for methods with a count of
-    their own its multiple of 8) does not compile again. Nothing of one observation
-    reaches the next, but for drafts; weights are those of the first call of a shape.
+    Holds model, data set and pruner, which is that of the checkpoint, mostly none, when
+    `None`. Each shape is compiled once, so that the second call of a shape (batch,
+    length of the instruction, and for methods with a count of their own its multiple
+    of 8) does not compile again. Nothing of one observation reaches the next, but for
+    drafts; weights are those of the first call of a shape.
     `reset` between episodes forgets the tokens of past instructions.
-    draft: guess that tokens are those of the last action, and have the model check them
-    in one call; actions stay the same. `kept` is how many visual tokens the last call
-    had, mean over robots and layers, `kept_each` that of each robot; `calls` how often
-    it ran the language model.
+    draft: guess that tokens are those of the last action, or go on as they did there,
+    and have the model check them in one call; actions stay the same. `kept` is how many
+    visual tokens the last call had, mean over robots and layers, `kept_each` that of
+    each robot; `calls` how often it ran the language model;
+    `wrong` what was wrong with its answer, of pi0-FAST policies. Those read one robot's
+    state as text and end their answers themselves, so they are not compiled, and robots
+    of a batch act one after the other.
     """
 
     def __init__(
         self,
         model: VisionModel,
-        processor: ActionProcessor,
+        processor: ActionProcessor | ChunkProcessor,
         *,
         pruner: Pruners = None,
         positions: str = DEFAULT_POSITIONS,
@@ -80,6 +86,7 @@ class Policy:
                 "drafts are for policies that decode tokens, under a method with a "
                 "budget that does not look back; leave out draft"
             )
+        compile = compile and self._head.compiles
         wrap = mx.compile if compile else (lambda function: function)
         self._whole = wrap(self._act_on_pixels)
         self._features = wrap(self._encode)
@@ -89,6 +96,8 @@ class Policy:
         self._noted_warm_up = wrap(functools.partial(self._act_and_note, plan=()))
         self._drafts = draft
         self.kept, self.kept_each, self.calls = 0.0, [0.0], 0
+        self.wrong: str | None = None
+        self._seen = model.pictures or 1  # pictures of a robot
         self.reset()
 
     def reset(self) -> None:
@@ -106,15 +115,21 @@ class Policy:
             self._last = self._last[mx.array(list(rows))]
 
     def __call__(
-        self, images: Sequence, instruction: str, proprio: Sequence[float] | None = None
+        self,
+        images: Sequence | Mapping,
+        instruction: str,
+        proprio: Sequence[float] | None = None,
     ) -> np.ndarray:
-        """(A,) action in robot units, or (chunk, A) from OpenVLA-OFT."""
+        """(A,) action in robot units, or (chunk, A) from OpenVLA-OFT and pi0-FAST.
+
+        images: in the policy's order, or by the names of its cameras.
+        """
         states = None if proprio is None else [proprio]
         return self.act_on_batch([images], instruction, states)[0]
 
     def act_on_batch(
         self,
-        batch: Sequence[Sequence],
+        batch: Sequence[Sequence | Mapping],
         instruction: str,
         proprio: Sequence[Sequence[float]] | None = None,
     ) -> np.ndarray:
@@ -124,40 +139,84 @@ class Policy:
         """
         if not isinstance(batch, Sequence) or not len(batch):
             raise InputError("the batch is empty; expected the pictures of one robot")
+        if self.model.answers == "chunks" and len(batch) > 1:
+            return self._one_after_the_other(batch, instruction, proprio)
         end_streams_with_thread()
         robots = [check_images(self.model, images) for images in batch]
-        state = normalize_states(
-            self.model, self.processor, proprio, self.unnorm_key, len(batch)
-        )
         check_text(instruction, "the instruction")
-        scene = observe(self.processor, robots, self._prompt(instruction), state)
+        told = self._told(instruction, proprio, len(batch))
+        scene = observe(self.processor, robots, *told)
+        self._seen = len(robots[0])
         self.calls = self._head.calls
         self.kept_each = []
         said = self._act(scene, self._arrays(scene))
         self.kept_each = self.kept_each or [self.kept] * len(batch)
         normalized = check_action(self._head.normalized(np.array(said)))
+        if self.model.answers == "chunks":
+            self.wrong = self._head.wrong(np.array(said[0]))
         self._last = said if self._drafts else None
         return self.bounds.to_units(normalized)
+
+    def _told(
+        self, instruction: str, proprio, robots: int
+    ) -> tuple[Prompt, mx.array | None]:
+        if self.model.answers == "chunks":
+            about = (instruction, proprio, self.unnorm_key)
+            return tell(self.model, self.processor, *about)
+        state = normalize_states(
+            self.model, self.processor, proprio, self.unnorm_key, robots
+        )
+        return self._prompt(instruction), state
+
+    def _one_after_the_other(self, batch, instruction: str, proprio) -> np.ndarray:
+        """(B, chunk, A): each robot's state is a text of its own length."""
+        if self._drafts or self._looks_back:
+            raise InputError(
+                "drafts and methods that look back know one robot of such a policy; "
+                "give each a Policy of its own"
+            )
+        states = [None] * len(batch) if proprio is None else proprio
+        if len(states) != len(batch):
+            raise InputError(f"{len(batch)} robots need as many states")
+        rows = zip(batch, states, strict=True)
+        actions, kept = [], []
+        for images, state in rows:
+            actions.append(self(images, instruction, state))
+            kept.append(self.kept)
+        self.kept_each = kept
+        return np.stack(actions)
 
     def _act(self, scene: Scene, arrays: tuple) -> mx.array:
         if self._has_own_count:
             return self._act_with_own_count(scene, arrays)
         if self._looks_back:
             return self._act_in_episode(scene.batch, arrays)
+        if self._last is not None and isinstance(self._head, Chunks):
+            return self._draft_chunk(self._head, self._last[0], scene)
         if self._last is not None and len(self._last) == scene.batch:
             return self._act_with_draft(self._last, arrays)
         said = self._whole(*arrays)
         self.kept = self._counted()
+        if isinstance(self._head, Chunks):
+            self.calls = said.shape[1]
         return said
+
+    def _draft_chunk(self, head: Chunks, last: mx.array, scene: Scene) -> mx.array:
+        answer, how = list(head.ids(np.array(last))), {"positions": self.positions}
+        said, self.calls = draft_chunk(
+            *(head, self.model, scene, self.plan, answer), **how
+        )
+        self.kept = self._counted()
+        return mx.array([said], mx.int32)
 
     @property
     def _total(self) -> int:
-        return self._grid[0] * self._grid[1] * (self.model.pictures or 1)
+        return self._grid[0] * self._grid[1] * self._seen
 
     def _counted(self, own: int | None = None) -> float:
         """Visual tokens of a robot, mean over layers."""
-        layers, pictures = len(self.model.decoder.layers), self.model.pictures or 1
-        return count_tokens(self.plan, self._grid, pictures, layers, own).mean
+        layers = len(self.model.decoder.layers)
+        return count_tokens(self.plan, self._grid, self._seen, layers, own).mean
 
     # What compiled calls take: a scene as arrays.
 
@@ -166,7 +225,7 @@ class Policy:
         return (scene.pixels, *map(mx.array, scene.prompt.segments), *state)
 
     def _scene(self, pixels, start, prompt, state=None) -> Scene:
-        batch = pixels.shape[0] // self.model.pictures
+        batch = pixels.shape[0] // self._seen
         return Scene(pixels, Prompt((start, prompt)), batch, state)
 
     def _act_on_pixels(self, *arrays) -> mx.array:
@@ -255,8 +314,10 @@ class Policy:
         return side, side
 
     def _visual(self, embeddings, indices, mask) -> VisualTokens:
-        selection, pictures = Selection(indices, mask=mask), self.model.pictures or 1
-        return VisualTokens(embeddings, indices, selection, self._grid, pictures, mask)
+        selection = Selection(indices, mask=mask)
+        return VisualTokens(
+            *(embeddings, indices, selection, self._grid, self._seen, mask)
+        )
 
 
 def _padded(visual: VisualTokens) -> tuple[mx.array, mx.array, mx.array]:

@@ -5,12 +5,13 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
+from ..chunks import ChunkProcessor
 from ..models.family import VisionModel
 from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_positions, plan_for
 from ..processor import ActionProcessor
@@ -24,6 +25,7 @@ from .inputs import (
     check_images,
     normalize_states,
     observe,
+    tell,
 )
 
 log = logging.getLogger("mlx_tokprune")
@@ -33,11 +35,13 @@ log = logging.getLogger("mlx_tokprune")
 class Action:
     """What a policy answers to one observation.
 
-    values: (A,) in robot units, or (chunk, A) from OpenVLA-OFT. normalized: the same
-    in [-1, 1]. token_ids: the A tokens, `None` for OFT, which has none. visual: the
+    values: (A,) in robot units, or (chunk, A) from OpenVLA-OFT and pi0-FAST.
+    normalized: the same in [-1, 1]. token_ids: the A tokens, or those of pi0-FAST's
+    answer; `None` for OFT, which has none. visual: the
     kept visual tokens. ttft_ms: from decoded pictures to the first action token on the
     host (OFT: to the whole chunk). total_ms: to the last. stages_ms: of each stage,
-    where a clock fenced them.
+    where a clock fenced them. wrong: what was wrong with the answer of a pi0-FAST
+    policy, whose values are then padded or cut.
     """
 
     values: np.ndarray
@@ -47,12 +51,13 @@ class Action:
     ttft_ms: float
     total_ms: float
     stages_ms: dict[str, float] | None = None
+    wrong: str | None = None
 
 
 def predict_action(
     model: VisionModel,
-    processor: ActionProcessor,
-    images: Sequence,
+    processor: ActionProcessor | ChunkProcessor,
+    images: Sequence | Mapping,
     instruction: str,
     *,
     unnorm_key: str | None = None,
@@ -63,11 +68,13 @@ def predict_action(
 ) -> Action:
     """The action for one observation.
 
-    images: files, arrays or PIL images, in the policy's order. unnorm_key: the data set
+    images: files, arrays or PIL images, in the policy's order, or by the names of its
+    cameras, of which any may be absent (pi0-FAST). unnorm_key: the data set
     whose units are wanted; may be left out where there is one. proprio: robot state in
-    its own units, for OFT policies that read it. pruner: one, or several at different
-    places; every visual token stays when `None`. stages: fence the run and time its
-    stages. Raises `InputError` for anything that does not fit the policy.
+    its own units, for policies that read it. pruner: one, or several at different
+    places; when `None` those that the checkpoint carries, mostly none. stages: fence
+    the run and time its stages. Raises `InputError` for anything that does not fit the
+    policy.
     """
     check_acts(model, processor)
     plan = plan_for(model, pruner)
@@ -77,12 +84,13 @@ def predict_action(
     head = head_of(model, processor, len(bounds.low))
     head.check(bounds)
     states = None if proprio is None else [proprio]
-    state = normalize_states(model, processor, states, unnorm_key, 1)
+    normalize_states(model, processor, states, unnorm_key, 1)  # or it is refused
     clock = Clock() if stages else NO_CLOCK
     end_streams_with_thread()
     start = time.perf_counter()
     with clock.stage("preprocess") as done:
-        scene = observe(processor, [images], processor.prompt(instruction), state)
+        told = tell(model, processor, instruction, states, unnorm_key)
+        scene = observe(processor, [images], *told)
         done.append(scene.pixels)
     parts, visual = head.act(model, scene, plan, positions=positions, clock=clock)
     with clock.stage("prefill"):
@@ -94,6 +102,9 @@ def predict_action(
     mx.eval(visual.indices)  # other threads could not
     log.debug("action after %.1f ms", (last - start) * 1e3)
     normalized = check_action(head.normalized(said))
+    wrong = head.wrong(said)
+    if wrong:
+        log.warning("the policy gave %s", wrong)
     return Action(
         bounds.to_units(normalized),
         normalized,
@@ -102,4 +113,5 @@ def predict_action(
         (first - start) * 1e3,
         (last - start) * 1e3,
         clock.times,
+        wrong,
     )

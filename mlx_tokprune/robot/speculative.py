@@ -4,8 +4,12 @@ A robot's next action is often its last one in some of its numbers. The model re
 drafted tokens along with the prompt; those that it would have chosen itself are taken,
 and its first other choice corrects the draft (speculative decoding, arXiv 2211.17192,
 with greedy tokens). Tokens are the same as without a draft, up to ties in float.
+
+Answers in FAST's code have no fixed length, and a change in one place moves the others:
+their drafts are what followed in the last answer, wherever it went on like this one.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,7 +19,10 @@ from ..models.family import VisionModel
 from ..models.language import LayerCache
 from ..pipeline import Scene, run
 from ..pruners import Plan
-from .heads import greedy
+from .heads import Chunks, greedy
+
+_LONGEST_MATCH = 3  # tokens by which a place in the last answer is told
+_WIDTH = 16  # tokens that are drafted at once, after the first call
 
 
 class Checked(NamedTuple):
@@ -77,3 +84,68 @@ def _agreed(draft: mx.array, tokens: mx.array) -> mx.array:
     same = np.array(draft[:, :-1] == tokens[:, :-1])
     right = np.cumprod(same, axis=1).sum(axis=1).min(initial=same.shape[1])
     return tokens[:, : int(right) + 1]
+
+
+def draft_chunk(
+    head: Chunks, model: VisionModel, scene: Scene, plan: Plan, last: list[int], **how
+) -> tuple[list[int], int]:
+    """One robot's answer, drafted by its last one, and how many calls it took.
+
+    The first call reads the prompt and the whole of `last`. `how` is that of `run`.
+    """
+    cache = model.decoder.make_cache()
+    draft = last[: head.most]
+    after = mx.array([draft[:-1]], mx.int32)
+    how |= {"after": after} if len(draft) > 1 else {}
+    read, _ = run(model, scene, plan, cache=cache, **how)
+    # Without what the padding of others would need: there is one robot.
+    parts = [LayerCache(part.inner, part.shift) for part in read.cache]
+    _, found = greedy(model.decoder.logits(read.hidden))
+    said, calls = _accepted(draft, _row(found)), 1
+    _trim(parts, len(draft) - len(said))
+    while not head.ends(said):
+        most = min(_WIDTH, head.most - len(said) - 1)
+        draft = continued(last, said)[:most]
+        given = mx.array([[said[-1], *draft]], mx.int32)
+        hidden = model.decoder.follow(given, parts)
+        _, found = greedy(model.decoder.logits(hidden))
+        more = _accepted(draft, _row(found))
+        _trim(parts, len(draft) + 1 - len(more))
+        said, calls = said + more, calls + 1
+    return head.cut(said), calls
+
+
+def continued(last: Sequence[int], said: Sequence[int]) -> list[int]:
+    """What followed in the last answer, where it went on as this one ends.
+
+    Of several such places the one with the longest match, and then the nearest.
+    """
+    best: tuple[int, int] | None = None
+    place = 0
+    for end in range(1, len(last)):
+        match = 0
+        while match < min(_LONGEST_MATCH, end, len(said)):
+            if last[end - 1 - match] != said[-1 - match]:
+                break
+            match += 1
+        rank = (match, -abs(end - len(said)))
+        if match and (best is None or rank > best):
+            best, place = rank, end
+    return list(last[place:]) if best else []
+
+
+def _accepted(draft: Sequence[int], found: Sequence[int]) -> list[int]:
+    """The model's tokens up to and with the first that the draft had otherwise."""
+    right = 0
+    while right < min(len(draft), len(found) - 1) and draft[right] == found[right]:
+        right += 1
+    return list(found[: right + 1])
+
+
+def _row(found: mx.array) -> list[int]:
+    return [int(number) for number in np.array(found[0])]
+
+
+def _trim(parts: Sequence[LayerCache], count: int) -> None:
+    for part in parts:
+        part.inner.trim(count)

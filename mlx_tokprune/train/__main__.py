@@ -43,8 +43,6 @@ def _add_lora(commands) -> None:
     add("--scale", type=float, default=20.0, help="of the adapter (default: 20)")
     add("--layers", type=int, help="the last so many (default: all)")
     add("--dora", action="store_true", help="DoRA in place of LoRA")
-    help_ = "compute layers again in the backward pass, for less memory"
-    add("--grad-checkpoint", action="store_true", help=help_)
 
 
 def _add_training(parser, steps: int, rate: float) -> None:
@@ -61,6 +59,8 @@ def _add_training(parser, steps: int, rate: float) -> None:
     add("--learning-rate", type=float, default=rate, help=f"(default: {rate:g})")
     add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
     add("--seed", type=int, default=0)
+    help_ = "compute layers again in the backward pass, for less memory"
+    add("--grad-checkpoint", action="store_true", help=help_)
     help_ = "where training state is kept; resumed (default: OUTPUT.training)"
     add("--folder", help=help_)
     add("--output", required=True, help="folder to write; must not exist")
@@ -120,7 +120,8 @@ def _prune(args) -> None:
     lesson = Lesson(args.steps, args.batch, questions, *args.keep_ratios, **how)
     samples, schedule, folder, output = _training(args)
     train_scorer(
-        load(args.model), args.scorer, samples, lesson, schedule, folder, output
+        *(load(args.model), args.scorer, samples, lesson, schedule, folder, output),
+        checkpoint=args.grad_checkpoint,
     )
     print(f"wrote {output}")
 

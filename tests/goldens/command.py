@@ -101,7 +101,8 @@ def check(folder: Path, compute: Callable[[Path], Values]) -> int:
         right, result = compare(stored.get(name), computed.get(name))
         failed += not right
         print(f"{name:<32} {result}{'' if right else '   FAILED'}")
-    versions = [f"{name} {metadata.version(name)}" for name in PACKAGES]
+    found = {d.name.lower(): d.version for d in metadata.distributions()}
+    versions = [f"{name} {found[name]}" for name in PACKAGES if name in found]
     print(f"{len(stored)} stored, {failed} failed; {', '.join(versions)}")
     return failed
 

@@ -161,6 +161,16 @@ class Loop:
                 old.unlink()
 
 
+def checkpoint_layers(model) -> None:
+    """Compute the language model's layers again in the backward pass, for less memory.
+
+    mlx-lm changes the class of the layers, so for every model of this process.
+    """
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    grad_checkpoint(model.decoder.layers[0])
+
+
 def draw_losses(losses: list[float], file: Path, what: str = "the answers") -> None:
     """The loss of each step and a running mean, as a PNG, where there is matplotlib."""
     try:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ...carried import carry, read_carried
 from ...errors import InputError
 from ...files import new_folder
 from ...loading import Opened, load, open_checkpoint
@@ -22,7 +23,7 @@ from ...pruners import Plan, Pruners
 from ..packing import answer_logits, answer_losses
 from .batches import Batches
 from .data import Samples
-from .loop import Loop, Schedule, draw_losses
+from .loop import Loop, Schedule, checkpoint_layers, draw_losses
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ def train_adapter(
     """Train an adapter for a `(model, processor)` under pruning; write it to `output`.
 
     sizes: pictures of a batch, and questions about each. folder: keeps the state of the
-    training, which goes on from there. checkpoint: compute layers again in the backward
-    pass instead of keeping what they computed.
+    training, which goes on from there. checkpoint: see `checkpoint_layers`.
     """
     model, processor = loaded
     plan = plan_for(model, pruners)
@@ -113,9 +113,7 @@ def train_adapter(
     mx.random.seed(schedule.seed)
     adapter.add_to(model)
     if checkpoint:
-        from mlx_lm.tuner.trainer import grad_checkpoint
-
-        grad_checkpoint(model.decoder.layers[0])
+        checkpoint_layers(model)
     needs = tuple(name for pruner in plan for name in pruner.wants if name != "grid")
     batches = Batches(model, processor, samples.items, needs)
     loss = AnswerLoss(model, batches, plan, positions, sizes)
@@ -168,5 +166,7 @@ def write_fused(opened: Opened, merged: dict[str, mx.array], output: Path) -> No
     size = sum(array.nbytes for array in weights.values())
     with new_folder(output) as folder:
         copy_companions(checkpoint.folder, folder)
-        write_config(folder, {k: v for k, v in config.items() if k != "auto_map"})
+        kept = {k: v for k, v in config.items() if k != "auto_map"}
+        pruners = read_carried(config, checkpoint.folder)
+        write_config(folder, carry(pruners, kept, folder))
         write_shards(folder, tensors(), size)

@@ -20,7 +20,7 @@ from ..packing import answer_logits, answer_losses, packed
 from .batches import Batch, Batches
 from .data import Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
-from .loop import Loop, Schedule, draw_losses
+from .loop import Loop, Schedule, checkpoint_layers, draw_losses
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,12 @@ def train_scorer(
     schedule: Schedule,
     folder: Path,
     output: Path,
+    checkpoint: bool = False,
 ) -> nn.Module:
     """Train a scorer for a `(model, processor)` and write it to `output`.
 
-    folder: keeps the state of the training, which goes on from there.
+    folder: keeps the state of the training, which goes on from there. checkpoint: see
+    `checkpoint_layers`.
     """
     model, processor = loaded
     layers = len(model.decoder.layers)
@@ -143,6 +145,9 @@ def train_scorer(
         raise InputError(
             f"there is no layer {lesson.imitate} to imitate; expected 0 to {layers - 1}"
         )
+    model.freeze()
+    if checkpoint:
+        checkpoint_layers(model)
     mx.random.seed(schedule.seed)
     at_tower = SCORERS[kind].at == "tower"
     size = model.feature_size if at_tower else model.args.text["hidden_size"]

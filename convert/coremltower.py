@@ -1,0 +1,381 @@
+"""Apple's app layout: a FastVLM whose vision tower is a Core ML package.
+
+Its language model and projector are MLX tensors; the tower is what coremltools made of
+Apple's PyTorch module: the same layers one after the other, batch norms and most layer
+scales folded into them. So weights are read in the order of the program. Constants that
+kept their names must have those of their place, and shapes are checked as those of any
+checkpoint; a program that goes another way is refused, never guessed at.
+"""
+
+import io
+import logging
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..files import object_of, read_json
+from .checkpoint import Checkpoint, Tensor
+
+TOWER = "vision_tower.vision_model"
+_PROJECTOR = "multi_modal_projector."
+_INSTEAD = (
+    "download the PyTorch checkpoint (such as apple/FastVLM-0.5B) and convert that"
+)
+_LAYERS = (2, 12, 24, 4, 2)  # FastViTHD's, the last two stages with attention
+_NORM_EPS = 1e-5  # of the batch norms that were folded
+_FLOATS = {10: np.dtype("<f2"), 11: np.dtype("<f4")}  # by the number of their type
+_STORED = {1: np.dtype("<f2"), 2: np.dtype("<f4")}  # the same in the file of weights
+_MARK = 0xDEADBEEF
+_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+def is_app(checkpoint: Checkpoint) -> bool:
+    packages = list(checkpoint.folder.glob("*.mlpackage"))
+    projector = any(name.startswith(_PROJECTOR) for name in checkpoint.tensors)
+    return bool(packages) and projector
+
+
+def add_tower(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in the MLX layout, with the tower of the package beside it."""
+    packages = sorted(checkpoint.folder.glob("*.mlpackage"))
+    if len(packages) > 1:
+        names = ", ".join(path.name for path in packages)
+        raise InputError(
+            f"{checkpoint.folder} has {names}; expected one package, the vision tower"
+        )
+    sizes = object_of(checkpoint.config, "vision_config")
+    extra = _projector(checkpoint) | read_tower(packages[0], _depths(sizes))
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.startswith(_PROJECTOR)
+    }
+    for name, array in extra.items():
+        tensors[name] = Tensor(checkpoint.folder, _TYPES[array.dtype], array.shape)
+    return Checkpoint(checkpoint.folder, checkpoint.config, tensors, extra)
+
+
+def _depths(sizes: Mapping) -> tuple[int, ...]:
+    layers = sizes.get("layers", _LAYERS)
+    if not isinstance(layers, (list, tuple)) or len(layers) != 5:
+        raise InputError(f"config.json says layers {layers!r}; expected 5 values")
+    if not all(type(depth) is int and 0 < depth < 1000 for depth in layers):
+        raise InputError(f"config.json says layers {layers!r}; expected whole numbers")
+    return tuple(layers)
+
+
+def _projector(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """The projector's tensors; Apple quantized them with the language model."""
+    names = [n for n in checkpoint.tensors if n.startswith(_PROJECTOR)]
+    weights, found = checkpoint.load(), {}
+    for layer, number in (("linear_0.", 0), ("linear_2.", 2)):
+        start = _PROJECTOR + layer
+        parts = {
+            n.removeprefix(start): weights[n] for n in names if n.startswith(start)
+        }
+        if "scales" in parts:
+            parts["weight"] = _dequantized(checkpoint, start, parts)
+            del parts["scales"], parts["biases"]
+        found |= {f"mm_projector.{number}.{part}": a for part, a in parts.items()}
+    for name, array in found.items():
+        if array.dtype not in _TYPES:
+            raise InputError(
+                f"tensor {name} of {checkpoint.folder} is no float; {_INSTEAD}"
+            )
+    return found
+
+
+def _dequantized(checkpoint: Checkpoint, name: str, parts: Mapping) -> mx.array:
+    given = object_of(checkpoint.config, "quantization")
+    try:
+        return mx.dequantize(
+            *(parts[part] for part in ("weight", "scales", "biases")),
+            group_size=given["group_size"],
+            bits=given["bits"],
+        )
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"the quantized {name}weight of {checkpoint.folder} does not fit the "
+            f"quantization in its config.json; {_INSTEAD}"
+        ) from None
+
+
+# The package -------------------------------------------------------------------------
+
+
+def read_tower(package: Path, layers: tuple[int, ...]) -> dict[str, mx.array]:
+    """The tensors of a tower with so many blocks per stage, in the MLX layout."""
+    program = _Program(package)
+    found, tensors = _Layers(program), {}
+    for kind, path in _places(layers):
+        for name, array in found.take(kind, path).items():
+            tensors[f"{TOWER}.{_mlx_name(path, name)}"] = mx.array(_mlx_axes(array))
+    found.finish()
+    return tensors
+
+
+def _places(layers: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """Kind and name of every layer that has weights, as a picture meets them."""
+    yield from (("conv", f"patch_embed.{i}.reparam_conv") for i in range(3))
+    place = 0
+    for stage, depth in enumerate(layers):
+        if stage > 0:
+            yield "conv", f"network.{place}.proj.0.lkb_reparam"
+            yield "conv", f"network.{place}.proj.1.reparam_conv"
+            place += 1
+        if stage > 2:
+            yield "conv", f"network.{place}.reparam_conv"
+            place += 1
+        for block in range(depth):
+            yield from _block(f"network.{place}.{block}", attention=stage > 2)
+        place += 1
+    yield "conv", "conv_exp.reparam_conv"
+    yield "conv", "conv_exp.se.reduce"
+    yield "conv", "conv_exp.se.expand"
+
+
+def _block(path: str, attention: bool) -> Iterator[tuple[str, str]]:
+    if attention:
+        yield "norm", f"{path}.norm"
+        yield "bare", f"{path}.token_mixer.qkv"
+        yield "linear", f"{path}.token_mixer.proj"
+        yield "scale", f"{path}.layer_scale_1"
+    else:
+        yield "conv", f"{path}.token_mixer.reparam_conv"
+    yield "folded", f"{path}.convffn.conv"
+    yield "conv", f"{path}.convffn.fc1"
+    yield "conv", f"{path}.convffn.fc2"
+    yield "scale", f"{path}.layer_scale_2" if attention else f"{path}.layer_scale"
+
+
+def _mlx_name(path: str, name: str) -> str:
+    path = path.replace("patch_embed.", "patch_embed.blocks.")
+    return f"{path}.{name}" if name else path
+
+
+def _mlx_axes(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 4:
+        array = array.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(array)
+
+
+class _Layers:
+    """The program's operations with weights, taken one after the other."""
+
+    def __init__(self, program: "_Program"):
+        self.program = program
+        self.rest = [op for op in program.operations if self._has_weights(op)]
+        self.at, self.bias = 0, np.zeros(0, np.float32)  # of the last layer
+
+    def _has_weights(self, operation) -> bool:
+        kind = operation.type
+        if kind != "mul":
+            return kind in ("conv", "linear", "batch_norm", "layer_norm")
+        return any(self.program.size(name) > 1 for name in _inputs(operation, "x", "y"))
+
+    def take(self, kind: str, path: str) -> dict[str, np.ndarray]:
+        """The weights of the next layer, which must be of this kind and place."""
+        expected = {
+            "norm": ("batch_norm", "layer_norm"),
+            "scale": ("mul",),
+            "bare": ("linear",),
+            "linear": ("linear",),
+        }.get(kind, ("conv",))
+        operation = self.rest[self.at] if self.at < len(self.rest) else None
+        if operation is None or operation.type not in expected:
+            if kind == "scale":  # folded into the layer before it
+                return {"": np.ones_like(self.bias).reshape(1, 1, -1)}
+            found = operation.type if operation is not None else "its end"
+            self._refuse(f"{path} is {found} and not {expected[0]}")
+        self.at += 1
+        return getattr(self, f"_{kind}")(operation, path)
+
+    def finish(self) -> None:
+        if self.at < len(self.rest):
+            self._refuse(f"{len(self.rest) - self.at} layers follow the last one")
+
+    def _conv(self, operation, path: str) -> dict[str, np.ndarray]:
+        found = {
+            part: self._value(operation, part, path) for part in ("weight", "bias")
+        }
+        self.bias = found["bias"]
+        return found
+
+    _linear = _conv
+
+    def _bare(self, operation, path: str) -> dict[str, np.ndarray]:
+        found = self._conv(operation, path)
+        if np.any(found["bias"]):
+            self._refuse(f"{path} has a bias")
+        return {"weight": found["weight"]}
+
+    def _folded(self, operation, path: str) -> dict[str, np.ndarray]:
+        """As a convolution, and a batch norm that adds its bias and scales by 1."""
+        found = self._conv(operation, path)
+        bias = found["bias"]
+        ones, zeros = np.ones_like(bias), np.zeros_like(bias)
+        variance = (ones.astype(np.float32) - np.float32(_NORM_EPS)).astype(bias.dtype)
+        return {
+            **{"conv.weight": found["weight"], "bn.weight": ones, "bn.bias": bias},
+            **{"bn.running_mean": zeros, "bn.running_var": variance},
+        }
+
+    def _norm(self, operation, path: str) -> dict[str, np.ndarray]:
+        """A layer norm, whose last step may have become a batch norm."""
+        weight, bias = (self._value(operation, p, path) for p in ("gamma", "beta"))
+        if operation.type == "batch_norm":
+            eps, mean, variance = (
+                self._value(operation, part, path).astype(np.float32)
+                for part in ("epsilon", "mean", "variance")
+            )
+            scale = 1 / np.sqrt(variance + eps)
+            bias = (bias - mean * scale * weight).astype(weight.dtype)
+            weight = (weight * scale).astype(weight.dtype)
+        return {"weight": weight, "bias": bias}
+
+    def _scale(self, operation, path: str) -> dict[str, np.ndarray]:
+        names = _inputs(operation, "x", "y")
+        name = next(n for n in names if self.program.size(n) > 1)
+        self._check_name(name, path)
+        return {"": self.program.value(name).reshape(1, 1, -1)}
+
+    def _value(self, operation, part: str, path: str) -> np.ndarray:
+        names = _inputs(operation, part)
+        if len(names) != 1:
+            self._refuse(f"{path} has no {part}")
+        self._check_name(names[0], path)
+        return self.program.value(names[0])
+
+    def _check_name(self, name: str, path: str) -> None:
+        """PyTorch's names stay where nothing was folded; they say the place."""
+        known = any(part in name for part in ("network_", "patch_embed_", "conv_exp_"))
+        if known and f"_{path.replace('.', '_')}_" not in f"_{name}_":
+            self._refuse(f"{path} is called {name}")
+
+    def _refuse(self, what: str):
+        raise InputError(
+            f"{self.program.package} is no FastViTHD as Apple exports it ({what}); "
+            f"{_INSTEAD}"
+        )
+
+
+def _inputs(operation, *parts: str) -> list[str]:
+    """Names of what an operation is given under these names."""
+    return [
+        argument.name
+        for part in parts
+        if part in operation.inputs
+        for argument in operation.inputs[part].arguments
+    ]
+
+
+class _Program:
+    """A package's operations and the values of its constants."""
+
+    def __init__(self, package: Path):
+        self.package = package
+        file = _model_file(package)
+        self.weights = file.parent / "weights" / "weight.bin"
+        model = _parse(file, package)
+        functions = model.mlProgram.functions
+        if "main" not in functions:
+            self._refuse("it has no program with a function main")
+        main = functions["main"]
+        if main.opset not in main.block_specializations:
+            self._refuse("its function main is empty")
+        operations = main.block_specializations[main.opset].operations
+        self.operations = [op for op in operations if op.type != "const"]
+        self.constants = {
+            op.outputs[0].name: op.attributes["val"]
+            for op in operations
+            if op.type == "const" and op.outputs and "val" in op.attributes
+        }
+
+    def size(self, name: str) -> int:
+        """Numbers in a constant, 0 for anything else."""
+        value = self.constants.get(name)
+        return math.prod(_shape(value)) if value is not None else 0
+
+    def value(self, name: str) -> np.ndarray:
+        """A constant of floats. Raises `InputError` for anything else."""
+        value = self.constants.get(name)
+        kind = value.type.tensorType.dataType if value is not None else None
+        if value is None or kind not in _FLOATS:
+            self._refuse(f"{name} is no constant of 16- or 32-bit floats")
+        shape, dtype = _shape(value), _FLOATS[kind]
+        if value.HasField("blobFileValue"):
+            array = self._stored(value.blobFileValue.offset, dtype, name)
+        else:
+            tensor = value.immediateValue.tensor
+            array = np.array(tensor.floats.values, np.float32)
+            if tensor.HasField("bytes"):
+                array = np.frombuffer(tensor.bytes.values, dtype)
+        if array.size != math.prod(shape):
+            self._refuse(f"{name} has {array.size} numbers for the shape {shape}")
+        return array.reshape(shape)
+
+    def _stored(self, offset: int, dtype: np.dtype, name: str) -> np.ndarray:
+        """Numbers of the file of weights, whose entry says how many and where."""
+        try:
+            size = self.weights.stat().st_size if self.weights.is_file() else 0
+            with self.weights.open("rb") if size else io.BytesIO() as stream:
+                stream.seek(offset)
+                mark, kind, count, start = struct.unpack("<IIQQ", stream.read(24))
+                right = mark == _MARK and _STORED.get(kind) == dtype
+                if right and start + count <= size and count % dtype.itemsize == 0:
+                    stream.seek(start)
+                    return np.frombuffer(stream.read(count), dtype)
+        except (OSError, struct.error, OverflowError, ValueError):
+            pass
+        self._refuse(f"{name} is not in its weights/weight.bin")
+
+    def _refuse(self, what: str):
+        raise InputError(
+            f"{self.package} cannot be read as a Core ML package ({what}); {_INSTEAD}"
+        )
+
+
+def _shape(value) -> tuple[int, ...]:
+    dimensions: Iterable = value.type.tensorType.dimensions
+    return tuple(dimension.constant.size for dimension in dimensions)
+
+
+def _model_file(package: Path) -> Path:
+    manifest = read_json(package / "Manifest.json")
+    entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
+    named = isinstance(entries, dict) and isinstance(root, str)
+    entry = entries.get(root) if named else None
+    name = entry.get("path") if isinstance(entry, dict) else None
+    short = isinstance(name, str) and len(name) < 256
+    parts = PurePosixPath(name).parts if short else ()
+    if not parts or parts[0] == "/" or ".." in parts:
+        raise InputError(
+            f"Manifest.json of {package} names no model inside the package; {_INSTEAD}"
+        )
+    file = package.joinpath("Data", *parts)
+    if not file.is_file():
+        raise InputError(f"{package} lacks its {name}; {_INSTEAD}")
+    return file
+
+
+def _parse(file: Path, package: Path):
+    logging.getLogger("coremltools").setLevel(logging.ERROR)  # what Linux lacks
+    try:
+        from coremltools.proto import Model_pb2
+    except ImportError:
+        raise InputError(
+            f"the vision tower {package} is a Core ML package, and coremltools, which "
+            "reads it, is not installed; install it with pip install "
+            "'mlx-tokprune[coreml]'"
+        ) from None
+    model = Model_pb2.Model()
+    try:
+        model.ParseFromString(file.read_bytes())
+    except Exception:  # protobuf's own errors differ by its version
+        raise InputError(f"{file} is damaged; {_INSTEAD}") from None
+    return model

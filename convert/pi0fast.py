@@ -1,0 +1,316 @@
+"""pi0-FAST checkpoints, lerobot's and openpi's: key table, sizes, statistics.
+
+Neither says its sizes; tensors do. lerobot keeps statistics beside its processors,
+openpi under `assets/`, and both name tokenizers that lie elsewhere. In the MLX layout
+everything is in one folder, with the section `policy` in config.json.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..files import object_of, read_json
+from ..hub import fetch
+from .checkpoint import Checkpoint, read_header
+from .family import Family, Shape
+
+_ROOT = r"^(?:model\.)?paligemma_with_expert\.paligemma\.(?:model\.)?"
+_BLOCK = _ROOT + r"vision_tower\.(?:vision_model\.)?encoder\.layers\.(\d+)\."
+_TOWER = _ROOT + r"vision_tower\.(?:vision_model\.)?"
+_LANGUAGE = _ROOT + r"language_model\.(?:model\.)?"
+_KEYS: tuple[tuple[str, str | None], ...] = (
+    (r".*\.rotary_emb\.inv_freq$", None),
+    (r".*\.position_ids$", None),
+    (_TOWER + r"head\.", None),
+    (_BLOCK + r"self_attn\.([qkv])_proj\.", r"vision_tower.blocks.\1.attn.\2."),
+    (_BLOCK + r"self_attn\.out_proj\.", r"vision_tower.blocks.\1.attn.proj."),
+    (_BLOCK + r"layer_norm([12])\.", r"vision_tower.blocks.\1.norm\2."),
+    (_BLOCK + r"mlp\.", r"vision_tower.blocks.\1.mlp."),
+    (_TOWER + r"embeddings\.patch_embedding\.", "vision_tower.patch_embed.proj."),
+    (_TOWER + r"embeddings\.position_embedding\.weight$", "vision_tower.pos_embed"),
+    (_TOWER + r"post_layernorm\.", "vision_tower.norm."),
+    (_ROOT + r"multi_modal_projector\.", "multi_modal_projector."),
+    (_ROOT + r"(?:language_model\.)?lm_head\.", "language_model.lm_head."),
+    (_LANGUAGE, "language_model.model."),
+)
+_PATCHES = "vision_tower.patch_embed.proj.weight"
+_TABLE = "language_model.model.embed_tokens.weight"
+_HEAD = "language_model.lm_head.weight"
+# Heads of SigLIP towers by width; no checkpoint says them.
+_HEADS = {1152: 16, 1024: 16, 768: 12}
+_RULES = {
+    "QUANTILES": "bounds_q99",
+    "QUANTILE10": "bounds_q90",
+    "MIN_MAX": "bounds",
+    "MEAN_STD": "mean_std",
+    "IDENTITY": "identity",
+}
+_CAMERAS = "observation.images."
+_OPENPI_CAMERAS = ["base_0_rgb", "base_1_rgb", "wrist_0_rgb"]
+
+
+def is_pi0fast(names: Iterable[str]) -> bool:
+    return any("paligemma_with_expert." in n or n == _PATCHES for n in names)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """pi0-FAST's, for names as this checkpoint has them.
+
+    Raises `InputError` for a policy that draws its actions from noise.
+    """
+    names = list(checkpoint.tensors)
+    if any(re.search(r"gemma_expert\.|action_(in|out)_proj\.", n) for n in names):
+        raise InputError(
+            f"{checkpoint.folder} has an action expert, as pi0 and pi0.5 have; this "
+            "reads pi0-FAST, which answers in tokens"
+        )
+    renamed = {PI0FAST.rename(n) for n in names}
+    if _TABLE in renamed or _HEAD not in renamed:
+        return PI0FAST
+    # Stored once, where both are one tensor.
+    head = (_ROOT + r"(?:language_model\.)?lm_head\.weight$", _TABLE)
+    return dataclasses.replace(PI0FAST, keys=(head, *_KEYS))
+
+
+def _is_mlx(shapes: Mapping[str, Shape]) -> bool:
+    return not any("paligemma_with_expert." in name for name in shapes)
+
+
+def _axes(name: str, ndim: int) -> tuple[int, ...] | None:
+    return (0, 2, 3, 1) if name == _PATCHES and ndim == 4 else None
+
+
+def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
+    config = dict(checkpoint.config)
+    config["model_type"] = "pi0_fast"
+    text, vision = (object_of(config, f"{n}_config") for n in ("text", "vision"))
+    config["text_config"] = _text(shapes) | dict(text)
+    config["text_config"]["tie_word_embeddings"] = _HEAD not in shapes
+    config["vision_config"] = _vision(shapes) | dict(vision)
+    if "policy" in config:
+        config["norm_stats"] = dict(object_of(config, "norm_stats"))
+        return config
+    openpi = config.get("type") != "pi0_fast"
+    stats, rules = (_assets if openpi else _processors)(checkpoint)
+    config["norm_stats"] = stats
+    config["policy"] = (_openpi if openpi else _lerobot)(config)
+    config["policy"]["rules"] = rules
+    config["policy"]["state_size"] = _state_size(config, stats)
+    return config
+
+
+def _size(shapes: Mapping[str, Shape], name: str, axis: int) -> int:
+    if len(shapes.get(name, ())) <= axis:
+        raise InputError(f"the checkpoint lacks tensor {name}, which says its sizes")
+    return shapes[name][axis]
+
+
+def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    return 1 + max(
+        (int(match[1]) for n in shapes if (match := re.match(pattern, n))), default=-1
+    )
+
+
+def _text(shapes: Mapping[str, Shape]) -> dict:
+    """Gemma's sizes. Its variants share one head of keys."""
+    layer = "language_model.model.layers.0."
+    head = _size(shapes, f"{layer}self_attn.k_proj.weight", 0)
+    return {
+        "model_type": "gemma",
+        "vocab_size": _size(shapes, _TABLE, 0),
+        "hidden_size": _size(shapes, f"{layer}input_layernorm.weight", 0),
+        "intermediate_size": _size(shapes, f"{layer}mlp.gate_proj.weight", 0),
+        "num_hidden_layers": _count(shapes, r"language_model\.model\.layers\.(\d+)\."),
+        "num_attention_heads": _size(shapes, f"{layer}self_attn.q_proj.weight", 0)
+        // head,
+        "num_key_value_heads": 1,
+        "head_dim": head,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 8192,
+    }
+
+
+def _vision(shapes: Mapping[str, Shape]) -> dict:
+    width, patch, _, _ = (_size(shapes, _PATCHES, axis) for axis in range(4))
+    side = round(_size(shapes, "vision_tower.pos_embed", 0) ** 0.5)
+    return {
+        "image_size": side * patch,
+        "patch_size": patch,
+        "hidden_size": width,
+        "intermediate_size": _size(shapes, "vision_tower.blocks.0.mlp.fc1.weight", 0),
+        "num_hidden_layers": _count(shapes, r"vision_tower\.blocks\.(\d+)\."),
+        "num_attention_heads": _HEADS.get(width),
+    }
+
+
+def _lerobot(config: Mapping) -> dict:
+    """What lerobot's config says of the policy; its defaults are those of the code.
+
+    A chunk has `chunk_size` actions; how many are done before the next one is up to
+    whoever acts, as `n_action_steps` is in lerobot.
+    """
+    features = object_of(config, "input_features")
+    cameras = [n.removeprefix(_CAMERAS) for n in features if n.startswith(_CAMERAS)]
+    return {
+        "dialect": "lerobot",
+        "cameras": cameras,
+        "horizon": config.get("chunk_size", 50),
+        "action_dim": _feature(config, "output_features", "action"),
+        "steps": config.get("max_decoding_steps", 256),
+        "longest_prompt": config.get("tokenizer_max_length", 200),
+        "skipped": config.get("fast_skip_tokens", 128),
+        "strict": config.get("validate_action_token_prefix", True),
+        "relative": config.get("use_relative_actions", False),
+    }
+
+
+def _openpi(config: Mapping) -> dict:
+    return {
+        "dialect": "openpi",
+        "cameras": _OPENPI_CAMERAS,
+        "horizon": config.get("action_horizon", 32),
+        "action_dim": config.get("action_dim", 32),
+        "steps": 256,
+        "longest_prompt": config.get("max_token_len", 250),
+        "skipped": 128,
+    }
+
+
+def _feature(config: Mapping, group: str, name: str):
+    shape = object_of(object_of(config, group), name).get("shape")
+    return shape[0] if isinstance(shape, list) and len(shape) == 1 else None
+
+
+def _state_size(config: Mapping, stats: Mapping) -> int:
+    """Numbers of the state: of its statistics, else what the config says."""
+    for entry in stats.values():
+        for name, values in object_of(entry, "proprio").items():
+            if name in _READ and isinstance(values, list):
+                return len(values)
+    return _feature(config, "input_features", "observation.state") or 0
+
+
+# Statistics ---------------------------------------------------------------------------
+
+_READ = ("q01", "q99", "q10", "q90", "min", "max", "mean", "std")
+_PARTS = {"action": ("action", "ACTION"), "observation.state": ("proprio", "STATE")}
+
+
+def _processors(checkpoint: Checkpoint) -> tuple[dict, dict]:
+    """(statistics by data set, rules by part) of lerobot's saved processors."""
+    given = object_of(checkpoint.config, "normalization_mapping")
+    mapping = {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"} | dict(given)
+    found: dict[str, dict] = {}
+    file = checkpoint.folder / "policy_preprocessor.json"
+    steps = read_json(file).get("steps") if file.is_file() else []
+    for step in steps if isinstance(steps, list) else []:
+        if not isinstance(step, dict) or "normalizer" not in _registered(step):
+            continue
+        mapping |= object_of(object_of(step, "config"), "norm_map")
+        found = _statistics(checkpoint.folder, step.get("state_file"))
+    rules = {}
+    for part, kind in _PARTS.values():
+        rule = _RULES.get(str(mapping[kind]).upper())
+        if rule is None:
+            raise InputError(
+                f"{checkpoint.folder} normalises {kind} by {mapping[kind]!r}; expected "
+                f"one of {', '.join(_RULES)}"
+            )
+        rules[part] = rule
+    return {"lerobot": found} if found else {}, rules
+
+
+def _registered(step: Mapping) -> str:
+    name = str(step.get("registry_name") or step.get("class") or "")
+    return "" if "unnormalizer" in name.lower() else name.lower()
+
+
+def _statistics(folder: Path, name) -> dict:
+    """Lists by part and statistic from a processor's safetensors file."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise InputError(
+            f"policy_preprocessor.json of {folder} names the statistics {name!r}; "
+            "expected a file in the folder"
+        )
+    read_header(folder / name)
+    found: dict[str, dict] = {}
+    for key, array in mx.load(str(folder / name), format="safetensors").items():
+        part, _, statistic = key.rpartition(".")
+        if part in _PARTS and statistic in _READ and array.ndim == 1:
+            values = array.astype(mx.float32).tolist()
+            found.setdefault(_PARTS[part][0], {})[statistic] = values
+    return found
+
+
+def _assets(checkpoint: Checkpoint) -> tuple[dict, dict]:
+    """The same of openpi's `assets/<data set>/norm_stats.json`."""
+    stats = {}
+    for file in sorted(checkpoint.folder.glob("assets/*/norm_stats.json")):
+        given = object_of(read_json(file), "norm_stats")
+        parts = {"action": given.get("actions"), "proprio": given.get("state")}
+        stats[file.parent.name] = {k: v for k, v in parts.items() if v}
+    return stats, {"action": "bounds_q99", "proprio": "bounds_q99"}
+
+
+# Tokenizers ---------------------------------------------------------------------------
+
+_NAMES = {
+    "text": ("tokenizer", "text_tokenizer_name", "google/paligemma-3b-pt-224"),
+    "fast": ("fast", "action_tokenizer_name", "lerobot/fast-action-tokenizer"),
+}
+_HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+# Not the weights that lie beside them on the hub.
+_FILES = ("*token*.json", "processor_config.json", "LICENSE*", "NOTICE*")
+
+
+def _beside(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Both tokenizers' files, by the names they have in the MLX layout.
+
+    Raises `InputError` where they are neither in the folder nor on the hub.
+    """
+    folder, found = checkpoint.folder, {}
+    if not (folder / "tokenizer.json").is_file():
+        source = _tokenizer(checkpoint, "text")
+        for file in sorted(source.glob("*token*.json")):
+            found[file.name] = file
+    if not (folder / "fast_tokenizer.json").is_file():
+        source = _tokenizer(checkpoint, "fast")
+        for name in ("tokenizer", "processor_config"):
+            found[f"fast_{name}.json"] = source / f"{name}.json"
+    return found
+
+
+def _tokenizer(checkpoint: Checkpoint, kind: str) -> Path:
+    inside, key, default = _NAMES[kind]
+    folder = checkpoint.folder / inside
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    name = checkpoint.config.get(key, default)
+    if not isinstance(name, str) or not re.fullmatch(_HUB_ID, name):
+        raise InputError(
+            f"config.json of {checkpoint.folder} says {key} {name!r}, which is no hub "
+            f"id; put its files into {folder}"
+        )
+    try:
+        found = fetch(name, _FILES)
+    except InputError as error:
+        raise InputError(f"{error}; put its files into {folder}") from None
+    if not (found / "tokenizer.json").is_file():
+        raise InputError(f"{found} has no tokenizer.json; put one into {folder}")
+    return found
+
+
+PI0FAST = Family(
+    name="pi0-FAST",
+    reads="pi0-FAST policies as lerobot saves them (such as lerobot/pi0fast-base)",
+    is_mlx=_is_mlx,
+    keys=_KEYS,
+    axes=_axes,
+    complete=_complete,
+    beside=_beside,
+)

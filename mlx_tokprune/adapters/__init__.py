@@ -1,0 +1,1 @@
+"""Pruning in other people's runtimes. Nothing here is imported unless asked for."""

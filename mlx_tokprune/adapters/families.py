@@ -1,0 +1,108 @@
+"""What is known of mlx-vlm's families: which ids are placeholders, and where grids are.
+
+A family stands here once its greedy answers were seen to equal those of the full prompt
+with the dropped columns masked (`tests/test_mlx_vlm.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+
+_MEDIA = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+Grids = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of mlx-vlm's lays out pictures.
+
+    grids: from the processor's inputs and the model's config the grid (h, w) of each
+    picture or frame, where tokens are grids. each: embeddings of a placeholder. signs:
+    whether negative ids are the placeholders. cold: a chat reads its prompt anew,
+    because of this. why: it is refused, because of this. turns: whether positions have
+    three dimensions (M-RoPE), and stay original. pixels: whether it has a group
+    of patches for each token, which `look` and `towers` know.
+    """
+
+    grids: Callable[[Mapping, object], Grids] | None = None
+    each: Callable[[Mapping], int] | None = None
+    signs: bool = False
+    cold: str | None = None
+    why: str | None = None
+    turns: bool = False
+    pixels: bool = False
+
+
+def _by_grid(inputs: Mapping, config) -> Grids:
+    """Qwen's: pictures, or frames of videos."""
+    kinds = [n for n in ("image_grid_thw", "video_grid_thw") if len(inputs.get(n, []))]
+    if len(kinds) > 1:
+        raise InputError(
+            "a prompt with pictures and videos is pruned by methods that need no grid, "
+            "such as 'norm'"
+        )
+    side, found = config.vision_config.spatial_merge_size, []
+    for name in ("image_grid_thw", "video_grid_thw"):
+        for t, h, w in np.array(inputs.get(name, [])).reshape(-1, 3).tolist():
+            found += [(int(h) // side, int(w) // side)] * int(t)
+    return found
+
+
+def _square(count: Callable[[object], int]) -> Callable[[Mapping, object], Grids]:
+    """Each picture has one square of so many tokens."""
+
+    def grids(inputs: Mapping, config) -> Grids:
+        side = round(count(config) ** 0.5)
+        return [(side, side)] * len(inputs["pixel_values"])
+
+    return grids
+
+
+def _patches(config) -> int:
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def _cells(inputs: Mapping) -> int:
+    """FastVLM's: a token for each 64 x 64 pixels."""
+    return (np.shape(inputs["pixel_values"])[-1] // 64) ** 2
+
+
+_QWEN, _PLAIN = Family(_by_grid, turns=True, pixels=True), Family()
+_LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
+FAMILIES: Mapping[str, Family] = {
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "llava": Family(_square(_patches)),
+    "llava_onevision": _PLAIN,
+    "idefics3": _PLAIN,
+    "smolvlm": _PLAIN,
+    "internvl_chat": _PLAIN,
+    "gemma3": Family(_square(lambda config: config.mm_tokens_per_image)),
+    "gemma3n": Family(cold=_LAYERED),
+    "gemma4": Family(cold=_LAYERED),
+    "paligemma": Family(_square(_patches), cold="its prompts are read in both ways"),
+    "pixtral": _PLAIN,
+    "mistral3": _PLAIN,
+    "phi3_v": Family(signs=True, cold="its placeholders are known to nobody else"),
+    "fastvlm": Family(each=_cells),
+    "llava_next": Family(
+        why="mlx-vlm gives it a newline for each visual token and more rows than ids, "
+        "so that nobody can say which row is which"
+    ),
+    "mllama": Family(why="its pictures reach the layers by cross attention"),
+    "florence2": Family(why="its pictures reach a decoder by cross attention"),
+}
+
+
+def media_of(config, family: Family) -> Callable[[np.ndarray], np.ndarray]:
+    """Ids -> which of them are placeholders of visual tokens."""
+    if family.signs:
+        return lambda ids: ids < 0
+    known = {getattr(config, name, None) for name in _MEDIA} - {None}
+    return lambda ids: np.isin(ids, list(known))

@@ -1,0 +1,153 @@
+"""Times of a model that mlx-vlm runs: untouched, pruned, and of smaller pictures.
+
+Interleaved: every round measures each row once, so that a machine that slows down slows
+all. TTFT is mlx-vlm's own way from the decoded picture to the first token.
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import InputError, printable
+from ..files import write_text
+from ..measure.guest import Guest, GuestRow
+from ..measure.machine import describe
+from ..measure.results import MACHINE, NUMBER, Optional, read_result
+
+_MOST = 1e30  # of a time, a rate, or FLOPs
+SCHEMA = "mlx_tokprune.bench.guest/1"
+_SAMPLES = ("ttft_ms", "total_ms", "decode_tokens_per_second")
+SHAPE = {
+    "machine": MACHINE,
+    "model": str,
+    "positions": str,
+    "rows": [
+        {
+            **{"label": str, "picture": int, "prompt": str, "flops": Optional(NUMBER)},
+            **{"visual_tokens": int, "kept": int, "prompt_tokens": int},
+            "samples": {name: [Optional(NUMBER)] for name in _SAMPLES},
+        }
+    ],
+}
+
+
+def measure(
+    guest: Guest,
+    rows: Sequence[GuestRow],
+    images: Sequence,
+    prompts: Sequence[str],
+    tokens: int,
+    runs: int,
+    output: Path,
+) -> dict:
+    """Write and give the result of `runs` rounds after one to warm up.
+
+    Raises `InputError` where `output` is something else than such a result.
+    """
+    if output.exists():
+        read_guest(output)
+    cases = list(itertools.product(rows, range(len(images)), prompts))
+    lines: list[dict] = [{} for _ in cases]
+    total = len(cases) * (runs + 1)
+    with tqdm(total=total, desc="measuring", unit="row", disable=None) as bar:
+        for run in range(runs + 1):
+            first = run % len(cases)
+            order = [*range(first, len(cases)), *range(first)]
+            for number in order:
+                row, picture, prompt = cases[number]
+                reply = guest.ask(row, images[picture], prompt, tokens)
+                if not lines[number]:
+                    asked = (row, images[picture], prompt, reply.kept)
+                    cost = guest.cost(*asked)
+                    lines[number] = {
+                        **{"label": row.label, "picture": picture, "prompt": prompt},
+                        **{"visual_tokens": reply.total, "kept": reply.kept},
+                        "prompt_tokens": reply.prompt,
+                        "flops": cost and sum(part.flops for part in cost.values()),
+                        "samples": {name: [] for name in _SAMPLES},
+                    }
+                for name in _SAMPLES if run else ():
+                    lines[number]["samples"][name].append(getattr(reply, name))
+                bar.update()
+    result = {
+        **{"schema": SCHEMA, "machine": describe(), "model": guest.name},
+        **{"positions": guest.kind_of_positions, "tokens": tokens, "rows": lines},
+    }
+    write_text(output, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def read_guest(file: str | Path) -> dict:
+    """A result file; `InputError` unless it is one, with an untouched row for each."""
+    result = read_result(file, SCHEMA, SHAPE)
+    if not result["rows"]:
+        raise InputError(f"{file} is damaged: it has no rows")
+    for row in result["rows"]:
+        base = _base(row, result["rows"])
+        if base is None or not _fits(row, base):
+            raise InputError(
+                f"{file} is damaged: its rows do not fit together; expected as many "
+                "samples of each, and an untouched row for every other"
+            )
+    return result
+
+
+def _fits(row: dict, base: dict) -> bool:
+    """Whether a row has as many samples of everything, and times that can be."""
+    counts = {len(values) for values in row["samples"].values()}
+    times = row["samples"]["ttft_ms"] + row["samples"]["total_ms"]
+    rates = [r for r in row["samples"]["decode_tokens_per_second"] if r is not None]
+    numbers = [*rates, *([] if row["flops"] is None else [row["flops"]])]
+    return (
+        counts == {len(base["samples"]["ttft_ms"])} != {0}
+        and all(time is not None and 0 < time < _MOST for time in times)
+        and all(0 < number < _MOST for number in numbers)
+    )
+
+
+def _base(row: dict, rows: list[dict]) -> dict | None:
+    case = ("picture", "prompt")
+    found = (r for r in rows if all(r[name] == row[name] for name in case))
+    return next((r for r in found if r["label"] == "none"), None)
+
+
+def markdown(result: dict) -> str:
+    """The table for people: medians, and what is saved beside the untouched model."""
+    machine = result["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    runs = len(result["rows"][0]["samples"]["ttft_ms"])
+    head = ["method", "kept", "prompt", "TTFT ms", "saved", "ceiling", "tok/s"]
+    lines = [
+        f"{printable(result['model'])} in mlx-vlm, {result['positions']} positions; "
+        f"{machine['device']}, {versions}; n={runs}, interleaved.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---|" + "---:|" * (len(head) - 1),
+    ]
+    for row in result["rows"]:
+        base = _base(row, result["rows"]) or row
+        times, before = (r["samples"]["ttft_ms"] for r in (row, base))
+        ratio = statistics.median(a / b for a, b in zip(times, before, strict=True))
+        rates = [r for r in row["samples"]["decode_tokens_per_second"] if r]
+        known = row["flops"] and base["flops"]
+        pruned = row is not base
+        spread = f"{statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f})"
+        cells = [
+            *(printable(row["label"]), f"{row['kept']}", f"{row['prompt_tokens']}"),
+            *(spread, f"{100 * (1 - ratio):.0f} %" if pruned else ""),
+            f"{100 * (1 - row['flops'] / base['flops']):.0f} %"
+            if known and pruned
+            else "",
+            f"{statistics.median(rates):.1f}" if rates else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        "TTFT: from the decoded picture to the first token, median (least-most). "
+        "Ceiling: what is saved of the FLOPs of tower and prompt. max_pixels: a "
+        "smaller picture with at most as many tokens, not pruned."
+    )
+    return "\n".join([*lines, "", note])

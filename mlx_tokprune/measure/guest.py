@@ -1,0 +1,278 @@
+"""A model that mlx-vlm runs, as what is measured: answers, times, FLOPs, tokens."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+from PIL import Image
+
+from ..adapters.mlx_vlm import Handle, attach, load_mlx_vlm
+from ..errors import InputError
+from ..pruners import Pruner, get_method, list_pruners
+from ..pruners.registry import Options
+from .cost import Cost, count
+
+RUNTIMES = ("own", "mlx-vlm")
+SMALLER = "max_pixels"  # rows of whole pictures with as few tokens
+
+
+@dataclass(frozen=True)
+class GuestRow:
+    """A line of the table: a pruner, or the share of its tokens a picture shrinks to.
+
+    The other way to have fewer tokens is a smaller picture, which spares the tower.
+    """
+
+    label: str
+    pruner: Pruner
+    share: float | None = None
+
+    def described(self) -> dict:
+        found = {"label": self.label, "pruner": self.pruner.described()}
+        return found | ({"share": self.share} if self.share else {})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: token ids, the logarithms of their probabilities (V,) one by one, and
+    what it took. prompt, total, kept: tokens of the prompt, visual ones of the whole
+    picture, and those that the language model read.
+    """
+
+    ids: list[int]
+    logs: list[mx.array] = field(repr=False)
+    ttft_ms: float
+    total_ms: float
+    prompt: int
+    total: int
+    kept: int
+    places: list[list[int]] | None = None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        seconds = (self.total_ms - self.ttft_ms) / 1e3
+        return (len(self.ids) - 1) / seconds if len(self.ids) > 1 else None
+
+
+class Guest:
+    """A checkpoint loaded by mlx-vlm; nothing of it is changed between rows."""
+
+    kind = "answering"
+
+    def __init__(self, name: str, positions: str | None = None):
+        self.name, self.positions = name, positions
+        self.model, self.processor = load_mlx_vlm(name)
+        self._counted: dict = {}
+        self._known = attach(self.model, self.processor, Pruner("norm", 0.5), positions)
+        self._known.detach()  # it refuses what is not known
+
+    @property
+    def kind_of_positions(self) -> str:
+        """As they are: original or contiguous."""
+        return self._known.positions
+
+    @property
+    def stops(self) -> set[int]:
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return set(tokenizer.stopping_criteria.eos_token_ids)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether pictures of fewer pixels have fewer tokens, by `max_pixels`."""
+        kind = type(getattr(self.processor, "image_processor", None))
+        return "qwen" in kind.__module__.lower()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return tokenizer.decode([i for i in ids if i not in self.stops])
+
+    def rows(
+        self,
+        methods: Sequence[str] | None,
+        ratios: Sequence[float],
+        options: dict[str, Options],
+    ) -> list[GuestRow]:
+        """The untouched model, methods at every ratio, and smaller pictures."""
+        found = [GuestRow("none", Pruner("none"))]
+        for method in self.methods() if methods is None else methods:
+            own = options.get(method, {})
+            found += [
+                GuestRow(f"{method} {ratio:g}", Pruner(method, ratio, options=own))
+                for ratio in ratios
+                if ratio < 1
+            ]
+        for ratio in ratios if self.resizes else ():
+            if ratio < 1:
+                found.append(GuestRow(f"{SMALLER} {ratio:g}", Pruner("none"), ratio))
+        found = list({row.label: row for row in found}.values())
+        for row in found:
+            with self._pruned(row.pruner):
+                pass
+        return found
+
+    def methods(self) -> list[str]:
+        """Those that are known to work after a projector."""
+        provided = {"text"} | ({"grid"} if self._known.grids else set())
+        return [
+            name
+            for name in list_pruners()
+            if name != "none"
+            and get_method(name).place != "layer"
+            and get_method(name).counts != "own"
+            and set(get_method(name).needs) <= provided
+        ]
+
+    @contextlib.contextmanager
+    def _pruned(self, pruner: Pruner) -> Iterator[Handle]:
+        handle = attach(self.model, self.processor, pruner, self.positions)
+        try:
+            yield handle
+        finally:
+            handle.detach()
+
+    def ask(
+        self,
+        row: GuestRow,
+        image: Image.Image,
+        question: str,
+        most: int,
+        forced: Sequence[int] | None = None,
+    ) -> Reply:
+        """A greedy answer of at most `most` tokens, or the probabilities of `forced`.
+
+        TTFT begins with the decoded picture and the question.
+        """
+        from mlx_vlm import stream_generate
+        from mlx_vlm.prompt_utils import apply_chat_template
+
+        text = apply_chat_template(
+            self.processor, self.model.config, question, num_images=1
+        )
+        whole = self._sizes(row, image, text)
+        how = {"max_tokens": most, "temperature": 0.0, **whole}
+        if forced is not None:
+            how |= {"sampler": _Forcing(forced), "max_tokens": len(forced)}
+        ids, logs, first = [], [], None
+        with self._pruned(row.pruner) as handle:
+            start = time.perf_counter()
+            for piece in stream_generate(
+                self.model, self.processor, text, image=[image], **how
+            ):
+                first = first or time.perf_counter()
+                if piece.logprobs is not None and len(logs) < piece.generation_tokens:
+                    ids.append(int(piece.token))
+                    logs.append(piece.logprobs)
+            end = time.perf_counter()
+            last = handle.last
+        total = self._total(image, text, whole)
+        kept = last[0].keep if last else total
+        first = end if first is None else first
+        return Reply(
+            *(ids, logs, (first - start) * 1e3, (end - start) * 1e3),
+            *(piece.prompt_tokens, total, kept),
+            last[0].places if last else None,
+        )
+
+    def _sizes(self, row: GuestRow, image: Image.Image, text: str) -> dict:
+        """`max_pixels` of a picture that is to have a share of its tokens."""
+        if row.share is None:
+            return {}
+        (height, width), *_ = self.grids(image, text)
+        cell = self.model.config.vision_config
+        side = cell.patch_size * cell.spatial_merge_size
+        return {"max_pixels": max(1, int(row.share * height * width)) * side * side}
+
+    def _inputs(self, image: Image.Image, text: str, sizes: dict) -> dict:
+        from mlx_vlm.utils import prepare_inputs
+
+        return dict(
+            prepare_inputs(self.processor, images=[image], prompts=text, **sizes)
+        )
+
+    def _total(self, image: Image.Image, text: str, sizes: dict) -> int:
+        key = ("total", image.size, text, *sizes.values())
+        if key not in self._counted:
+            inputs = self._inputs(image, text, sizes)
+            self._counted[key] = self._known.total(inputs)
+        return self._counted[key]
+
+    def grids(self, image: Image.Image, text: str) -> list[tuple[int, int]]:
+        """(h, w) of the tokens of each picture, where they are grids."""
+        if self._known.grids is None:
+            return []
+        return self._known.grids(self._inputs(image, text, {}), self.model.config)
+
+    def cost(
+        self, row: GuestRow, image: Image.Image, question: str, kept: int
+    ) -> dict[str, Cost] | None:
+        """Of the tower with its projector, and of reading the prompt.
+
+        `None` where mlx-vlm's code looks at values on its way, which no graph shows.
+        """
+        from mlx_vlm.prompt_utils import apply_chat_template
+
+        text = apply_chat_template(
+            self.processor, self.model.config, question, num_images=1
+        )
+        sizes = self._sizes(row, image, text)
+        key = ("cost", image.size, text, kept, *sizes.values())
+        if key not in self._counted:
+            try:
+                self._counted[key] = self._cost(self._inputs(image, text, sizes), kept)
+            except ValueError:
+                self._counted[key] = None
+        return self._counted[key]
+
+    def _cost(self, inputs: dict, kept: int) -> dict[str, Cost]:
+        from mlx_vlm.models.cache import make_prompt_cache
+
+        total = self._known.total(inputs)
+        names = ("input_ids", "pixel_values", "attention_mask")
+        ids, pixels, mask = (inputs.pop(name) for name in names)
+        embed, language = self.model.get_input_embeddings, self.model.language_model
+
+        def seen(pixels):
+            return [embed(ids, pixels, mask=mask, **inputs).inputs_embeds]
+
+        cache = make_prompt_cache(language)
+        found = embed(ids, pixels, mask=mask, **inputs)
+        more = {k: v for k, v in found.to_dict().items() if v is not None}
+        embeddings = more.pop("inputs_embeds")
+        shorter = embeddings.shape[1] - (total - kept)
+        more = {k: v for k, v in more.items() if k in ("position_ids", "rope_deltas")}
+        if "position_ids" in more:
+            more["position_ids"] = more["position_ids"][..., :shorter]
+
+        def read(embeddings):
+            blank = mx.zeros(embeddings.shape[:2], mx.int32)
+            how = {"inputs_embeds": embeddings, "cache": cache, "logits_to_keep": 1}
+            return [language(blank, **how, **more).logits[:, -1]]
+
+        return {
+            "vision": count(seen, pixels),
+            "prefill": count(read, embeddings[:, :shorter]),
+        }
+
+
+class _Forcing:
+    """A sampler that gives these ids, whatever is likely."""
+
+    def __init__(self, ids: Sequence[int]):
+        self._ids, self._next = list(ids), 0
+
+    def __call__(self, logs: mx.array) -> mx.array:
+        number = min(self._next, len(self._ids) - 1)
+        self._next += 1
+        return mx.array([self._ids[number]], mx.uint32)
+
+
+def check_guest(**others) -> None:
+    """Raise `InputError` for options that only this package's own runtime has."""
+    for name, value in others.items():
+        if value:
+            raise InputError(
+                f"--{name.replace('_', '-')} is for this package's own runtime; leave "
+                "it out with --runtime mlx-vlm"
+            )

@@ -1,0 +1,482 @@
+"""`attach` in mlx-vlm's own generate, chats, batches: what holds for each family."""
+
+import contextlib
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+mlx_vlm = pytest.importorskip("mlx_vlm")
+
+from mlx_vlm.generate import PromptCacheState  # noqa: E402
+from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
+from mlx_vlm.utils import prepare_inputs  # noqa: E402
+from vlm.families import FAMILIES, picture, prompt  # noqa: E402
+
+from mlx_tokprune import InputError, Pruner  # noqa: E402
+from mlx_tokprune.adapters import hooks  # noqa: E402
+from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.features import Features  # noqa: E402
+
+QUESTION, MORE = "what is in the picture ?", "which colour is it ?"
+LENGTH = 8
+PRUNED = [name for name in FAMILIES if name != "llava_next"]
+# A state that has read a token cannot be told to have not.
+RECURRENT = {"qwen3_5"}
+# Stock mlx-vlm is wrong here, or raises (docs/upstream.md).
+NO_BATCHES = {"qwen3_vl", "gemma3n", "gemma3", "paligemma"}
+VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision"}
+HALF = Pruner("norm", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _not_compiled():
+    """MLX would call a C++ compiler for every family."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+class Loaded:
+    """A tiny checkpoint in mlx-vlm, and pictures for it."""
+
+    def __init__(self, family, folder):
+        self.family, self.folder = family, folder
+        family.write(folder)
+        self.files = [str(folder / f"{seed}.png") for seed in range(3)]
+        for seed, file in enumerate(self.files):
+            picture(family, seed).save(file)
+        self.model, self.processor = mlx_vlm.load(str(folder))
+
+    def ask(self, text=None, file=None, **named):
+        """The ids of a greedy answer, and how many a prompt had."""
+        text = text or prompt(self.processor, self.model.config, QUESTION)
+        named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
+        if "video" not in named:
+            named["image"] = [file or self.files[0]]
+        pieces = mlx_vlm.stream_generate(self.model, self.processor, text, **named)
+        last = list(pieces)[-1]
+        return last.token_ids, last.prompt_tokens
+
+    def chat(self, *answers: str) -> str:
+        """A conversation with the picture in its first turn."""
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        turns = [{"role": "user", "content": content}]
+        for answer in answers:
+            turns.append({"role": "assistant", "content": answer})
+            turns.append({"role": "user", "content": MORE})
+        return apply_chat_template(
+            self.processor, self.model.config, turns, num_images=1
+        )
+
+    @contextlib.contextmanager
+    def pruned(self, pruner=HALF, positions=None):
+        handle = attach(self.model, self.processor, pruner, positions)
+        try:
+            yield handle
+        finally:
+            handle.detach()
+
+    @property
+    def original(self) -> str | None:
+        """What makes positions original."""
+        return None if self.family.mrope else "original"
+
+
+@pytest.fixture(scope="module", params=PRUNED)
+def loaded(request, tmp_path_factory):
+    return Loaded(FAMILIES[request.param], tmp_path_factory.mktemp(request.param) / "m")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return Loaded(FAMILIES["qwen2_vl"], tmp_path_factory.mktemp("one") / "m")
+
+
+@contextlib.contextmanager
+def masked(model, columns):
+    """Nobody in the language model sees these columns."""
+    attention, kind = mx.fast.scaled_dot_product_attention, type(model)
+    embed, seen = kind.get_input_embeddings, []
+
+    def unseen(queries, keys, values, *, scale, mask=None, **named):
+        length, total = queries.shape[-2], keys.shape[-2]
+        if not seen:
+            return attention(queries, keys, values, scale=scale, mask=mask, **named)
+        allowed = mx.ones((length, total), mx.bool_)
+        if isinstance(mask, str):
+            allowed = mx.tri(length, total, total - length, mx.bool_)
+        gone = np.isin(np.arange(total), columns)
+        bias = mx.where(allowed & ~mx.array(gone), 0.0, -1e9).astype(queries.dtype)
+        if isinstance(mask, mx.array):
+            more = mx.where(mask, 0.0, -1e9) if mask.dtype == mx.bool_ else mask
+            bias = bias + more.astype(bias.dtype)
+        return attention(queries, keys, values, scale=scale, mask=bias, **named)
+
+    def watched(self, *args, **named):
+        features = embed(self, *args, **named)
+        seen.append(True)
+        return features
+
+    mx.fast.scaled_dot_product_attention = unseen
+    kind.get_input_embeddings = watched
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = attention
+        kind.get_input_embeddings = embed
+
+
+def test_equals_the_full_prompt_with_what_is_dropped_masked(loaded, monkeypatch):
+    if loaded.family.name in RECURRENT:
+        pytest.skip("a recurrent state has read what would be masked")
+    rows, find = [], hooks.find_rows
+    monkeypatch.setattr(
+        hooks, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
+    )
+    with loaded.pruned(positions=loaded.original) as handle:
+        answer, count = loaded.ask()
+        (kept,) = handle.last
+    assert kept.keep == kept.total // 2
+    (row,) = rows[0]
+    dropped = np.delete(row.visual, kept.indices)
+    with masked(loaded.model, dropped):
+        wanted, full = loaded.ask(prefill_step_size=None)
+    assert answer == wanted
+    assert full - count == len(dropped) or loaded.family.name == "fastvlm"
+    assert answer != loaded.ask()[0]
+
+
+def test_a_video_is_pruned_as_a_whole(loaded, monkeypatch):
+    """Of the families whose videos were tried."""
+    if loaded.family.name not in VIDEOS:
+        pytest.skip("pictures only")
+    shape = (4, *loaded.family.size[::-1], 3)
+    frames = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    text = apply_chat_template(
+        *(loaded.processor, loaded.model.config, QUESTION), num_images=0, video="x.mp4"
+    )
+    rows, find = [], hooks.find_rows
+    monkeypatch.setattr(
+        hooks, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
+    )
+    with loaded.pruned(positions=loaded.original) as handle:
+        answer = loaded.ask(text, video=[frames])
+        assert loaded.ask(text, video=[frames], prefill_step_size=4) == answer
+        (kept,) = handle.last
+    assert kept.keep == kept.total // 2
+    if loaded.family.name in RECURRENT:
+        return
+    dropped = np.delete(rows[0][0].visual, kept.indices)
+    with masked(loaded.model, dropped):
+        wanted, full = loaded.ask(text, video=[frames], prefill_step_size=None)
+    assert answer == (wanted, full - len(dropped))
+    assert answer != loaded.ask(text, video=[frames])
+
+
+def test_keeping_all_and_detaching_change_nothing(loaded):
+    plain = loaded.ask()
+    kind, spoken = type(loaded.model), type(loaded.model.language_model)
+    attributes = set(vars(loaded.processor))
+    with loaded.pruned(Pruner("norm", 1.0)):
+        assert loaded.ask() == plain
+    with loaded.pruned():
+        assert loaded.ask() != plain
+    assert loaded.ask() == plain
+    assert type(loaded.model) is kind
+    assert type(loaded.model.language_model) is spoken
+    assert set(vars(loaded.processor)) == attributes
+
+
+def test_chunks_change_nothing(loaded):
+    with loaded.pruned(positions=loaded.original):
+        assert loaded.ask(prefill_step_size=4) == loaded.ask()
+    with loaded.pruned():
+        assert loaded.ask(prefill_step_size=4) == loaded.ask()
+
+
+def test_a_warm_chat_answers_as_a_cold_one(loaded):
+    for positions in {None, loaded.original}:
+        with loaded.pruned(positions=positions):
+            state = PromptCacheState()
+            loaded.ask(loaded.chat(), prompt_cache_state=state)
+            second = loaded.chat("abc")
+            warm = loaded.ask(second, prompt_cache_state=state)
+            assert warm == loaded.ask(second)
+
+
+def test_another_picture_is_not_answered_from_the_first_ones_cache(loaded):
+    with loaded.pruned():
+        state = PromptCacheState()
+        loaded.ask(loaded.chat(), prompt_cache_state=state)
+        second = loaded.chat("abc")
+        other = loaded.files[1]
+        warm = loaded.ask(second, other, prompt_cache_state=state)
+        assert warm == loaded.ask(second, other)
+        assert warm != loaded.ask(second)
+
+
+def served(loaded, requests) -> list[list[int]]:
+    """Answers to (text, file) requests as the server has them: read in one batch."""
+    from mlx_vlm.generate.ar import BatchGenerator
+
+    gen = BatchGenerator(
+        loaded.model.language_model,
+        loaded.processor,
+        prefill_batch_size=2,
+        completion_batch_size=2,
+        compute_logprobs=False,
+    )
+    uids = []
+    for text, file in requests:
+        inputs = dict(prepare_inputs(loaded.processor, images=[file], prompts=text))
+        ids, pixels, mask = (
+            inputs.pop(n) for n in ("input_ids", "pixel_values", "attention_mask")
+        )
+        features = loaded.model.get_input_embeddings(ids, pixels, mask=mask, **inputs)
+        given = {k: v for k, v in features.to_dict().items() if v is not None}
+        rows = [ids.squeeze(0).tolist()]
+        uids += gen.insert(rows, max_tokens=LENGTH, prompt_kwargs=[inputs | given])
+    answers = {uid: [] for uid in uids}
+    while gen.has_work:
+        for response in gen.next()[1]:
+            answers[response.uid].append(response.token)
+    gen.close()
+    return [answers[uid] for uid in uids]
+
+
+def test_two_requests_are_answered_as_each_alone(loaded):
+    if loaded.family.name in NO_BATCHES:
+        pytest.skip("stock mlx-vlm does not do this")
+    texts = [
+        prompt(loaded.processor, loaded.model.config, text) for text in (QUESTION, MORE)
+    ]
+    both = list(zip(texts, loaded.files, strict=False))
+    with loaded.pruned() as handle:
+        alone = [loaded.ask(*request)[0] for request in both]
+        assert served(loaded, both) == alone
+        assert handle.last[0].keep == handle.last[0].total // 2
+    assert alone[0] != alone[1]
+
+
+# One family is enough for what follows ----------------------------------------------
+
+
+def embedded(loaded) -> tuple[np.ndarray, mx.array, dict]:
+    """Ids (T,) of the question, their embeddings (T, D), and other inputs."""
+    text = prompt(loaded.processor, loaded.model.config, QUESTION)
+    inputs = dict(
+        prepare_inputs(loaded.processor, images=loaded.files[:1], prompts=text)
+    )
+    names = ("input_ids", "pixel_values", "attention_mask")
+    ids, pixels, mask = (inputs.pop(name) for name in names)
+    found = loaded.model.get_input_embeddings(ids, pixels, mask=mask, **inputs)
+    return np.array(ids[0]), found.inputs_embeds[0], inputs
+
+
+def grid_of(inputs: dict) -> tuple[int, int]:
+    """Of Qwen2-VL's visual tokens, which are 2 x 2 patches."""
+    _, height, width = np.array(inputs["image_grid_thw"])[0].tolist()
+    return height // 2, width // 2
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        Pruner("similarity", 0.5),
+        Pruner("divprune", 0.3),
+        Pruner("dart", 0.3),
+        Pruner("cdpruner", 0.3),
+        Pruner("random", keep_tokens=7, seed=3),
+        Pruner("uniform", 0.5),
+        Pruner("spatial", 0.3),
+    ],
+    ids=lambda pruner: pruner.method,
+)
+def test_methods_choose_as_they_do_here(qwen, pruner):
+    """From the rows that mlx-vlm would have read."""
+    ids, rows, inputs = embedded(qwen)
+    where = np.flatnonzero(ids == qwen.model.config.image_token_id)
+    extras = {}
+    if "text" in pruner.needs:
+        extras["text"] = rows[where[-1] + 1 :][None]
+    features = Features(rows[mx.array(where)][None], grid_of(inputs), extras=extras)
+    wanted = dataclasses.replace(pruner, at="prompt")(features)
+    with qwen.pruned(pruner) as handle:
+        _, count = qwen.ask()
+        (kept,) = handle.last
+    assert kept.indices.tolist() == np.array(wanted.indices[0]).tolist()
+    assert count == len(ids) - len(where) + wanted.keep
+
+
+def test_a_merged_token_is_what_the_method_makes_of_it(qwen):
+    pruner = Pruner("spatial", 0.3)
+    ids, whole, inputs = embedded(qwen)
+    where = np.flatnonzero(ids == qwen.model.config.image_token_id)
+    tokens = whole[mx.array(where)][None]
+    selection = pruner(Features(tokens, grid_of(inputs)))
+    with qwen.pruned(pruner):
+        _, less, _ = embedded(qwen)
+    start = where[0]
+    found = less[start : start + selection.keep]
+    assert mx.allclose(found, selection.apply(tokens)[0], atol=1e-6)
+    assert mx.array_equal(less[:start], whole[:start])
+    assert mx.array_equal(less[start + selection.keep :], whole[where[-1] + 1 :])
+
+
+def test_a_budget_of_more_tokens_than_there_are_keeps_all(qwen):
+    with qwen.pruned(Pruner("norm", keep_tokens=1000)):
+        pruned = qwen.ask()
+    assert pruned == qwen.ask()
+
+
+def test_two_pictures_share_a_budget(qwen):
+    text = prompt(qwen.processor, qwen.model.config, QUESTION, pictures=2)
+    both = qwen.files[:2]
+
+    def ask(**named):
+        pieces = mlx_vlm.stream_generate(
+            qwen.model, qwen.processor, text, image=both, max_tokens=LENGTH, **named
+        )
+        return list(pieces)[-1].token_ids
+
+    with qwen.pruned() as handle:
+        answer = ask()
+        (kept,) = handle.last
+        assert kept.runs == (30, 30)
+        assert [len(place) for place in kept.places] != [15, 15]
+        assert sum(map(len, kept.places)) == kept.keep == 30
+        assert answer == ask(prefill_step_size=4)
+
+
+def test_what_cannot_be_attached_is_refused(qwen, tmp_path):
+    def refused(pruner, match, positions=None):
+        with pytest.raises(InputError, match=match):
+            attach(qwen.model, qwen.processor, pruner, positions)
+        assert "process" not in vars(qwen.processor)
+
+    refused(Pruner("lightvla"), "decides itself how many")
+    refused(Pruner("attention", 0.5), "needs attention")
+    refused(Pruner("attention", 0.5, at=2), "pruning is at 'prompt'")
+    refused(Pruner("demo-adaptive", 0.5), "pruning is at 'prompt'")
+    refused(HALF, "stay original", "contiguous")
+    refused(HALF, "positions are", "somewhere")
+    with qwen.pruned(), pytest.raises(InputError, match="detach it first"):
+        attach(qwen.model, qwen.processor, HALF)
+    family = FAMILIES["llava_next"]
+    with pytest.raises(InputError, match="which row is which"):
+        Loaded(family, tmp_path / "next").pruned().__enter__()
+
+
+@pytest.mark.parametrize("seam", ["field", "process", "keywords"])
+def test_a_version_with_other_seams_is_refused(qwen, monkeypatch, seam):
+    if seam == "field":
+        kind = adapter_features()
+        other = dataclasses.make_dataclass(
+            "Other", [("new_rows", object, None)], bases=(kind,)
+        )
+        monkeypatch.setattr("mlx_vlm.models.base.InputEmbeddingsFeatures", other)
+    elif seam == "process":
+        monkeypatch.setattr("mlx_vlm.utils.process_inputs", lambda *a, **k: {})
+    else:
+        kind = type(qwen.model)
+        monkeypatch.setattr(kind, "get_input_embeddings", lambda self, ids, pixels: 0)
+    with pytest.raises(InputError, match="which is not known here"):
+        attach(qwen.model, qwen.processor, HALF)
+    assert "process" not in vars(qwen.processor)
+
+
+def adapter_features():
+    from mlx_vlm.models.base import InputEmbeddingsFeatures
+
+    return InputEmbeddingsFeatures
+
+
+def test_original_positions_are_for_one_prompt_at_a_time(tmp_path):
+    loaded = Loaded(FAMILIES["llava"], tmp_path / "m")
+    text = prompt(loaded.processor, loaded.model.config, QUESTION)
+    requests = [(text, file) for file in loaded.files[:2]]
+    with loaded.pruned(positions="original"):
+        with pytest.raises(InputError, match="one prompt at a time"):
+            served(loaded, requests)
+
+
+# What a review found ----------------------------------------------------------------
+
+
+def test_a_processor_belongs_to_one_model(qwen):
+    """Else both would shorten the same ids."""
+    other, _ = mlx_vlm.load(str(qwen.folder))
+    with qwen.pruned(), pytest.raises(InputError, match="processor of its own"):
+        attach(other, qwen.processor, HALF)
+    with pytest.raises(TypeError):
+        attach(qwen.model, object(), HALF)
+    assert "_tokprune" not in vars(type(qwen.model))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (HALF, Pruner("random", 0.5)),
+        (None, Pruner("norm", keep_tokens=2)),
+        (None, Pruner("norm", keep_tokens=1)),
+        (Pruner("norm", keep_tokens=2), Pruner("norm", keep_tokens=3)),
+    ],
+)
+def test_a_chat_goes_on_rightly_under_another_pruner(qwen, first, then):
+    state, second = PromptCacheState(), qwen.chat("abc")
+    with qwen.pruned(first or Pruner("norm", 1.0)):
+        qwen.ask(qwen.chat(), prompt_cache_state=state)
+    with qwen.pruned(then):
+        warm = qwen.ask(second, prompt_cache_state=state)
+        assert warm == qwen.ask(second)
+
+
+def test_a_prompt_of_long_ago_is_read_anew(qwen, monkeypatch):
+    monkeypatch.setattr(hooks, "_REMEMBERED", 1)
+    state, second = PromptCacheState(), qwen.chat("abc")
+    with qwen.pruned() as handle:
+        qwen.ask(qwen.chat(), prompt_cache_state=state)
+        shortened = handle._hooks.shortened
+
+        def late(given):
+            found = shortened(given)
+            shortened(prepared)  # of somebody else
+            return found
+
+        prepared = prepare_inputs(
+            qwen.processor, images=qwen.files[1:2], prompts=second
+        )
+        cold = qwen.ask(second)
+        monkeypatch.setattr(handle._hooks, "shortened", late)
+        assert qwen.ask(second, prompt_cache_state=state) == cold
+
+
+def test_what_was_kept_last_is_of_the_last_prompt(qwen):
+    with qwen.pruned() as handle:
+        qwen.ask()
+        assert handle.last[0].keep == 15
+        text = apply_chat_template(qwen.processor, qwen.model.config, MORE)
+        list(mlx_vlm.stream_generate(qwen.model, qwen.processor, text, max_tokens=2))
+        assert handle.last == ()
+
+
+@pytest.mark.parametrize("wrong", ["fewer", "more", "backwards"])
+def test_a_method_that_does_not_keep_its_budget(qwen, tmp_path, monkeypatch, wrong):
+    kinds = {
+        "fewer": "mx.arange(keep - 1)",
+        "more": "mx.arange(keep + 1)",
+        "backwards": "mx.arange(keep)[::-1]",
+    }
+    (tmp_path / f"guest_{wrong}.py").write_text(
+        "import mlx.core as mx\n"
+        "from mlx_tokprune.features import Selection\n"
+        "def choose(features, *, keep):\n"
+        f"    return Selection({kinds[wrong]}[None].astype(mx.int32))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with qwen.pruned(Pruner(f"guest_{wrong}:choose", 0.5)):
+        with pytest.raises(InputError, match="was asked for 15 tokens"):
+            qwen.ask()
+    assert qwen.ask()
