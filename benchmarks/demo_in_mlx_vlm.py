@@ -2,11 +2,12 @@
 
     pip install -e '.[mlx-vlm]'
     python benchmarks/demo_in_mlx_vlm.py FOLDER [FUSED]
+    python examples/lmms_eval/make_questions.py 128      # writes ./questions
     python -m mlx_tokprune.evaluate --runtime mlx-vlm --model FOLDER \
-        --data FOLDER/questions/all.jsonl --methods norm --keep-ratios 0.25 \
+        --data questions/all.jsonl --methods norm --keep-ratios 0.25 \
         [--positions original]
     python -m mlx_tokprune.evaluate --model demo \
-        --data FOLDER/questions/all.jsonl --plans norm:0.25@prompt \
+        --data questions/all.jsonl --plans norm:0.25@prompt \
         [--positions contiguous]
 
 mlx-vlm's FastVLM has the sizes of Apple's tower in its code; the folder's `model_file`
@@ -24,7 +25,6 @@ import mlx_tokprune  # noqa: F401  # isort: skip  (loads the BLAS before MLX)
 import mlx.core as mx
 
 from mlx_tokprune.convert import convert
-from mlx_tokprune.evaluate.data import read_questions
 from mlx_tokprune.models.fastvlm import FastVLM
 
 CODE = '''"""FastVLM of mlx-vlm, with the tower of mlx_tokprune's demo."""
@@ -39,7 +39,6 @@ class VisionConfig(fastvlm.VisionConfig):
     embed_dims = {embed_dims}
     mlp_ratios = {mlp_ratios}
 '''
-PICTURES = 128
 UNUSED = "vision_tower.vision_model.head.proj"  # mlx-vlm wants it all the same
 
 
@@ -67,23 +66,7 @@ def main() -> None:
         ("tokenizer_config.json", tokens),
     ):
         Path(folder / name).write_text(json.dumps(value, indent=2) + "\n")
-    write_questions(folder / "questions")
     print(f"wrote {folder}")
-
-
-def write_questions(folder: Path) -> None:
-    """One about each picture, of another kind each time."""
-    asked: dict[str, list] = {}
-    for item in read_questions("demo", PICTURES, None).items:
-        asked.setdefault(item.picture, []).append(item)
-    folder.mkdir()
-    lines = []
-    for number, items in enumerate(asked.values()):
-        item = items[number % len(items)]
-        item.load().save(folder / f"{number:03d}.png")
-        line = {"image": f"{number:03d}.png", "question": item.question}
-        lines.append(json.dumps(line | {"answer": item.answers[0]}))
-    (folder / "all.jsonl").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,23 @@ def _same_methods():
         known.update(names)
 
 
+@pytest.fixture(scope="module")
+def not_compiled():
+    """MLX would call a C++ compiler for every family of mlx-vlm."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A tiny Qwen2-VL in mlx-vlm."""
+    from vlm.families import FAMILIES
+    from vlm.loaded import Loaded
+
+    return Loaded(FAMILIES["qwen2_vl"], tmp_path_factory.mktemp("qwen") / "m")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, processor) of the tiny golden checkpoint, in its original layout."""

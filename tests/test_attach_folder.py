@@ -10,31 +10,18 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 mlx_vlm = pytest.importorskip("mlx_vlm")
 
-from test_mlx_vlm import LENGTH, MORE, QUESTION, Loaded  # noqa: E402
 from vlm.families import FAMILIES, prompt  # noqa: E402
+from vlm.loaded import HALF, LENGTH, MORE, QUESTION, Loaded  # noqa: E402
 
-from mlx_tokprune import InputError, Pruner  # noqa: E402
+from mlx_tokprune import InputError  # noqa: E402
 from mlx_tokprune.attach import main  # noqa: E402
 
-HALF = Pruner("norm", 0.5)
+pytestmark = pytest.mark.usefixtures("not_compiled")
 ASK = ["--method", "norm", "--keep-ratio", "0.5"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _not_compiled():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return Loaded(FAMILIES["qwen2_vl"], tmp_path_factory.mktemp("stock") / "m")
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("mlx_vlm")
 
-from test_mlx_vlm import LENGTH, MORE, QUESTION, Loaded
 from test_report import damaged, paths
-from vlm.families import FAMILIES, prompt
+from vlm.families import prompt
+from vlm.loaded import HALF, LENGTH, MORE, QUESTION
 
-from mlx_tokprune import InputError, Pruner
+from mlx_tokprune import InputError
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.bench.guest import markdown, read_guest
 from mlx_tokprune.commands.report import main as report
@@ -21,17 +21,7 @@ from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.image import load_image
 from mlx_tokprune.measure.guest import Guest
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _not_compiled():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return Loaded(FAMILIES["qwen2_vl"], tmp_path_factory.mktemp("guest") / "m")
+pytestmark = pytest.mark.usefixtures("not_compiled")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +59,7 @@ def test_answers_are_those_of_stock_mlx_vlm_and_of_attach(qwen, evaluated):
             answer["picture"],
         )
         assert answer["given"]["none"] == decode(qwen.ask(*asked)[0])
-        with qwen.pruned(Pruner("norm", 0.5)):
+        with qwen.pruned(HALF):
             assert answer["given"]["norm 0.5"] == decode(qwen.ask(*asked)[0])
     none, norm, smaller = result["rows"]
     assert (none["kept"], norm["kept"]) == (30, 15)
@@ -89,7 +79,7 @@ def test_divergence_is_that_of_the_forced_answer(qwen, guest):
     from mlx_vlm.utils import prepare_inputs
 
     model, text = qwen.model, prompt(qwen.processor, qwen.model.config, QUESTION)
-    with qwen.pruned(Pruner("norm", 0.5)):
+    with qwen.pruned(HALF):
         inputs = dict(
             prepare_inputs(qwen.processor, images=qwen.files[:1], prompts=text)
         )

@@ -196,8 +196,8 @@ def test_a_question_without_a_picture_is_refused():
 
 def test_in_mlx_vlm_answers_are_those_of_attach(tmp_path):
     mlx_vlm = pytest.importorskip("mlx_vlm")
-    from test_mlx_vlm import LENGTH, QUESTION, Loaded
     from vlm.families import FAMILIES, prompt
+    from vlm.loaded import LENGTH, QUESTION, Loaded
 
     qwen = Loaded(FAMILIES["qwen2_vl"], tmp_path / "m")
     told = {"pretrained": str(qwen.folder), "runtime": "mlx-vlm"}

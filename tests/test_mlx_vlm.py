@@ -1,6 +1,5 @@
 """`attach` in mlx-vlm's own generate, chats, batches: what holds for each family."""
 
-import contextlib
 import dataclasses
 
 import mlx.core as mx
@@ -12,120 +11,34 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 from mlx_vlm.generate import PromptCacheState  # noqa: E402
 from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
 from mlx_vlm.utils import prepare_inputs  # noqa: E402
-from vlm.families import FAMILIES, picture, prompt  # noqa: E402
+from vlm.families import FAMILIES, prompt  # noqa: E402
+from vlm.loaded import (  # noqa: E402
+    HALF,
+    LENGTH,
+    MORE,
+    QUESTION,
+    Loaded,
+    masked,
+    served,
+)
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
 from mlx_tokprune.adapters import hooks  # noqa: E402
 from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 
-QUESTION, MORE = "what is in the picture ?", "which colour is it ?"
-LENGTH = 8
+pytestmark = pytest.mark.usefixtures("not_compiled")
 PRUNED = [name for name in FAMILIES if name != "llava_next"]
 # A state that has read a token cannot be told to have not.
 RECURRENT = {"qwen3_5"}
 # Stock mlx-vlm is wrong here, or raises (docs/upstream.md).
 NO_BATCHES = {"qwen3_vl", "gemma3n", "gemma3", "paligemma"}
 VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision"}
-HALF = Pruner("norm", 0.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _not_compiled():
-    """MLX would call a C++ compiler for every family."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-class Loaded:
-    """A tiny checkpoint in mlx-vlm, and pictures for it."""
-
-    def __init__(self, family, folder):
-        self.family, self.folder = family, folder
-        family.write(folder)
-        self.files = [str(folder / f"{seed}.png") for seed in range(3)]
-        for seed, file in enumerate(self.files):
-            picture(family, seed).save(file)
-        self.model, self.processor = mlx_vlm.load(str(folder))
-
-    def ask(self, text=None, file=None, **named):
-        """The ids of a greedy answer, and how many a prompt had."""
-        text = text or prompt(self.processor, self.model.config, QUESTION)
-        named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
-        if "video" not in named:
-            named["image"] = [file or self.files[0]]
-        pieces = mlx_vlm.stream_generate(self.model, self.processor, text, **named)
-        last = list(pieces)[-1]
-        return last.token_ids, last.prompt_tokens
-
-    def chat(self, *answers: str) -> str:
-        """A conversation with the picture in its first turn."""
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        turns = [{"role": "user", "content": content}]
-        for answer in answers:
-            turns.append({"role": "assistant", "content": answer})
-            turns.append({"role": "user", "content": MORE})
-        return apply_chat_template(
-            self.processor, self.model.config, turns, num_images=1
-        )
-
-    @contextlib.contextmanager
-    def pruned(self, pruner=HALF, positions=None):
-        handle = attach(self.model, self.processor, pruner, positions)
-        try:
-            yield handle
-        finally:
-            handle.detach()
-
-    @property
-    def original(self) -> str | None:
-        """What makes positions original."""
-        return None if self.family.mrope else "original"
 
 
 @pytest.fixture(scope="module", params=PRUNED)
 def loaded(request, tmp_path_factory):
     return Loaded(FAMILIES[request.param], tmp_path_factory.mktemp(request.param) / "m")
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return Loaded(FAMILIES["qwen2_vl"], tmp_path_factory.mktemp("one") / "m")
-
-
-@contextlib.contextmanager
-def masked(model, columns):
-    """Nobody in the language model sees these columns."""
-    attention, kind = mx.fast.scaled_dot_product_attention, type(model)
-    embed, seen = kind.get_input_embeddings, []
-
-    def unseen(queries, keys, values, *, scale, mask=None, **named):
-        length, total = queries.shape[-2], keys.shape[-2]
-        if not seen:
-            return attention(queries, keys, values, scale=scale, mask=mask, **named)
-        allowed = mx.ones((length, total), mx.bool_)
-        if isinstance(mask, str):
-            allowed = mx.tri(length, total, total - length, mx.bool_)
-        gone = np.isin(np.arange(total), columns)
-        bias = mx.where(allowed & ~mx.array(gone), 0.0, -1e9).astype(queries.dtype)
-        if isinstance(mask, mx.array):
-            more = mx.where(mask, 0.0, -1e9) if mask.dtype == mx.bool_ else mask
-            bias = bias + more.astype(bias.dtype)
-        return attention(queries, keys, values, scale=scale, mask=bias, **named)
-
-    def watched(self, *args, **named):
-        features = embed(self, *args, **named)
-        seen.append(True)
-        return features
-
-    mx.fast.scaled_dot_product_attention = unseen
-    kind.get_input_embeddings = watched
-    try:
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = attention
-        kind.get_input_embeddings = embed
 
 
 def test_equals_the_full_prompt_with_what_is_dropped_masked(loaded, monkeypatch):
@@ -215,35 +128,6 @@ def test_another_picture_is_not_answered_from_the_first_ones_cache(loaded):
         warm = loaded.ask(second, other, prompt_cache_state=state)
         assert warm == loaded.ask(second, other)
         assert warm != loaded.ask(second)
-
-
-def served(loaded, requests) -> list[list[int]]:
-    """Answers to (text, file) requests as the server has them: read in one batch."""
-    from mlx_vlm.generate.ar import BatchGenerator
-
-    gen = BatchGenerator(
-        loaded.model.language_model,
-        loaded.processor,
-        prefill_batch_size=2,
-        completion_batch_size=2,
-        compute_logprobs=False,
-    )
-    uids = []
-    for text, file in requests:
-        inputs = dict(prepare_inputs(loaded.processor, images=[file], prompts=text))
-        ids, pixels, mask = (
-            inputs.pop(n) for n in ("input_ids", "pixel_values", "attention_mask")
-        )
-        features = loaded.model.get_input_embeddings(ids, pixels, mask=mask, **inputs)
-        given = {k: v for k, v in features.to_dict().items() if v is not None}
-        rows = [ids.squeeze(0).tolist()]
-        uids += gen.insert(rows, max_tokens=LENGTH, prompt_kwargs=[inputs | given])
-    answers = {uid: [] for uid in uids}
-    while gen.has_work:
-        for response in gen.next()[1]:
-            answers[response.uid].append(response.token)
-    gen.close()
-    return [answers[uid] for uid in uids]
 
 
 def test_two_requests_are_answered_as_each_alone(loaded):
@@ -480,3 +364,13 @@ def test_a_method_that_does_not_keep_its_budget(qwen, tmp_path, monkeypatch, wro
         with pytest.raises(InputError, match="was asked for 15 tokens"):
             qwen.ask()
     assert qwen.ask()
+
+
+def test_a_single_token_does_not_tell_pictures_apart(qwen):
+    """So the chat is read anew; ids of both pictures are the same."""
+    state, second = PromptCacheState(), qwen.chat("abc")
+    with qwen.pruned(Pruner("norm", keep_tokens=1)):
+        qwen.ask(qwen.chat(), prompt_cache_state=state)
+        other = qwen.files[1]
+        warm = qwen.ask(second, other, prompt_cache_state=state)
+        assert warm == qwen.ask(second, other)

@@ -13,16 +13,15 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 
 from mlx_vlm.generate import PromptCacheState  # noqa: E402
 from mlx_vlm.utils import prepare_inputs  # noqa: E402
-from test_mlx_vlm import (  # noqa: E402
+from vlm.families import FAMILIES, prompt  # noqa: E402
+from vlm.loaded import (  # noqa: E402
     LENGTH,
     MORE,
     QUESTION,
-    RECURRENT,
     Loaded,
     masked,
     served,
 )
-from vlm.families import FAMILIES, prompt  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
 from mlx_tokprune.adapters import hooks  # noqa: E402
@@ -33,17 +32,13 @@ from mlx_tokprune.attach import (  # noqa: E402
     main,
 )
 
+pytestmark = pytest.mark.usefixtures("not_compiled")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+# A state that has read a token cannot be told to have not.
+RECURRENT = {"qwen3_5"}
 SIDE = 8  # pixels along a visual token of the tiny models
 # Of 5 x 6 groups: a black row above and below, and a square of four equal ones.
 SCREEN = [0, *range(6, 12), 12, 13, 14, 16, 17, 18, 19, 22, 23]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _not_compiled():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="module")

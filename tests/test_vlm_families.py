@@ -9,16 +9,9 @@ from mlx_vlm.utils import prepare_inputs  # noqa: E402
 from vlm import tokens  # noqa: E402
 from vlm.families import FAMILIES, picture, prompt  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("not_compiled")
 QUESTION = "what is in the picture ?"
 LENGTH = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _not_compiled():
-    """MLX would call a C++ compiler for every family."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -12,17 +12,16 @@ import mlx.core as mx
 from PIL import Image
 
 from ..answer.memory import Memory
-from ..answer.settings import Settings
 from ..answer.stream import check_answers, decoded, stream_generate
 from ..errors import InputError
 from ..loading import load
 from ..pipeline import DEFAULT_POSITIONS, Scene, check_positions, plan_for, run
 from ..pruners import Plan, Pruner, as_plan, get_method, read_place, read_plan
 from ..pruners.registry import Options
+from . import RUNTIMES
 from .mlx_vlm import attach, load_mlx_vlm
 
 NAME = "mlx_tokprune"
-RUNTIMES = ("own", "mlx-vlm")
 _DEFAULT_METHOD = "norm"
 _LONGEST = 1024  # tokens of an answer where the task does not say, as LLaVA there
 # What would change answers and cannot be done, with the values that mean nothing.
@@ -131,16 +130,14 @@ def read_pruners(
     if not said:
         _check_options(options, [])
         return None
-    known = get_method(_DEFAULT_METHOD if method is None else str(method))
-    _check_options(options, [known.name])
-    itself = known.counts != "budget" or known.counts_itself(options)
+    name = _DEFAULT_METHOD if method is None else str(method)
+    _check_options(options, [name])
     unsaid = keep_ratio is None and keep_tokens is None
-    if unsaid and not itself and known.name != "none":
+    if unsaid and get_method(name).lacks_budget(options):
         raise InputError(
-            f"method {known.name!r} needs a budget: give keep_ratio or keep_tokens"
+            f"method {name!r} needs a budget: give keep_ratio or keep_tokens"
         )
     place = read_place(at) if isinstance(at, str) else at
-    name = _DEFAULT_METHOD if method is None else str(method)
     return (Pruner(name, **budget, at=place, seed=seed, options=options),)
 
 
@@ -170,7 +167,6 @@ class OwnRuntime:
         memory: int,
     ):
         self.positions = positions or DEFAULT_POSITIONS
-        check_positions(self.positions)
         self._memory = Memory(memory) if memory else None
         self.model, self.processor = load(name, adapter_path=adapter)
         check_answers(self.model)
@@ -225,8 +221,6 @@ class MlxVlmRuntime:
     ):
         if memory:
             raise InputError("mlx-vlm's runtime takes no memory; leave it out")
-        if positions is not None:
-            check_positions(positions)
         pruners = as_plan(plan)
         if len(pruners) > 1:
             raise InputError(
@@ -290,7 +284,7 @@ def open_runtime(
         raise InputError(f"runtime is {' or '.join(RUNTIMES)}, not {runtime!r}")
     pruning = {name: told.pop(name) for name in _PRUNING if name in told}
     plan = read_pruners(**pruning, options=told)
-    Settings(positions=positions or DEFAULT_POSITIONS)
+    check_positions(positions or DEFAULT_POSITIONS)
     kind = OwnRuntime if runtime == "own" else MlxVlmRuntime
     # A folder or hub id of digits comes as a number.
     return kind(str(pretrained), plan, positions, adapter, memory)

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+from ..adapters import RUNTIMES
 from ..commands.options import (
     add_adapter,
     add_common,
@@ -17,7 +18,6 @@ from ..files import check_name, check_output
 from ..hub import resolve
 from ..image import list_pictures, load_image
 from ..loading import load
-from ..measure.guest import RUNTIMES
 from ..measure.subject import Subject, default_methods, subject_of
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
 from ..pruners import get_method, read_plan

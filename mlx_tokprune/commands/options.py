@@ -166,9 +166,7 @@ def _make_pruner(args, default: str, own: Options) -> Pruner:
         if full and args.at:
             raise InputError("--at says where to prune; give --keep-ratio, too")
         method = "none" if full else default
-    known = get_method(method)
-    itself = known.counts != "budget" or known.counts_itself(options)
-    if unset and not itself and known.name != "none":
+    if unset and get_method(method).lacks_budget(options):
         raise InputError(
             f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
         )

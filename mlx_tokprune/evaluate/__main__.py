@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..adapters import RUNTIMES
 from ..answer.settings import Settings
 from ..commands.options import (
     add_adapter,
@@ -18,7 +19,6 @@ from ..commands.options import (
 from ..errors import InputError, Parser, command, import_matplotlib, printable
 from ..files import check_apart, check_output, locked, write_text
 from ..loading import load, open_checkpoint
-from ..measure.guest import RUNTIMES
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of

@@ -14,7 +14,6 @@ from ..pruners import Pruner, get_method, list_pruners
 from ..pruners.registry import Options
 from .cost import Cost, count
 
-RUNTIMES = ("own", "mlx-vlm")
 SMALLER = "max_pixels"  # rows of whole pictures with as few tokens
 
 
@@ -145,11 +144,8 @@ class Guest:
         TTFT begins with the decoded picture and the question.
         """
         from mlx_vlm import stream_generate
-        from mlx_vlm.prompt_utils import apply_chat_template
 
-        text = apply_chat_template(
-            self.processor, self.model.config, question, num_images=1
-        )
+        text = self._told(question)
         whole = self._sizes(row, image, text)
         how = {"max_tokens": most, "temperature": 0.0, **whole}
         if forced is not None:
@@ -173,6 +169,14 @@ class Guest:
             *(ids, logs, (first - start) * 1e3, (end - start) * 1e3),
             *(piece.prompt_tokens, total, kept),
             last[0].places if last else None,
+        )
+
+    def _told(self, question: str) -> str:
+        """The question about a picture in the model's chat template."""
+        from mlx_vlm.prompt_utils import apply_chat_template
+
+        return apply_chat_template(
+            self.processor, self.model.config, question, num_images=1
         )
 
     def _sizes(self, row: GuestRow, image: Image.Image, text: str) -> dict:
@@ -211,11 +215,7 @@ class Guest:
 
         `None` where mlx-vlm's code looks at values on its way, which no graph shows.
         """
-        from mlx_vlm.prompt_utils import apply_chat_template
-
-        text = apply_chat_template(
-            self.processor, self.model.config, question, num_images=1
-        )
+        text = self._told(question)
         sizes = self._sizes(row, image, text)
         key = ("cost", image.size, text, kept, *sizes.values())
         if key not in self._counted:

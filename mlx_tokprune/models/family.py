@@ -21,6 +21,27 @@ PROVIDES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+class Common:
+    """What most families have alike."""
+
+    gap = 0
+    cameras: tuple[str, ...] = ()
+    provides = PROVIDES
+    language_model: Any
+    _decoder: Decoder
+
+    @property
+    def layers(self) -> list:
+        return self.language_model.layers
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder
+
+    def memory_of(self, side: int) -> int:
+        return 0  # their pictures have one size
+
+
 class VisionModel(Protocol):
     """A vision-language model, or a policy.
 

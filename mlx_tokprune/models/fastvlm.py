@@ -17,7 +17,7 @@ from ..features import Features
 from ..files import object_of
 from ..prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import PROVIDES
+from .family import Common
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
 from .layers import gelu
@@ -102,7 +102,7 @@ class Gelu(nn.Module):
         return gelu(x)
 
 
-class FastVLM(nn.Module):
+class FastVLM(Common, nn.Module):
     """`encode` and `project` for pictures; calling it is the language model.
 
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
@@ -119,8 +119,6 @@ class FastVLM(nn.Module):
     sees_parts = True
     reads_prompt = False
     attends = "causal"
-    gap, cameras = 0, ()
-    provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
@@ -147,10 +145,6 @@ class FastVLM(nn.Module):
         """C, the channels of a visual token before the projector."""
         return self.args.mm_hidden_size
 
-    @property
-    def layers(self) -> list:
-        return self.language_model.layers
-
     def memory_of(self, side: int) -> int:
         """Bytes that encoding a square picture takes at its peak, roughly.
 
@@ -161,10 +155,6 @@ class FastVLM(nn.Module):
         tokens = (2 * side // self.stride) ** 2
         weights = 12 * tokens**2 * vision.embed_dims[-2] // vision.head_dim
         return 8 * side**2 * vision.embed_dims[0] + weights
-
-    @property
-    def decoder(self) -> Decoder:
-        return self._decoder
 
     def encode(
         self,

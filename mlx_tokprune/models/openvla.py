@@ -24,7 +24,7 @@ from .checks import (
     is_number,
     is_size,
 )
-from .family import PROVIDES
+from .family import Common
 from .language import Decoder
 from .layers import gelu
 from .oft import ActionHead, OFTConfig, ProprioProjector
@@ -264,15 +264,13 @@ class Projector(nn.Module):
         return self.fc3(gelu(x)) if "fc3" in self else x
 
 
-class OpenVLA(nn.Module):
+class OpenVLA(Common, nn.Module):
     """`encode` and `project` for pictures; calling it is the language model.
 
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
     """
 
     sees_parts = False
-    gap, cameras = 0, ()
-    provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
@@ -319,17 +317,6 @@ class OpenVLA(nn.Module):
     def feature_size(self) -> int:
         """C, the channels of a visual token before the projector."""
         return sum(tower.embed_dim for tower in self.args.towers)
-
-    @property
-    def layers(self) -> list:
-        return self.language_model.layers
-
-    def memory_of(self, side: int) -> int:
-        return 0  # its pictures have one size
-
-    @property
-    def decoder(self) -> Decoder:
-        return self._decoder
 
     def encode(
         self,

@@ -18,7 +18,7 @@ from ..features import Features
 from ..files import object_of
 from ..prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import PROVIDES
+from .family import Common
 from .language import Decoder
 from .vit import ViT, ViTConfig, check_tower
 
@@ -136,7 +136,7 @@ class Projector(nn.Module):
         return self.linear(x)
 
 
-class Pi0Fast(nn.Module):
+class Pi0Fast(Common, nn.Module):
     """`encode`, `project` and `text`; `decoder` reads them and what is answered.
 
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
@@ -147,7 +147,6 @@ class Pi0Fast(nn.Module):
     sees_parts = False
     reads_prompt = False
     pictures = None  # as many as cameras are there
-    provides = PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
@@ -179,17 +178,6 @@ class Pi0Fast(nn.Module):
     def feature_size(self) -> int:
         """C, the channels of a visual token before the projector."""
         return self.args.tower.embed_dim
-
-    @property
-    def layers(self) -> list:
-        return self.language_model.layers
-
-    def memory_of(self, side: int) -> int:
-        return 0  # its pictures have one size
-
-    @property
-    def decoder(self) -> Decoder:
-        return self._decoder
 
     def encode(
         self,

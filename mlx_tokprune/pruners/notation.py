@@ -34,8 +34,7 @@ def read_pruner(text: str, options: Options | None = None, seed: int = 0) -> Pru
     own = {name: v for name, v in (options or {}).items() if name in known.options}
     how = {"at": read_place(place) if at_sign else None, "seed": seed, "options": own}
     if amount is None:
-        itself = known.counts != "budget" or known.counts_itself(own)
-        if not itself and known.name != "none":
+        if known.lacks_budget(own):
             raise InputError(
                 f"method {method!r} needs a budget: say {method}:0.5, or another"
             )

@@ -89,6 +89,11 @@ class Method:
         """Whether the method, given these options, takes no budget."""
         return self.counts == "own" or any(name in self.counting for name in options)
 
+    def lacks_budget(self, options: Options) -> bool:
+        """Whether the method, given these options and no budget, cannot say a count."""
+        either = self.counts != "budget" or self.counts_itself(options)
+        return not either and self.name != "none"
+
     @functools.cached_property
     def can_compile(self) -> bool:
         """Whether a compiled call would go on choosing as the function does.

@@ -23,7 +23,6 @@ from .inputs import (
     check_action,
     check_acts,
     check_images,
-    normalize_states,
     observe,
     tell,
 )
@@ -84,7 +83,6 @@ def predict_action(
     head = head_of(model, processor, len(bounds.low))
     head.check(bounds)
     states = None if proprio is None else [proprio]
-    normalize_states(model, processor, states, unnorm_key, 1)  # or it is refused
     clock = Clock() if stages else NO_CLOCK
     end_streams_with_thread()
     start = time.perf_counter()
