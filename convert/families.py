@@ -7,8 +7,9 @@ from .family import Family
 from .fastvlm import FASTVLM, describe_unreadable, is_fastvlm
 from .openvla import OPENVLA, gather, is_prismatic
 from .pi0fast import PI0FAST, family_of, is_pi0fast
+from .resnetvlm import RESNET_VLM, is_resnet_vlm
 
-FAMILIES = (FASTVLM, OPENVLA, PI0FAST)
+FAMILIES = (FASTVLM, OPENVLA, PI0FAST, RESNET_VLM)
 
 
 def identify(
@@ -21,7 +22,12 @@ def identify(
     """
     if is_app(checkpoint):
         checkpoint = add_tower(checkpoint)
-    for is_one, name in ((is_fastvlm, "FastVLM"), (is_pi0fast, "pi0-FAST policy")):
+    others = (
+        (is_fastvlm, "FastVLM"),
+        (is_pi0fast, "pi0-FAST policy"),
+        (is_resnet_vlm, "ResNet-VLM"),
+    )
+    for is_one, name in others:
         if is_one(checkpoint.tensors) and (adapter != "auto" or checkpoint.base):
             raise InputError(
                 f"{checkpoint.folder} is a {name}; leave out --lora-adapter and "
@@ -31,6 +37,8 @@ def identify(
         return FASTVLM, checkpoint
     if is_pi0fast(checkpoint.tensors):
         return family_of(checkpoint), checkpoint
+    if is_resnet_vlm(checkpoint.tensors):
+        return RESNET_VLM, checkpoint
     if is_prismatic(checkpoint.tensors):
         return OPENVLA, gather(checkpoint, adapter)
     found = describe_unreadable(checkpoint) or (

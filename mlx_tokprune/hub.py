@@ -48,13 +48,26 @@ EMBEDDED = {
 }
 
 
+# The model that `python -m mlx_tokprune.testbed` makes, by its name and folder.
+TESTBED, CHECKPOINT = "testbed", "checkpoint"
+
+
+def cache_folder(name: str) -> Path:
+    """Where this package keeps what it made of downloads, in `~/.cache` or elsewhere.
+
+    `MLX_TOKPRUNE_CACHE` says where else.
+    """
+    root = os.environ.get("MLX_TOKPRUNE_CACHE") or "~/.cache/mlx_tokprune"
+    return Path(root).expanduser() / name
+
+
 def is_local(name: str) -> bool:
     """Whether `resolve` finds it without the hub."""
-    return name in EMBEDDED or os.path.exists(name)
+    return name in (*EMBEDDED, TESTBED) or os.path.exists(name)
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """`demo`, `demo-policy`, a folder, or a downloaded snapshot of a hub id.
+    """`demo`, `demo-policy`, `testbed`, a folder, or a downloaded snapshot of a hub id.
 
     Raises `InputError` when it is none of these.
     """
@@ -63,6 +76,14 @@ def resolve(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if os.path.exists(path):
         return path
+    if str(path_or_id) == TESTBED:
+        built = cache_folder(TESTBED) / CHECKPOINT
+        if not built.is_dir():
+            raise InputError(
+                f"the test bed is not in {built}; make it with "
+                "`python -m mlx_tokprune.testbed`"
+            )
+        return built
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
         raise InputError(
             f"{path_or_id} does not exist; expected a checkpoint folder, a hub id such "

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .carried import read_carried
 from .chunks import ChunkProcessor
-from .convert.checkpoint import Checkpoint
+from .convert.checkpoint import Checkpoint, check_shapes
 from .convert.families import identify
 from .convert.family import Family
 from .convert.lora import check_weights
@@ -20,7 +20,7 @@ from .errors import InputError
 from .fast import FastCode
 from .files import read_json
 from .hub import resolve
-from .models import fastvlm, openvla, pi0fast
+from .models import fastvlm, openvla, pi0fast, resnet_vlm
 from .models.family import VisionModel
 from .pipeline import plan_for
 from .processor import ActionProcessor, Processor
@@ -33,7 +33,9 @@ _MODELS = {
     "FastVLM": (fastvlm.FastVLM, fastvlm.ModelArgs),
     "OpenVLA": (openvla.OpenVLA, openvla.ModelArgs),
     "pi0-FAST": (pi0fast.Pi0Fast, pi0fast.ModelArgs),
+    "ResNet-VLM": (resnet_vlm.ResNetVLM, resnet_vlm.ModelArgs),
 }
+PROJECTOR = "projector.safetensors"  # of an adapter that comes with one
 AnyProcessor = Processor | ActionProcessor | ChunkProcessor
 # What building a model from an impossible config runs into.
 _MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
@@ -177,6 +179,22 @@ def _add_adapter(model: VisionModel, folder: Path) -> None:
     except (*_MISFITS, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the adapter {folder} does not fit ({reason})") from None
+    if (folder / PROJECTOR).is_file():
+        given = dict(mx.load(str(folder / PROJECTOR)))
+        own = projector_of(model)
+        check_shapes(
+            {name: array.shape for name, array in given.items()},
+            {name: array.shape for name, array in own.items()},
+            f"the projector of the adapter {folder}",
+        )
+        given = {n: array.astype(own[n].dtype) for n, array in given.items()}
+        model.load_weights(list(given.items()), strict=False)
+
+
+def projector_of(model) -> dict[str, mx.array]:
+    """The tensors of a projector, by the names that they have in a checkpoint."""
+    named = dict(_named(model))
+    return {n: array for n, array in named.items() if n.startswith("mm_projector.")}
 
 
 def _named(model: nn.Module) -> list[tuple[str, mx.array]]:

@@ -27,7 +27,7 @@ FLOORS = (
     ),
     ("learned",),
     ("convert", "models", "pruners", "overlay", "processor", "chunks"),
-    ("carried",),
+    ("carried", "testbed"),
     ("loading", "pipeline"),
     ("answer", "robot", "adapters"),
     ("measure",),

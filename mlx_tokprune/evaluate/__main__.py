@@ -25,13 +25,13 @@ from ..measure.subject import Subject, default_methods, subject_of
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
 from ..processor import PADDINGS
 from ..pruners import get_method, read_plan
-from .data import DESCRIBE, Questions, read_questions
+from .data import DESCRIBE, Questions, blinded, read_questions
 from .gather import Workers, launch
 from .journal import Journal, answer_all
 from .measure import Evaluator, describe_run
 from .recommend import recommend, sentence
 from .results import SCHEMA
-from .table import draw, markdown, summarize
+from .table import draw, markdown, most_common, summarize
 
 RATIOS = (0.5, 0.25, 0.11)
 
@@ -39,9 +39,10 @@ RATIOS = (0.5, 0.25, 0.11)
 def build_parser() -> Parser:
     parser = Parser(prog="mlx_tokprune.evaluate", description=__doc__)
     add = parser.add_argument
-    add("--model", help="folder, hub id, demo or demo-policy (default: demo)")
-    add("--data", default="demo", help="JSONL, folder of pictures, demo or metaworld")
-    add("--pictures", type=int, default=64, help="of demo and metaworld (default: 64)")
+    add("--model", help="folder, hub id, demo, testbed or demo-policy")
+    help_ = "JSONL, folder of pictures, demo, testbed or metaworld"
+    add("--data", default="demo", help=help_)
+    add("--pictures", type=int, default=64, help="that are generated (default: 64)")
     add("--prompt", help=f"asked of a folder's pictures (default: {DESCRIBE!r})")
     add("--methods", nargs="+", help="default: all that take a budget")
     add_plans(parser)
@@ -53,6 +54,8 @@ def build_parser() -> Parser:
     add("--image-size", type=int, help="of the input, px (default: the model's own)")
     add("--padding", choices=PADDINGS, default="keep", help="of pictures to squares")
     add("--positions", choices=POSITIONS, help="(default: original; see mlx-vlm's)")
+    help_ = "show black pictures: what is right without looking"
+    add("--blind", action="store_true", help=help_)
     help_ = "what runs the model; mlx-vlm's takes whatever that loads"
     add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
     add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
@@ -78,8 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     _check(args)
     questions = read_questions(args.data, args.pictures, args.prompt)
-    name = "demo-policy" if args.data == "metaworld" else "demo"
-    name = name if args.model is None else args.model
+    questions = blinded(questions) if args.blind else questions
+    makers = {"metaworld": "demo-policy", "testbed": "testbed"}
+    name = args.model or makers.get(args.data, "demo")
     if args.workers > 1:
         if args.runtime != "own":
             raise InputError("mlx-vlm's runtime has one worker; leave out --workers")
@@ -108,6 +112,7 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
             "questions": len(questions.items),
             "skipped": [list(line) for line in questions.skipped],
             "rows": summarize(questions.items, records),
+            "most_common": most_common(questions.items),
             "answers": _answers(questions, records),
         }
         if args.recommend is not None:
@@ -262,6 +267,9 @@ def _report(args, result: dict) -> None:
         f"positions, padding {args.padding}, {machine['device']}, MLX {mx.__version__}"
     )
     print(markdown(result["rows"]))
+    if result["most_common"] is not None:
+        share = f"{100 * result['most_common']:.1f} %"
+        print(f"\nalways the most common answer to its kind of question: {share}")
     if "recommendation" in result:
         print(f"\n{sentence(result['recommendation'])}")
     print(f"\nwrote {args.output}")

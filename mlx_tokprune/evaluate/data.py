@@ -1,8 +1,8 @@
-"""Questions about pictures: from JSON lines, a folder, the demo, or Meta-World."""
+"""Questions about pictures: from JSON lines, a folder, or generated ones."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -11,20 +11,35 @@ from ..errors import InputError
 from ..image import list_pictures, load_image
 
 DESCRIBE = "Describe the image."
+_TESTBED_SEED = 12
 FRAME_SEEDS = 80_000_000  # first seed of Meta-World's frames
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question. picture: what tells pictures apart. answers: empty if not known."""
+    """A question. picture: what tells pictures apart. answers: empty if not known.
+
+    draw: makes the picture, where it is no file. needed: which visual tokens the answer
+    is in, by their number in the unpruned picture; empty if nobody knows.
+    """
 
     picture: str
     question: str
     answers: tuple[str, ...] = ()
     kind: str = ""
     image: Image.Image | None = field(default=None, repr=False, compare=False)
+    needed: tuple[int, ...] = ()
+    draw: Callable[[], Image.Image] | None = field(
+        default=None, repr=False, compare=False
+    )
+
+    @property
+    def is_file(self) -> bool:
+        return self.image is None and self.draw is None
 
     def load(self) -> Image.Image:
+        if self.draw is not None:
+            return self.draw()
         return self.image or load_image(self.picture)
 
 
@@ -37,22 +52,22 @@ class Questions:
 
 
 def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
-    """`demo`, `metaworld`, a JSONL file, or a folder of pictures, asked `prompt`.
+    """`demo`, `metaworld`, `testbed`, a JSONL file, or pictures, asked `prompt`.
 
-    pictures: of the first two, how many. Raises `InputError` when nothing is left.
+    pictures: of the first three, how many. Raises `InputError` when nothing is left.
     """
-    path = Path(source)
-    if source in ("demo", "metaworld"):
-        make = _demo if source == "demo" else _tasks
-        found = Questions(tuple(make(pictures)))
+    path, makers = Path(source), {"demo": _demo, "metaworld": _tasks}
+    makers["testbed"] = _testbed
+    if source in makers:
+        found = Questions(tuple(makers[source](pictures)))
     elif path.is_dir():
         found = _folder(path, prompt or DESCRIBE)
     elif path.is_file():
         found = _lines(path)
     else:
         raise InputError(
-            f"{source!r} does not exist; expected `demo`, `metaworld`, a folder of "
-            "pictures, or a file with a line of JSON for each question"
+            f"{source!r} does not exist; expected `demo`, `metaworld`, `testbed`, a "
+            "folder of pictures, or a file with a line of JSON for each question"
         )
     if not found.items:
         reasons = "; ".join(f"line {n}: {why}" for n, why in found.skipped[:3])
@@ -61,6 +76,18 @@ def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
             + (f" ({reasons})" if reasons else "")
         )
     return found
+
+
+def blinded(questions: Questions) -> Questions:
+    """The same about black pictures of the same sizes."""
+
+    def black(item: Item) -> Item:
+        def draw() -> Image.Image:
+            return Image.new("RGB", item.load().size)
+
+        return replace(item, image=None, draw=draw)
+
+    return replace(questions, items=tuple(map(black, questions.items)))
 
 
 def _folder(folder: Path, prompt: str) -> Questions:
@@ -123,9 +150,16 @@ def _item(line: str, folder: Path) -> Item:
     kind = entry.get("kind", "")
     if not isinstance(kind, str):
         raise InputError(f"kind is {kind!r}; expected a text")
+    needed = entry.get("needed", [])
+    numbers = isinstance(needed, list) and all(
+        type(n) is int and n >= 0 for n in needed
+    )
+    if not numbers:
+        raise InputError(f"needed is {needed!r}; expected numbers of visual tokens")
     picture = str(folder / entry["image"])
     load_image(picture)
-    return Item(picture, entry["question"], tuple(map(str, answers)), kind)
+    answers = tuple(map(str, answers))
+    return Item(picture, entry["question"], answers, kind, needed=tuple(needed))
 
 
 def _demo(pictures: int) -> Iterator[Item]:
@@ -155,6 +189,26 @@ def _demo(pictures: int) -> Iterator[Item]:
                     image,
                 )
             number += 1
+
+
+def _testbed(pictures: int) -> Iterator[Item]:
+    """Things and backgrounds that the test bed's model was not trained on."""
+    import numpy as np
+
+    from ..testbed import scenes
+
+    for number in range(pictures):
+        rng = np.random.default_rng((_TESTBED_SEED, number))
+        scene = scenes.sample_scene(rng, "test")
+        for asked in scenes.ask(rng, scene):
+            yield Item(
+                f"testbed {number}",
+                asked.prompt,
+                (asked.answer,),
+                asked.kind,
+                needed=scenes.covered(asked.needed),
+                draw=scene.draw,
+            )
 
 
 def _tasks(pictures: int) -> Iterator[Item]:

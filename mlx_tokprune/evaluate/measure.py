@@ -1,6 +1,7 @@
 """Every question, unpruned and under every pruner, from features computed once."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class Evaluator:
     def ask(self, item: Item) -> dict[str, dict]:
         """By label: the answer, its accuracy (`None` if unknown), whether it is the
         unpruned one, the mean KL divergence per token against it, tokens kept (mean
-        over layers), and FLOPs up to the first token.
+        over layers), the share of the needed ones that are left after every place
+        (`None` if unknown), and FLOPs up to the first token.
         """
         scene = self.subject.scene([item.load()], item.question)
         features, records, reference = self._features(scene, item), {}, None
@@ -58,6 +60,7 @@ class Evaluator:
                 **self._speech.judged(given, reference.ids, item.answers),
                 "divergence": divergence,
                 "kept": counted.tokens.mean,
+                "needed": asked.share_of(item.needed),
                 "flops": counted.flops,
             }
         return records
@@ -95,7 +98,12 @@ class _Asked:
         self._model, self._scene, self._plan = model, scene, plan
         self._positions = settings.positions
         self._visual = prune(model, scene, plan, features)
-        self.kept = 0
+        self.kept, self._chosen = 0, self._visual
+
+    def share_of(self, needed: tuple[int, ...]) -> float | None:
+        """Of tokens that a question needs, once it was read."""
+        left = set(itertools.chain(*self._chosen.left()))
+        return len(left.intersection(needed)) / len(needed) if needed else None
 
     def read(self, **how):
         def known(*_) -> VisualTokens:
@@ -104,6 +112,7 @@ class _Asked:
         how |= {"positions": self._positions, "vision": known}
         read, visual = run(self._model, self._scene, self._plan, **how)
         self.kept = visual.keep
+        self._chosen = visual
         return read
 
     def forced(self, ids: list[int]) -> mx.array:
@@ -134,7 +143,7 @@ def describe_run(model, items: Sequence[Item], rows: Sequence[Row], **options) -
     """What makes two runs the same."""
     asked, seen = hashlib.sha256(), set()
     for item in items:
-        if item.image is None and item.picture not in seen:
+        if item.is_file and item.picture not in seen:
             seen.add(item.picture)
             asked.update(Path(item.picture).read_bytes())
         asked.update(repr((item.picture, item.question, item.answers)).encode())

@@ -1,5 +1,6 @@
 """Records of single questions to rows with intervals, and rows to tables and plots."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def summarize(items: Sequence[Item], records: dict[int, dict]) -> list[dict]:
 def _row(label: str, items, records: dict[int, dict]) -> dict:
     mine = {number: rows[label] for number, rows in records.items()}
     known = {n: r for n, r in mine.items() if r["accuracy"] is not None}
+    needed = {n: r["needed"] for n, r in mine.items() if r.get("needed") is not None}
     divergence = [record["divergence"] for record in mine.values()]
     flops = [record["flops"] for record in mine.values()]
     low, high = bootstrap(divergence, [items[number].picture for number in mine])
@@ -27,6 +29,7 @@ def _row(label: str, items, records: dict[int, dict]) -> dict:
         "flops": None if None in flops else sum(flops) / len(flops),
         "accuracy": _by_kind({n: r["accuracy"] for n, r in known.items()}, items),
         "agreement": _by_kind({n: r["agrees"] for n, r in mine.items()}, items),
+        "needed": _by_kind(needed, items),
         "divergence": {
             "value": sum(divergence) / len(divergence),
             "low": low,
@@ -55,12 +58,23 @@ def _share(values: list[float], items: list[Item]) -> dict:
     return {"value": value, "low": low, "high": high, "n": len(values)}
 
 
+def most_common(items: Sequence[Item]) -> float | None:
+    """What always giving the commonest answer to a kind of question gets, if known."""
+    answers: dict[str, Counter] = {}
+    for item in items:
+        if item.answers:
+            answers.setdefault(item.kind, Counter())[item.answers[0]] += 1
+    asked = sum(sum(found.values()) for found in answers.values())
+    right = sum(found.most_common(1)[0][1] for found in answers.values())
+    return right / asked if asked else None
+
+
 def markdown(rows: list[dict]) -> str:
     """The table for people, shares in percent with 95 % intervals."""
     kinds = [k for k in rows[0]["accuracy"] if k != "all"]
-    known = bool(rows[0]["accuracy"])
+    known, needed = bool(rows[0]["accuracy"]), bool(rows[0]["needed"])
     head = ["method", "kept", "GFLOP", *(["accuracy"] if known else []), "agreement"]
-    head += ["KL, nats", *kinds]
+    head += ["KL, nats", *(["needed kept"] if needed else []), *kinds]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         gflop = "" if row["flops"] is None else f"{row['flops'] / 1e9:.2f}"
@@ -70,6 +84,7 @@ def markdown(rows: list[dict]) -> str:
             _percent(row["agreement"]["all"]),
             f"{row['divergence']['value']:.3g}",
         ]
+        cells += [_percent(row["needed"]["all"])] if needed else []
         cells += [f"{100 * row['accuracy'][kind]['value']:.1f}" for kind in kinds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -83,20 +98,31 @@ def _percent(share: dict) -> str:
 def draw(rows: list[dict], file: Path) -> None:
     """Accuracy (else agreement) against FLOPs, a line per method, as a PNG.
 
-    Against visual tokens where FLOPs are not known. Bars are 95 % intervals. Raises
+    Against visual tokens where FLOPs are not known. Beside it, where somebody knows
+    them, the share of the needed tokens that is kept. Bars are 95 % intervals. Raises
     `InputError` without matplotlib.
     """
     import_matplotlib()
     from matplotlib.figure import Figure
 
-    what = "accuracy" if rows[0]["accuracy"] else "agreement"
+    shown = ["accuracy" if rows[0]["accuracy"] else "agreement"]
+    shown += ["needed"] if rows[0]["needed"] else []
+    size = (8 * len(shown), 5)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    both = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, what in zip(both, shown, strict=True):
+        _draw_shares(axes, rows, what)
+    both[0].legend(fontsize=8, ncols=1 + len(rows) // 40)
+    with replacing(file) as stream:
+        figure.savefig(stream, format="png")
+
+
+def _draw_shares(axes, rows: list[dict], what: str) -> None:
     known = all(row["flops"] is not None for row in rows)
 
     def cost(row: dict) -> float:
         return row["flops"] / 1e9 if known else row["kept"]
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
     curves: dict[str, list[dict]] = {}
     for row in rows[1:]:
         curves.setdefault(row["label"].split()[0], [rows[0]]).append(row)
@@ -111,8 +137,6 @@ def draw(rows: list[dict], file: Path) -> None:
             costs, values, [below, above], marker="o", ms=4, capsize=2, label=method
         )
     counted = "GFLOP to the first token" if known else "visual tokens"
-    axes.set(xlabel=counted, ylabel=f"{what} (%)")
+    label = "needed tokens that are kept (%)" if what == "needed" else f"{what} (%)"
+    axes.set(xlabel=counted, ylabel=label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    with replacing(file) as stream:
-        figure.savefig(stream, format="png")

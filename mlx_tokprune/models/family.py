@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..features import Features
 from ..prompt import Prompt
@@ -40,6 +41,44 @@ class Common:
 
     def memory_of(self, side: int) -> int:
         return 0  # their pictures have one size
+
+
+class Chat(Common):
+    """What models have alike that answer in words, in ChatML.
+
+    mm_projector: layers, from visual tokens to embeddings of the language model.
+    """
+
+    image_token = "<image>"
+    prompt_prefix = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    )
+    prompt_suffix = "<|im_end|>\n<|im_start|>assistant\n"
+    answers = "text"
+    pictures = None
+    sees_parts = False
+    reads_prompt = False
+    attends = "causal"
+    mm_projector: list
+
+    def project(self, tokens: mx.array) -> mx.array:
+        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
+        for layer in self.mm_projector:
+            tokens = layer(tokens)
+        return tokens
+
+    def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
+        """(1, L, D) for each text around the pictures."""
+        return [self.decoder.embed(ids) for ids in prompt.arrays()]
+
+    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
+        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
+        return self.language_model(inputs, cache, input_embeddings)
+
+    @staticmethod
+    def quant_predicate(path: str, module: nn.Module) -> bool:
+        """Only the language model is quantized; towers and projector stay float."""
+        return path.startswith("language_model.") and hasattr(module, "to_quantized")
 
 
 class VisionModel(Protocol):

@@ -17,10 +17,10 @@ from ..features import Features
 from ..files import object_of
 from ..prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import Common
+from .family import Chat
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
-from .layers import gelu
+from .layers import Gelu
 
 
 @dataclass(frozen=True)
@@ -97,28 +97,14 @@ class VisionTower(nn.Module):
         return self.vision_model(pixels, needs)
 
 
-class Gelu(nn.Module):
-    def __call__(self, x: mx.array) -> mx.array:
-        return gelu(x)
-
-
-class FastVLM(Common, nn.Module):
+class FastVLM(Chat, nn.Module):
     """`encode` and `project` for pictures; calling it is the language model.
 
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
     """
 
-    image_token = "<image>"
-    prompt_prefix = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    )
-    prompt_suffix = "<|im_end|>\n<|im_start|>assistant\n"
-    answers = "text"
     stride = TOTAL_STRIDE
-    pictures = None
     sees_parts = True
-    reads_prompt = False
-    attends = "causal"
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
@@ -166,20 +152,6 @@ class FastVLM(Common, nn.Module):
         dtype = self.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv
         return self.vision_tower(pixels.astype(dtype.weight.dtype), needs)
 
-    def project(self, tokens: mx.array) -> mx.array:
-        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
-        for layer in self.mm_projector:
-            tokens = layer(tokens)
-        return tokens
-
-    def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
-        """(1, L, D) for each text around the pictures."""
-        return [self.decoder.embed(ids) for ids in prompt.arrays()]
-
-    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
-        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
-        return self.language_model(inputs, cache, input_embeddings)
-
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """MLX-layout tensors -> what the inference form holds. Idempotent.
 
@@ -190,8 +162,3 @@ class FastVLM(Common, nn.Module):
         if not any(".layer_scale" in name for name in folded):
             drop_layer_scales(self.vision_tower)
         return folded
-
-    @staticmethod
-    def quant_predicate(path: str, module: nn.Module) -> bool:
-        """Only the language model is quantized; towers and projector stay float."""
-        return path.startswith("language_model.") and hasattr(module, "to_quantized")

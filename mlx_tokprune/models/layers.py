@@ -39,6 +39,11 @@ def gelu(x: mx.array) -> mx.array:
     return cpu.polynomial_gelu(x)
 
 
+class Gelu(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(x)
+
+
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU by tanh, as PaliGemma's SigLIP has it; tanh written as a sigmoid."""
     return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

@@ -7,6 +7,8 @@ from ..errors import InputError, Parser, command, nearest, printable
 from ..learned.scorers import SCORERS
 from ..pipeline import POSITIONS
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def build_parser() -> Parser:
     parser = Parser(prog="mlx_tokprune.train", description=__doc__)
@@ -43,15 +45,16 @@ def _add_lora(commands) -> None:
     add("--scale", type=float, default=20.0, help="of the adapter (default: 20)")
     add("--layers", type=int, help="the last so many (default: all)")
     add("--dora", action="store_true", help="DoRA in place of LoRA")
+    add("--projector", action="store_true", help="train the projector, too")
 
 
 def _add_training(parser, steps: int, rate: float) -> None:
     """What both kinds of training have."""
     add = parser.add_argument
     add("--model", default="demo", help="folder, hub id or demo (default)")
-    help_ = "JSON lines, LLaVA's conversations, or demo for generated pictures"
+    help_ = "JSON lines, LLaVA's conversations, or pictures of demo or testbed"
     add("--data", default="demo", help=f"{help_} (default)")
-    add("--pictures", type=int, default=2048, help="of demo (default: 2048)")
+    add("--pictures", type=int, default=2048, help="that are generated (default: 2048)")
     add("--steps", type=int, default=steps, help=f"(default: {steps})")
     add("--batch", type=int, default=32, help="pictures in a step (default: 32)")
     help_ = "about each of them in a step (default: 5)"
@@ -59,6 +62,8 @@ def _add_training(parser, steps: int, rate: float) -> None:
     add("--learning-rate", type=float, default=rate, help=f"(default: {rate:g})")
     add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
     add("--seed", type=int, default=0)
+    help_ = "of weights that stay as they are (default: as stored, float32 on a CPU)"
+    add("--dtype", choices=DTYPES, help=help_)
     help_ = "compute layers again in the backward pass, for less memory"
     add("--grad-checkpoint", action="store_true", help=help_)
     help_ = "where training state is kept; resumed (default: OUTPUT.training)"
@@ -105,7 +110,6 @@ def _check_fonts() -> None:
 
 
 def _prune(args) -> None:
-    from ..loading import load
     from .tune.scorer import Lesson, train_scorer
 
     if args.scorer not in SCORERS:
@@ -120,22 +124,21 @@ def _prune(args) -> None:
     lesson = Lesson(args.steps, args.batch, questions, *args.keep_ratios, **how)
     samples, schedule, folder, output = _training(args)
     train_scorer(
-        *(load(args.model), args.scorer, samples, lesson, schedule, folder, output),
+        *(_load(args), args.scorer, samples, lesson, schedule, folder, output),
         checkpoint=args.grad_checkpoint,
     )
     print(f"wrote {output}")
 
 
 def _lora(args) -> None:
-    from ..loading import load
     from ..pruners import Pruner
     from .tune.lora import Adapter, train_adapter
 
     pruner = Pruner(args.method, args.keep_ratio)
-    adapter = Adapter(args.rank, args.scale, args.layers, args.dora)
+    adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)
     samples, schedule, folder, output = _training(args)
     train_adapter(
-        *(load(args.model), samples, pruner, args.positions, adapter),
+        *(_load(args), samples, pruner, args.positions, adapter),
         *((args.batch, args.questions), schedule, folder, output),
         checkpoint=args.grad_checkpoint,
     )
@@ -147,6 +150,14 @@ def _fuse(args) -> None:
 
     fuse(args.model, args.adapter_path, args.output)
     print(f"wrote {args.output}")
+
+
+def _load(args) -> tuple:
+    import mlx.core as mx
+
+    from ..loading import load
+
+    return load(args.model, getattr(mx, args.dtype) if args.dtype else None)
 
 
 def _training(args) -> tuple:

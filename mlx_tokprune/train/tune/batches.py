@@ -1,7 +1,8 @@
 """Batches of questions about pictures, whose features are computed once and kept."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -87,14 +88,19 @@ class Batches:
         encode = self._processor.tokenizer.encode
         return before, after, [*encode(answer, add_special_tokens=False), self._end]
 
+    def _read(self, items: Collection[Sample]) -> Iterator[np.ndarray]:
+        """Pixels of each picture, decoded or drawn on several cores."""
+        with ThreadPoolExecutor() as pool:
+            yield from pool.map(lambda i: self._processor.pixels([i.load()]), items)
+
     def _features(self, items: Sequence[Sample]) -> Features:
         new = {item.picture: item for item in items if item.picture not in self._known}
-        for item in new.values():
-            pixels = mx.array(self._processor.pixels([item.load()]))
-            found = self._model.encode(pixels, self._needs)
-            mx.eval(found.arrays())
+        # One by one, so that features are the same whoever is in the batch.
+        for item, pixels in zip(new.values(), self._read(new.values()), strict=True):
+            found = self._model.encode(mx.array(pixels), self._needs)
             self._known[item.picture] = found
             self._held += sum(array.nbytes for array in found.arrays())
+        mx.eval([self._known[picture].arrays() for picture in new])
         seen = [self._known[item.picture] for item in items]
         while self._held > MOST_BYTES and len(self._known) > len(items):
             _, dropped = self._known.popitem(last=False)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ...errors import InputError
 from ...image import load_image
+from ...testbed import scenes as testbed
 from ..recipe import TRAINING
 from ..scenes import CANVAS, Scene, ask_many, render, sample_scene
 
@@ -45,15 +46,16 @@ class Samples:
 
 
 def read_samples(source: str, pictures: int) -> Samples:
-    """`demo` (generated, `pictures` of them), JSON lines, or LLaVA's conversations.
+    """`demo` or `testbed` (`pictures` generated), JSON lines, or LLaVA's conversations.
 
     Lines are objects with `image`, `question` and `answer`; LLaVA's file is a list of
     objects with `image` and `conversations`, of which each turn is learned by itself.
     Paths are relative to the file. A bad line is skipped and named. Raises `InputError`
     where nothing is left.
     """
-    if source == "demo":
-        return Samples(tuple(_demo(pictures)))
+    if source in ("demo", "testbed"):
+        make = _demo if source == "demo" else _testbed
+        return Samples(tuple(make(pictures)))
     path = Path(source)
     if not path.is_file():
         raise InputError(
@@ -128,6 +130,17 @@ def _demo(pictures: int) -> Iterator[Sample]:
         asked = ask_many(rng, scene, _DEMO_QUESTIONS)
         pairs = tuple((question.prompt, question.answer) for question in asked)
         yield Sample(("demo", number), pairs, functools.partial(_draw, number, scene))
+
+
+def _testbed(pictures: int) -> Iterator[Sample]:
+    """Things and backgrounds of the training; drawn when they are asked for."""
+    testbed.stock("train")
+    for number in range(pictures):
+        rng = np.random.default_rng((*_DEMO_SEED, number, 2))
+        scene = testbed.sample_scene(rng, "train")
+        asked = [*testbed.ask(rng, scene), *testbed.ask(rng, scene)]
+        pairs = tuple(dict.fromkeys((one.prompt, one.answer) for one in asked))
+        yield Sample(("testbed", number), pairs, scene.draw)
 
 
 def _draw(number: int, scene: Scene) -> Image.Image:

@@ -1,7 +1,8 @@
 """Fine-tuning a language model under pruning: mlx-lm's LoRA and DoRA.
 
 The adapter is a folder in mlx-lm's format: `adapter_config.json` and
-`adapters.safetensors`, with names below `language_model`.
+`adapters.safetensors`, with names below `language_model`. A projector that was trained,
+too, lies beside them.
 """
 
 import json
@@ -16,7 +17,7 @@ from mlx.utils import tree_flatten
 from ...carried import carry, read_carried
 from ...errors import InputError
 from ...files import new_folder
-from ...loading import Opened, load, open_checkpoint
+from ...loading import PROJECTOR, Opened, load, open_checkpoint, projector_of
 from ...pipeline import Scene, plan_for, prune
 from ...prompt import Prompt
 from ...pruners import Plan, Pruners
@@ -28,12 +29,16 @@ from .loop import Loop, Schedule, checkpoint_layers, draw_losses
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained. layers: the last so many, all when `None`. dora: DoRA's form."""
+    """What is trained. layers: the last so many, all when `None`. dora: DoRA's form.
+
+    projector: train that, too, whole.
+    """
 
     rank: int = 8
     scale: float = 20.0
     layers: int | None = None
     dora: bool = False
+    projector: bool = False
 
     def __post_init__(self):
         if self.rank < 1 or (self.layers or 1) < 1 or self.scale <= 0:
@@ -47,6 +52,9 @@ class Adapter:
         layers, parameters = self._config(model)
         language = model.language_model
         linear_to_lora_layers(language, layers, parameters, self.dora)
+        for layer in model.mm_projector if self.projector else ():
+            layer.set_dtype(mx.float32)  # steps are smaller than half precision can add
+            layer.unfreeze()
 
     def _config(self, model) -> tuple[int, dict]:
         layers = self.layers or len(model.decoder.layers)
@@ -64,6 +72,8 @@ class Adapter:
         with new_folder(folder) as made:
             (made / "adapter_config.json").write_text(json.dumps(config, indent=2))
             mx.save_safetensors(str(made / "adapters.safetensors"), weights)
+            if self.projector:
+                mx.save_safetensors(str(made / PROJECTOR), projector_of(model))
 
 
 class AnswerLoss:
@@ -79,7 +89,7 @@ class AnswerLoss:
         # One sample of as many places as there are pictures: each by itself.
         scene = Scene(None, Prompt(((),) * (len(features.tokens) + 1)))
         visual = prune(self._model, scene, self._plan, features)
-        seen = (mx.stop_gradient(visual.embeddings), visual.indices)
+        seen = (visual.embeddings, visual.indices)
         asked = (batch.questions, features.total, self._positions)
         logits = answer_logits(self._model, batch.prefix, *seen, *asked)
         losses, used = answer_losses(logits, batch.questions)
@@ -117,7 +127,8 @@ def train_adapter(
     needs = tuple(name for pruner in plan for name in pruner.wants if name != "grid")
     batches = Batches(model, processor, samples.items, needs)
     loss = AnswerLoss(model, batches, plan, positions, sizes)
-    loop = Loop(model.language_model, loss, schedule, folder)
+    module = model if adapter.projector else model.language_model
+    loop = Loop(module, loss, schedule, folder)
     loop.run()
     if loop.is_first:
         adapter.save(model, output)
@@ -134,6 +145,8 @@ def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:
     merged = {}
     for tensors in fused_modules(model).values():
         merged |= tensors
+    if (Path(adapter) / PROJECTOR).is_file():
+        merged |= projector_of(model)
     write_fused(opened, merged, Path(output))
 
 

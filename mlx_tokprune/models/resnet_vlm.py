@@ -1,0 +1,119 @@
+"""ResNet-VLM: ResNet-50, a two-layer projector, and a Llama-like language model.
+
+The family of the test bed, whose parts others trained (see `testbed/`): a convolutional
+tower without attention, as many tokens as FastVLM has for pictures of half the size.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..features import Features
+from ..files import object_of
+from ..prompt import Prompt
+from .checks import check_language, expect, is_size
+from .family import PROVIDES, Chat
+from .language import Decoder
+from .layers import Gelu
+from .resnet import CHANNELS, STAGES, STRIDE, ResNet50
+
+_FREQUENCIES = 4  # of a token's place, along each side
+_SINES = 4 * _FREQUENCIES
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What `config.json` says; `text` goes to mlx-lm's Llama as it is."""
+
+    text: dict
+    image_size: int = 512
+
+    @property
+    def depth(self) -> int:
+        """Layers and blocks in all."""
+        return self.text["num_hidden_layers"] + sum(STAGES)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the language model can read."""
+        return self.text.get("max_position_embeddings", 2048)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
+        """Raises `InputError` when sizes are missing, impossible or disagree."""
+        text = dict(object_of(config, "text_config"))
+        check_language(text)
+        text["model_type"] = "llama"
+        size = object_of(config, "vision_config").get("image_size", cls.image_size)
+        right = is_size(size) and size % STRIDE == 0
+        expect(right, "image_size", size, f"a multiple of {STRIDE}")
+        return cls(text, size)
+
+
+class ResNetVLM(Chat, nn.Module):
+    """`encode` and `project` for pictures; calling it is the language model."""
+
+    stride = STRIDE
+    feature_size = CHANNELS + _SINES
+    provides: ClassVar = {**PROVIDES, "tower": ("grid",)}
+
+    def __init__(self, args: ModelArgs, inference: bool = True):
+        super().__init__()
+        from mlx_lm.models import llama
+
+        self.args, self.carried = args, ()
+        self.vision_tower = ResNet50()
+        hidden = args.text["hidden_size"]
+        self.mm_projector = [
+            nn.Linear(self.feature_size, hidden),
+            Gelu(),
+            nn.Linear(hidden, hidden),
+        ]
+        self.language_model = llama.Model(llama.ModelArgs.from_dict(args.text))
+        self._decoder = Decoder(self.language_model)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the square picture that the projector was trained on."""
+        return self.args.image_size
+
+    def memory_of(self, side: int) -> int:
+        """The first stage's feature maps, of 256 channels at every fourth pixel."""
+        return 4 * 4 * 256 * (side // 4) ** 2
+
+    def encode(
+        self,
+        pixels: mx.array,
+        needs: tuple[str, ...] = (),
+        prompt: Prompt | None = None,
+    ) -> Features:
+        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector.
+
+        A token is what the tower saw, and its place as sines: convolutions hardly know
+        where they are. The sines of every token are of one length, so that the largest
+        tokens are those of the tower.
+        """
+        seen = self.vision_tower(pixels)
+        batch, height, width, channels = seen.shape
+        tokens = seen.reshape(batch, height * width, channels)
+        where = mx.broadcast_to(_places(height, width), (*tokens.shape[:2], _SINES))
+        tokens = mx.concatenate([tokens, where.astype(tokens.dtype)], axis=-1)
+        return Features(tokens, (height, width))
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """On disk as in memory."""
+        return weights
+
+
+def _places(height: int, width: int) -> mx.array:
+    """(N, sines) of the middle of each token, in rows and columns of its picture."""
+    rates = 2.0 ** np.arange(_FREQUENCIES) * math.pi / 2
+    rows = np.repeat((np.arange(height) + 0.5) / height, width)
+    columns = np.tile((np.arange(width) + 0.5) / width, height)
+    angles = np.concatenate([rows[:, None] * rates, columns[:, None] * rates], axis=1)
+    return mx.array(np.concatenate([np.sin(angles), np.cos(angles)], 1), mx.float32)

@@ -1,0 +1,188 @@
+"""Cut-out photographs by kind, and photographs to put them on.
+
+Those of the test are others than those of the training: every third thing of a kind,
+and some of the backgrounds.
+"""
+
+import functools
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from ..files import new_folder
+from ..hub import cache_folder
+from .parts import BACKGROUNDS, THINGS, fetch, members
+
+SPLITS = ("train", "test")
+FOLDER = "pictures"
+_STAMPS = "./usr/share/tuxpaint/stamps/"
+_DRAWN = {"cartoon", "toys", "plastic", "symbols"}  # folders of what is no photograph
+_SIZE = 224  # of the longer side of a thing, px
+_BACKGROUND = 1024  # of the longer side of a background, px
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a thing is called, and the stamps that are such.
+
+    folders: of stamps. only, but: parts of file names that they have, or have not.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    only: tuple[str, ...] = ("",)
+    but: tuple[str, ...] = ()
+
+    def has(self, stamp: PurePosixPath) -> bool:
+        inside = any(stamp.is_relative_to(folder) for folder in self.folders)
+        drawn = _DRAWN.intersection(stamp.parts)
+        named = any(part in stamp.stem for part in self.only)
+        other = any(part in stamp.stem for part in self.but)
+        return inside and named and not drawn and not other
+
+
+_CLOTHES = ("button", "clothespin", "cap")
+_GRAVES = ("grave", "tomb", "headstone", "cemetery", "monument")
+KINDS = (
+    Kind("ball", ("sports",), only=("ball",)),
+    Kind("bird", ("animals/birds",)),
+    Kind("fish", ("animals/fish",), but=("lobster", "shrimp", "seahorse")),
+    Kind("flower", ("plants/flowers",)),
+    Kind("fruit", ("food/fruit",)),
+    Kind("garment", ("clothes",), but=(*_CLOTHES, "hat", "fedora", "sombrero")),
+    Kind("gravestone", ("seasonal/halloween",), only=_GRAVES),
+    Kind("hat", ("clothes/hats",)),
+    Kind("insect", ("animals/insects",), but=("slug", "woodlouse")),
+    Kind("instrument", ("hobbies/music",)),
+    Kind("mammal", ("animals/mammals", "animals/marsupials")),
+    Kind("planet", ("space/planets", "space/moon")),
+    Kind("sign", ("town/roadsigns",), but=("light", "cone")),
+    Kind("tool", ("household/tools",)),
+    Kind("vegetable", ("food/vegetables",)),
+    Kind("vehicle", ("vehicles",), but=("wheel", "emblem", "locomotive")),
+)
+_PLACES = {  # of the test's backgrounds, and of those of the training
+    "test": ("Blinds", "Dune", "RainDrops", "Wood", "scenetext04"),
+    "train": (
+        *("Aqua", "Elephants", "GreenMeadow", "Storm", "aero1", "board", "building"),
+        *("home", "leuvenA", "scenetext05", "starry_night"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A cut-out. picture: RGBA, cut to what is there. colour: `None` if it has many."""
+
+    kind: str
+    name: str
+    picture: Image.Image
+    colour: str | None
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What the pictures of a split are made of."""
+
+    things: dict[str, tuple[Thing, ...]]
+    backgrounds: tuple[Image.Image, ...]
+
+
+def prepare(output: Path, packages: Path) -> None:
+    """Write things and backgrounds of both splits to the new folder `output`."""
+    with new_folder(output) as folder:
+        for kind, found in _stamps(packages).items():
+            for number, (name, picture) in enumerate(sorted(found.items())):
+                split = SPLITS[number % 3 == 2]
+                target = folder / split / kind / f"{name}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(target)
+        for name, picture in _photographs(packages):
+            split = "test" if name in _PLACES["test"] else "train"
+            target = folder / split / f"{name}.jpg"
+            picture.save(target, quality=92)
+
+
+def _stamps(packages: Path) -> dict[str, dict[str, Image.Image]]:
+    found: dict[str, dict[str, Image.Image]] = {kind.name: {} for kind in KINDS}
+    for name, data in members(fetch(THINGS, packages)):
+        stamp = PurePosixPath(name.removeprefix(_STAMPS))
+        if stamp.suffix != ".png" or stamp.stem.endswith(("_mirror", "_flip")):
+            continue
+        for kind in KINDS:
+            if kind.has(stamp):
+                picture = Image.open(io.BytesIO(data)).convert("RGBA")
+                picture = picture.crop(picture.getchannel("A").getbbox())
+                picture.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+                found[kind.name][stamp.stem] = picture
+    return found
+
+
+def _photographs(packages: Path) -> Iterable[tuple[str, Image.Image]]:
+    wanted = {name for names in _PLACES.values() for name in names}
+    for package in BACKGROUNDS:
+        for name, data in members(fetch(package, packages)):
+            path = PurePosixPath(name)
+            if path.suffix == ".jpg" and path.stem in wanted and "html" not in name:
+                wanted.remove(path.stem)
+                picture = Image.open(io.BytesIO(data)).convert("RGB")
+                picture.thumbnail((_BACKGROUND,) * 2, Image.Resampling.LANCZOS)
+                yield path.stem, picture
+
+
+@functools.cache
+def stock(split: str) -> Stock:
+    """Read what `prepare` wrote. Raises `InputError` where it did not yet."""
+    folder = cache_folder("testbed") / FOLDER / split
+    if not folder.is_dir():
+        raise InputError(
+            f"the pictures of the test bed are not in {folder}; get them with "
+            "`python -m mlx_tokprune.testbed`"
+        )
+    things = {kind.name: _things(folder / kind.name) for kind in KINDS}
+    backgrounds = [Image.open(f).convert("RGB") for f in sorted(folder.glob("*.jpg"))]
+    return Stock(things, tuple(backgrounds))
+
+
+def _things(folder: Path) -> tuple[Thing, ...]:
+    found = []
+    for file in sorted(folder.glob("*.png")):
+        picture = Image.open(file).convert("RGBA")
+        found.append(Thing(folder.name, file.stem, picture, colour_of(picture)))
+    return tuple(found)
+
+
+# Colours by hue, in 256ths of the circle.
+_HUES = (
+    *((10, "red"), (28, "orange"), (46, "yellow"), (118, "green"), (180, "blue")),
+    *((215, "purple"), (242, "pink"), (256, "red")),
+)
+COLOURS = (*(name for _, name in _HUES[:-1]), "brown", "black", "white", "grey")
+_CLEAR = 0.55  # share of the pixels of one colour that makes it the thing's
+
+
+def colour_of(picture: Image.Image) -> str | None:
+    """The name of the colour that most of an RGBA picture has, if one has it."""
+    there = np.asarray(picture.getchannel("A")) > 127
+    pixels = np.asarray(picture.convert("RGB").convert("HSV"))[there].astype(int)
+    if not len(pixels):
+        return None
+    hue, saturation, value = pixels.T
+    ends = np.array([end for end, _ in _HUES])
+    names = np.array([name for _, name in _HUES], dtype="<U8")[
+        np.searchsorted(ends, hue, side="right").clip(max=len(_HUES) - 1)
+    ]
+    dark_orange = np.isin(names, ("orange", "red")) & (value < 170) & (saturation < 220)
+    names[dark_orange] = "brown"
+    pale = saturation < 45
+    names[pale] = "grey"
+    names[pale & (value > 190)] = "white"
+    names[value < 50] = "black"
+    colours, counts = np.unique(names, return_counts=True)
+    most = counts.argmax()
+    return str(colours[most]) if counts[most] >= _CLEAR * len(names) else None
