@@ -166,7 +166,7 @@ def test_flags_of_the_other_runtime_are_refused(qwen, capsys):
 
     refused(evaluate, "--plans is for", "--plans", "norm:0.5")
     refused(evaluate, "--recommend is for", "--recommend", "0.1")
-    refused(evaluate, "needs attention", "--methods", "attention")
+    refused(evaluate, "needs queries", "--methods", "trimvla")
     refused(bench, "--image-sizes is for", "--image-sizes", "64")
     refused(bench, "stay original", "--positions", "contiguous")
 

@@ -113,7 +113,7 @@ class Guest:
 
     def methods(self) -> list[str]:
         """Those that are known to work after a projector."""
-        provided = {"text"} | ({"grid"} if self._known.grids else set())
+        provided = set(self._known.provides)
         return [
             name
             for name in list_pruners()

@@ -1,0 +1,427 @@
+"""What the towers of mlx-vlm attend to, for methods that read it.
+
+mlx-vlm's own code runs the tower. One block is watched, and what its patches receive is
+computed again from its queries and keys: fused attention gives no weights.
+"""
+
+import contextlib
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+
+PROVIDES = ("attention", "attention_middle", "keys")
+_WEIGHTS = 1 << 24  # of attention that are there at once
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of one call of an attention block.
+
+    queries, keys: (B, H, L, D). plain: (B, L, H * D), keys without rotary positions.
+    ends: of what attends to itself alone, along L.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    plain: mx.array
+    scale: float
+    ends: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """How the tower of a family attends.
+
+    blocks: of a model the attention modules that see whole pictures, by number, up to
+    the one that features come from. depth: blocks in all. heads: from (module,
+    arguments by name, inputs of the prompt, config). takes: names of such arguments.
+    tokens: (model, (B, L, C) of patches, inputs) -> (N, C) of visual tokens, means of
+    their patches. asks: whether the first token of a picture is one that asks for all.
+    """
+
+    blocks: Callable[[Any], dict[int, Any]]
+    depth: Callable[[Any], int]
+    heads: Callable[[Any, Mapping, Mapping, Any], Heads]
+    takes: tuple[str, ...]
+    tokens: Callable[[Any, mx.array, Mapping], mx.array]
+    asks: Callable[[Any], bool] = lambda model: False
+
+
+class Watch:
+    """Looks at the last attention block of a tower, and at a middle one if asked to.
+
+    Raises `InputError` for a tower that is not as it was when this was written.
+    """
+
+    def __init__(self, model, tower: Tower, names: Sequence[str]):
+        self._model, self._tower, self.names = model, tower, tuple(names)
+        self._local = threading.local()
+        try:
+            blocks = tower.blocks(model)
+            last = max(blocks)
+            aim = tower.depth(model) * 3 // 8  # as our own towers have it
+            middle = min(blocks, key=lambda number: (abs(number - aim), number))
+            takes = inspect.signature(type(blocks[last]).__call__).parameters
+            right = {*tower.takes} <= {*takes}
+        except (AttributeError, TypeError, ValueError):
+            right = False
+        if not right:
+            raise InputError(
+                "the tower of this model attends in a way that is not known here; "
+                "choose a method that needs no attention, such as 'norm'"
+            )
+        self._places = {"attention": last, "keys": last, "attention_middle": middle}
+        self._watched = {
+            self._places[name]: blocks[self._places[name]] for name in names
+        }
+
+    def methods(self) -> Iterator[tuple[Any, dict]]:
+        """Modules, and what a subclass of each one's has instead, by name."""
+        for number, module in self._watched.items():
+            yield module, {"__call__": self._noting(number, type(module))}
+
+    def _noting(self, number: int, kind: type):
+        @functools.wraps(kind.__call__)
+        def call(self_, *args, **named):
+            calls = getattr(self._local, "calls", None)
+            if calls is not None:
+                given = inspect.signature(kind.__call__).bind(self_, *args, **named)
+                calls.append((number, given.arguments))
+            return kind.__call__(self_, *args, **named)
+
+        return call
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[list]:
+        """The calls of the blocks inside a `with` block."""
+        self._local.calls = calls = []
+        try:
+            yield calls
+        finally:
+            self._local.calls = None
+
+    def extras(
+        self, calls: list, inputs: Mapping, rows: Sequence[int]
+    ) -> list[dict[str, mx.array]]:
+        """By name (n, ...), for each prompt of `rows` visual tokens, of what was seen.
+
+        Attention sums to 1 over the tokens of a prompt, if it is the patches that ask:
+        their mean over all pictures, each of which is seen by its own patches alone.
+        """
+        found: dict[str, list[mx.array]] = {}
+        for name in self.names:
+            given = [given for number, given in calls if number == self._places[name]]
+            if len(given) != 1:
+                raise InputError(
+                    f"the tower was asked {len(given)} times for a prompt; expected "
+                    "once, or a method that needs no attention, such as 'norm'"
+                )
+            found[name] = self._split(name, given[0], inputs, rows)
+        return [
+            {name: parts[number] for name, parts in found.items()}
+            for number in range(len(rows))
+        ]
+
+    def _split(self, name: str, given: Mapping, inputs: Mapping, rows: Sequence[int]):
+        module = self._watched[self._places[name]]
+        heads = self._tower.heads(module, given, inputs, self._model.config)
+        if name == "keys":
+            patches = heads.plain.astype(mx.float32)
+        else:
+            asks = self._tower.asks(self._model)
+            patches = mx.stack(received(heads, asks), axis=-1)
+        tokens = self._tower.tokens(self._model, patches, inputs)
+        if len(tokens) != sum(rows):
+            raise InputError(
+                f"the tower attended to {len(tokens)} tokens, and a prompt has "
+                f"{sum(rows)}; choose a method that needs none, such as 'norm'"
+            )
+        parts = mx.split(tokens, np.cumsum(rows)[:-1].tolist())
+        if name == "keys":
+            return parts
+        return [part[:, 0] / mx.maximum(mx.sum(part[:, 1]), 1e-6) for part in parts]
+
+
+def received(heads: Heads, asks: bool = False) -> tuple[mx.array, mx.array]:
+    """(B, L) float32: what each patch receives, mean over heads, summed over those that
+    ask; and how many ask it, spread over its picture.
+
+    Every patch asks, or the first alone, which is none.
+    """
+    batch, count, length, _ = heads.queries.shape
+    sums, askers = [], []
+    for number in range(batch):
+        for start, end in zip([0, *heads.ends[:-1]], heads.ends, strict=True):
+            keys = heads.keys[number, :, start:end].astype(mx.float32).swapaxes(1, 2)
+            queries = heads.queries[number, :, start : start + 1 if asks else end]
+            step = max(1, _WEIGHTS // (count * (end - start)))
+            found = mx.zeros(end - start)
+            for first in range(0, queries.shape[1], step):
+                some = queries[:, first : first + step].astype(mx.float32)
+                weights = mx.softmax(some * heads.scale @ keys, axis=-1)
+                found = found + mx.sum(weights, axis=(0, 1)) / count
+                mx.eval(found)  # else all of them would be there at once
+            sums.append(found)
+            share = queries.shape[1] / max(1, end - start - asks)
+            askers.append(mx.full((end - start,), share))
+    shape = (batch, length)
+    return mx.concatenate(sums).reshape(shape), mx.concatenate(askers).reshape(shape)
+
+
+# Queries and keys -------------------------------------------------------------------
+
+
+def _in_heads(x: mx.array, heads: int) -> mx.array:
+    """(B, L, H * D) -> (B, H, L, D)"""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def _projected(name: str):
+    """Matrices of their own for queries and keys, as SigLIP and CLIP have."""
+
+    def heads(module, given: Mapping, inputs: Mapping, config) -> Heads:
+        queries, keys = module.q_proj(given[name]), module.k_proj(given[name])
+        both = (_in_heads(array, module.num_heads) for array in (queries, keys))
+        return Heads(*both, keys, module.scale, [keys.shape[1]])
+
+    return heads
+
+
+def _qwen(module, given: Mapping, inputs: Mapping, config) -> Heads:
+    """One matrix, rotary positions, and frames one behind the other."""
+    x, count = given["x"], module.num_heads
+    joint = module.qkv(x).reshape(1, len(x), 3, count, -1)
+    queries, keys = joint[:, :, 0], joint[:, :, 1]
+    turn = _beside(module, "apply_rotary_pos_emb_vision")
+    both = (turn(a, given["rotary_pos_emb"]).swapaxes(1, 2) for a in (queries, keys))
+    ends = given["cu_seqlens"].tolist()[1:]
+    return Heads(*both, keys.flatten(2), module.scale, ends)
+
+
+def _intern(module, given: Mapping, inputs: Mapping, config) -> Heads:
+    """One matrix, and norms over all heads."""
+    x = given["x"]
+    queries, keys, _ = mx.split(module.qkv(x), 3, axis=-1)
+    if module.qk_normalization:
+        queries, keys = module.q_norm(queries), module.k_norm(keys)
+    both = (_in_heads(array, module.num_heads) for array in (queries, keys))
+    return Heads(*both, keys, module.scale, [x.shape[1]])
+
+
+def _fastvit(module, given: Mapping, inputs: Mapping, config) -> Heads:
+    x = given["x"].flatten(1, 2)
+    queries, keys, _ = mx.split(module.qkv(x), 3, axis=-1)
+    both = (_in_heads(array, module.num_heads) for array in (queries, keys))
+    return Heads(*both, keys, module.scale, [x.shape[1]])
+
+
+def _pixtral(module, given: Mapping, inputs: Mapping, config) -> Heads:
+    """Rotary positions, and pictures one behind the other."""
+    queries, keys = module.q_proj(given["queries"]), module.k_proj(given["keys"])
+    both = [_in_heads(array, module.num_heads) for array in (queries, keys)]
+    turn = _beside(module, "apply_rotary_pos_emb")
+    both = turn(*both, *given["position_embeddings"], unsqueeze_dim=0)
+    sizes = [height * width for height, width in _sizes(inputs, config)]
+    return Heads(*both, keys, module.scale, np.cumsum(sizes).tolist())
+
+
+def _beside(module, name: str) -> Callable:
+    """A function of the file that mlx-vlm has the module's class in."""
+    return getattr(sys.modules[type(module).__module__], name)
+
+
+# From patches to tokens -------------------------------------------------------------
+
+
+def _as_they_are(model, patches: mx.array, inputs: Mapping) -> mx.array:
+    return patches.reshape(-1, patches.shape[-1])
+
+
+def _selected(model, patches: mx.array, inputs: Mapping) -> mx.array:
+    """LLaVA's: without the first token, if its config says so."""
+    if model.vision_feature_select_strategy == "default":
+        patches = patches[:, 1:]
+    return _as_they_are(model, patches, inputs)
+
+
+def _grouped(model, patches: mx.array, inputs: Mapping) -> mx.array:
+    """Qwen's: patches of a token stand together, in Qwen2.5-VL window by window."""
+    tower, grid = model.vision_tower, inputs.get("image_grid_thw")
+    unit = tower.spatial_merge_size**2
+    tokens = mx.mean(patches.reshape(-1, unit, patches.shape[-1]), axis=1)
+    if not hasattr(tower, "get_window_index"):
+        return tokens
+    grid = inputs["video_grid_thw"] if grid is None else grid
+    order, _ = tower.get_window_index(mx.array(np.array(grid)))
+    return tokens[mx.argsort(order)]
+
+
+def _cells(patches: mx.array, grid: tuple[int, int], side: int) -> mx.array:
+    """(B, h * w, C) -> (B * n, C): means of squares; what is left over is left out."""
+    (height, width), (batch, _, channels) = grid, patches.shape
+    rows, columns = height // side, width // side
+    whole = patches.reshape(batch, height, width, channels)
+    whole = whole[:, : rows * side, : columns * side]
+    cells = whole.reshape(batch, rows, side, columns, side, channels)
+    return mx.mean(cells, axis=(2, 4)).reshape(-1, channels)
+
+
+def _in_squares(side: Callable[[Any], int], first: int = 0):
+    """Of square pictures squares of patches, behind `first` tokens."""
+
+    def tokens(model, patches: mx.array, inputs: Mapping) -> mx.array:
+        patches = patches[:, first:]
+        length = int(patches.shape[1] ** 0.5)
+        return _cells(patches, (length, length), side(model))
+
+    return tokens
+
+
+def _sizes(inputs: Mapping, config) -> list[tuple[int, int]]:
+    """Pixtral's and Mistral 3's: patches (h, w) of each picture."""
+    side, sizes = config.vision_config.patch_size, inputs.get("image_sizes")
+    if sizes is None:
+        pixels = inputs["pixel_values"]
+        pixels = pixels[None] if np.ndim(pixels) == 3 else pixels
+        sizes = [np.shape(picture)[-2:] for picture in pixels]
+    sizes = np.array(sizes).reshape(-1, 2).astype(int) // side
+    return [(height, width) for height, width in sizes.tolist()]
+
+
+def _merged(model, patches: mx.array, inputs: Mapping) -> mx.array:
+    sizes, side = _sizes(inputs, model.config), model.config.spatial_merge_size
+    ends = np.cumsum([height * width for height, width in sizes])[:-1].tolist()
+    parts = zip(mx.split(patches, ends, axis=1), sizes, strict=True)
+    return mx.concatenate([_cells(part, grid, side) for part, grid in parts])
+
+
+def _laid_out(model, patches: mx.array, inputs: Mapping) -> mx.array:
+    """LLaVA-OneVision's tiles or frames as its own code puts them; newlines are 0."""
+    kind, channels = type(model), patches.shape[-1]
+    blank = None if model.image_newline is None else mx.zeros(channels)
+    stands = SimpleNamespace(
+        config=model.config,
+        patches_per_side=model.patches_per_side,
+        max_num_patches=model.max_num_patches,
+        image_newline=blank,
+        vision_tower=lambda *args, **named: (patches,),
+        multi_modal_projector=lambda x: x,
+    )
+    strategy = model.config.vision_feature_select_strategy
+    first = 1 if strategy == "default" else 0
+    stands._select_features = lambda x: x[:, first:]
+    for name in ("pack_image_features", "apply_pooling"):
+        setattr(stands, name, functools.partial(getattr(kind, name), stands))
+    if inputs.get("pixel_values") is not None:
+        pixels, sizes = inputs["pixel_values"], inputs.get("image_sizes")
+        return kind.get_image_features(stands, pixels, sizes)
+    return kind.get_video_features(stands, inputs["pixel_values_videos"])
+
+
+# Families ---------------------------------------------------------------------------
+
+
+def _up_to(layers, chosen) -> dict[int, Any]:
+    """Layers by number, up to that whose output the config chooses."""
+    chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+    last = max(n - 1 if n >= 0 else len(layers) + n for n in chosen)
+    return {number: layer for number, layer in enumerate(layers) if number <= last}
+
+
+def _layers(model) -> list:
+    """Of towers that are called `vision_tower` or, in some, `vision_model`."""
+    tower = getattr(model, "vision_tower", None) or model.vision_model
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def _of_layers(chosen: Callable[[Any], Any] = lambda model: -1, name="self_attn"):
+    def blocks(model) -> dict[int, Any]:
+        found = _up_to(_layers(model), chosen(model))
+        return {number: getattr(layer, name) for number, layer in found.items()}
+
+    return blocks
+
+
+def _whole(model) -> dict[int, Any]:
+    """Qwen's blocks, of which in Qwen2.5-VL most attend in windows."""
+    tower = model.vision_tower
+    whole = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
+    return {n: block.attn for n, block in enumerate(tower.blocks) if n in whole}
+
+
+def _mixers(model) -> dict[int, Any]:
+    """FastViTHD's attention, in its last stages."""
+    stages = [s for s in model.vision_tower.vision_model.network if isinstance(s, list)]
+    found = [getattr(block, "token_mixer", None) for stage in stages for block in stage]
+    return {n: mixer for n, mixer in enumerate(found) if hasattr(mixer, "qkv")}
+
+
+def _pixtrals(model) -> dict[int, Any]:
+    layers = model.vision_tower.vision_model.transformer.layers
+    found = _up_to(layers, model.vision_feature_layer)
+    return {number: layer.attention for number, layer in found.items()}
+
+
+def _has_class(model) -> bool:
+    """LLaVA's tower is CLIP, or SigLIP."""
+    return model.vision_tower.vision_model.embeddings.class_embedding is not None
+
+
+def _depth(model) -> int:
+    return len(_layers(model))
+
+
+def _chosen(model):
+    return model.config.vision_feature_layer
+
+
+def _shuffle(model) -> int:
+    return round(1 / model.downsample_ratio)
+
+
+_ROTARY = ("x", "cu_seqlens", "rotary_pos_emb")
+_PLAIN = Tower(_of_layers(), _depth, _projected("x"), ("x",), _as_they_are)
+_LLAVA = {"depth": _depth, "heads": _projected("queries"), "takes": ("queries",)}
+_PIXTRAL = {
+    "blocks": _pixtrals,
+    "depth": lambda model: len(model.vision_tower.vision_model.transformer.layers),
+    "heads": _pixtral,
+    "takes": ("queries", "keys", "position_embeddings"),
+}
+QWEN = Tower(
+    _whole, lambda model: len(model.vision_tower.blocks), _qwen, _ROTARY, _grouped
+)
+LLAVA = Tower(_of_layers(_chosen), tokens=_selected, asks=_has_class, **_LLAVA)
+ONEVISION = Tower(_of_layers(_chosen), tokens=_laid_out, **_LLAVA)
+IDEFICS = Tower(
+    *(_PLAIN.blocks, _depth, _PLAIN.heads, ("x",)),
+    _in_squares(lambda model: model.config.scale_factor),
+)
+INTERN = Tower(
+    *(_of_layers(name="attn"), _depth, _intern, ("x",), _in_squares(_shuffle, 1)),
+    lambda model: True,
+)
+GEMMA3 = Tower(
+    *(_PLAIN.blocks, _depth, _PLAIN.heads, ("x",)),
+    _in_squares(lambda model: model.multi_modal_projector.kernel_size),
+)
+# mlx-vlm's PaliGemma reads the first picture alone.
+PALIGEMMA = Tower(
+    *(_PLAIN.blocks, _depth, _PLAIN.heads, ("x",)),
+    lambda model, patches, inputs: patches[0],
+)
+PIXTRAL = Tower(tokens=_as_they_are, **_PIXTRAL)
+MISTRAL3 = Tower(tokens=_merged, **_PIXTRAL)
+FASTVLM = Tower(
+    _mixers, lambda model: 1 + max(_mixers(model)), _fastvit, ("x",), _as_they_are
+)
