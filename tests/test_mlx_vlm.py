@@ -11,6 +11,7 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 from mlx_vlm.generate import PromptCacheState  # noqa: E402
 from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
 from mlx_vlm.utils import prepare_inputs  # noqa: E402
+from PIL import Image  # noqa: E402
 from vlm.families import FAMILIES, prompt  # noqa: E402
 from vlm.loaded import (  # noqa: E402
     HALF,
@@ -24,6 +25,7 @@ from vlm.loaded import (  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
 from mlx_tokprune.adapters import hooks  # noqa: E402
+from mlx_tokprune.adapters.folder import write_folder  # noqa: E402
 from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 
@@ -241,7 +243,7 @@ def test_what_cannot_be_attached_is_refused(qwen, tmp_path):
         assert "process" not in vars(qwen.processor)
 
     refused(Pruner("lightvla"), "decides itself how many")
-    refused(Pruner("attention", 0.5), "needs attention")
+    refused(Pruner("trimvla", 0.5), "needs queries")
     refused(Pruner("attention", 0.5, at=2), "pruning is at 'prompt'")
     refused(Pruner("demo-adaptive", 0.5), "pruning is at 'prompt'")
     refused(HALF, "stay original", "contiguous")
@@ -286,7 +288,106 @@ def test_original_positions_are_for_one_prompt_at_a_time(tmp_path):
             served(loaded, requests)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3", "pixtral"])
+def test_text_between_pictures_keeps_its_place(name, tmp_path, monkeypatch):
+    loaded = Loaded(FAMILIES[name], tmp_path / "m")
+    parts = [("one", "image"), ("and another", "image"), ("which is red ?", None)]
+    content = [
+        {"type": "text", "text": part} if part != "image" else {"type": "image"}
+        for pair in parts
+        for part in pair
+        if part
+    ]
+    turns = [{"role": "user", "content": content}]
+    text = apply_chat_template(
+        loaded.processor, loaded.model.config, turns, num_images=2
+    )
+    rows, find = [], hooks.find_rows
+    monkeypatch.setattr(
+        hooks, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
+    )
+    both = {"image": loaded.files[:2]}
+    with loaded.pruned(positions=loaded.original) as handle:
+        answer, count = loaded.ask(text, **both)
+        assert loaded.ask(text, **both, prefill_step_size=4) == (answer, count)
+        (kept,) = handle.last
+    (row,) = rows[0]
+    assert row.text[(row.text > row.visual[0]) & (row.text < row.visual[-1])].size > 10
+    with masked(loaded.model, np.delete(row.visual, kept.indices)):
+        wanted, full = loaded.ask(text, **both, prefill_step_size=None)
+    assert (answer, count) == (wanted, full - kept.total + kept.keep)
+    assert answer != loaded.ask(text, **both)[0]
+
+
+@pytest.mark.parametrize("other", ["a picture", "text"])
+def test_an_answer_is_not_read_on_behind_another_prompt(tmp_path, other):
+    """Its positions would be those of the other."""
+    loaded = Loaded(FAMILIES["llava_onevision"], tmp_path / "m")
+    text = prompt(loaded.processor, loaded.model.config, QUESTION)
+    plain = apply_chat_template(loaded.processor, loaded.model.config, MORE)
+
+    def begin(text, **named):
+        named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
+        return mlx_vlm.stream_generate(loaded.model, loaded.processor, text, **named)
+
+    more = {"a picture": (text, {"image": loaded.files[1:2]}), "text": (plain, {})}
+    with loaded.pruned(positions="original"):
+        first = begin(text, image=loaded.files[:1])
+        next(first)
+        asked, named = more[other]
+        assert len(list(begin(asked, **named))) >= LENGTH
+        with pytest.raises(InputError, match="another prompt was begun"):
+            list(first)
+        wanted = loaded.ask()
+        assert len(wanted[0]) == LENGTH
+    with loaded.pruned():  # contiguous ones are counted by each cache
+        first = begin(text, image=loaded.files[:1])
+        pieces = [next(first)]
+        list(begin(asked, **named))
+        pieces += list(first)
+        assert pieces[-1].token_ids == loaded.ask()[0]
+
+
 # What a review found ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["uniform", "spatial", "hiprune", "norm"])
+def test_pictures_of_a_batch_have_their_own_grids(qwen, method):
+    """One call for two prompts, the second of two pictures."""
+    narrow = str(qwen.folder / "narrow.png")
+    Image.open(qwen.files[1]).resize((24, 40)).save(narrow)
+    asked = [
+        (prompt(qwen.processor, qwen.model.config, QUESTION, pictures=n), files)
+        for n, files in ((1, [narrow]), (2, [qwen.files[0], narrow]))
+    ]
+
+    def embed(texts: list[str], files: list[str]) -> mx.array:
+        inputs = dict(prepare_inputs(qwen.processor, images=files, prompts=texts))
+        names = ("input_ids", "pixel_values", "attention_mask")
+        ids, pixels, mask = (inputs.pop(name) for name in names)
+        found = qwen.model.get_input_embeddings(ids, pixels, mask=mask, **inputs)
+        rows = zip(found.inputs_embeds, np.array(mask), strict=True)
+        return [row[mx.array(np.flatnonzero(seen))] for row, seen in rows]
+
+    with qwen.pruned(Pruner(method, 0.3)) as handle:
+        alone = [(*embed([text], files), *handle.last) for text, files in asked]
+        texts = [text for text, _ in asked]
+        both = embed(texts, [file for _, files in asked for file in files])
+        batch = handle.last
+    for (rows, kept), other, found in zip(alone, both, batch, strict=True):
+        assert found.places == kept.places
+        assert mx.allclose(other, rows, atol=1e-5)
+    assert batch[0].total == 15
+    assert batch[1].runs == (30, 15)
+
+
+def test_a_folder_that_prunes_says_so(qwen, tmp_path):
+    """Nobody has a handle to detach its pruner."""
+    target = tmp_path / "pruned"
+    write_folder(qwen.folder, target, HALF)
+    model, processor = mlx_vlm.load(str(target))
+    with pytest.raises(InputError, match="pruned prunes by itself"):
+        attach(model, processor, HALF)
 
 
 def test_a_processor_belongs_to_one_model(qwen):

@@ -33,7 +33,7 @@ class Loaded:
         """The ids of a greedy answer, and how many a prompt had."""
         text = text or prompt(self.processor, self.model.config, QUESTION)
         named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
-        if "video" not in named:
+        if not {"image", "video"} & named.keys():
             named["image"] = [file or self.files[0]]
         pieces = mlx_vlm.stream_generate(self.model, self.processor, text, **named)
         last = list(pieces)[-1]
