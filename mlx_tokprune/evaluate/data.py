@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -16,13 +16,17 @@ FRAME_SEEDS = 80_000_000  # first seed of Meta-World's frames
 
 @dataclass(frozen=True)
 class Item:
-    """A question. picture: what tells pictures apart. answers: empty if not known."""
+    """A question. picture: what tells pictures apart. answers: empty if not known.
+
+    line: where in the data it stands, from 1.
+    """
 
     picture: str
     question: str
     answers: tuple[str, ...] = ()
     kind: str = ""
     image: Image.Image | None = field(default=None, repr=False, compare=False)
+    line: int = field(default=0, repr=False, compare=False)
 
     def load(self) -> Image.Image:
         return self.image or load_image(self.picture)
@@ -71,7 +75,7 @@ def _folder(folder: Path, prompt: str) -> Questions:
         except InputError as error:
             skipped.append((number, str(error)))
         else:
-            items.append(Item(str(file), prompt))
+            items.append(Item(str(file), prompt, line=number))
     return Questions(tuple(items), tuple(skipped))
 
 
@@ -94,7 +98,7 @@ def _lines(file: Path) -> Questions:
         if key in items:
             skipped.append((number, f"asks what line {first[key]} asks"))
             continue
-        items[key], first[key] = item, number
+        items[key], first[key] = replace(item, line=number), number
     # Questions about one picture together, so that it is encoded once.
     order = {picture: i for i, (picture, _) in reversed(list(enumerate(items)))}
     return Questions(
