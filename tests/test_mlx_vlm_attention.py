@@ -333,6 +333,9 @@ def test_methods_merge_as_they_do_here(merging, method):
     rows = embedded(merging.model, inputs).inputs_embeds[0][mx.array(where)][None]
     scores = expected(merging, inputs).astype(np.float32)
     keys = keys_of(merging, inputs).astype(np.float32)
+    with probing(merging) as (_, seen):
+        merging.ask()
+    assert np.allclose(np.array(seen[0]["keys"][0]), keys, atol=1e-5)
     extras = {"attention": mx.array(scores)[None], "keys": mx.array(keys)[None]}
     selection = pruner(Features(rows, None, extras=extras))
     with merging.pruned(pruner) as handle:
@@ -379,12 +382,14 @@ def test_few_queries_at_a_time_give_the_same(qwen, monkeypatch):
 
 def test_features_from_a_cache_are_made_again(qwen):
     """They say nothing of attention."""
-    from mlx_vlm.vision_cache import VisionFeatureCache
-
+    inputs = inputs_of(qwen, qwen.files[:1])
+    tower = qwen.model.vision_tower
+    features = tower(inputs["pixel_values"], inputs["image_grid_thw"])
     with qwen.pruned(HALF):
-        wanted, cache = qwen.ask(), VisionFeatureCache()
-        for _ in range(2):
-            assert qwen.ask(vision_cache=cache) == wanted
+        wanted = embedded(qwen.model, inputs_of(qwen, qwen.files[:1]))
+        given = inputs_of(qwen, qwen.files[:1]) | {"cached_image_features": features}
+        found = embedded(qwen.model, given)
+    assert mx.array_equal(found.inputs_embeds, wanted.inputs_embeds)
 
 
 def test_what_a_video_shows_first_then_what_is_attended_to(qwen):
