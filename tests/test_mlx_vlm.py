@@ -1,6 +1,8 @@
 """`attach` in mlx-vlm's own generate, chats, batches: what holds for each family."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +13,6 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 from mlx_vlm.generate import PromptCacheState  # noqa: E402
 from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
 from mlx_vlm.utils import prepare_inputs  # noqa: E402
-from PIL import Image  # noqa: E402
 from vlm.families import FAMILIES, prompt  # noqa: E402
 from vlm.loaded import (  # noqa: E402
     HALF,
@@ -25,8 +26,9 @@ from vlm.loaded import (  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
 from mlx_tokprune.adapters import hooks  # noqa: E402
+from mlx_tokprune.adapters.families import FAMILIES as KNOWN  # noqa: E402
 from mlx_tokprune.adapters.folder import write_folder  # noqa: E402
-from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.adapters.mlx_vlm import attach, check_known  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
@@ -35,6 +37,9 @@ PRUNED = [name for name in FAMILIES if name != "llava_next"]
 RECURRENT = {"qwen3_5"}
 # Stock mlx-vlm is wrong here, or raises (docs/upstream.md).
 NO_BATCHES = {"qwen3_vl", "gemma3n", "gemma3", "paligemma"}
+# Pictures of a batch have as many tiles (docs/upstream.md); or all pictures have.
+TILED = {"idefics3", "smolvlm"}
+ONE_SIZE = {"llava", "fastvlm", "phi3_v", *TILED}
 VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision"}
 
 
@@ -138,12 +143,17 @@ def test_two_requests_are_answered_as_each_alone(loaded):
     texts = [
         prompt(loaded.processor, loaded.model.config, text) for text in (QUESTION, MORE)
     ]
-    both = list(zip(texts, loaded.files, strict=False))
+    narrow = loaded.files[1] if loaded.family.name in TILED else loaded.narrow
+    both = list(zip(texts, [loaded.files[0], narrow], strict=True))
     with loaded.pruned() as handle:
-        alone = [loaded.ask(*request)[0] for request in both]
+        alone, totals = [], []
+        for request in both:
+            alone.append(loaded.ask(*request)[0])
+            totals.append(handle.last[0].total)
         assert served(loaded, both) == alone
         assert handle.last[0].keep == handle.last[0].total // 2
     assert alone[0] != alone[1]
+    assert (totals[0] != totals[1]) == (loaded.family.name not in ONE_SIZE)
 
 
 # One family is enough for what follows ----------------------------------------------
@@ -253,6 +263,34 @@ def test_what_cannot_be_attached_is_refused(qwen, tmp_path):
     family = FAMILIES["llava_next"]
     with pytest.raises(InputError, match="which row is which"):
         Loaded(family, tmp_path / "next").pruned().__enter__()
+    for name in ("mllama", "florence2"):
+        with pytest.raises(InputError, match="by cross attention"):
+            check_known(name, HALF)
+
+
+def test_the_documentation_says_what_is_tested():
+    """Each cell of the table of families."""
+    page = Path(__file__).parent.parent / "docs" / "mlx-vlm.md"
+    rows = {
+        name: [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in page.read_text().splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+        if "tiny" not in line.split("|")[1]
+    }
+    assert rows.keys() == KNOWN.keys()
+    tested = {name.removesuffix("_large") for name in PRUNED}
+    assert tested == {name for name, family in KNOWN.items() if not family.why}
+    for name, (positions, chats, requests, video, attention) in rows.items():
+        family = KNOWN[name]
+        assert (positions == "refused") == bool(family.why)
+        if family.why:
+            continue
+        assert positions.startswith("original") == family.turns
+        assert chats.startswith("read anew" if family.cold else "yes")
+        assert requests.startswith("no" if name in NO_BATCHES else "yes")
+        assert (video == "yes") == (name in VIDEOS)
+        assert attention.startswith("yes" if family.tower else "no")
 
 
 @pytest.mark.parametrize("seam", ["field", "process", "keywords"])
@@ -354,8 +392,7 @@ def test_an_answer_is_not_read_on_behind_another_prompt(tmp_path, other):
 @pytest.mark.parametrize("method", ["uniform", "spatial", "hiprune", "norm"])
 def test_pictures_of_a_batch_have_their_own_grids(qwen, method):
     """One call for two prompts, the second of two pictures."""
-    narrow = str(qwen.folder / "narrow.png")
-    Image.open(qwen.files[1]).resize((24, 40)).save(narrow)
+    narrow = qwen.narrow
     asked = [
         (prompt(qwen.processor, qwen.model.config, QUESTION, pictures=n), files)
         for n, files in ((1, [narrow]), (2, [qwen.files[0], narrow]))

@@ -27,6 +27,10 @@ class Loaded:
         self.files = [str(folder / f"{seed}.png") for seed in range(3)]
         for seed, file in enumerate(self.files):
             picture(family, seed).save(file)
+        self.narrow = str(folder / "narrow.png")  # the second, about half as wide
+        width, height = family.size
+        size = (max(8, width // 16 * 8), height)
+        picture(family, 1).resize(size).save(self.narrow)
         self.model, self.processor = mlx_vlm.load(str(folder))
 
     def ask(self, text=None, file=None, **named):
