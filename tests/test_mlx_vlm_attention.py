@@ -33,7 +33,8 @@ SQUARES = {"idefics3": 2, "smolvlm": 2, "internvl_chat": 2, "gemma3": 2}
 SQUARES |= {"paligemma": 1, "llava": 1, "fastvlm": 1}
 CLASSED = {"llava", "internvl_chat"}
 LINES = {"pixtral": 8, "mistral3": 4}  # pixels along a patch
-READ = [*QWEN, *SQUARES, *LINES, "llava_onevision"]
+GEMMA4 = ("gemma4", "gemma4_large")
+READ = [*QWEN, *SQUARES, *LINES, *GEMMA4, "llava_onevision"]
 # A state that has read a token cannot be told to have not.
 RECURRENT = {"qwen3_5"}
 HALF = Pruner("attention", 0.5)
@@ -148,6 +149,24 @@ def expected(loaded, inputs: dict) -> np.ndarray:
         length = round(asks.shape[1] ** 0.5)
         cells = [in_cells(one, length, length, SQUARES[name]) for one in asks]
         return np.concatenate(cells) / asked
+    if name in GEMMA4:  # a call for each picture, or filled up behind
+        pictures = [
+            (q[number : number + 1], k[number : number + 1], scale)
+            for q, k, scale, _ in calls[1::2]
+            for number in range(len(q))
+        ]
+        places = inputs.get("image_position_ids", inputs.get("video_position_ids"))
+        if places is None:
+            sizes = [np.array(p.shape[-2:]) // 4 for p in inputs["pixel_values"]]
+        else:
+            places = np.array(places).reshape(len(pictures), -1, 2)
+            sizes = [place.max(axis=0)[::-1] + 1 for place in places]
+        found = []
+        for (q, k, scale), (height, width) in zip(pictures, sizes, strict=True):
+            some = (array[:, :, : height * width] for array in (q, k))
+            asks = asks_of((*some, scale, None), False)[0]
+            found.append(in_cells(asks, height, width, 2))
+        return np.concatenate(found) / sum(height * width for height, width in sizes)
     asks = asks_of(calls[-1], False)
     if name in LINES:
         sizes = (
@@ -220,7 +239,7 @@ def test_two_pictures_are_compared_by_all_their_patches(loaded):
     if loaded.family.name == "paligemma":
         pytest.skip("mlx-vlm reads one picture")
     files = loaded.files[:2]
-    if loaded.family.name in (*QWEN, *LINES):  # the second half as wide
+    if loaded.family.name in (*QWEN, *LINES, *GEMMA4):  # the second half as wide
         files = [files[0], loaded.narrow]
     inputs = inputs_of(loaded, files)
     wanted = expected(loaded, inputs)
@@ -237,10 +256,12 @@ def test_two_pictures_are_compared_by_all_their_patches(loaded):
 
 def test_videos(loaded, monkeypatch):
     """Frames are apart, as the tower has them."""
-    if loaded.family.name not in (*QWEN, "llava_onevision"):
+    if loaded.family.name not in (*QWEN, *GEMMA4, "llava_onevision"):
         pytest.skip("pictures only")
     shape = (4, *loaded.family.size[::-1], 3)
     frames = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    if loaded.family.name in GEMMA4:
+        frames = frames.transpose(0, 3, 1, 2)
     text = asked_about_video(loaded)
     rows, find = [], hooks.find_rows
     monkeypatch.setattr(
@@ -251,7 +272,7 @@ def test_videos(loaded, monkeypatch):
         (kept,) = handle.last
     scores = np.array(seen[0]["attention"][0])
     assert kept.indices.tolist() == highest(scores, kept.total // 2)
-    if loaded.family.name in QWEN:
+    if loaded.family.name in (*QWEN, *GEMMA4):
         wanted = expected(loaded, inputs_of(loaded, [], frames))
         assert np.allclose(scores, wanted, atol=1e-6, rtol=1e-4)
     else:
@@ -426,9 +447,9 @@ def test_what_is_refused(qwen, tmp_path, monkeypatch):
 
     unknown = {name for name, family in KNOWN.items() if not family.tower}
     assert unknown - {name for name, family in KNOWN.items() if family.why} == {
-        *("gemma3n", "gemma4", "phi3_v")
+        *("gemma3n", "phi3_v")
     }
-    for name in ("gemma3n", "gemma4", "phi3_v"):
+    for name in ("gemma3n", "phi3_v"):
         refused(Loaded(FAMILIES[name], tmp_path / name), "needs attention")
     refused(qwen, "were left out", [RepeatPruner(), HALF])
     kind = type(qwen.model.vision_tower.blocks[-1].attn)

@@ -47,6 +47,7 @@ class Tower:
     arguments by name, inputs of the prompt, config). takes: names of such arguments.
     tokens: (model, (B, L, C) of patches, inputs) -> (N, C) of visual tokens, means of
     their patches. asks: whether the first token of a picture is one that asks for all.
+    apart: whether it may be called for each picture, as (1, L, C).
     """
 
     blocks: Callable[[Any], dict[int, Any]]
@@ -55,6 +56,7 @@ class Tower:
     takes: tuple[str, ...]
     tokens: Callable[[Any, mx.array, Mapping], mx.array]
     asks: Callable[[Any], bool] = lambda model: False
+    apart: bool = False
 
 
 class Watch:
@@ -121,20 +123,22 @@ class Watch:
         found: dict[str, list[mx.array]] = {}
         for name in self.names:
             given = [given for number, given in calls if number == self._places[name]]
-            if len(given) != 1:
+            if len(given) != 1 and not (given and self._tower.apart):
                 raise InputError(
                     f"the tower was asked {len(given)} times for a prompt; expected "
                     "once, or a method that needs no attention, such as 'norm'"
                 )
-            found[name] = self._split(name, given[0], inputs, rows)
+            found[name] = self._split(name, given, inputs, rows)
         return [
             {name: parts[number] for name, parts in found.items()}
             for number in range(len(rows))
         ]
 
-    def _split(self, name: str, given: Mapping, inputs: Mapping, rows: Sequence[int]):
-        module = self._watched[self._places[name]]
-        heads = self._tower.heads(module, given, inputs, self._model.config)
+    def _split(self, name: str, calls: list, inputs: Mapping, rows: Sequence[int]):
+        module, config = self._watched[self._places[name]], self._model.config
+        heads = _behind(
+            [self._tower.heads(module, given, inputs, config) for given in calls]
+        )
         if name == "keys":
             patches = heads.plain.astype(mx.float32)
         else:
@@ -150,6 +154,21 @@ class Watch:
         if name == "keys":
             return parts
         return [part[:, 0] / mx.maximum(mx.sum(part[:, 1]), 1e-6) for part in parts]
+
+
+def _behind(calls: Sequence[Heads]) -> Heads:
+    """Several calls, of B = 1, as one."""
+    if len(calls) == 1:
+        return calls[0]
+    lengths = np.cumsum([0, *(call.ends[-1] for call in calls)]).tolist()
+    pairs = zip(calls, lengths, strict=False)
+    return Heads(
+        mx.concatenate([call.queries for call in calls], axis=2),
+        mx.concatenate([call.keys for call in calls], axis=2),
+        mx.concatenate([call.plain for call in calls], axis=1),
+        calls[0].scale,
+        [start + end for call, start in pairs for end in call.ends],
+    )
 
 
 def received(heads: Heads, asks: bool = False) -> tuple[mx.array, mx.array]:
@@ -235,6 +254,31 @@ def _pixtral(module, given: Mapping, inputs: Mapping, config) -> Heads:
     return Heads(*both, keys, module.scale, np.cumsum(sizes).tolist())
 
 
+def _gemma4(module, given: Mapping, inputs: Mapping, config) -> Heads:
+    """Norms, rotary positions, and pictures that are filled up to one length."""
+    x, places = given["x"], given["positions"]
+    turn = _beside(module, "apply_multidimensional_rope")
+    seen = np.flatnonzero(np.all(np.array(places) >= 0, axis=-1))
+
+    def made(matrix, norm, heads: int) -> tuple[mx.array, mx.array]:
+        plain = norm(matrix(x).reshape(*x.shape[:2], heads, -1))
+        turned = turn(plain, places, module.rope_base_frequency)
+        plain, turned = (a.flatten(0, 1)[mx.array(seen)][None] for a in (plain, turned))
+        return plain.flatten(2), turned.swapaxes(1, 2)
+
+    _, queries = made(module.q_proj, module.q_norm, module.num_heads)
+    plain, keys = made(module.k_proj, module.k_norm, module.num_kv_heads)
+    keys = mx.repeat(keys, module.num_heads // module.num_kv_heads, axis=1)
+    ends = np.cumsum([height * width for height, width in _extents(places)]).tolist()
+    return Heads(queries, keys, plain, 1.0, ends)
+
+
+def _extents(places) -> list[tuple[int, int]]:
+    """Patches (h, w) of each picture, by (column, row) of its patches, or -1."""
+    most = np.array(places).reshape(-1, *np.shape(places)[-2:]).max(axis=1) + 1
+    return [(height, width) for width, height in most.tolist()]
+
+
 def _beside(module, name: str) -> Callable:
     """A function of the file that mlx-vlm has the module's class in."""
     return getattr(sys.modules[type(module).__module__], name)
@@ -288,21 +332,34 @@ def _in_squares(side: Callable[[Any], int], first: int = 0):
 
 
 def _sizes(inputs: Mapping, config) -> list[tuple[int, int]]:
-    """Pixtral's and Mistral 3's: patches (h, w) of each picture."""
+    """Of towers that take any: patches (h, w) of each picture."""
     side, sizes = config.vision_config.patch_size, inputs.get("image_sizes")
     if sizes is None:
         pixels = inputs["pixel_values"]
-        pixels = pixels[None] if np.ndim(pixels) == 3 else pixels
-        sizes = [np.shape(picture)[-2:] for picture in pixels]
+        one = isinstance(pixels, mx.array) and pixels.ndim == 3
+        sizes = [picture.shape[-2:] for picture in ([pixels] if one else pixels)]
     sizes = np.array(sizes).reshape(-1, 2).astype(int) // side
     return [(height, width) for height, width in sizes.tolist()]
 
 
 def _merged(model, patches: mx.array, inputs: Mapping) -> mx.array:
-    sizes, side = _sizes(inputs, model.config), model.config.spatial_merge_size
+    side = model.config.spatial_merge_size
+    return _joined(patches, _sizes(inputs, model.config), side)
+
+
+def _joined(patches: mx.array, sizes: Sequence[tuple[int, int]], side: int) -> mx.array:
+    """Squares of pictures (1, L, C) one behind the other."""
     ends = np.cumsum([height * width for height, width in sizes])[:-1].tolist()
     parts = zip(mx.split(patches, ends, axis=1), sizes, strict=True)
     return mx.concatenate([_cells(part, grid, side) for part, grid in parts])
+
+
+def _pooled(model, patches: mx.array, inputs: Mapping) -> mx.array:
+    """Gemma 4's squares of each picture or frame."""
+    named = (inputs.get(f"{kind}_position_ids") for kind in ("image", "video"))
+    places = next((array for array in named if array is not None), None)
+    sizes = _sizes(inputs, model.config) if places is None else _extents(places)
+    return _joined(patches, sizes, model.vision_tower.pooling_kernel_size)
 
 
 def _laid_out(model, patches: mx.array, inputs: Mapping) -> mx.array:
@@ -419,6 +476,9 @@ GEMMA3 = Tower(
 PALIGEMMA = Tower(
     *(_PLAIN.blocks, _depth, _PLAIN.heads, ("x",)),
     lambda model, patches, inputs: patches[0],
+)
+GEMMA4 = Tower(
+    *(_PLAIN.blocks, _depth, _gemma4, ("x", "positions"), _pooled), apart=True
 )
 PIXTRAL = Tower(tokens=_as_they_are, **_PIXTRAL)
 MISTRAL3 = Tower(tokens=_merged, **_PIXTRAL)

@@ -89,7 +89,7 @@ FAMILIES: Mapping[str, Family] = {
         _square(lambda config: config.mm_tokens_per_image), tower=attention.GEMMA3
     ),
     "gemma3n": Family(cold=_LAYERED),
-    "gemma4": Family(cold=_LAYERED),
+    "gemma4": Family(cold=_LAYERED, tower=attention.GEMMA4),
     "paligemma": Family(
         _square(_patches),
         cold="its prompts are read in both ways",
