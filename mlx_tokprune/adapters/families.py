@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from . import attention
+from . import attending
+from .attention import Tower
 
 _MEDIA = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 Grids = list[tuple[int, int]]
@@ -35,7 +36,7 @@ class Family:
     why: str | None = None
     turns: bool = False
     pixels: bool = False
-    tower: attention.Tower | None = None
+    tower: Tower | None = None
 
 
 def _by_grid(inputs: Mapping, config) -> Grids:
@@ -73,32 +74,32 @@ def _cells(inputs: Mapping) -> int:
     return (np.shape(inputs["pixel_values"])[-1] // 64) ** 2
 
 
-_QWEN = Family(_by_grid, turns=True, pixels=True, tower=attention.QWEN)
+_QWEN = Family(_by_grid, turns=True, pixels=True, tower=attending.QWEN)
 _LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_5": _QWEN,
-    "llava": Family(_square(_patches), tower=attention.LLAVA),
-    "llava_onevision": Family(tower=attention.ONEVISION),
-    "idefics3": Family(tower=attention.IDEFICS),
-    "smolvlm": Family(tower=attention.IDEFICS),
-    "internvl_chat": Family(tower=attention.INTERN),
+    "llava": Family(_square(_patches), tower=attending.LLAVA),
+    "llava_onevision": Family(tower=attending.ONEVISION),
+    "idefics3": Family(tower=attending.IDEFICS),
+    "smolvlm": Family(tower=attending.IDEFICS),
+    "internvl_chat": Family(tower=attending.INTERN),
     "gemma3": Family(
-        _square(lambda config: config.mm_tokens_per_image), tower=attention.GEMMA3
+        _square(lambda config: config.mm_tokens_per_image), tower=attending.GEMMA3
     ),
     "gemma3n": Family(cold=_LAYERED),
-    "gemma4": Family(cold=_LAYERED, tower=attention.GEMMA4),
+    "gemma4": Family(cold=_LAYERED, tower=attending.GEMMA4),
     "paligemma": Family(
         _square(_patches),
         cold="its prompts are read in both ways",
-        tower=attention.PALIGEMMA,
+        tower=attending.PALIGEMMA,
     ),
-    "pixtral": Family(tower=attention.PIXTRAL),
-    "mistral3": Family(tower=attention.MISTRAL3),
+    "pixtral": Family(tower=attending.PIXTRAL),
+    "mistral3": Family(tower=attending.MISTRAL3),
     "phi3_v": Family(signs=True, cold="its placeholders are known to nobody else"),
-    "fastvlm": Family(each=_cells, tower=attention.FASTVLM),
+    "fastvlm": Family(each=_cells, tower=attending.FASTVLM),
     "llava_next": Family(
         why="mlx-vlm gives it a newline for each visual token and more rows than ids, "
         "so that nobody can say which row is which"
