@@ -146,7 +146,7 @@ def test_what_is_refused(qwen, folder, tmp_path, capsys):
     stock = ["--model", str(qwen.folder)]
     refused("prunes already", "--model", str(folder), *ASK)
     refused("nothing would be pruned", *stock, "--keep-ratio", "1")
-    refused("needs attention", *stock, "--method", "attention", "--keep-ratio", "0.5")
+    refused("needs queries", *stock, "--method", "trimvla", "--keep-ratio", "0.5")
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "config.json").write_text('{"model_type": "qwen2_vll"}')

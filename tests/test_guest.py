@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("mlx_vlm")
 
@@ -13,6 +14,7 @@ from vlm.families import prompt
 from vlm.loaded import HALF, LENGTH, MORE, QUESTION
 
 from mlx_tokprune import InputError
+from mlx_tokprune.adapters.folder import write_folder
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.bench.guest import markdown, read_guest
 from mlx_tokprune.commands.report import main as report
@@ -166,9 +168,50 @@ def test_flags_of_the_other_runtime_are_refused(qwen, capsys):
 
     refused(evaluate, "--plans is for", "--plans", "norm:0.5")
     refused(evaluate, "--recommend is for", "--recommend", "0.1")
-    refused(evaluate, "needs attention", "--methods", "attention")
+    refused(evaluate, "needs queries", "--methods", "trimvla")
     refused(bench, "--image-sizes is for", "--image-sizes", "64")
     refused(bench, "stay original", "--positions", "contiguous")
+
+
+def test_pictures_that_mlx_vlm_does_not_take_are_skipped(qwen, tmp_path, capsys):
+    thin, output = tmp_path / "thin.png", tmp_path / "evaluate.json"
+    Image.new("RGB", (600, 2)).save(thin)
+    data = tmp_path / "questions.jsonl"
+    lines = [
+        {"image": str(file), "question": text, "answer": "x"}
+        for file, text in ((thin, MORE), (qwen.files[0], MORE), (thin, QUESTION))
+    ]
+    asked = ["--runtime", "mlx-vlm", "--model", str(qwen.folder), "--methods", "norm"]
+    asked += ["--keep-ratios", "0.5", "--output", str(output)]
+
+    def ask(lines: list[dict]) -> None:
+        data.write_text("\n".join(["no JSON", *map(json.dumps, lines)]))
+        evaluate([*asked, "--data", str(data), "--max-tokens", "2"])
+
+    ask(lines)
+    result = read_result(output)
+    assert [line for line, _ in result["skipped"]] == [1, 2, 4]
+    assert "600 x 2 pixels (" in dict(map(tuple, result["skipped"]))[4]
+    assert [answer["picture"] for answer in result["answers"]] == [qwen.files[0]]
+    assert "skipped line 4: mlx-vlm does not take" in capsys.readouterr().out
+    output.unlink()
+    for refused in (
+        lambda: ask(lines[::2]),
+        lambda: bench([*asked, "--image", str(thin)]),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            refused()
+        assert stopped.value.code == 2
+        assert "does not take a picture of 600 x 2" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_folder_that_prunes_is_not_measured(qwen, tmp_path, capsys):
+    folder = tmp_path / "pruned"
+    write_folder(qwen.folder, folder, HALF)
+    with pytest.raises(SystemExit):
+        evaluate(["--runtime", "mlx-vlm", "--model", str(folder)])
+    assert "prunes by itself" in capsys.readouterr().err
 
 
 def test_what_mlx_vlm_does_not_know(tmp_path):

@@ -1,6 +1,8 @@
 """`attach` in mlx-vlm's own generate, chats, batches: what holds for each family."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +26,9 @@ from vlm.loaded import (  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
 from mlx_tokprune.adapters import hooks  # noqa: E402
-from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.adapters.families import FAMILIES as KNOWN  # noqa: E402
+from mlx_tokprune.adapters.folder import write_folder  # noqa: E402
+from mlx_tokprune.adapters.mlx_vlm import attach, check_known  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
@@ -33,7 +37,11 @@ PRUNED = [name for name in FAMILIES if name != "llava_next"]
 RECURRENT = {"qwen3_5"}
 # Stock mlx-vlm is wrong here, or raises (docs/upstream.md).
 NO_BATCHES = {"qwen3_vl", "gemma3n", "gemma3", "paligemma"}
+# Pictures of a batch have as many tiles (docs/upstream.md); or all pictures have.
+TILED = {"idefics3", "smolvlm"}
+ONE_SIZE = {"llava", "fastvlm", "phi3_v", *TILED}
 VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision"}
+VIDEOS |= {"smolvlm", "gemma4", "gemma4_large"}
 
 
 @pytest.fixture(scope="module", params=PRUNED)
@@ -62,13 +70,17 @@ def test_equals_the_full_prompt_with_what_is_dropped_masked(loaded, monkeypatch)
 
 
 def test_a_video_is_pruned_as_a_whole(loaded, monkeypatch):
-    """Of the families whose videos were tried."""
+    """Of the families whose videos stock mlx-vlm reads."""
     if loaded.family.name not in VIDEOS:
         pytest.skip("pictures only")
     shape = (4, *loaded.family.size[::-1], 3)
     frames = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    if loaded.family.name.startswith("gemma4"):
+        frames = frames.transpose(0, 3, 1, 2)
+    pictures = len(frames) if loaded.family.name == "smolvlm" else 0
     text = apply_chat_template(
-        *(loaded.processor, loaded.model.config, QUESTION), num_images=0, video="x.mp4"
+        *(loaded.processor, loaded.model.config, QUESTION),
+        **{"num_images": pictures, "video": "x.mp4"},
     )
     rows, find = [], hooks.find_rows
     monkeypatch.setattr(
@@ -136,12 +148,17 @@ def test_two_requests_are_answered_as_each_alone(loaded):
     texts = [
         prompt(loaded.processor, loaded.model.config, text) for text in (QUESTION, MORE)
     ]
-    both = list(zip(texts, loaded.files, strict=False))
+    narrow = loaded.files[1] if loaded.family.name in TILED else loaded.narrow
+    both = list(zip(texts, [loaded.files[0], narrow], strict=True))
     with loaded.pruned() as handle:
-        alone = [loaded.ask(*request)[0] for request in both]
+        alone, totals = [], []
+        for request in both:
+            alone.append(loaded.ask(*request)[0])
+            totals.append(handle.last[0].total)
         assert served(loaded, both) == alone
         assert handle.last[0].keep == handle.last[0].total // 2
     assert alone[0] != alone[1]
+    assert (totals[0] != totals[1]) == (loaded.family.name not in ONE_SIZE)
 
 
 # One family is enough for what follows ----------------------------------------------
@@ -241,7 +258,7 @@ def test_what_cannot_be_attached_is_refused(qwen, tmp_path):
         assert "process" not in vars(qwen.processor)
 
     refused(Pruner("lightvla"), "decides itself how many")
-    refused(Pruner("attention", 0.5), "needs attention")
+    refused(Pruner("trimvla", 0.5), "needs queries")
     refused(Pruner("attention", 0.5, at=2), "pruning is at 'prompt'")
     refused(Pruner("demo-adaptive", 0.5), "pruning is at 'prompt'")
     refused(HALF, "stay original", "contiguous")
@@ -251,6 +268,34 @@ def test_what_cannot_be_attached_is_refused(qwen, tmp_path):
     family = FAMILIES["llava_next"]
     with pytest.raises(InputError, match="which row is which"):
         Loaded(family, tmp_path / "next").pruned().__enter__()
+    for name in ("mllama", "florence2"):
+        with pytest.raises(InputError, match="by cross attention"):
+            check_known(name, HALF)
+
+
+def test_the_documentation_says_what_is_tested():
+    """Each cell of the table of families."""
+    page = Path(__file__).parent.parent / "docs" / "mlx-vlm.md"
+    rows = {
+        name: [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in page.read_text().splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+        if "tiny" not in line.split("|")[1]
+    }
+    assert rows.keys() == KNOWN.keys()
+    tested = {name.removesuffix("_large") for name in PRUNED}
+    assert tested == {name for name, family in KNOWN.items() if not family.why}
+    for name, (positions, chats, requests, video, attention) in rows.items():
+        family = KNOWN[name]
+        assert (positions == "refused") == bool(family.why)
+        if family.why:
+            continue
+        assert positions.startswith("original") == family.turns
+        assert chats.startswith("read anew" if family.cold else "yes")
+        assert requests.startswith("no" if name in NO_BATCHES else "yes")
+        assert video.startswith("yes") == (name in VIDEOS)
+        assert attention.startswith("yes" if family.tower else "no")
 
 
 @pytest.mark.parametrize("seam", ["field", "process", "keywords"])
@@ -286,7 +331,105 @@ def test_original_positions_are_for_one_prompt_at_a_time(tmp_path):
             served(loaded, requests)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3", "pixtral"])
+def test_text_between_pictures_keeps_its_place(name, tmp_path, monkeypatch):
+    loaded = Loaded(FAMILIES[name], tmp_path / "m")
+    parts = [("one", "image"), ("and another", "image"), ("which is red ?", None)]
+    content = [
+        {"type": "text", "text": part} if part != "image" else {"type": "image"}
+        for pair in parts
+        for part in pair
+        if part
+    ]
+    turns = [{"role": "user", "content": content}]
+    text = apply_chat_template(
+        loaded.processor, loaded.model.config, turns, num_images=2
+    )
+    rows, find = [], hooks.find_rows
+    monkeypatch.setattr(
+        hooks, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
+    )
+    both = {"image": loaded.files[:2]}
+    with loaded.pruned(positions=loaded.original) as handle:
+        answer, count = loaded.ask(text, **both)
+        assert loaded.ask(text, **both, prefill_step_size=4) == (answer, count)
+        (kept,) = handle.last
+    (row,) = rows[0]
+    assert row.text[(row.text > row.visual[0]) & (row.text < row.visual[-1])].size > 10
+    with masked(loaded.model, np.delete(row.visual, kept.indices)):
+        wanted, full = loaded.ask(text, **both, prefill_step_size=None)
+    assert (answer, count) == (wanted, full - kept.total + kept.keep)
+    assert answer != loaded.ask(text, **both)[0]
+
+
+@pytest.mark.parametrize("other", ["a picture", "text"])
+def test_an_answer_is_not_read_on_behind_another_prompt(tmp_path, other):
+    """Its positions would be those of the other."""
+    loaded = Loaded(FAMILIES["llava_onevision"], tmp_path / "m")
+    text = prompt(loaded.processor, loaded.model.config, QUESTION)
+    plain = apply_chat_template(loaded.processor, loaded.model.config, MORE)
+
+    def begin(text, **named):
+        named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
+        return mlx_vlm.stream_generate(loaded.model, loaded.processor, text, **named)
+
+    more = {"a picture": (text, {"image": loaded.files[1:2]}), "text": (plain, {})}
+    with loaded.pruned(positions="original"):
+        first = begin(text, image=loaded.files[:1])
+        next(first)
+        asked, named = more[other]
+        assert len(list(begin(asked, **named))) >= LENGTH
+        with pytest.raises(InputError, match="another prompt was begun"):
+            list(first)
+        wanted = loaded.ask()
+        assert len(wanted[0]) == LENGTH
+    with loaded.pruned():  # contiguous ones are counted by each cache
+        first = begin(text, image=loaded.files[:1])
+        pieces = [next(first)]
+        list(begin(asked, **named))
+        pieces += list(first)
+        assert pieces[-1].token_ids == loaded.ask()[0]
+
+
 # What a review found ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["uniform", "spatial", "hiprune", "norm"])
+def test_pictures_of_a_batch_have_their_own_grids(qwen, method):
+    """One call for two prompts, the second of two pictures."""
+    narrow = qwen.narrow
+    asked = [
+        (prompt(qwen.processor, qwen.model.config, QUESTION, pictures=n), files)
+        for n, files in ((1, [narrow]), (2, [qwen.files[0], narrow]))
+    ]
+
+    def embed(texts: list[str], files: list[str]) -> mx.array:
+        inputs = dict(prepare_inputs(qwen.processor, images=files, prompts=texts))
+        names = ("input_ids", "pixel_values", "attention_mask")
+        ids, pixels, mask = (inputs.pop(name) for name in names)
+        found = qwen.model.get_input_embeddings(ids, pixels, mask=mask, **inputs)
+        rows = zip(found.inputs_embeds, np.array(mask), strict=True)
+        return [row[mx.array(np.flatnonzero(seen))] for row, seen in rows]
+
+    with qwen.pruned(Pruner(method, 0.3)) as handle:
+        alone = [(*embed([text], files), *handle.last) for text, files in asked]
+        texts = [text for text, _ in asked]
+        both = embed(texts, [file for _, files in asked for file in files])
+        batch = handle.last
+    for (rows, kept), other, found in zip(alone, both, batch, strict=True):
+        assert found.places == kept.places
+        assert mx.allclose(other, rows, atol=1e-5)
+    assert batch[0].total == 15
+    assert batch[1].runs == (30, 15)
+
+
+def test_a_folder_that_prunes_says_so(qwen, tmp_path):
+    """Nobody has a handle to detach its pruner."""
+    target = tmp_path / "pruned"
+    write_folder(qwen.folder, target, HALF)
+    model, processor = mlx_vlm.load(str(target))
+    with pytest.raises(InputError, match="pruned prunes by itself"):
+        attach(model, processor, HALF)
 
 
 def test_a_processor_belongs_to_one_model(qwen):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
+from . import attending
+from .attention import Tower
 
 _MEDIA = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 Grids = list[tuple[int, int]]
@@ -24,7 +26,7 @@ class Family:
     whether negative ids are the placeholders. cold: a chat reads its prompt anew,
     because of this. why: it is refused, because of this. turns: whether positions have
     three dimensions (M-RoPE), and stay original. pixels: whether it has a group
-    of patches for each token, which `look` and `towers` know.
+    of patches for each token, which `look` and `towers` know. tower: how it attends.
     """
 
     grids: Callable[[Mapping, object], Grids] | None = None
@@ -34,6 +36,7 @@ class Family:
     why: str | None = None
     turns: bool = False
     pixels: bool = False
+    tower: Tower | None = None
 
 
 def _by_grid(inputs: Mapping, config) -> Grids:
@@ -71,26 +74,32 @@ def _cells(inputs: Mapping) -> int:
     return (np.shape(inputs["pixel_values"])[-1] // 64) ** 2
 
 
-_QWEN, _PLAIN = Family(_by_grid, turns=True, pixels=True), Family()
+_QWEN = Family(_by_grid, turns=True, pixels=True, tower=attending.QWEN)
 _LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_5": _QWEN,
-    "llava": Family(_square(_patches)),
-    "llava_onevision": _PLAIN,
-    "idefics3": _PLAIN,
-    "smolvlm": _PLAIN,
-    "internvl_chat": _PLAIN,
-    "gemma3": Family(_square(lambda config: config.mm_tokens_per_image)),
+    "llava": Family(_square(_patches), tower=attending.LLAVA),
+    "llava_onevision": Family(tower=attending.ONEVISION),
+    "idefics3": Family(tower=attending.IDEFICS),
+    "smolvlm": Family(tower=attending.IDEFICS),
+    "internvl_chat": Family(tower=attending.INTERN),
+    "gemma3": Family(
+        _square(lambda config: config.mm_tokens_per_image), tower=attending.GEMMA3
+    ),
     "gemma3n": Family(cold=_LAYERED),
-    "gemma4": Family(cold=_LAYERED),
-    "paligemma": Family(_square(_patches), cold="its prompts are read in both ways"),
-    "pixtral": _PLAIN,
-    "mistral3": _PLAIN,
+    "gemma4": Family(cold=_LAYERED, tower=attending.GEMMA4),
+    "paligemma": Family(
+        _square(_patches),
+        cold="its prompts are read in both ways",
+        tower=attending.PALIGEMMA,
+    ),
+    "pixtral": Family(tower=attending.PIXTRAL),
+    "mistral3": Family(tower=attending.MISTRAL3),
     "phi3_v": Family(signs=True, cold="its placeholders are known to nobody else"),
-    "fastvlm": Family(each=_cells),
+    "fastvlm": Family(each=_cells, tower=attending.FASTVLM),
     "llava_next": Family(
         why="mlx-vlm gives it a newline for each visual token and more rows than ids, "
         "so that nobody can say which row is which"

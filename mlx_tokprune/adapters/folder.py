@@ -125,6 +125,7 @@ class _Waiting:
         if asked is not None:
             model, pruner, positions = asked
             attach(model, processor, pruner, positions)
+            type(model)._tokprune = str(path)  # nobody has a handle of it
         return processor
 
 

@@ -1,9 +1,12 @@
 """What the hooks of a model of mlx-vlm do: shorter ids, fewer rows, the same places."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,6 +15,7 @@ import numpy as np
 from ..errors import InputError
 from ..features import Features
 from ..pruners import Pruner
+from .attention import Watch
 from .families import Family, media_of
 from .look import Look
 from .positions import Positions
@@ -27,6 +31,7 @@ from .prompts import (
 )
 
 _REMEMBERED = 64  # prompts whose full ids are known
+Group = tuple[int, tuple[int, int] | None]  # tokens, and their grid
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,10 @@ class Hooks:
         family: Family,
         positions: str | None,
         look: Look | None = None,
+        watch: Watch | None = None,
     ):
         self.model, self.pruner, self.family = model, pruner, family
-        self.config, self.look = model.config, look
+        self.config, self.look, self.watch = model.config, look, watch
         self.is_media = media_of(model.config, family)
         self.turns = callable(getattr(model.language_model, "get_rope_index", None))
         self.kind = positions or ("original" if self.turns else "contiguous")
@@ -89,19 +95,22 @@ class Hooks:
         text = getattr(self.config, "text_config", self.config)
         return int(getattr(text, "vocab_size", 0) or self.config.vocab_size)
 
-    def groups(self, inputs, total: int) -> list[tuple[int, tuple[int, int] | None]]:
-        """Visual tokens of a prompt that are chosen from together, and their grid."""
+    def groups(self, inputs, totals: Sequence[int]) -> list[list[Group]]:
+        """Of each prompt, the visual tokens that are chosen from together."""
         if "grid" not in self.pruner.needs or self.family.grids is None:
-            return [(total, None)]
+            return [[(total, None)] if total else [] for total in totals]
         grids = self.family.grids(inputs, self.config)
-        sizes = [height * width for height, width in grids]
-        if sum(sizes) != total:
+        ends = np.cumsum([0, *(height * width for height, width in grids)]).tolist()
+        prompts = np.cumsum([0, *totals]).tolist()
+        if not {*prompts} <= {*ends} or prompts[-1] != ends[-1]:
             raise InputError(
-                f"pictures of {sum(sizes)} tokens do not explain the {total} "
-                f"placeholders of a prompt; choose a method other than "
+                f"pictures of {ends[-1]} tokens do not explain the {prompts[-1]} "
+                f"placeholders of {len(totals)} prompts; choose a method other than "
                 f"{self.pruner.method!r}"
             )
-        return list(zip(sizes, grids, strict=True))
+        every = [(h * w, (h, w)) for h, w in grids]
+        bounds = [ends.index(end) for end in prompts]
+        return [every[first:last] for first, last in itertools.pairwise(bounds)]
 
     def count(self, total: int, grid: tuple[int, int] | None) -> int:
         """K of a group; a budget of more tokens than there are keeps all of them."""
@@ -113,14 +122,21 @@ class Hooks:
         """What a processor gave, with fewer placeholders."""
         if inputs.get("input_ids") is None:
             return inputs
+        kinds = ("pixel_values", "pixel_values_videos")
+        if self.watch and all(inputs.get(name) is not None for name in kinds):
+            raise InputError(
+                "a prompt with pictures and videos is pruned by methods that need no "
+                "attention of the tower, such as 'norm'"
+            )
         each = self.family.each(inputs) if self.family.each else 1
 
-        def count(total: int) -> int:
-            return sum(self.count(*group) for group in self.groups(inputs, total))
+        def counts(totals: Sequence[int]) -> list[int]:
+            groups = self.groups(inputs, totals)
+            return [sum(self.count(*group) for group in some) for some in groups]
 
         look = functools.partial(self.look, inputs) if self.look else None
         how = {"each": each, "look": look, "salt": self.described}
-        found = shorten(inputs, self.is_media, count, self.vocabulary, **how)
+        found = shorten(inputs, self.is_media, counts, self.vocabulary, **how)
         if found is None:
             return inputs
         with self._lock:
@@ -182,13 +198,23 @@ class Hooks:
             return base(model, *args, **named)
         named |= {"mask": mx.array(sent.mask)}
         named |= {name: mx.array(array) for name, array in sent.aligned.items()}
+        if self.watch:  # features that are known say nothing of attention
+            for name in ("cached_image_features", "vision_cache"):
+                named.pop(name, None)
         self._inside.full = True
         self._inside.sources = list(sent.seen.sources) if sent.seen else []
+        look = self.watch.looking() if self.watch else contextlib.nullcontext([])
         try:
-            features = base(model, mx.array(sent.full), pixels, **named)
+            with look as calls:
+                features = base(model, mx.array(sent.full), pixels, **named)
         finally:
             self._inside.full, self._inside.sources = False, []
-        return self._pruned(features, rows, sent, {"pixel_values": pixels, **named})
+        inputs = {"pixel_values": pixels, **named}
+        extras = [{}] * len(rows)
+        if self.watch:
+            totals = [row.total for row in rows]
+            extras = self.watch.extras(calls, inputs, totals)
+        return self._pruned(features, rows, sent, inputs, extras)
 
     def _note_whole(self, ids, pixel_values=None, **named) -> None:
         """Nothing was left out of a prompt that has pictures."""
@@ -216,7 +242,7 @@ class Hooks:
         source = np.array(found)
         return None if np.array_equal(source, np.arange(total)) else source
 
-    def _pruned(self, features, rows: list[Row], sent: Sent, inputs):
+    def _pruned(self, features, rows: list[Row], sent: Sent, inputs, extras):
         """The rows that stay of everything that has one for each column."""
         given = features.inputs_embeds
         columns = sum(len(row.visual) + len(row.text) for row in rows[:1])
@@ -227,10 +253,14 @@ class Hooks:
                 "prompts of this model are pruned one at a time in mlx-vlm, or in its "
                 "server; expected a batch of 1"
             )
+        stays = [np.arange(row.total) for row in rows]
+        if sent.seen:
+            stays = [np.array(some, int) for some in sent.seen.stays]
+        groups = self.groups(inputs, [len(some) for some in stays])
         chosen, embeddings = [], []
-        for number, (row, array) in enumerate(zip(rows, given, strict=True)):
-            stays = np.array(sent.seen.stays[number], int) if sent.seen else None
-            indices, tokens = self._choose(row, array, inputs, stays)
+        each = zip(rows, given, groups, extras, stays, strict=True)
+        for row, array, *more in each:
+            indices, tokens = self._choose(row, array, *more)
             chosen.append(indices)
             both = mx.concatenate([array[mx.array(row.text)], tokens])
             where = np.concatenate([row.text, row.visual[indices]])
@@ -245,21 +275,29 @@ class Hooks:
         self.positions.set(kept)
         return _taken(features, embeddings, kept, rows, chosen, sent)
 
-    def _choose(self, row: Row, embeddings: mx.array, inputs, stays=None):
+    def _choose(
+        self,
+        row: Row,
+        embeddings: mx.array,
+        groups: Sequence[Group],
+        extras: Mapping[str, mx.array],
+        stays: np.ndarray,
+    ):
         """(K,) visual tokens of a prompt that stay, and (K, D) what they are then.
 
-        stays: those that stay by their pixels, if these were asked.
+        extras: (N, ...) by name, of the tower. stays: those that stay by their pixels.
         """
-        stays = np.arange(row.total) if stays is None else stays
         tokens = embeddings[mx.array(row.visual[stays])][None]
         behind = row.text[row.text > row.visual[-1]] if row.total else row.text
         text = embeddings[mx.array(behind if len(behind) else row.text)][None]
         indices, kept, start = [np.zeros(0, int)], [tokens[0, :0]], 0
-        for size, grid in self.groups(inputs, len(stays)) if row.total else ():
+        for size, grid in groups:
             part = tokens[:, start : start + size]
             some = np.arange(size)
             if self.count(size, grid) < size:
                 named = {"text": text} if "text" in self.pruner.needs else {}
+                of_part = mx.array(stays[start : start + size])
+                named |= {name: array[of_part][None] for name, array in extras.items()}
                 selection = self.pruner(Features(part, grid, extras=named))
                 part, some = selection.apply(part), np.array(selection.indices[0])
                 self._check_chosen(some, self.count(size, grid))

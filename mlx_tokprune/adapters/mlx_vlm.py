@@ -17,7 +17,7 @@ from ..errors import InputError, nearest
 from ..hub import resolve
 from ..pipeline import check_positions
 from ..pruners import Pruner, list_pruners
-from . import towers
+from . import attention, towers
 from .families import FAMILIES, Family
 from .hooks import Hooks, Kept
 from .look import Look
@@ -33,7 +33,6 @@ _FIELDS = {  # of what `get_input_embeddings` gives
     *("decoder_inputs_embeds", "attention_mask", "position_ids", "pos_hw"),
     "rope_deltas",
 }
-_PROVIDES = ("text", "grid")
 Known = Pruner | TemporalPruner | RepeatPruner
 Pruners = Known | Sequence[Known]
 
@@ -55,6 +54,11 @@ class Handle:
     @property
     def positions(self) -> str:
         return self._hooks.kind
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """Extras of `Features` that a method can have here."""
+        return provided_by(self._hooks.family)
 
     @property
     def grids(self):
@@ -81,10 +85,11 @@ def attach(
 ) -> Handle:
     """Have a loaded mlx-vlm model prune the visual tokens of every prompt.
 
-    pruner: a `Pruner` with a budget, of a method that needs nothing but the tokens and
-    the prompt. It chooses at the language model's input, after the projector, among the
-    tokens of all pictures of a prompt. For Qwen's models instead of it or before it a
-    `TemporalPruner`, a `RepeatPruner` or both, whose counts follow from the pixels.
+    pruner: a `Pruner` with a budget, of a method that needs nothing but the tokens, the
+    prompt and, of most families, what the tower attends to. It chooses at the language
+    model's input, after the projector, among the tokens of all pictures of a prompt.
+    For Qwen's models instead of it or before it a `TemporalPruner`, a `RepeatPruner` or
+    both, whose counts follow from the pixels.
     positions: models with M-RoPE keep original ones; others have contiguous ones by
     default, and "original" for one prompt at a time.
     Raises `InputError` for what is not known: a family, a method, a version of mlx-vlm
@@ -92,7 +97,13 @@ def attach(
     """
     import_mlx_vlm()
     process = getattr(processor, "process", None)
-    if "_tokprune" in vars(type(model)) or hasattr(process, "_tokprune"):
+    mark = vars(type(model)).get("_tokprune")
+    if isinstance(mark, str):
+        raise InputError(
+            f"{mark} prunes by itself when it is loaded; to attach a pruner, load the "
+            "checkpoint that it was made of"
+        )
+    if mark or hasattr(process, "_tokprune"):
         raise InputError(
             "a pruner is attached to this model or its processor; detach it first, and "
             "give each model a processor of its own"
@@ -100,7 +111,10 @@ def attach(
     family, chosen, pixels = check_known(_name_of(model), pruner, positions)
     _check_seams(model)
     look = Look(pixels, model.config, scales(processor)) if pixels else None
-    hooks = Hooks(model, chosen, family, positions, look)
+    seen, watch = _of_tower(chosen), None
+    if seen and family.tower:
+        watch = attention.Watch(model, family.tower, seen)
+    hooks = Hooks(model, chosen, family, positions, look, watch)
     partial = pixels.repeats and towers.methods(model.vision_tower, hooks.source)
     handle = Handle(hooks)
     try:
@@ -109,6 +123,8 @@ def attach(
         _hook_model(model, hooks, handle.undo)
         if partial:
             _swap(model.vision_tower, handle.undo, **partial)
+        for module, named in watch.methods() if watch else ():
+            _swap(module, handle.undo, **named)
     except BaseException:
         handle.detach()
         raise
@@ -171,6 +187,12 @@ def check_known(
     if len(tokens) > 1 or not (tokens or pixels):
         raise InputError(f"{len(tokens)} pruners of tokens; expected one")
     chosen = _at_prompt(tokens[0], family) if tokens else Pruner("none", at="prompt")
+    if pixels.repeats and _of_tower(chosen):
+        raise InputError(
+            f"method {chosen.method!r} compares what a tower attends to, which sees no "
+            "patches that were left out; choose one that needs no attention, such as "
+            "'norm'"
+        )
     if pixels and "grid" in chosen.needs:
         raise InputError(
             f"method {chosen.method!r} needs a whole grid, in which pruning by pixels "
@@ -204,7 +226,7 @@ def _at_prompt(pruner: Pruner, family: Family) -> Pruner:
             f"method {pruner.method!r} chooses at {pruner.at!r}; in mlx-vlm pruning is "
             "at 'prompt'"
         )
-    provided = _PROVIDES if family.grids else _PROVIDES[:1]
+    provided = provided_by(family)
     missing = [name for name in pruner.needs if name not in provided]
     if missing:
         fitting = [
@@ -215,6 +237,16 @@ def _at_prompt(pruner: Pruner, family: Family) -> Pruner:
             f"of this model in mlx-vlm; choose one of {', '.join(fitting)}"
         )
     return dataclasses.replace(pruner, at="prompt")
+
+
+def provided_by(family: Family) -> tuple[str, ...]:
+    """Extras of `Features` that a pruner can have."""
+    grid = ("grid",) if family.grids else ()
+    return ("text", *grid, *(attention.PROVIDES if family.tower else ()))
+
+
+def _of_tower(pruner: Pruner) -> list[str]:
+    return [name for name in pruner.wants if name in attention.PROVIDES]
 
 
 def _fits(method: str, provided: tuple[str, ...]) -> bool:

@@ -18,12 +18,14 @@ class Positions:
     def __init__(self, original: bool):
         self._original = original
         self._columns: np.ndarray | None = None
+        self._read: tuple[int, int] | None = None  # from where, to where, at last
 
     def reset(self) -> None:
-        self._columns = None
+        self._columns = self._read = None
 
     def set(self, columns: np.ndarray) -> None:
         """columns: (B, L) of the full prompt that stayed."""
+        self.reset()
         if self._original:
             if len(columns) > 1:
                 raise InputError(
@@ -52,13 +54,27 @@ class Positions:
         found = np.where(numbers < len(columns), inside, numbers + dropped)
         return At(mx.array(found.astype(np.int32)))
 
+    def follow(self, offset, length: int) -> None:
+        """Raise `InputError` for tokens that do not follow what was read last."""
+        if isinstance(offset, mx.array):
+            if self._columns is None or offset.size > 1:
+                return
+            offset = int(offset.item())
+        if self._read is not None and offset not in self._read:
+            raise InputError(
+                "another prompt was begun before this answer ended, and original "
+                "positions are those of one at a time in mlx-vlm; read answers one "
+                "after the other, or attach with contiguous positions"
+            )
+        self._read = (offset, offset + length)
+
     def attach(self, language, undos: list) -> None:
         """Have every rotary embedding of a language model ask."""
         if not self._original:
             return
         owners = [
-            (module, name)
-            for module in language.modules()
+            (_layer_of(path), module, name)
+            for path, module in language.named_modules()
             for name in _NAMES
             if isinstance(module.get(name), nn.Module)
         ]
@@ -67,15 +83,23 @@ class Positions:
                 "the rotary embeddings of this model are not known here; expected "
                 "contiguous positions"
             )
-        for owner, name in owners:
+        first = min(layer for layer, *_ in owners)  # others may share its keys
+        for layer, owner, name in owners:
             undos.append(functools.partial(setattr, owner, name, owner[name]))
-            setattr(owner, name, _AskingRoPE(owner[name], self))
+            setattr(owner, name, _AskingRoPE(owner[name], self, layer == first))
+
+
+def _layer_of(path: str) -> int:
+    return next((int(part) for part in path.split(".") if part.isdigit()), 0)
 
 
 class _AskingRoPE(nn.Module):
-    def __init__(self, rope: nn.Module, positions: Positions):
+    def __init__(self, rope: nn.Module, positions: Positions, first: bool):
         super().__init__()
         self._rope, self._positions = PositionedRoPE(rope), positions
+        self._first = first  # one of them is enough to see what is read
 
     def __call__(self, x: mx.array, offset=0) -> mx.array:
+        if self._first:
+            self._positions.follow(offset, x.shape[-2])
         return self._rope(x, self._positions.at(offset, x.shape[-2]))

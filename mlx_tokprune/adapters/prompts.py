@@ -106,16 +106,16 @@ class Shortened:
 def shorten(
     inputs: Mapping,
     is_media: Callable,
-    count: Callable[[int], int],
+    counts: Callable[[Sequence[int]], list[int]],
     vocabulary: int,
     each: int = 1,
     look: Callable[[np.ndarray, list[Row]], Seen] | None = None,
     salt: str = "",
 ) -> Shortened | None:
-    """A processor's inputs with `count(N)` placeholders for N visual tokens in a row.
+    """A processor's inputs with fewer placeholders: `counts` of the visual tokens.
 
     `None` where nothing would be left out. vocabulary: how many ids there are. look:
-    says which tokens stay by their pixels; N is the number of those. salt: tells
+    says which tokens stay by their pixels; those are counted. salt: tells
     prompts apart besides their pixels.
     """
     full = _array(inputs["input_ids"])
@@ -126,7 +126,7 @@ def shorten(
     open_ = [row.visual for row in rows]
     if seen is not None:
         open_ = [row.visual[some] for row, some in zip(rows, seen.stays, strict=True)]
-    keeps = [count(len(some) * each) if len(some) else 0 for some in open_]
+    keeps = counts([len(some) * each for some in open_])
     if all(keep == row.total * each for keep, row in zip(keeps, rows, strict=True)):
         return None
     picked = [_picked(*given) for given in zip(rows, open_, keeps, strict=True)]

@@ -120,6 +120,8 @@ def _measure_guest(args) -> None:
     methods = guest.methods() if args.methods is None else args.methods
     rows = guest.rows(methods, args.keep_ratios, options_of(methods, args))
     images, prompts = _images(args, PICTURES[0].path), args.prompt
+    for image in images:
+        guest.check(image, rows)
     asked = (images, prompts or [PICTURES[0].question], args.tokens, args.runs)
     result = bench_guest.measure(guest, rows, *asked, Path(args.output))
     print(bench_guest.markdown(result))

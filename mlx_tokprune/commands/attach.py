@@ -12,7 +12,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="mlx_tokprune.attach", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a checkpoint of mlx-vlm")
-    help_ = "that needs nothing but tokens and prompt, such as norm, dart or cdpruner"
+    help_ = "that can choose at the prompt, such as norm, dart, cdpruner or attention"
     add("--method", help=f"{help_} (default: norm)")
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")

@@ -96,11 +96,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
+    begin = _begin_guest if args.runtime == "mlx-vlm" else _begin
+    evaluator, header, questions = begin(args, name, questions)
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {printable(reason)}")
-    begin = _begin_guest if args.runtime == "mlx-vlm" else _begin
-    evaluator, header = begin(args, name, questions)
     journal = Journal(_journal_file(args.output, workers), header)
     mine = workers.share(len(questions.items))
     records = answer_all(evaluator, questions.items, mine, journal)
@@ -124,8 +124,8 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
         _report(args, result)
 
 
-def _begin(args, name: str, questions: Questions) -> tuple[Evaluator, dict]:
-    """What answers, and what makes two runs the same."""
+def _begin(args, name: str, questions: Questions) -> tuple:
+    """What answers, what makes two runs the same, and what can be asked."""
     subject = subject_of(name, *load(name, adapter_path=args.adapter_path))
     subject = subject.at(args.image_size or subject.image_size, args.padding)
     rows, settings = _rows(args, subject, questions), _settings(args)
@@ -139,13 +139,13 @@ def _begin(args, name: str, questions: Questions) -> tuple[Evaluator, dict]:
         image_size=subject.image_size,
         padding=args.padding,
     )
-    return Evaluator(subject, rows, settings), header
+    return Evaluator(subject, rows, settings), header, questions
 
 
 def _begin_guest(args, name: str, questions: Questions) -> tuple:
     """The same for a model that mlx-vlm runs."""
     from ..measure.guest import Guest, check_guest
-    from .guest import GuestEvaluator
+    from .guest import GuestEvaluator, readable
 
     names = ("plans", "image_size", "adapter_path", "kv_bits", "eval_budgets")
     check_guest(**{name: getattr(args, name) for name in names})
@@ -156,6 +156,7 @@ def _begin_guest(args, name: str, questions: Questions) -> tuple:
     methods = guest.methods() if args.methods is None else args.methods
     options = options_of(methods, args)
     rows = guest.rows(methods, args.keep_ratios, options)
+    questions = readable(guest, rows, questions)
     header = describe_run(
         guest.model,
         questions.items,
@@ -165,7 +166,7 @@ def _begin_guest(args, name: str, questions: Questions) -> tuple:
         image_size=0,
         runtime="mlx-vlm",
     )
-    return GuestEvaluator(guest, rows, args.max_tokens), header
+    return GuestEvaluator(guest, rows, args.max_tokens), header, questions
 
 
 def _check(args) -> None:

@@ -20,7 +20,8 @@ class Item:
     """A question. picture: what tells pictures apart. answers: empty if not known.
 
     draw: makes the picture, where it is no file. needed: which visual tokens the answer
-    is in, by their number in the unpruned picture; empty if nobody knows.
+    is in, by their number in the unpruned picture; empty if nobody knows. line: where
+    in the data it stands, from 1.
     """
 
     picture: str
@@ -32,6 +33,7 @@ class Item:
     draw: Callable[[], Image.Image] | None = field(
         default=None, repr=False, compare=False
     )
+    line: int = field(default=0, repr=False, compare=False)
 
     @property
     def is_file(self) -> bool:
@@ -98,7 +100,7 @@ def _folder(folder: Path, prompt: str) -> Questions:
         except InputError as error:
             skipped.append((number, str(error)))
         else:
-            items.append(Item(str(file), prompt))
+            items.append(Item(str(file), prompt, line=number))
     return Questions(tuple(items), tuple(skipped))
 
 
@@ -121,7 +123,7 @@ def _lines(file: Path) -> Questions:
         if key in items:
             skipped.append((number, f"asks what line {first[key]} asks"))
             continue
-        items[key], first[key] = item, number
+        items[key], first[key] = replace(item, line=number), number
     # Questions about one picture together, so that it is encoded once.
     order = {picture: i for i, (picture, _) in reversed(list(enumerate(items)))}
     return Questions(

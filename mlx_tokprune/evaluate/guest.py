@@ -4,9 +4,34 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from ..errors import InputError
 from ..measure.guest import Guest, GuestRow
-from .data import Item
+from .data import Item, Questions
 from .words import judge
+
+
+def readable(guest: Guest, rows: Sequence[GuestRow], questions: Questions) -> Questions:
+    """Those about pictures that mlx-vlm takes; the others are skipped.
+
+    Raises `InputError` when none is left.
+    """
+    items, skipped, reasons = [], list(questions.skipped), {}
+    for item in questions.items:
+        image = item.load()
+        if image.size not in reasons:
+            try:
+                reasons[image.size] = guest.check(image, rows)
+            except InputError as error:
+                reasons[image.size] = str(error)
+        if reasons[image.size] is None:
+            items.append(item)
+        else:
+            skipped.append((item.line, reasons[image.size]))
+    if not items:
+        raise InputError(
+            f"no question is left; line {skipped[-1][0]}: {skipped[-1][1]}"
+        )
+    return Questions(tuple(items), tuple(sorted(skipped)))
 
 
 class GuestEvaluator:

@@ -113,7 +113,7 @@ class Guest:
 
     def methods(self) -> list[str]:
         """Those that are known to work after a projector."""
-        provided = {"text"} | ({"grid"} if self._known.grids else set())
+        provided = set(self._known.provides)
         return [
             name
             for name in list_pruners()
@@ -170,6 +170,21 @@ class Guest:
             *(piece.prompt_tokens, total, kept),
             last[0].places if last else None,
         )
+
+    def check(self, image: Image.Image, rows: Sequence[GuestRow]) -> None:
+        """Raise `InputError` for a picture that mlx-vlm's processor does not take."""
+        text = self._told("What is this?")
+        try:
+            for share in dict.fromkeys(row.share for row in rows):
+                row = GuestRow("", Pruner("none"), share)
+                self._inputs(image, text, self._sizes(row, image, text))
+        except Exception as error:  # whatever mlx-vlm runs into
+            reason = " ".join(str(error).split()) or type(error).__name__
+            width, height = image.size
+            raise InputError(
+                f"mlx-vlm does not take a picture of {width} x {height} pixels "
+                f"({reason})"
+            ) from None
 
     def _told(self, question: str) -> str:
         """The question about a picture in the model's chat template."""

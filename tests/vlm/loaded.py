@@ -27,13 +27,17 @@ class Loaded:
         self.files = [str(folder / f"{seed}.png") for seed in range(3)]
         for seed, file in enumerate(self.files):
             picture(family, seed).save(file)
+        self.narrow = str(folder / "narrow.png")  # the second, about half as wide
+        width, height = family.size
+        size = (max(8, width // 16 * 8), height)
+        picture(family, 1).resize(size).save(self.narrow)
         self.model, self.processor = mlx_vlm.load(str(folder))
 
     def ask(self, text=None, file=None, **named):
         """The ids of a greedy answer, and how many a prompt had."""
         text = text or prompt(self.processor, self.model.config, QUESTION)
         named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
-        if "video" not in named:
+        if not {"image", "video"} & named.keys():
             named["image"] = [file or self.files[0]]
         pieces = mlx_vlm.stream_generate(self.model, self.processor, text, **named)
         last = list(pieces)[-1]
