@@ -20,7 +20,7 @@ from mlx_tokprune.evaluate.__main__ import main
 from mlx_tokprune.evaluate.actions import accuracy as action_accuracy
 from mlx_tokprune.evaluate.gather import Workers
 from mlx_tokprune.evaluate.journal import Journal, answer_all
-from mlx_tokprune.evaluate.measure import Evaluator, Reference
+from mlx_tokprune.evaluate.measure import Answer, Evaluator, _Asked
 from mlx_tokprune.evaluate.words import accuracy, normalize
 from mlx_tokprune.measure.intervals import bootstrap, of_share, wilson
 from mlx_tokprune.measure.results import Row, fingerprint, make_rows
@@ -230,20 +230,27 @@ def test_divergence_is_that_of_the_distributions(demo):
         assert found == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
-def test_told_answers_are_those_of_decoding(tiny, monkeypatch):
-    """At original positions, with tokens dropped before them."""
+@pytest.mark.parametrize("same", [0, 2, 3])
+def test_told_answers_are_those_of_decoding(tiny, same):
+    """At original positions, with tokens dropped before them; and where the unpruned
+    answer is another one after `same` tokens, the pruned model's own follows.
+    """
+    pruner, picture = Pruner("norm", 0.25), str(TINY / "image_0.png")
     evaluator = evaluator_of(tiny, make_rows(["norm"], [0.25]), most=4)
-    item, ids = data.Item(str(TINY / "image_0.png"), "Hi"), [5, 9, 7, 3]
-    monkeypatch.setattr(evaluator, "_greedy", lambda asked: ids)
-    told, divergence = [], Reference.divergence
-    monkeypatch.setattr(
-        Reference,
-        "divergence",
-        lambda self, logits: told.append(logits) or divergence(self, logits),
-    )
-    evaluator.ask(item)
-    expected = decoded(evaluator, item, as_plan(Pruner("norm", 0.25)), ids)
-    assert mx.allclose(told[0], expected, rtol=1e-3, atol=1e-4)
+    item = data.Item(picture, "Hi")
+    how = {"pruner": pruner, "max_tokens": 4}
+    own = [p.token for p in stream_generate(*tiny, [picture], "Hi", **how)]
+    assert len(own) == 4
+    told = [*own[:same], *[(token + 1) % 64 for token in own[same:]]]
+    scene = evaluator.subject.scene([item.load()], item.question)
+    features = evaluator._features(scene, item)
+    asked = _Asked(*(tiny[0], scene, (pruner,)), evaluator.settings, features)
+    unpruned = Answer(told, mx.zeros((4, 64)))
+    found = evaluator._answer(asked, unpruned)
+    assert found.ids == own
+    expected = decoded(evaluator, item, as_plan(pruner), told)
+    expected = expected - mx.logsumexp(expected, axis=-1, keepdims=True)
+    assert mx.allclose(found._logs, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_picture_is_encoded_once(demo, monkeypatch):

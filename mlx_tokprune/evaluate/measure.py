@@ -40,25 +40,17 @@ class Evaluator:
         (`None` if unknown), and FLOPs up to the first token.
         """
         scene = self.subject.scene([item.load()], item.question)
-        features, records, reference = self._features(scene, item), {}, None
+        features, records, unpruned = self._features(scene, item), {}, None
         for row in self.rows:
             plan = self._plan(row)
             asked = _Asked(self.model, scene, plan, self.settings, features)
-            if reference is None:
-                given = self._greedy(asked)
-                reference = Reference(given, asked.forced(given))
-                divergence = 0.0
-            else:
-                logits = asked.forced(reference.ids)
-                divergence = reference.divergence(logits)
-                same = np.array(mx.argmax(logits, axis=-1)).tolist() == reference.ids
-                exact = self.settings.kv_bits is None
-                given = reference.ids if same and exact else self._greedy(asked)
+            answer = self._answer(asked, unpruned)
+            unpruned = unpruned or answer
             own = asked.kept if any(p.has_own_count for p in plan) else None
             counted = self.subject.count_shapes(scene, plan, own)
             records[row.label] = {
-                **self._speech.judged(given, reference.ids, item.answers),
-                "divergence": divergence,
+                **self._speech.judged(answer.ids, unpruned.ids, item.answers),
+                "divergence": unpruned.divergence(answer),
                 "kept": counted.tokens.mean,
                 "needed": asked.share_of(item.needed),
                 "flops": counted.flops,
@@ -76,19 +68,43 @@ class Evaluator:
             self._last = (item.picture, features)
         return self._last[1]
 
-    def _greedy(self, asked: "_Asked") -> list[int]:
-        """Token ids up to and with the one that stops."""
+    def _answer(self, asked: "_Asked", unpruned: "Answer | None") -> "Answer":
+        """The prompt is read once: the unpruned answer is put behind it, and where it
+        is another than this row's, the cache goes back to there.
+        """
         from mlx_lm.generate import maybe_quantize_kv_cache
+        from mlx_lm.models.cache import trim_prompt_cache
 
-        decoder, cache = self.model.decoder, self.model.decoder.make_cache()
-        read, ids = asked.read(cache=cache), []
-        hidden, cache = read.hidden, read.cache
-        while True:
-            ids.append(mx.argmax(decoder.logits(hidden)[0, -1]).item())
-            if ids[-1] in self._speech.stops or len(ids) == self._speech.most:
-                return ids
-            maybe_quantize_kv_cache(cache, **self.settings.quantization)
+        decoder = self.model.decoder
+        read = asked.read(decoder.make_cache())
+        cache, logits = read.cache, decoder.logits(read.hidden)[0, -1:]
+        maybe_quantize_kv_cache(cache, **self.settings.quantization)
+        if unpruned is None:
+            ids, logits = self._greedy([mx.argmax(logits).item()], cache, logits)
+            return Answer(ids, logits)
+        ids = unpruned.ids
+        if len(ids) > 1:
+            behind = decoder.follow(mx.array([ids[:-1]]), cache)
+            logits = mx.concatenate([logits, decoder.logits(behind)[0]])
+        chosen = np.array(mx.argmax(logits, axis=-1)).tolist()
+        if chosen == ids:
+            return Answer(ids, logits)
+        same = next(n for n, own in enumerate(chosen) if own != ids[n])
+        trim_prompt_cache(cache, len(ids) - 1 - same)
+        own, _ = self._greedy([*ids[:same], chosen[same]], cache, logits)
+        return Answer(own, logits)
+
+    def _greedy(self, ids: list[int], cache, logits: mx.array):
+        """Token ids up to and with the one that stops, and the logits of all of them.
+
+        ids: those so far, of which the last is not in the cache yet. logits: theirs.
+        """
+        decoder, ids, found = self.model.decoder, list(ids), [logits]
+        while ids[-1] not in self._speech.stops and len(ids) < self._speech.most:
             hidden = decoder.follow(mx.array([ids[-1:]]), cache)
+            found.append(decoder.logits(hidden)[0])
+            ids.append(mx.argmax(found[-1]).item())
+        return ids, mx.concatenate(found)
 
 
 class _Asked:
@@ -105,32 +121,27 @@ class _Asked:
         left = set(itertools.chain(*self._chosen.left()))
         return len(left.intersection(needed)) / len(needed) if needed else None
 
-    def read(self, **how):
+    def read(self, cache):
         def known(*_) -> VisualTokens:
             return self._visual
 
-        how |= {"positions": self._positions, "vision": known}
+        how = {"positions": self._positions, "vision": known, "cache": cache}
         read, visual = run(self._model, self._scene, self._plan, **how)
         self.kept = visual.keep
         self._chosen = visual
         return read
 
-    def forced(self, ids: list[int]) -> mx.array:
-        """Logits (len(ids), V) from which each of `ids` follows, given those before."""
-        read = self.read(after=mx.array([ids[:-1]], mx.int32))
-        return self._model.decoder.logits(read.hidden)[0]
 
-
-class Reference:
-    """The unpruned model's answer and its logits."""
+class Answer:
+    """Token ids, and the logits that each token of the unpruned answer follows from."""
 
     def __init__(self, ids: list[int], logits: mx.array):
         self.ids = ids
         self._logs = _log_softmax(logits)
 
-    def divergence(self, logits: mx.array) -> float:
-        """KL of the unpruned distribution from these, mean over tokens, in nats."""
-        gap = mx.exp(self._logs) * (self._logs - _log_softmax(logits))
+    def divergence(self, other: "Answer") -> float:
+        """KL of this one's distribution from the other's, mean over tokens, in nats."""
+        gap = mx.exp(self._logs) * (self._logs - other._logs)
         return max(0.0, mx.mean(mx.sum(gap, axis=-1)).item())
 
 
