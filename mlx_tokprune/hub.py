@@ -73,9 +73,6 @@ def resolve(path_or_id: str | Path) -> Path:
     """
     if str(path_or_id) in EMBEDDED:
         return EMBEDDED[str(path_or_id)]
-    path = Path(path_or_id)
-    if os.path.exists(path):
-        return path
     if str(path_or_id) == TESTBED:
         built = cache_folder(TESTBED) / CHECKPOINT
         if not built.is_dir():
@@ -84,6 +81,9 @@ def resolve(path_or_id: str | Path) -> Path:
                 "`python -m mlx_tokprune.testbed`"
             )
         return built
+    path = Path(path_or_id)
+    if os.path.exists(path):
+        return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
         raise InputError(
             f"{path_or_id} does not exist; expected a checkpoint folder, a hub id such "

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -165,7 +165,7 @@ def tokenizer_folder(checkpoint: Checkpoint, beside: Mapping[str, Path]) -> Path
     return checkpoint.folder if file is None else file.parent
 
 
-def _add_adapter(model: VisionModel, folder: Path) -> None:
+def _add_adapter(model: Any, folder: Path) -> None:
     from mlx_lm.tuner.utils import load_adapters
 
     for name in ("adapter_config.json", "adapters.safetensors"):
@@ -180,8 +180,8 @@ def _add_adapter(model: VisionModel, folder: Path) -> None:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the adapter {folder} does not fit ({reason})") from None
     if (folder / PROJECTOR).is_file():
-        given = dict(mx.load(str(folder / PROJECTOR)))
-        own = projector_of(model)
+        read: Any = mx.load(str(folder / PROJECTOR))
+        given, own = dict(read), projector_of(model)
         check_shapes(
             {name: array.shape for name, array in given.items()},
             {name: array.shape for name, array in own.items()},
