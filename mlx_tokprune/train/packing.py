@@ -30,28 +30,40 @@ class Questions:
     targets: mx.array
 
 
-def pack(rows: Sequence[Sequence[Question | None]], encode, suffix: str, end: int):
-    """`Questions` from a row of questions for each picture; `None` leaves a gap."""
-    pairs = [
-        [
-            None
-            if q is None
-            else (encode(f"\n{q.prompt}{suffix}"), [*encode(q.answer), end])
-            for q in row
-        ]
-        for row in rows
-    ]
-    length = max(len(p) + len(a) for row in pairs for p, a in filter(None, row))
-    ids = np.zeros((len(pairs), len(pairs[0]), length), np.int32)
-    targets = np.full_like(ids, IGNORE)
-    for i, row in enumerate(pairs):
+# Token ids of a question, and of its answer.
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+def padded(rows: Sequence[Sequence[Pair | None]]) -> tuple[Questions, mx.array]:
+    """A row of questions for each picture, and where ids (B, Q, L) are the prompt's.
+
+    `None` leaves a gap.
+    """
+    length = max(len(p) + len(a) for row in rows for p, a in filter(None, row))
+    ids = np.zeros((len(rows), len(rows[0]), length), np.int32)
+    targets, prompts = np.full_like(ids, IGNORE), np.zeros(ids.shape, bool)
+    for i, row in enumerate(rows):
         for j, pair in enumerate(row):
             if pair is not None:
                 prompt, answer = pair
-                tokens = prompt + answer
+                tokens = [*prompt, *answer]
                 ids[i, j, : len(tokens)] = tokens
+                prompts[i, j, : len(prompt)] = True
                 targets[i, j, len(prompt) - 1 : len(tokens) - 1] = answer
-    return Questions(mx.array(ids), mx.array(targets))
+    return Questions(mx.array(ids), mx.array(targets)), mx.array(prompts)
+
+
+def pack(
+    rows: Sequence[Sequence[Question | None]], encode, suffix: str, end: int
+) -> Questions:
+    """`Questions` from a row of questions for each picture; `None` leaves a gap."""
+
+    def pair(asked: Question | None) -> Pair | None:
+        if asked is None:
+            return None
+        return encode(f"\n{asked.prompt}{suffix}"), [*encode(asked.answer), end]
+
+    return padded([[pair(asked) for asked in row] for row in rows])[0]
 
 
 def answer_logits(

@@ -12,7 +12,7 @@ from ...errors import InputError
 from ...features import Features
 from ...models.family import VisionModel
 from ...processor import Processor
-from ..packing import IGNORE, Questions
+from ..packing import Questions, padded
 from .data import Sample
 
 MOST_BYTES = 4 << 30  # of features that are kept
@@ -69,19 +69,9 @@ class Batches:
     def of(self, items: Sequence[Sample], asked: Sequence[Sequence[tuple]]) -> Batch:
         """These questions with their answers about these pictures."""
         rows = [[self._ids(*pair) for pair in pairs] for pairs in asked]
-        length = max(len(p) + len(a) for row in rows for _, p, a in row)
-        shape = (len(rows), len(rows[0]), length)
-        ids, prompt = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        targets = np.full(shape, IGNORE, np.int32)
-        for i, row in enumerate(rows):
-            for j, (_, before, answer) in enumerate(row):
-                tokens = [*before, *answer]
-                ids[i, j, : len(tokens)] = tokens
-                prompt[i, j, : len(before)] = True
-                targets[i, j, len(before) - 1 : len(tokens) - 1] = answer
-        questions = Questions(mx.array(ids), mx.array(targets))
         prefix = rows[0][0][0]
-        return Batch(self._features(items), prefix, questions, mx.array(prompt))
+        pairs = [[(before, answer) for _, before, answer in row] for row in rows]
+        return Batch(self._features(items), prefix, *padded(pairs))
 
     def _ids(self, question: str, answer: str) -> tuple[tuple, tuple, list[int]]:
         before, after = self._processor.prompt(question, 1).segments
