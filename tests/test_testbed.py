@@ -5,6 +5,7 @@ import json
 import lzma
 import tarfile
 import zipfile
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -463,12 +464,13 @@ def test_a_projector_that_does_not_fit_is_refused(stocked, folder, tmp_path):
         load(folder, adapter_path=adapter)
 
 
-def test_torch_learns_from_the_same_loss(stocked, folder, tmp_path):
-    """The loss of `testbed/learn.py` against that of MLX, with an adapter."""
+def test_torch_learns_from_the_same_loss(stocked, folder, tmp_path, monkeypatch):
+    """`benchmarks/testbed_in_torch.py` against MLX, with an adapter."""
     torch = pytest.importorskip("torch", reason="torch is in the parity extra")
     from safetensors.torch import load_file
 
-    from mlx_tokprune.testbed import learn
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import testbed_in_torch as learn
 
     words = learn.Words.of(load(folder)[1])
     config = json.loads((folder / "config.json").read_text())

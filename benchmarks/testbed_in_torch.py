@@ -1,7 +1,7 @@
 """Train the projector and the adapter with torch, which is much faster on a GPU.
 
     python -m mlx_tokprune.testbed --untrained
-    python -m mlx_tokprune.testbed.learn --minutes 4 --output weights
+    python benchmarks/testbed_in_torch.py --minutes 4 --output weights
 
 What `mlx_tokprune.train lora --projector --data testbed --method none` does, by the
 same loss (`tests/test_testbed.py` compares them): the language model's on the answers,
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..hub import cache_folder
-from . import scenes
+from mlx_tokprune.hub import cache_folder
+from mlx_tokprune.testbed import scenes
 
 IGNORE = -100
 ASKED = 10  # questions about a picture, of which a step takes some
@@ -394,7 +394,7 @@ def _to_torch(weight: Tensor, device) -> Tensor:
 def _words(args) -> Words:
     if args.words:
         return Words(**json.loads(args.words.read_text()))
-    from ..loading import load
+    from mlx_tokprune import load
 
     return Words.of(load(args.base)[1])
 
