@@ -35,7 +35,7 @@ class Lesson:
     first to the second. distill: weight of the divergence from the unpruned model's
     answers. imitate: the number of a layer of the language model, whose attention from
     the prompt's last tokens is imitated in the place of all that: no layer has run
-    where a scorer has to know as much.
+    where a scorer has to know as much. sharpen: the power of that attention.
     """
 
     steps: int
@@ -49,6 +49,7 @@ class Lesson:
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
     imitate: int | None = None
+    sharpen: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.least <= self.most <= 1:
@@ -56,6 +57,8 @@ class Lesson:
                 f"keep ratios {self.least:g} to {self.most:g} are out of order; "
                 "expected two in (0, 1], the smaller first"
             )
+        if not 0 < self.sharpen <= 16:
+            raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
 
     def keep(self, rng: np.random.Generator, step: int, total: int) -> int:
         """How many of `total` tokens this batch keeps, fewer than all."""
@@ -109,10 +112,12 @@ class ScorerLoss:
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
         attention = seen[0][..., sequence.visual[0]]  # (B, Q, N)
+        shares = attention / mx.sum(attention, axis=-1, keepdims=True)
+        sharp = shares**self._lesson.sharpen
+        target = sharp / mx.sum(sharp, axis=-1, keepdims=True)
         if len(scores) == len(visual):
-            attention = mx.mean(attention, axis=1)
-        attention = attention.reshape(scores.shape)
-        target = attention / mx.sum(attention, axis=1, keepdims=True)
+            target = mx.mean(target, axis=1)
+        target = target.reshape(scores.shape)
         logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
         loss = -mx.sum(mx.stop_gradient(target) * logs)
         return loss, mx.array(float(len(scores)))
@@ -149,10 +154,9 @@ def train_scorer(
     if checkpoint:
         checkpoint_layers(model)
     mx.random.seed(schedule.seed)
-    at_tower = SCORERS[kind].at == "tower"
-    size = model.feature_size if at_tower else model.args.text["hidden_size"]
-    scorer = SCORERS[kind](size)
-    batches = Batches(model, processor, samples.items)
+    scorer = scorer_for(model, kind)
+    needs = scorer.needs if scorer.at == "tower" else ()
+    batches = Batches(model, processor, samples.items, needs)
     loop = Loop(scorer, ScorerLoss(model, batches, lesson), schedule, folder)
     loop.run()
     if loop.is_first:
@@ -160,6 +164,21 @@ def train_scorer(
         save_scorer(scorer, output, trained)
         draw_losses(loop.losses, folder / "loss.png")
     return scorer
+
+
+def scorer_for(model, kind: str) -> nn.Module:
+    """A new scorer for this model; `InputError` where it cannot have one."""
+    made = SCORERS[kind]
+    missing = [n for n in made.needs if n not in model.provides.get(made.at, ())]
+    if missing:
+        raise InputError(
+            f"scorer {kind!r} reads {', '.join(missing)}, which this model does not "
+            f"have at {made.at!r}; choose 'adaptive'"
+        )
+    if made.at == "prompt":
+        return made(model.args.text["hidden_size"])
+    sizes = (model.block_sizes,) if "blocks" in made.needs else ()
+    return made(model.feature_size, *sizes)
 
 
 def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
