@@ -417,14 +417,15 @@ def test_a_scorer_imitates_a_layer(demo, sharpen):
     batches = Batches(model, processor, read_samples("demo", 2).items)
     plan, scorer = Lesson(1, 2, 2, imitate=1, sharpen=sharpen), Adaptive(512)
     loss, count = ScorerLoss(model, batches, plan)(scorer, (0,), 0)
-    batch = batches.draw((0,), 2, 2)
+    drawn = batches.draw((0,), 2, 2).samples
+    batch = batches.of(drawn, [item.pairs for item in drawn])
     keep = plan.keep(np.random.default_rng((0, 1)), 0, 64)
     logs = np.array(score(model, scorer, batch, keep), np.float64)
     logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
     expected, visual = 0.0, model.project(batch.features.tokens)
     for i in range(2):
         attention = np.zeros(64)
-        for j in range(2):
+        for j in range(len(batch.samples[i].pairs)):
             ids = batch.questions.ids[i, j][: int(batch.prompt[i, j].sum().item())]
             parts = [mx.array(batch.prefix), ids]
             before, after = (model.decoder.embed(part[None]) for part in parts)
@@ -433,7 +434,7 @@ def test_a_scorer_imitates_a_layer(demo, sharpen):
             last = mx.array([[hidden.shape[1] - 1]])
             seen = model.decoder.attention_to(1, hidden, last)[0, 0]
             seen = np.array(seen[len(batch.prefix) : len(batch.prefix) + 64])
-            attention += seen**sharpen / (seen**sharpen).sum() / 2
+            attention += seen**sharpen / (seen**sharpen).sum() / 8
         expected -= (attention * logs[i]).sum()
     assert count.item() == 2
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-4)

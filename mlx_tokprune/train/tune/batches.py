@@ -21,11 +21,12 @@ MOST_BYTES = 4 << 30  # of features that are kept
 class Batch:
     """B pictures with Q questions each.
 
-    features: of the pictures, before the projector. prefix: token ids before a picture.
-    questions: prompts with their answers. prompt: (B, Q, L) bool, where the tokens of
-    `questions` are the prompt's.
+    samples: what was drawn. features: of the pictures, before the projector. prefix:
+    token ids before a picture. questions: prompts with their answers. prompt:
+    (B, Q, L) bool, where the tokens of `questions` are the prompt's.
     """
 
+    samples: tuple[Sample, ...]
     features: Features
     prefix: tuple[int, ...]
     questions: Questions
@@ -80,7 +81,8 @@ class Batches:
                 targets[i, j, len(before) - 1 : len(tokens) - 1] = answer
         questions = Questions(mx.array(ids), mx.array(targets))
         prefix = rows[0][0][0]
-        return Batch(self._features(items), prefix, questions, mx.array(prompt))
+        seen, prompts = self._features(items), mx.array(prompt)
+        return Batch(tuple(items), seen, prefix, questions, prompts)
 
     def _ids(self, question: str, answer: str) -> tuple[tuple, tuple, list[int]]:
         before, after = self._processor.prompt(question, 1).segments

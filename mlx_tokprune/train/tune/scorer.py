@@ -5,6 +5,7 @@ those that are not kept; how many are kept is drawn anew for each batch.
 """
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ...learned import SCORERS, save_scorer
 from ...pruners import count_kept
 from ..packing import answer_logits, answer_losses, packed
 from .batches import Batch, Batches
-from .data import Samples
+from .data import Sample, Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
 from .loop import Loop, Schedule, checkpoint_layers, draw_losses
 
@@ -27,7 +28,8 @@ from .loop import Loop, Schedule, checkpoint_layers, draw_losses
 class Lesson:
     """What a scorer learns under.
 
-    questions: of a picture; a scorer at the prompt learns from one, unless it imitates.
+    questions: of a picture; a scorer at the prompt learns from one, unless it imitates,
+    and one at the tower imitates what all that there are attend to.
     least, most: shares of tokens that are kept, between which each batch draws its own,
     evenly in the logarithm. curriculum: the share of the steps in which `least` comes
     down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
@@ -73,6 +75,7 @@ class ScorerLoss:
 
     def __init__(self, model, batches: Batches, lesson: Lesson):
         self._model, self._batches, self._lesson = model, batches, lesson
+        self._goals: dict[Hashable, mx.array] = {}
 
     def __call__(self, scorer: nn.Module, seed: tuple[int, ...], step: int):
         lesson = self._lesson
@@ -80,9 +83,14 @@ class ScorerLoss:
         rng = np.random.default_rng((*seed, 1))
         keep = lesson.keep(rng, step, batch.features.total)
         scores = score(self._model, scorer, batch, keep)
-        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
         if lesson.imitate is not None:
-            return self._imitation(batch, visual, scores, lesson.imitate)
+            if scorer.at == "tower":
+                goal = mx.concatenate([self._goal(item) for item in batch.samples])
+            else:
+                goal = self._attention(batch, lesson.imitate).flatten(0, 1)
+            logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
+            return -mx.sum(goal * logs), mx.array(float(len(scores)))
+        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
         noise = schedule(lesson.noise, 0.0, step, lesson.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
         warm, cold = lesson.temperature
@@ -95,9 +103,19 @@ class ScorerLoss:
             losses = losses + lesson.distill * _divergence(whole, logits)
         return mx.sum(losses * used), mx.sum(used)
 
-    def _imitation(self, batch: Batch, visual: mx.array, scores: mx.array, layer: int):
-        """Cross entropy of the scores' softmax from the attention, and how many."""
-        total, seen = batch.features.total, []
+    def _goal(self, item: Sample) -> mx.array:
+        """(1, N) what all questions about a picture attend to, computed once."""
+        if item.picture not in self._goals:
+            batch = self._batches.of([item], [item.pairs])
+            goal = mx.mean(self._attention(batch, self._lesson.imitate), axis=1)
+            mx.eval(goal)
+            self._goals[item.picture] = goal
+        return self._goals[item.picture]
+
+    def _attention(self, batch: Batch, layer: int) -> mx.array:
+        """(B, Q, N) shares of what each question attends to, sharpened."""
+        visual, seen = self._model.project(batch.features.tokens), []
+        total = batch.features.total
         every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
         asked = (batch.prefix, visual, every, batch.questions, total)
         sequence = packed(self._model, *asked)
@@ -111,16 +129,10 @@ class ScorerLoss:
                 seen.append(self._model.decoder.attention_to(number, hidden, *where))
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
-        attention = seen[0][..., sequence.visual[0]]  # (B, Q, N)
+        attention = seen[0][..., sequence.visual[0]]
         shares = attention / mx.sum(attention, axis=-1, keepdims=True)
         sharp = shares**self._lesson.sharpen
-        target = sharp / mx.sum(sharp, axis=-1, keepdims=True)
-        if len(scores) == len(visual):
-            target = mx.mean(target, axis=1)
-        target = target.reshape(scores.shape)
-        logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
-        loss = -mx.sum(mx.stop_gradient(target) * logs)
-        return loss, mx.array(float(len(scores)))
+        return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
 
     def _logits(self, batch: Batch, visual: mx.array, gate: mx.array | None):
         total = batch.features.total
