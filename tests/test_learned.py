@@ -173,7 +173,7 @@ def test_the_budget_is_a_token_inside():
     given = features(blocks=mx.random.normal((2, 16, 10)))
     scorer(given)
     scorer(features(blocks=given.extras["blocks"].at[:, 0, 0].add(1)))
-    (first, second), (again, other) = seen[:2], seen[2:]
+    (first, second, _), (again, other, _) = seen[:3], seen[3:]
     assert first.shape == second.shape == (2, 17, 48)
     assert mx.array_equal(first[:, -1], again[:, -1])
     assert mx.array_equal(first[0, -1], first[1, -1])
@@ -354,7 +354,10 @@ def test_a_scorer_is_trained_on_the_command_line(tmp_path):
         (["prune", "--data", "nothing.jsonl"], "does not exist"),
         (["prune", "--steps", "0"], "whole numbers from 1"),
         (["prune", "--imitate", "4", "--pictures", "1"], "expected 0 to 3"),
-        (["prune", "--sharpen", "0"], "outside (0, 16]"),
+        (
+            ["prune", "--sharpen", "0", "--pictures", "1", "--steps", "1"],
+            "sharpen 0 is outside (0, 16]",
+        ),
         (
             ["lora", "--method", "fastv", "--pictures", "1"],
             "under pruning at the tower",

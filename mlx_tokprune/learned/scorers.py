@@ -110,9 +110,10 @@ class Constant(Adaptive):
 class Inside(nn.Module):
     """Scores at the tower for any budget, which is a token in its attention blocks.
 
-    The tower stays as it is: what goes into each of its attention blocks is read again
-    by a narrow block, in which the budget is one more key and value, and a query that
-    reads. A token's score comes from it and the budget's token after the last of them.
+    The tower stays as it is: what goes into each of its attention blocks, and at last
+    what comes out of it, is read again by a narrow block, in which the budget is one
+    more key and value, and a query that reads. A token's score comes from it and the
+    budget's token after the last of them.
     The plan of AdaLLaVA (arXiv 2503.10621) inside the tower.
     """
 
@@ -127,26 +128,25 @@ class Inside(nn.Module):
             **{"channels": channels, "sizes": list(sizes)},
             **{"width": width, "heads": heads},
         }
-        self.inputs = [[nn.LayerNorm(size), nn.Linear(size, width)] for size in sizes]
+        every = (*sizes, channels)
+        self.inputs = [[nn.LayerNorm(size), nn.Linear(size, width)] for size in every]
         self.place = nn.Linear(4 * _FREQUENCIES, width)
         self.budget = [nn.Linear(_BUDGET_SINES, width), nn.Linear(width, width)]
-        self.blocks = [Attend(width, heads) for _ in sizes]
-        self.norm, self.token = nn.LayerNorm(channels), nn.Linear(channels, width)
+        self.blocks = [Attend(width, heads) for _ in every]
         self.norm_out = nn.LayerNorm(width)
         self.join = nn.Linear(2 * width, width)
         self.score = nn.Linear(width, 1)
 
     def __call__(self, features: Features) -> mx.array:
         sizes = self.settings["sizes"]
-        read = features.extras["blocks"].astype(mx.float32)
-        parts = mx.split(read, np.cumsum(sizes[:-1]).tolist(), axis=-1)
+        read = mx.concatenate([features.extras["blocks"], features.tokens], axis=-1)
+        parts = mx.split(read.astype(mx.float32), np.cumsum(sizes).tolist(), axis=-1)
         x, asked = self.place(places(features)), told(self.budget, features)[:, None]
         for (norm, narrow), block, part in zip(
             self.inputs, self.blocks, parts, strict=True
         ):
             joined = block(mx.concatenate([x + narrow(norm(part)), asked], axis=1))
             x, asked = joined[:, :-1], joined[:, -1:]
-        x = x + self.token(self.norm(features.tokens.astype(mx.float32)))
         found = mx.broadcast_to(self.norm_out(asked), x.shape)
         joined = self.join(mx.concatenate([self.norm_out(x), found], axis=-1))
         return self.score(gelu(joined))[..., 0]
