@@ -25,7 +25,6 @@ from mlx_tokprune.coreml.plan import compute_plan, format_plan
 from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image
-from mlx_tokprune.learned import Inside
 from mlx_tokprune.pipeline import Scene, VisualTokens, look
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import as_plan, registry
@@ -79,8 +78,6 @@ def decibels(found, expected) -> float:
 SELECTORS = ("norm", "attention", "hiprune", "mean_similarity", "uniform", "divprune")
 METHODS = (*SELECTORS, "similarity", "spatial", "visionzip", "prumerge")
 METHODS += ("prumerge_plus",)
-INSIDE = Inside(512, (512, 512, 256, 256))
-mx.eval(INSIDE.parameters())  # an untrained one's are drawn when they are looked at
 # Forms of methods with primitives that their defaults do not have.
 FORMS = (
     Pruner("hiprune", keep_ratio=0.5, options={"alpha": 1}),
@@ -89,7 +86,7 @@ FORMS = (
     Pruner("visionzip", keep_tokens=5),
     Pruner("dart", keep_ratio=0.25, at="tower"),
     Pruner("demo-adaptive", keep_ratio=0.25),
-    Pruner("learned", keep_ratio=0.25, scorer=INSIDE),
+    Pruner("demo-inside", keep_ratio=0.25),
 )
 
 

@@ -214,7 +214,7 @@ def test_padding_of_questions_is_not_seen():
     np.testing.assert_allclose(padded[:1], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["demo-adaptive", "demo-asking"])
+@pytest.mark.parametrize("name", ["demo-adaptive", "demo-inside", "demo-asking"])
 def test_embedded_scorers_answer(demo, name):
     model, processor = demo
     for picture in PICTURES:

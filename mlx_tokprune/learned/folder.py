@@ -14,7 +14,7 @@ from .scorers import SCORERS
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
 # Of the demo model.
-EMBEDDED = {"demo-adaptive": FOLDER / "adaptive", "demo-asking": FOLDER / "asking"}
+EMBEDDED = {f"demo-{name}": FOLDER / name for name in ("adaptive", "inside", "asking")}
 
 
 def is_scorer(folder: str | Path) -> bool:
