@@ -194,6 +194,11 @@ def test_a_scorer_inside_leaves_the_tower_as_it_is(tiny):
         assert mx.max(mx.abs(gradient)).item() > 0, name
 
 
+def test_blocks_are_per_token():
+    with pytest.raises(ValueError, match="blocks has shape"):
+        features(blocks=mx.zeros((2, 15, 10)))
+
+
 def test_models_without_blocks_are_refused(tiny_policy):
     model, _ = tiny_policy
     message = "reads blocks, which this model does not have at 'tower'"
