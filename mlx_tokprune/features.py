@@ -23,6 +23,8 @@ class Features:
             there is one). In the language model: from the prompt's last token, in the
             last layer before the place.
         attention_middle (B, N): the same in a middle block of the tower.
+        blocks (B, N, d): what goes into each attention block of the tower, joined; of a
+            finer grid, all that is in the token's cell.
         keys (B, N, d): of the tower's last attention block, or of the last layer before
             the place without rotary positions, heads joined.
         text (B, T, D): the prompt after the visual tokens, in the space of the tokens:
@@ -51,7 +53,7 @@ class Features:
             raise ValueError(
                 f"{self.pictures} grids {self.grid} have other than {total} tokens"
             )
-        per_token = ("attention", "attention_middle", "keys")
+        per_token = ("attention", "attention_middle", "blocks", "keys")
         per_token += ("scores", "scores_previous")
         for name, array in self.extras.items():
             size = (batch, total) if name in per_token else (batch,)

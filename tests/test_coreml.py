@@ -86,6 +86,7 @@ FORMS = (
     Pruner("visionzip", keep_tokens=5),
     Pruner("dart", keep_ratio=0.25, at="tower"),
     Pruner("demo-adaptive", keep_ratio=0.25),
+    Pruner("demo-inside", keep_ratio=0.25),
 )
 
 

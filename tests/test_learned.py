@@ -1,5 +1,6 @@
 """Scorers, the gate they learn through, the training loop, and adapters."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,14 +16,22 @@ from PIL import Image
 
 from mlx_tokprune import Features, InputError, Pruner, generate, load
 from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.learned import Adaptive, Asking, load_scorer, save_scorer
+from mlx_tokprune.learned import (
+    Adaptive,
+    Asking,
+    Constant,
+    Inside,
+    load_scorer,
+    save_scorer,
+)
+from mlx_tokprune.pipeline import plan_for
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import answer_logits
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import Sample, read_samples
 from mlx_tokprune.train.tune.gate import log_gate, schedule, straight_through, tamed
 from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score
+from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score, scorer_for
 
 
 def features(batch=2, side=4, channels=24, seed=0, **extras):
@@ -93,14 +102,13 @@ def test_schedules_at_their_ends():
     assert schedule(0.5, 0.0, 5, 10) == 0.25
 
 
-@pytest.mark.parametrize("kind", ["adaptive", "asking"])
+@pytest.mark.parametrize("kind", ["adaptive", "inside", "asking"])
 def test_the_training_forward_is_that_of_inference(tiny, kind):
     """The loss that a step sees equals that of the kept tokens alone."""
     model, processor = tiny
-    batches, plan = Batches(model, processor, samples()), Lesson(4, 3, 1, noise=0.0)
-    hidden = model.args.text["hidden_size"]
-    size = model.feature_size if kind == "adaptive" else hidden
-    scorer = {"adaptive": Adaptive, "asking": Asking}[kind](size)
+    scorer, plan = scorer_for(model, kind), Lesson(4, 3, 1, noise=0.0)
+    needs = ("blocks",) if kind == "inside" else ()
+    batches = Batches(model, processor, samples(), needs)
     summed, count = ScorerLoss(model, batches, plan)(scorer, (0, 1), 1)
     batch = batches.draw((0, 1), 3, 1)
     rng = np.random.default_rng((0, 1, 1))
@@ -129,21 +137,76 @@ def test_an_open_gate_changes_nothing(tiny):
     np.testing.assert_allclose(plain, gated, atol=1e-5)
 
 
-@pytest.mark.parametrize("scorer", [Adaptive(24), Asking(24)])
+@pytest.mark.parametrize("scorer", [Adaptive(24), Inside(24, (8, 2)), Asking(24)])
 def test_budgets_and_batches(scorer):
     """Exactly K, for every K; the budget is seen; a sample's scores are its own."""
-    given = features(text=mx.random.normal((2, 5, 24)))
+    text, blocks = (mx.random.normal(shape) for shape in ((2, 5, 24), (2, 16, 10)))
+    given = features(text=text, blocks=blocks)
     for keep in (1, 7, 15):
         chosen = Pruner("learned", keep_tokens=keep, at=scorer.at, scorer=scorer)(given)
         assert chosen.indices.shape == (2, keep)
     few, many = (
-        scorer(features(text=given.extras["text"], budget=mx.full((2,), share)))
+        scorer(features(text=text, blocks=blocks, budget=mx.full((2,), share)))
         for share in (0.1, 0.9)
     )
     assert mx.max(mx.abs(few - many)).item() > 1e-6
     alone = {name: array[:1] for name, array in given.extras.items()}
     one = scorer(Features(given.tokens[:1], given.grid, extras=alone))
     np.testing.assert_allclose(scorer(given)[:1], one, atol=1e-5)
+
+
+def test_what_is_not_told_its_budget_does_not_see_it():
+    scorer = Constant(24)
+    few, many = (scorer(features(budget=mx.full((2,), s))) for s in (0.1, 0.9))
+    assert mx.array_equal(few, many)
+
+
+def test_the_budget_is_a_token_inside():
+    """Visual tokens read it as one more key and value, and it reads them."""
+    scorer, seen = Inside(24, (8, 2)), []
+
+    def watch(x, block):
+        seen.append(x)
+        return block(x)
+
+    scorer.blocks = [functools.partial(watch, block=b) for b in scorer.blocks]
+    given = features(blocks=mx.random.normal((2, 16, 10)))
+    scorer(given)
+    scorer(features(blocks=given.extras["blocks"].at[:, 0, 0].add(1)))
+    (first, second, _), (again, other, _) = seen[:3], seen[3:]
+    assert first.shape == second.shape == (2, 17, 48)
+    assert mx.array_equal(first[:, -1], again[:, -1])
+    assert mx.array_equal(first[0, -1], first[1, -1])
+    assert mx.max(mx.abs(second[:, -1] - other[:, -1])).item() > 1e-6
+
+
+def test_a_scorer_inside_leaves_the_tower_as_it_is(tiny):
+    """With what it reads, the features are those without; every weight learns."""
+    model, processor = tiny
+    pixels = mx.random.uniform(shape=(2, 64 * 2, 64 * 3, 3))
+    plain, read = model.encode(pixels), model.encode(pixels, ("blocks",))
+    assert mx.array_equal(plain.tokens, read.tokens)
+    scorer = scorer_for(model, "inside")
+    batches = Batches(model, processor, samples(), ("blocks",))
+    loss = ScorerLoss(model, batches, Lesson(4, 3, 1))
+    (_, _), gradients = nn.value_and_grad(scorer, loss)(scorer, (0, 1), 1)
+    for name, gradient in tree_flatten(gradients):
+        assert mx.max(mx.abs(gradient)).item() > 0, name
+
+
+def test_blocks_are_per_token():
+    with pytest.raises(ValueError, match="blocks has shape"):
+        features(blocks=mx.zeros((2, 15, 10)))
+
+
+def test_models_without_blocks_are_refused(tiny_policy):
+    model, _ = tiny_policy
+    message = "reads blocks, which this model does not have at 'tower'"
+    with pytest.raises(InputError, match=message):
+        scorer_for(model, "inside")
+    pruner = Pruner("learned", 0.5, scorer=Inside(24, (8, 2)))
+    with pytest.raises(InputError, match="needs blocks, which this model does not"):
+        plan_for(model, pruner)
 
 
 def test_padding_of_questions_is_not_seen():
@@ -156,7 +219,7 @@ def test_padding_of_questions_is_not_seen():
     np.testing.assert_allclose(padded[:1], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["demo-adaptive", "demo-asking"])
+@pytest.mark.parametrize("name", ["demo-adaptive", "demo-inside", "demo-asking"])
 def test_embedded_scorers_answer(demo, name):
     model, processor = demo
     for picture in PICTURES:
@@ -166,7 +229,8 @@ def test_embedded_scorers_answer(demo, name):
 
 def test_a_scorer_on_disk(tmp_path, demo):
     model, processor = demo
-    for name, scorer in (("a", Adaptive(512)), ("b", Asking(192))):
+    inside = scorer_for(model, "inside")
+    for name, scorer in (("a", Adaptive(512)), ("b", Asking(192)), ("c", inside)):
         save_scorer(scorer, tmp_path / name)
         again = load_scorer(tmp_path / name)
         for (key, one), (_, two) in zip(
@@ -192,6 +256,7 @@ def test_a_scorer_on_disk(tmp_path, demo):
         ({"settings": {"channels": 512, "width": -1}}, "sizes are no whole numbers"),
         ({"settings": {"channels": 512, "depth": 2}}, "no scorer that can be read"),
         ({"settings": {"channels": 8}}, "no scorer that can be read"),
+        ({"settings": {"channels": 8, "sizes": [8, 0]}}, "sizes are no whole numbers"),
     ],
 )
 def test_damaged_scorers_are_refused(tmp_path, change, message):
@@ -278,7 +343,7 @@ def test_an_adapter_is_trained_used_and_fused(tmp_path, packages, dora):
 
 
 def test_a_scorer_is_trained_on_the_command_line(tmp_path):
-    for kind in ("adaptive", "asking"):
+    for kind in ("adaptive", "inside", "constant", "asking"):
         out = str(tmp_path / kind)
         common = ["--pictures", "3", "--batch", "2", "--questions", "2", "--steps", "2"]
         train(["prune", "--scorer", kind, "--output", out, *common])
@@ -294,6 +359,10 @@ def test_a_scorer_is_trained_on_the_command_line(tmp_path):
         (["prune", "--data", "nothing.jsonl"], "does not exist"),
         (["prune", "--steps", "0"], "whole numbers from 1"),
         (["prune", "--imitate", "4", "--pictures", "1"], "expected 0 to 3"),
+        (
+            ["prune", "--sharpen", "0", "--pictures", "1", "--steps", "1"],
+            "sharpen 0 is outside (0, 16]",
+        ),
         (
             ["lora", "--method", "fastv", "--pictures", "1"],
             "under pruning at the tower",
@@ -349,20 +418,22 @@ def test_two_processes_equal_one(tmp_path):
         np.testing.assert_allclose(alone[name], both[name], atol=1e-6, err_msg=name)
 
 
-def test_a_scorer_imitates_a_layer(demo):
+@pytest.mark.parametrize("sharpen", [1.0, 2.0])
+def test_a_scorer_imitates_a_layer(demo, sharpen):
     """The goal is the attention from the prompt's last tokens in that layer."""
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 2).items)
-    plan, scorer = Lesson(1, 2, 2, imitate=1), Adaptive(512)
+    plan, scorer = Lesson(1, 2, 2, imitate=1, sharpen=sharpen), Adaptive(512)
     loss, count = ScorerLoss(model, batches, plan)(scorer, (0,), 0)
-    batch = batches.draw((0,), 2, 2)
+    drawn = batches.draw((0,), 2, 2).samples
+    batch = batches.of(drawn, [item.pairs for item in drawn])
     keep = plan.keep(np.random.default_rng((0, 1)), 0, 64)
     logs = np.array(score(model, scorer, batch, keep), np.float64)
     logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
     expected, visual = 0.0, model.project(batch.features.tokens)
     for i in range(2):
         attention = np.zeros(64)
-        for j in range(2):
+        for j in range(len(batch.samples[i].pairs)):
             ids = batch.questions.ids[i, j][: int(batch.prompt[i, j].sum().item())]
             parts = [mx.array(batch.prefix), ids]
             before, after = (model.decoder.embed(part[None]) for part in parts)
@@ -370,7 +441,8 @@ def test_a_scorer_imitates_a_layer(demo):
             hidden = model.layers[0](hidden, "causal", None)
             last = mx.array([[hidden.shape[1] - 1]])
             seen = model.decoder.attention_to(1, hidden, last)[0, 0]
-            attention += np.array(seen[len(batch.prefix) : len(batch.prefix) + 64])
-        expected -= (attention / attention.sum() * logs[i]).sum()
+            seen = np.array(seen[len(batch.prefix) : len(batch.prefix) + 64])
+            attention += seen**sharpen / (seen**sharpen).sum() / 8
+        expected -= (attention * logs[i]).sum()
     assert count.item() == 2
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-4)

@@ -231,6 +231,37 @@ def test_extras_of_the_last_block_and_of_a_middle_one(config):
         assert difference(one[name], extras[name]) < 1e-4
 
 
+@pytest.mark.parametrize("config", [SMALL, TWO_BEFORE, CONVOLUTIONS_BEFORE])
+def test_what_goes_into_the_attention_blocks(config):
+    """For each token of the last grid, all that is in its cell, row by row."""
+    tower, pixels = sharp(config), 1e5 * mx.random.normal((2, 128, 192, 3))
+    x, parts = tower.patch_embed(pixels), []
+    for stage in tower.network:
+        for block in stage if isinstance(stage, list) else [stage]:
+            if hasattr(block, "attend"):
+                parts.append(np.array(x))
+            x = block(x)
+    features = tower(pixels, ("blocks",))
+    assert features.grid == (2, 3)
+    found = np.array(features.extras["blocks"])
+    for picture in range(2):
+        for row in range(2):
+            for column in range(3):
+                expected = []
+                for part in parts:
+                    side = part.shape[1] // 2
+                    for i in range(side * row, side * row + side):
+                        for j in range(side * column, side * column + side):
+                            expected.append(part[picture, i, j])
+                expected = np.concatenate(expected)
+                assert np.array_equal(found[picture, 3 * row + column], expected)
+    sizes = np.cumsum([0, *config.block_sizes])
+    assert sizes[-1] == found.shape[-1]
+    for part, start, stop in zip(parts, sizes, sizes[1:], strict=False):
+        alone = found[:, :, start:stop]
+        assert np.isclose(np.abs(alone).sum(), np.abs(part).sum(), rtol=1e-4)
+
+
 WHERE = [0, 1, 5, 6, 11]
 
 

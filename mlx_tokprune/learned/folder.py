@@ -14,7 +14,7 @@ from .scorers import SCORERS
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
 # Of the demo model.
-EMBEDDED = {"demo-adaptive": FOLDER / "adaptive", "demo-asking": FOLDER / "asking"}
+EMBEDDED = {f"demo-{name}": FOLDER / name for name in ("adaptive", "inside", "asking")}
 
 
 def is_scorer(folder: str | Path) -> bool:
@@ -45,9 +45,9 @@ def load_scorer(folder: str | Path) -> nn.Module:
             f"{folder / CONFIG} names the scorer {kind!r}; expected one of "
             f"{', '.join(SCORERS)}.{nearest(str(kind), SCORERS)}"
         )
-    whole = [isinstance(v, int) and 0 < v < 1 << 14 for v in settings.values()]
+    sizes = [v if isinstance(v, list) else [v] for v in settings.values()]
     try:
-        if not all(whole):
+        if not all(isinstance(n, int) and 0 < n < 1 << 14 for v in sizes for n in v):
             raise ValueError("its sizes are no whole numbers from 1 to 16383")
         scorer = SCORERS[kind](**settings)
         scorer.load_weights(str(folder / WEIGHTS))

@@ -4,7 +4,9 @@ A pruner keeps the highest; how many comes from outside, and scorers are told th
 as the extra `budget` (B,). One scorer serves every budget.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import mlx.core as mx
@@ -89,12 +91,64 @@ class Adaptive(nn.Module):
     def __call__(self, features: Features) -> mx.array:
         tokens = self.norm(features.tokens.astype(mx.float32))
         x = self.token(tokens) + self.place(places(features))
-        first, second = self.budget
-        asked = second(gelu(first(sines(budget(features), _BUDGET_SINES, 1e-3))))
+        asked = told(self.budget, features)
         products = asked[:, None] @ self.key(x).swapaxes(1, 2) * asked.shape[-1] ** -0.5
         found = mx.softmax(products, axis=-1) @ self.value(x) + asked[:, None]
         found = mx.broadcast_to(found, x.shape)
         joined = self.join(mx.concatenate([x, found], axis=-1))
+        return self.score(gelu(joined))[..., 0]
+
+
+class Constant(Adaptive):
+    """`Adaptive` that is not told its budget: to see what that is worth."""
+
+    def __call__(self, features: Features) -> mx.array:
+        rest = {k: v for k, v in features.extras.items() if k != "budget"}
+        return super().__call__(dataclasses.replace(features, extras=rest))
+
+
+class Inside(nn.Module):
+    """Scores at the tower for any budget, which is a token in its attention blocks.
+
+    The tower stays as it is: what goes into each of its attention blocks, and at last
+    what comes out of it, is read again by a narrow block, in which the budget is one
+    more key and value, and a query that reads. A token's score comes from it and the
+    budget's token after the last of them.
+    The plan of AdaLLaVA (arXiv 2503.10621) inside the tower.
+    """
+
+    at = "tower"
+    needs: ClassVar[tuple[str, ...]] = ("blocks",)
+
+    def __init__(
+        self, channels: int, sizes: Sequence[int], width: int = 48, heads: int = 4
+    ):
+        super().__init__()
+        self.settings = {
+            **{"channels": channels, "sizes": list(sizes)},
+            **{"width": width, "heads": heads},
+        }
+        every = (*sizes, channels)
+        self.inputs = [[nn.LayerNorm(size), nn.Linear(size, width)] for size in every]
+        self.place = nn.Linear(4 * _FREQUENCIES, width)
+        self.budget = [nn.Linear(_BUDGET_SINES, width), nn.Linear(width, width)]
+        self.blocks = [Attend(width, heads) for _ in every]
+        self.norm_out = nn.LayerNorm(width)
+        self.join = nn.Linear(2 * width, width)
+        self.score = nn.Linear(width, 1)
+
+    def __call__(self, features: Features) -> mx.array:
+        sizes = self.settings["sizes"]
+        read = mx.concatenate([features.extras["blocks"], features.tokens], axis=-1)
+        parts = mx.split(read.astype(mx.float32), np.cumsum(sizes).tolist(), axis=-1)
+        x, asked = self.place(places(features)), told(self.budget, features)[:, None]
+        for (norm, narrow), block, part in zip(
+            self.inputs, self.blocks, parts, strict=True
+        ):
+            joined = block(mx.concatenate([x + narrow(norm(part)), asked], axis=1))
+            x, asked = joined[:, :-1], joined[:, -1:]
+        found = mx.broadcast_to(self.norm_out(asked), x.shape)
+        joined = self.join(mx.concatenate([self.norm_out(x), found], axis=-1))
         return self.score(gelu(joined))[..., 0]
 
 
@@ -147,4 +201,15 @@ def budget(features: Features) -> mx.array:
     return mx.full((len(features.tokens),), 0.5) if share is None else share
 
 
-SCORERS: dict[str, type[nn.Module]] = {"adaptive": Adaptive, "asking": Asking}
+def told(layers: list[nn.Linear], features: Features) -> mx.array:
+    """(B, width) the budget, as sines through a small network."""
+    first, second = layers
+    return second(gelu(first(sines(budget(features), _BUDGET_SINES, 1e-3))))
+
+
+SCORERS: dict[str, type[nn.Module]] = {
+    "adaptive": Adaptive,
+    "inside": Inside,
+    "constant": Constant,
+    "asking": Asking,
+}

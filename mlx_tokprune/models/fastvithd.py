@@ -36,6 +36,17 @@ class VisionConfig:
     def output_dim(self) -> int:
         return int(self.embed_dims[-1] * self.cls_ratio)
 
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Of what goes into each attention block, for each token of the last grid."""
+        stages, last = range(len(self.layers)), len(self.layers) - 1
+        return tuple(
+            self.embed_dims[i] * 4 ** (last - i)
+            for i in stages
+            for _ in range(self.layers[i])
+            if self.token_mixers[i] == "attention"
+        )
+
 
 class MobileOneBlock(nn.Module):
     """A convolution, squeeze-and-excite where asked for, and GELU."""
@@ -243,8 +254,10 @@ class FastViTHD(nn.Module):
     def __call__(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
         x, extras, received = self.patch_embed(pixels), {}, None
         blocks = [block for part in self.network for block in _as_list(part)]
-        last, middle = blocks[-1], self._middle
+        last, middle, read = blocks[-1], self._middle, []
         for block in blocks:
+            if "blocks" in needs and isinstance(block, AttentionBlock):
+                read.append(x)
             halfway = block is middle and "attention_middle" in needs
             wanted = needs if block is last else ()
             wanted += ("attention",) if halfway else ()
@@ -260,6 +273,9 @@ class FastViTHD(nn.Module):
         grid = x.shape[1:3]
         if received is not None:
             extras["attention_middle"] = _pooled(received, grid).flatten(1)
+        if read:
+            cells = [_in_cells(part, grid) for part in read]
+            extras["blocks"] = mx.concatenate(cells, axis=-1)
         return Features(x.flatten(1, 2), grid, extras=extras)
 
     @property
@@ -278,6 +294,14 @@ def _pooled(finer: mx.array, grid: tuple[int, int]) -> mx.array:
     (rows, columns), (height, width) = finer.shape[1:], grid
     cells = finer.reshape(-1, height, rows // height, width, columns // width)
     return mx.sum(cells, axis=(2, 4))
+
+
+def _in_cells(finer: mx.array, grid: tuple[int, int]) -> mx.array:
+    """(B, h, w, C) -> (B, H * W, h * w / (H * W) * C): what is in a cell, joined."""
+    batch, rows, columns, channels = finer.shape
+    height, width = grid
+    cells = (batch, height, rows // height, width, columns // width, channels)
+    return finer.reshape(cells).swapaxes(2, 3).reshape(batch, height * width, -1)
 
 
 def drop_layer_scales(tower: nn.Module) -> None:

@@ -17,7 +17,7 @@ from ..features import Features
 from ..files import object_of
 from ..prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import Chat
+from .family import PROVIDES, Chat
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
 from .layers import Gelu
@@ -105,6 +105,10 @@ class FastVLM(Chat, nn.Module):
 
     stride = TOTAL_STRIDE
     sees_parts = True
+    provides: Mapping[str, tuple[str, ...]] = {
+        **PROVIDES,
+        "tower": (*PROVIDES["tower"], "blocks"),
+    }
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
@@ -130,6 +134,11 @@ class FastVLM(Chat, nn.Module):
     def feature_size(self) -> int:
         """C, the channels of a visual token before the projector."""
         return self.args.mm_hidden_size
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """How `blocks` of a visual token is split, one part per attention block."""
+        return self.args.vision.block_sizes
 
     def memory_of(self, side: int) -> int:
         """Bytes that encoding a square picture takes at its peak, roughly.

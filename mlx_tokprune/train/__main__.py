@@ -85,6 +85,8 @@ def _add_prune(commands) -> None:
     add("--curriculum", type=float, default=0.0, help=help_)
     help_ = "imitate this layer's attention (1: as FastV) in place of the answers' loss"
     add("--imitate", type=int, metavar="LAYER", help=help_)
+    help_ = "imitate this power of each question's attention (default: 1)"
+    add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
     help_ = "weight of the divergence from the unpruned answers (default: 0)"
     add("--distill", type=float, default=0.0, help=help_)
 
@@ -119,7 +121,7 @@ def _prune(args) -> None:
         )
     alone = SCORERS[args.scorer].at == "prompt" and args.imitate is None
     questions = 1 if alone else args.questions
-    names = ("curriculum", "distill", "imitate")
+    names = ("curriculum", "distill", "imitate", "sharpen")
     how = {name: getattr(args, name) for name in names}
     lesson = Lesson(args.steps, args.batch, questions, *args.keep_ratios, **how)
     samples, schedule, folder, output = _training(args)

@@ -22,11 +22,12 @@ MOST_BYTES = 4 << 30  # of features that are kept
 class Batch:
     """B pictures with Q questions each.
 
-    features: of the pictures, before the projector. prefix: token ids before a picture.
-    questions: prompts with their answers. prompt: (B, Q, L) bool, where the tokens of
-    `questions` are the prompt's.
+    samples: what was drawn. features: of the pictures, before the projector. prefix:
+    token ids before a picture. questions: prompts with their answers. prompt:
+    (B, Q, L) bool, where the tokens of `questions` are the prompt's.
     """
 
+    samples: tuple[Sample, ...]
     features: Features
     prefix: tuple[int, ...]
     questions: Questions
@@ -71,7 +72,8 @@ class Batches:
         rows = [[self._ids(*pair) for pair in pairs] for pairs in asked]
         prefix = rows[0][0][0]
         pairs = [[(before, answer) for _, before, answer in row] for row in rows]
-        return Batch(self._features(items), prefix, *padded(pairs))
+        seen = self._features(items)
+        return Batch(tuple(items), seen, prefix, *padded(pairs))
 
     def _ids(self, question: str, answer: str) -> tuple[tuple, tuple, list[int]]:
         before, after = self._processor.prompt(question, 1).segments

@@ -5,6 +5,7 @@ those that are not kept; how many are kept is drawn anew for each batch.
 """
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ...learned import SCORERS, save_scorer
 from ...pruners import count_kept
 from ..packing import answer_logits, answer_losses, packed
 from .batches import Batch, Batches
-from .data import Samples
+from .data import Sample, Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
 from .loop import Loop, Schedule, checkpoint_layers, draw_losses
 
@@ -27,7 +28,8 @@ from .loop import Loop, Schedule, checkpoint_layers, draw_losses
 class Lesson:
     """What a scorer learns under.
 
-    questions: of a picture; a scorer at the prompt learns from one, unless it imitates.
+    questions: of a picture; a scorer at the prompt learns from one, unless it imitates,
+    and one at the tower imitates what all that there are attend to.
     least, most: shares of tokens that are kept, between which each batch draws its own,
     evenly in the logarithm. curriculum: the share of the steps in which `least` comes
     down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
@@ -35,7 +37,7 @@ class Lesson:
     first to the second. distill: weight of the divergence from the unpruned model's
     answers. imitate: the number of a layer of the language model, whose attention from
     the prompt's last tokens is imitated in the place of all that: no layer has run
-    where a scorer has to know as much.
+    where a scorer has to know as much. sharpen: the power of that attention.
     """
 
     steps: int
@@ -49,6 +51,7 @@ class Lesson:
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
     imitate: int | None = None
+    sharpen: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.least <= self.most <= 1:
@@ -56,6 +59,8 @@ class Lesson:
                 f"keep ratios {self.least:g} to {self.most:g} are out of order; "
                 "expected two in (0, 1], the smaller first"
             )
+        if not 0 < self.sharpen <= 16:
+            raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
 
     def keep(self, rng: np.random.Generator, step: int, total: int) -> int:
         """How many of `total` tokens this batch keeps, fewer than all."""
@@ -70,6 +75,7 @@ class ScorerLoss:
 
     def __init__(self, model, batches: Batches, lesson: Lesson):
         self._model, self._batches, self._lesson = model, batches, lesson
+        self._goals: dict[Hashable, mx.array] = {}
 
     def __call__(self, scorer: nn.Module, seed: tuple[int, ...], step: int):
         lesson = self._lesson
@@ -77,9 +83,14 @@ class ScorerLoss:
         rng = np.random.default_rng((*seed, 1))
         keep = lesson.keep(rng, step, batch.features.total)
         scores = score(self._model, scorer, batch, keep)
-        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
         if lesson.imitate is not None:
-            return self._imitation(batch, visual, scores, lesson.imitate)
+            if scorer.at == "tower":
+                goal = mx.concatenate([self._goal(item) for item in batch.samples])
+            else:
+                goal = self._attention(batch, lesson.imitate).flatten(0, 1)
+            logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
+            return -mx.sum(goal * logs), mx.array(float(len(scores)))
+        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
         noise = schedule(lesson.noise, 0.0, step, lesson.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
         warm, cold = lesson.temperature
@@ -92,9 +103,19 @@ class ScorerLoss:
             losses = losses + lesson.distill * _divergence(whole, logits)
         return mx.sum(losses * used), mx.sum(used)
 
-    def _imitation(self, batch: Batch, visual: mx.array, scores: mx.array, layer: int):
-        """Cross entropy of the scores' softmax from the attention, and how many."""
-        total, seen = batch.features.total, []
+    def _goal(self, item: Sample) -> mx.array:
+        """(1, N) what all questions about a picture attend to, computed once."""
+        if item.picture not in self._goals:
+            batch = self._batches.of([item], [item.pairs])
+            goal = mx.mean(self._attention(batch, self._lesson.imitate), axis=1)
+            mx.eval(goal)
+            self._goals[item.picture] = goal
+        return self._goals[item.picture]
+
+    def _attention(self, batch: Batch, layer: int) -> mx.array:
+        """(B, Q, N) shares of what each question attends to, sharpened."""
+        visual, seen = self._model.project(batch.features.tokens), []
+        total = batch.features.total
         every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
         asked = (batch.prefix, visual, every, batch.questions, total)
         sequence = packed(self._model, *asked)
@@ -108,14 +129,10 @@ class ScorerLoss:
                 seen.append(self._model.decoder.attention_to(number, hidden, *where))
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
-        attention = seen[0][..., sequence.visual[0]]  # (B, Q, N)
-        if len(scores) == len(visual):
-            attention = mx.mean(attention, axis=1)
-        attention = attention.reshape(scores.shape)
-        target = attention / mx.sum(attention, axis=1, keepdims=True)
-        logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
-        loss = -mx.sum(mx.stop_gradient(target) * logs)
-        return loss, mx.array(float(len(scores)))
+        attention = seen[0][..., sequence.visual[0]]
+        shares = attention / mx.sum(attention, axis=-1, keepdims=True)
+        sharp = shares**self._lesson.sharpen
+        return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
 
     def _logits(self, batch: Batch, visual: mx.array, gate: mx.array | None):
         total = batch.features.total
@@ -149,10 +166,9 @@ def train_scorer(
     if checkpoint:
         checkpoint_layers(model)
     mx.random.seed(schedule.seed)
-    at_tower = SCORERS[kind].at == "tower"
-    size = model.feature_size if at_tower else model.args.text["hidden_size"]
-    scorer = SCORERS[kind](size)
-    batches = Batches(model, processor, samples.items)
+    scorer = scorer_for(model, kind)
+    needs = scorer.needs if scorer.at == "tower" else ()
+    batches = Batches(model, processor, samples.items, needs)
     loop = Loop(scorer, ScorerLoss(model, batches, lesson), schedule, folder)
     loop.run()
     if loop.is_first:
@@ -160,6 +176,21 @@ def train_scorer(
         save_scorer(scorer, output, trained)
         draw_losses(loop.losses, folder / "loss.png")
     return scorer
+
+
+def scorer_for(model, kind: str) -> nn.Module:
+    """A new scorer for this model; `InputError` where it cannot have one."""
+    made = SCORERS[kind]
+    missing = [n for n in made.needs if n not in model.provides.get(made.at, ())]
+    if missing:
+        raise InputError(
+            f"scorer {kind!r} reads {', '.join(missing)}, which this model does not "
+            f"have at {made.at!r}; choose 'adaptive'"
+        )
+    if made.at == "prompt":
+        return made(model.args.text["hidden_size"])
+    sizes = (model.block_sizes,) if "blocks" in made.needs else ()
+    return made(model.feature_size, *sizes)
 
 
 def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
