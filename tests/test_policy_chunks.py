@@ -272,6 +272,30 @@ def test_episodes_of_chunks(corridor, tmp_path):
     assert seen == rows  # every frame of the task, and no other
 
 
+def test_a_robot_looks_again_after_the_first_actions(
+    corridor, learned, tmp_path, monkeypatch
+):
+    looked = []
+
+    class Endless(Corridor):
+        def frame(self) -> np.ndarray:
+            looked.append(self.steps)
+            return super().frame()
+
+        def step(self, action: np.ndarray) -> bool:
+            self.steps += 1
+            return False
+
+    monkeypatch.setattr(success, "World", Endless)
+    _, policy, processor = learned
+    processor, row = dataclasses.replace(processor, strict=False), success.rows()[0]
+    about = (policy, processor, 2, ["hammer"], [row])
+    success.measure(*about, tmp_path / "log.jsonl", 2)
+    assert looked == [0, 0, 2, 2, 4, 4]
+    (line,) = table.read_log(tmp_path / "log.jsonl")
+    assert line["steps"] == 10
+
+
 def test_the_command_trains_corrects_and_goes_on(corridor, tmp_path, capsys):
     paths = ["--folder", str(tmp_path / "state"), "--output", str(tmp_path / "policy")]
     asked = "chunks --steps 6 --align 2 --batch 2 --demonstrations 2".split()
