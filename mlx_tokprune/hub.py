@@ -45,6 +45,7 @@ _PATTERNS = (
 EMBEDDED = {
     "demo": Path(__file__).parent / "demo" / "checkpoint",
     "demo-policy": Path(__file__).parent / "demo" / "policy",
+    "demo-pi0": Path(__file__).parent / "demo" / "pi0",
 }
 
 
@@ -54,7 +55,7 @@ def is_local(name: str) -> bool:
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """`demo`, `demo-policy`, a folder, or a downloaded snapshot of a hub id.
+    """An embedded model, a folder, or a downloaded snapshot of a hub id.
 
     Raises `InputError` when it is none of these.
     """

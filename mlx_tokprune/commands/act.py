@@ -42,7 +42,10 @@ def build_parser() -> Parser:
         epilog=describe_methods(),
     )
     add = parser.add_argument
-    add("--model", help="demo-policy, a folder or hub id (default: demo-policy)")
+    add(
+        "--model",
+        help="demo-policy, demo-pi0, a folder or hub id (default: demo-policy)",
+    )
     help_ = "a picture, or CAMERA=FILE; repeat for several"
     add("--image", action="append", default=[], help=help_)
     add("--instruction", help="what the robot should do")
