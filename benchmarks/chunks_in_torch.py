@@ -2,13 +2,13 @@
 
     script=benchmarks/chunks_in_torch.py
     python $script prepare --state STATE --folder FOLDER
-    python $script train --folder FOLDER --output OUT --seconds 130
+    python $script train --folder FOLDER --output OUT
     python $script finish --state STATE --weights OUT/weights.npz --output CHECKPOINT
 
 STATE is the folder of a `train.policy chunks` that has collected its demonstrations,
 learned its code, and perhaps done some steps, which are then the start. `check`
-compares both losses on a batch. Only `train` needs torch, MuJoCo and Meta-World, and no
-MLX: it collects its own demonstrations, a process a task, and corrects the policy in
+compares both losses on a batch. `train` needs torch, MuJoCo and Meta-World, and nothing
+of MLX: it collects its own demonstrations, a process a task, and corrects the policy in
 rounds of DAgger, which go on beside the training. The losses, how visual tokens are
 dropped and what a batch is are those of `mlx_tokprune/train/policy/pi0fast.py`; the
 weights are averaged, and colours are shaken, since renderers differ a little.
@@ -640,7 +640,7 @@ def main() -> None:
         if name in ("train", "finish"):
             some.add_argument("--output", type=Path, required=True)
         if name == "train":
-            some.add_argument("--seconds", type=float, default=150, help="of training")
+            some.add_argument("--seconds", type=float, default=160, help="of training")
             help_ = "seconds of collecting"
             some.add_argument("--demonstrate", type=float, default=15, help=help_)
             some.add_argument("--rounds", type=int, default=5, help="of DAgger")

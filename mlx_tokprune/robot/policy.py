@@ -30,6 +30,7 @@ from .heads import Chunks, head_of
 from .inputs import (
     check_action,
     check_acts,
+    check_first,
     check_images,
     normalize_states,
     observe,
@@ -83,7 +84,7 @@ class Policy:
         self.bounds = processor.bounds("action", unnorm_key)
         self._head = head_of(model, processor, len(self.bounds.low))
         self._head.check(self.bounds)
-        _check_first(model, first)
+        check_first(model, first)
         self.first = first
         self._has_own_count = any(pruner.has_own_count for pruner in self.plan)
         self._looks_back = any("scores_previous" in p.wants for p in self.plan)
@@ -336,18 +337,6 @@ def _check_draft(model: VisionModel, draft) -> None:
         raise InputError(f"drafts are True, False or 'shifted', not {draft!r}")
     if draft == "shifted" and model.answers != "chunks":
         raise InputError("only the answers of pi0-FAST are drafted shifted")
-
-
-def _check_first(model: VisionModel, first: int | None) -> None:
-    if first is None:
-        return
-    if model.answers == "bins":
-        raise InputError("this policy answers one action at a time; leave out first")
-    chunk = model.args.horizon if model.answers == "chunks" else model.args.oft.chunk
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 < first <= chunk:
-        raise InputError(
-            f"cannot do the first {first!r} actions of a chunk; expected 1 to {chunk}"
-        )
 
 
 def _padded(visual: VisualTokens) -> tuple[mx.array, mx.array, mx.array]:
