@@ -28,6 +28,7 @@ from ...models.openvla import OpenVLA
 from ...models.pi0fast import ModelArgs, Pi0Fast
 from ...prompt import state_prompt
 from .student import trimvla_scores
+from .student import vocabulary as teacher_vocabulary
 from .worlds import ACTION_DIM, SIZE, STATE_DIM, TASKS
 
 HORIZON = 8  # actions of a chunk
@@ -42,7 +43,10 @@ _SCALE = 10  # of coefficients, as published
 _LEAST = -math.ceil(_SCALE * HORIZON**0.5)  # the coefficient of -1 all the time
 _TOWER = {"image_size": SIZE, "patch_size": 14, "hidden_size": 128}
 _TOWER |= {"intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+_RULES = {"action": "identity", "proprio": "bounds"}
 _SILU = 1.702  # silu(x) is about gelu(x / 1.702) * 1.702
+_TABLE = "language_model.model.embed_tokens.weight"
+_ADDED = r"blocks\.3\.(attn\.proj|mlp\.fc2)"  # what the last block adds
 
 # Words --------------------------------------------------------------------------------
 
@@ -172,10 +176,8 @@ def build_policy() -> Pi0Fast:
     model = Pi0Fast(ModelArgs.from_dict(config), inference=False)
 
     def start(name: str, array: mx.array) -> mx.array:
-        if array.ndim < 2 or "norm" in name:
-            return (
-                mx.ones(array.shape) if _is_layer_norm(name) else mx.zeros(array.shape)
-            )
+        if array.ndim < 2:
+            return mx.full(array.shape, float(_is_layer_norm(name)))
         scale = math.prod(array.shape[1:]) ** -0.5
         scale = 0.02 if "embed" in name else min(scale, 0.05)
         return scale * mx.random.truncated_normal(-2, 2, array.shape)
@@ -188,9 +190,6 @@ def build_policy() -> Pi0Fast:
 def _is_layer_norm(name: str) -> bool:
     """Gemma's norms hold what is added to 1."""
     return name.startswith("vision_tower") and name.endswith("weight")
-
-
-_RULES = {"action": "identity", "proprio": "bounds"}
 
 
 def build_processor(code: FastCode, bounds: Bounds) -> ChunkProcessor:
@@ -212,38 +211,31 @@ def warm_start(policy: Pi0Fast, teacher: OpenVLA) -> None:
     known = dict(tree_flatten(teacher.parameters()))
     found = dict(tree_flatten(policy.parameters()))
     found |= _tower_of(known) | _language_of(known)
-    width = found["language_model.model.embed_tokens.weight"].shape[1]
-    table = np.array(found["language_model.model.embed_tokens.weight"])
-    from .student import vocabulary as of_teacher
-
-    words, theirs = (
-        of_teacher(),
-        np.array(known["language_model.model.embed_tokens.weight"]),
-    )
+    table = np.array(found[_TABLE])
+    words, theirs = teacher_vocabulary(), np.array(known[_TABLE])
+    scale = table.shape[1] ** -0.5  # Gemma multiplies its embeddings
     for word, number in vocabulary().items():
         if word in words:
-            table[number] = theirs[words[word]] / width**0.5
+            table[number] = scale * theirs[words[word]]
         elif word in _BINS:
-            table[number] = _bin_embedding(int(word), width)
-    found["language_model.model.embed_tokens.weight"] = mx.array(table)
+            table[number] = scale * _bin_embedding(int(word), table.shape[1])
+    found[_TABLE] = mx.array(table)
     policy.load_weights(list(found.items()))
 
 
 def _tower_of(known: Mapping[str, mx.array]) -> dict[str, mx.array]:
     root, found = "vision_backbone.fused_featurizer.", {}
     for name, array in known.items():
-        if not name.startswith(root) or ".norm." in name[len(root) - 1 :][:6]:
+        name, before = name.removeprefix(root), name
+        if name == before or name.startswith("norm."):
             continue
-        name = name.removeprefix(root)
-        if name == "pos_embed":
-            array = array[0]
         if ".attn.qkv." in name:
             parts = zip("qkv", mx.split(array, 3), strict=True)
             found |= {name.replace("qkv", part): a for part, a in parts}
-            continue
-        if re.match(r"blocks\.3\.(attn\.proj|mlp\.fc2)", name):
-            array = mx.zeros(array.shape)
-        found[name] = array
+        elif re.match(_ADDED, name):
+            found[name] = mx.zeros(array.shape)
+        else:
+            found[name] = array[0] if name == "pos_embed" else array
     return {f"vision_tower.{name}": array for name, array in found.items()}
 
 
@@ -266,7 +258,7 @@ def _bin_embedding(number: int, width: int) -> np.ndarray:
     """Bins that are near look alike."""
     waves = np.arange(1, width // 2 + 1) / (width // 2) * np.pi * 4
     angles = waves * number / 256
-    return 0.3 * np.concatenate([np.sin(angles), np.cos(angles)]) / width**0.5
+    return 0.3 * np.concatenate([np.sin(angles), np.cos(angles)])
 
 
 # Learning -----------------------------------------------------------------------------
