@@ -72,7 +72,7 @@ def read_manifest(size: str, layers: int | None) -> tuple[dict, Path]:
         config |= {key: tiny[key] for key in same}
         config["input_features"]["observation.state"]["shape"] = [len(tiny["state"])]
         # Answers are random, and end nowhere.
-        config |= {"validate_action_token_prefix": False, "max_decoding_steps": 32}
+        config |= {"validate_action_token_prefix": False, "max_decoding_steps": 8}
         return manifest, TESTS / "pi0fast-tiny"
     if size == "OpenVLA-7B":
         config["empty_token_id"] = 5  # of the tiny tokenizer
