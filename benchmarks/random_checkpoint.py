@@ -2,10 +2,12 @@
 
     python benchmarks/random_checkpoint.py 0.5B /tmp/FastVLM-0.5B --dtype float16
     python benchmarks/random_checkpoint.py OpenVLA-7B /tmp/OpenVLA-7B --dtype bfloat16
+    python benchmarks/random_checkpoint.py pi0-FAST /tmp/pi0-FAST --dtype bfloat16
 
-Sizes 0.5B, 1.5B and 7B are FastVLM's. The names and shapes come from
-`tests/data/manifests`; the tokenizer is that of the tiny test checkpoint. Weights are
-scaled so that activations stay finite, and large tensors repeat a random block.
+Sizes 0.5B, 1.5B and 7B are FastVLM's; pi0-FAST is laid out as lerobot does. The names
+and shapes come from `tests/data/manifests`; tokenizers and a robot's statistics are
+those of the tiny test checkpoint. Weights are scaled so that activations stay finite,
+and large tensors repeat a random block.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from mlx_tokprune.convert.checkpoint import write_config, write_shards
 
 TESTS = Path(__file__).parents[1] / "tests" / "data"
 BLOCK = 1_000_003  # a prime, so that no two rows of a matrix are equal
+POLICIES = ("OpenVLA-7B", "pi0-FAST")
 LLAMA_2_7B = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -53,32 +56,41 @@ def normal(shape: list[int], scale: float, dtype: mx.Dtype) -> mx.array:
 def read_manifest(size: str, layers: int | None) -> tuple[dict, Path]:
     """The manifest, cut to `layers` of the language model, and the tokenizer's folder.
 
-    `layers` is for OpenVLA; `None` keeps them all.
+    `layers` is for policies; `None` keeps them all.
     """
-    openvla = size.startswith("OpenVLA")
-    name = size if openvla else f"FastVLM-{size}"
+    name = {"pi0-FAST": "pi0_fast", "OpenVLA-7B": size}.get(size, f"FastVLM-{size}")
     path = TESTS / "manifests" / f"{name}.json.gz"
     manifest = json.loads(gzip.decompress(path.read_bytes()))
-    if openvla:
-        manifest["config"]["empty_token_id"] = 5  # of the tiny tokenizer
+    config = manifest["config"]
     if layers:
-        text = LLAMA_2_7B | {"num_hidden_layers": layers}
-        manifest["config"]["text_config"] |= text
         manifest["tensors"] = {
             n: s for n, s in manifest["tensors"].items() if layer_number(n) < layers
         }
-    return manifest, TESTS / ("openvla-tiny" if openvla else "fastvlm-tiny")
+    if size == "pi0-FAST":
+        tiny = json.loads((TESTS / "pi0fast-tiny" / "config.json").read_text())
+        same = ("output_features", "normalization_mapping")
+        config |= {key: tiny[key] for key in same}
+        config["input_features"]["observation.state"]["shape"] = [len(tiny["state"])]
+        # Answers are random, and end nowhere.
+        config |= {"validate_action_token_prefix": False, "max_decoding_steps": 8}
+        return manifest, TESTS / "pi0fast-tiny"
+    if size == "OpenVLA-7B":
+        config["empty_token_id"] = 5  # of the tiny tokenizer
+        if layers:
+            config["text_config"] |= LLAMA_2_7B | {"num_hidden_layers": layers}
+        return manifest, TESTS / "openvla-tiny"
+    return manifest, TESTS / "fastvlm-tiny"
 
 
 def layer_number(name: str) -> int:
-    """The language model layer of an OpenVLA tensor; -1 for any other tensor."""
-    match = re.match(r"language_model\.model\.layers\.(\d+)\.", name)
+    """The language model layer of a policy's tensor; -1 for any other tensor."""
+    match = re.search(r"language_model\.(?:model\.)?layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("size", choices=["0.5B", "1.5B", "7B", "OpenVLA-7B"])
+    parser.add_argument("size", choices=["0.5B", "1.5B", "7B", *POLICIES])
     parser.add_argument("folder", type=Path)
     types = ["float16", "bfloat16", "float32"]
     parser.add_argument("--dtype", default="float16", choices=types)
@@ -87,11 +99,11 @@ def main() -> None:
         type=int,
         choices=range(1, 33),
         metavar="N",
-        help="keep the first N of OpenVLA's 32 language model layers",
+        help="keep the first N of a policy's language model layers",
     )
     args = parser.parse_args()
-    if args.layers and args.size != "OpenVLA-7B":
-        parser.error("--layers is for OpenVLA-7B")
+    if args.layers and args.size not in POLICIES:
+        parser.error(f"--layers is for {' and '.join(POLICIES)}")
     manifest, tiny = read_manifest(args.size, args.layers)
     dtype = getattr(mx, args.dtype)
     mx.random.seed(0)
@@ -103,8 +115,11 @@ def main() -> None:
     if "preprocessor" in manifest:
         text = json.dumps(manifest["preprocessor"], indent=2)
         (args.folder / "preprocessor_config.json").write_text(text + "\n")
-    for source in tiny.glob("tokenizer*"):
-        shutil.copy(source, args.folder)
+    for pattern in ("tokenizer*", "policy_preprocessor*"):
+        for source in tiny.glob(pattern):
+            shutil.copy(source, args.folder)
+    if (tiny / "fast").is_dir():
+        shutil.copytree(tiny / "fast", args.folder / "fast")
     print(f"wrote {len(tensors)} tensors to {args.folder}")
 
 

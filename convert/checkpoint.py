@@ -22,6 +22,7 @@ from ..hub import COMPANIONS
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
+_ORBAX = (".", "params", "default")  # where its _METADATA lies
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _LARGEST_COMPANION = 256 << 20  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -103,6 +104,14 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"{folder} is not a folder; expected a checkpoint folder with "
             "config.json and safetensors files"
+        )
+    weights = any(folder.glob("*.safetensors"))
+    if not weights and any((folder / p / "_METADATA").is_file() for p in _ORBAX):
+        raise InputError(
+            f"{folder} is an Orbax checkpoint, which is not read; expected the "
+            "safetensors that lerobot saves: take lerobot/pi0fast-base, or write the "
+            "weights under lerobot's names (openpi's convert_jax_model_to_pytorch.py "
+            "refuses pi0-FAST)"
         )
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):

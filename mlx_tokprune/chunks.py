@@ -112,6 +112,12 @@ class ChunkProcessor:
     def _id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
 
+    def answer(self, chunk: np.ndarray) -> list[int]:
+        """(horizon, size) normalised actions -> the token ids of an answer."""
+        head = self.tokenizer.encode("Action: ", add_special_tokens=False)
+        last = self.tokenizer.vocab_size - 1 - self.skipped
+        return [*head, *(last - t for t in self.code.encode(chunk)), self.stop]
+
     def actions(self, said: Sequence[int]) -> tuple[np.ndarray, str | None]:
         """Answered token ids -> (horizon, size) normalised actions, and what was wrong.
 

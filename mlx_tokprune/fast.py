@@ -3,11 +3,14 @@
 A chunk's cosine transform over time, times a scale and rounded, is a text: a character
 for each coefficient, in byte-pair code. Read from the `tokenizer.json` that FAST is
 published with and the `processor_config.json` beside it; its own code is never run.
+Chunks are put into code by `tokenizers`.
 """
 
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,13 @@ class FastCode:
     """The byte-pair code and its scale.
 
     pieces: bytes by token id. scale: what coefficients were multiplied by. least: the
-    coefficient of character 0.
+    coefficient of character 0. source: the tokenizer's JSON.
     """
 
     pieces: Mapping[int, bytes]
     scale: float
     least: int
+    source: str = field(default="", repr=False)
 
     @classmethod
     def read(cls, tokenizer: Path, settings: Path) -> "FastCode":
@@ -79,7 +83,12 @@ class FastCode:
                 f"the settings of {name} say scale {scale!r} and min_token {least!r}; "
                 "expected a positive number and a whole one"
             )
-        return cls(pieces, float(scale), least)
+        return cls(pieces, float(scale), least, json.dumps(tokenizer))
+
+    def encode(self, chunk: np.ndarray) -> list[int]:
+        """(horizon, size) actions -> token ids, as published."""
+        text = code_text(chunk, self.scale, self.least)
+        return _tokenizer(self.source).encode(text, add_special_tokens=False).ids
 
     def coefficients(self, ids: Sequence[int]) -> list[int]:
         """Quantised coefficients; ids that are no tokens are left out, as published."""
@@ -108,6 +117,19 @@ class FastCode:
         found = (found + [0] * wanted)[:wanted]
         grid = np.array(found, np.float64).reshape(horizon, size)
         return _inverse(horizon) @ (grid / self.scale), wrong
+
+
+def code_text(chunk: np.ndarray, scale: float, least: int) -> str:
+    """A character for each coefficient of a chunk; those below `least` are raised."""
+    found = np.rint(_inverse(len(chunk)).T @ chunk * scale).astype(int)
+    return "".join(chr(max(value - least, 0)) for value in found.flatten())
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(source: str):
+    from tokenizers import Tokenizer  # comes with transformers
+
+    return Tokenizer.from_str(source)
 
 
 def _vocabulary(model: Any, added: Any) -> dict[str, int]:

@@ -45,6 +45,7 @@ _PATTERNS = (
 EMBEDDED = {
     "demo": Path(__file__).parent / "demo" / "checkpoint",
     "demo-policy": Path(__file__).parent / "demo" / "policy",
+    "demo-pi0": Path(__file__).parent / "demo" / "pi0",
 }
 
 
@@ -67,7 +68,7 @@ def is_local(name: str) -> bool:
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """`demo`, `demo-policy`, `testbed`, a folder, or a downloaded snapshot of a hub id.
+    """An embedded model, `testbed`, a folder, or a snapshot of a hub id.
 
     Raises `InputError` when it is none of these.
     """

@@ -353,6 +353,14 @@ def test_a_tokenizer_that_the_hub_does_not_give_says_where_to_put_it(
     assert not (tmp_path / "mlx").exists()
 
 
+@pytest.mark.parametrize("place", [".", "params"])
+def test_an_orbax_checkpoint_is_told_how_to_get_safetensors(tmp_path, place):
+    (tmp_path / "jax" / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "jax" / place / "_METADATA").write_text("{}")
+    with pytest.raises(InputError, match=r"Orbax checkpoint.*lerobot/pi0fast-base"):
+        convert(str(tmp_path / "jax"), str(tmp_path / "mlx"))
+
+
 def test_flags_of_openvla_are_refused(copy, tmp_path):
     with pytest.raises(InputError, match="is a pi0-FAST policy; leave out"):
         convert(str(copy), str(tmp_path / "mlx"), lora_adapter="merge")

@@ -12,8 +12,9 @@ from PIL import Image
 
 import mlx_tokprune
 from mlx_tokprune import Pruner, generate, predict_action
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune.demo import PICTURES, POLICY_FRAME, POLICY_STATE
 from mlx_tokprune.demo.__main__ import main
+from mlx_tokprune.hub import EMBEDDED
 from mlx_tokprune.pipeline import Scene, look, run
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import as_plan
@@ -60,6 +61,33 @@ def test_the_instruction_decides_the_action(demo_policy):
         for verb in ("open", "close")
     )
     assert np.abs(opened - closed).max() > 0.3
+
+
+@pytest.fixture(scope="module")
+def demo_pi0():
+    return mlx_tokprune.load("demo-pi0")
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5, 0.25])
+def test_the_small_pi0_begins_as_the_expert_does(demo_pi0, ratio):
+    """And under the opposite instruction otherwise, from the same picture and state."""
+    expert = np.array([float(value) for value in POLICY_FRAME.answer.split()])
+    chunks = [
+        predict_action(
+            *(*demo_pi0, [POLICY_FRAME.path], f"{verb} the drawer"),
+            proprio=POLICY_STATE,
+            pruner=Pruner("trimvla", ratio) if ratio else None,
+        ).values
+        for verb in ("open", "close")
+    ]
+    assert chunks[0].shape == (8, 4)
+    assert np.abs(chunks[0][0] - expert).max() < 0.15
+    assert np.abs(chunks[0] - chunks[1]).max() > 0.5
+
+
+def test_the_small_pi0_is_small():
+    files = [p for p in EMBEDDED["demo-pi0"].rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 12e6
 
 
 def test_the_picture_decides_the_answer(demo):

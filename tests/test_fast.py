@@ -54,6 +54,7 @@ def test_1000_chunks_come_back_as_published(code, published):
     encode, decode = published
     for chunk in draw(1000):
         ids = encode(chunk)
+        assert code.encode(chunk) == ids
         found, wrong = code.decode(ids, *SHAPE)
         assert wrong is None
         np.testing.assert_allclose(found, decode(ids), atol=1e-12)

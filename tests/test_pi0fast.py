@@ -357,6 +357,12 @@ def test_command_line(tiny_chunks, expected, capsys, tmp_path):
     assert "coefficients" in record["wrong"]
     main([*asked, "--keep-ratio", "0.5", "--method", "norm"])
     assert "48, kept 24" in capsys.readouterr().out
+    main([*asked, "--json", "--first", "3", "--runs", "1"])
+    some = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert some["action"] == record["action"][:3]
+    with pytest.raises(SystemExit):
+        main([*asked, "--first", "5"])
+    assert "expected 1 to 4" in capsys.readouterr().err
     for wrong in (["--image", str(TINY_CHUNKS / "image_0.png")], images[:2]):
         with pytest.raises(SystemExit):
             main([*asked, *wrong])

@@ -59,6 +59,12 @@ class Corridor:
     def expert(self) -> np.ndarray:
         return np.array([self.side, 0, 0, 1], np.float32)
 
+    def hand(self) -> np.ndarray:
+        return np.array([0, 0, 0.1 * self.steps, 1], np.float32)
+
+    def ahead(self, count: int) -> np.ndarray:
+        return np.stack([self.expert()] * count)
+
     def step(self, action: np.ndarray) -> bool:
         self.steps += 1
         self.success = self.success or (self.steps >= 3 and action[0] * self.side > 0)
@@ -337,8 +343,10 @@ def test_the_opposite_instruction_is_the_opposite(corridor, monkeypatch):
     monkeypatch.setattr(success, "Policy", Listener)
     row = success.Row("opposite instruction", Pruner())
     for name in TASKS:
-        see, _ = success._actor(None, None, row, name)
-        see(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+        world = Corridor(name)
+        world.reset(0)
+        see, _ = success._actor(None, None, row, name, 1, None)
+        see([world])
         assert heard[-1] != TASKS[name].instruction
     assert heard[0] == "close the drawer"
 

@@ -44,6 +44,9 @@ class Corridor:
     def expert(self) -> np.ndarray:
         return np.array([self.side, 0, 0, 1], np.float32)
 
+    def hand(self) -> np.ndarray:
+        return np.zeros(4, np.float32)
+
     def step(self, action: np.ndarray) -> bool:
         self.steps += 1
         self.success = self.steps >= 3
@@ -236,7 +239,8 @@ def test_tasks_that_take_long_are_drawn_more_often(tmp_path, corridor):
     for step, slow in ((0, 3), (7, 8)):
         tasks = np.repeat(np.arange(9), [30 if n == slow else 10 for n in range(9)])
         frames = np.zeros((len(tasks), SIZE, SIZE, 3), np.uint8)
-        episodes = demonstrations.Episodes(frames, np.zeros((len(tasks), 4)), tasks)
+        zeros = np.zeros((len(tasks), 4))
+        episodes = demonstrations.Episodes(frames, zeros, tasks, zeros)
         episodes.save(collector.data / f"corrections-{step:06d}")
     assert np.argmax(collector.shares(6)) == 3
     shares = collector.shares(7)

@@ -15,7 +15,7 @@ from ..image import center_crop, load_image
 from ..loading import load
 from ..measure.machine import device_name
 from ..pipeline import given_or_carried
-from ..robot.inputs import check_images
+from ..robot.inputs import check_first, check_images
 from ..robot.policy import Policy
 from ..robot.predict import predict_action
 from .options import (
@@ -42,7 +42,10 @@ def build_parser() -> Parser:
         epilog=describe_methods(),
     )
     add = parser.add_argument
-    add("--model", help="demo-policy, a folder or hub id (default: demo-policy)")
+    add(
+        "--model",
+        help="demo-policy, demo-pi0, a folder or hub id (default: demo-policy)",
+    )
     help_ = "a picture, or CAMERA=FILE; repeat for several"
     add("--image", action="append", default=[], help=help_)
     add("--instruction", help="what the robot should do")
@@ -54,6 +57,8 @@ def build_parser() -> Parser:
     add("--coverage", type=float, help="of trimvla without a budget (default: 0.15)")
     add("--min-keep-ratio", type=float, help="of the same (default: 0.1)")
     add("--seed", type=int, default=0, help="of method random")
+    help_ = "of a chunk, the actions to do before looking again (default: all)"
+    add("--first", type=int, metavar="N", help=help_)
     help_ = "warm runs of a compiled policy, for actions/s (default: none)"
     add("--runs", type=int, default=0, help=help_)
     help_ = "draft each of these by the last one's tokens; actions stay the same"
@@ -93,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if names:
         images = dict(zip(names, images, strict=True))
+    check_first(model, args.first)
     plan = given_or_carried(model, pruners)
     mx.reset_peak_memory()
     asked = {"pruner": plan, "positions": args.positions}
@@ -103,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     peak, rate, calls = mx.get_peak_memory() / 1e6, None, None
     if args.runs:
-        policy = Policy(model, processor, draft=args.draft, **asked)
+        how = {"draft": args.draft, "first": args.first}
+        policy = Policy(model, processor, **how, **asked)
         rate = _actions_per_second(policy, images, instruction, args.proprio, args.runs)
         calls = policy.calls
     visual = action.visual
@@ -112,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         seen = [center_crop(image, processor.crop) for image in seen]
         write_overlay(args.overlay, seen, visual, padded=processor.pads)
     record = {
-        "action": action.values.tolist(),
-        "normalized_action": action.normalized.tolist(),
+        "action": _first(action.values, args.first),
+        "normalized_action": _first(action.normalized, args.first),
         "token_ids": action.token_ids and list(action.token_ids),
         "visual_tokens": visual.total,
         "wrong": action.wrong,
@@ -133,6 +140,10 @@ def main(argv: list[str] | None = None) -> None:
     print(format_report(record), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(record))
+
+
+def _first(actions: np.ndarray, count: int | None) -> list:
+    return actions.tolist() if count is None else actions[:count].tolist()
 
 
 def split_names(texts: list[str]) -> tuple[list[str], list[str]]:

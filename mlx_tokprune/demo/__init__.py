@@ -1,4 +1,6 @@
-"""The embedded demo: a small FastVLM and a small OpenVLA that we trained, and pictures.
+"""The embedded demo: small models that we trained, and pictures.
+
+A FastVLM, an OpenVLA and a pi0-FAST.
 
 `python -m mlx_tokprune.demo` runs the whole path on them. The checkpoints are stored as
 their families are published, so that the demo converts them like anybody's;
@@ -24,6 +26,8 @@ class Picture:
 POLICY_FRAME = Picture(
     FOLDER / "frame.png", "open the drawer", "-0.09 +0.10 -0.58 -1.00"
 )
+# Where the hand is in it, and how far its fingers are apart, which demo-pi0 reads.
+POLICY_STATE = (-0.0325, 0.6186, 0.2156, 1.0)
 PICTURES = (
     Picture(FOLDER / "scene_0.png", "What does the sign say?", "EAST"),
     Picture(FOLDER / "scene_1.png", "Is the blue square above the cross?", "yes"),

@@ -240,6 +240,12 @@ class Chunks:
         stop = self.processor.stop
         return list(ids[: ids.index(stop) + 1] if stop in ids else ids)[: self.most]
 
+    def shifted(self, ids: Sequence[int], done: int) -> list[int]:
+        """An answer (T,) without its first `done` actions, the last one held."""
+        chunk, _ = self.processor.actions(ids)
+        held = np.repeat(chunk[-1:], min(done, len(chunk)), axis=0)
+        return self.processor.answer(np.concatenate([chunk[done:], held]))
+
     def ids(self, said: np.ndarray) -> tuple[int, ...]:
         """Token ids of one answer, up to its end."""
         return tuple(self.cut([int(number) for number in said]))

@@ -26,6 +26,19 @@ def check_acts(model: VisionModel, processor) -> None:
         )
 
 
+def check_first(model: VisionModel, first: int | None) -> None:
+    """Raise `InputError` unless a chunk has so many first actions; `None` is all."""
+    if first is None:
+        return
+    if model.answers == "bins":
+        raise InputError("this policy answers one action at a time; leave out first")
+    chunk = model.args.horizon if model.answers == "chunks" else model.args.oft.chunk
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 < first <= chunk:
+        raise InputError(
+            f"cannot do the first {first!r} actions of a chunk; expected 1 to {chunk}"
+        )
+
+
 def observe(
     processor: ActionProcessor | ChunkProcessor,
     robots: Sequence[Sequence[Image.Image]],

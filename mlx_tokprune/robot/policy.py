@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +30,7 @@ from .heads import Chunks, head_of
 from .inputs import (
     check_action,
     check_acts,
+    check_first,
     check_images,
     normalize_states,
     observe,
@@ -50,13 +52,16 @@ class Policy:
     of 8) does not compile again. Nothing of one observation reaches the next, but for
     drafts; weights are those of the first call of a shape.
     `reset` between episodes forgets the tokens of past instructions.
+    first: how many actions of a chunk are given back, those that are done before the
+    policy looks again; `None` for all.
     draft: guess that tokens are those of the last action, or go on as they did there,
-    and have the model check them in one call; actions stay the same. `kept` is how many
-    visual tokens the last call had, mean over robots and layers, `kept_each` that of
-    each robot; `calls` how often it ran the language model;
-    `wrong` what was wrong with its answer, of pi0-FAST policies. Those read one robot's
-    state as text and end their answers themselves, so they are not compiled, and robots
-    of a batch act one after the other.
+    and have the model check them in one call; actions stay the same. "shifted" guesses
+    what a chunk had left after its `first` actions, with the last one held. `kept` is
+    how many visual tokens the last call had, mean over robots and layers, `kept_each`
+    that of each robot; `calls` how often it ran the language model; `wrong` what was
+    wrong with its answer, of pi0-FAST policies. Those read one robot's state as text
+    and end their answers themselves, so they are not compiled, and robots of a batch
+    act one after the other.
     """
 
     def __init__(
@@ -68,7 +73,8 @@ class Policy:
         positions: str = DEFAULT_POSITIONS,
         unnorm_key: str | None = None,
         compile: bool = True,
-        draft: bool = False,
+        draft: bool | Literal["shifted"] = False,
+        first: int | None = None,
     ):
         check_acts(model, processor)
         check_positions(positions)
@@ -78,6 +84,8 @@ class Policy:
         self.bounds = processor.bounds("action", unnorm_key)
         self._head = head_of(model, processor, len(self.bounds.low))
         self._head.check(self.bounds)
+        check_first(model, first)
+        self.first = first
         self._has_own_count = any(pruner.has_own_count for pruner in self.plan)
         self._looks_back = any("scores_previous" in p.wants for p in self.plan)
         alone = self._has_own_count or self._looks_back
@@ -86,6 +94,7 @@ class Policy:
                 "drafts are for policies that decode tokens, under a method with a "
                 "budget that does not look back; leave out draft"
             )
+        _check_draft(model, draft)
         compile = compile and self._head.compiles
         wrap = mx.compile if compile else (lambda function: function)
         self._whole = wrap(self._act_on_pixels)
@@ -122,6 +131,7 @@ class Policy:
     ) -> np.ndarray:
         """(A,) action in robot units, or (chunk, A) from OpenVLA-OFT and pi0-FAST.
 
+        Of chunks, only the `first` actions.
         images: in the policy's order, or by the names of its cameras.
         """
         states = None if proprio is None else [proprio]
@@ -155,7 +165,7 @@ class Policy:
         if self.model.answers == "chunks":
             self.wrong = self._head.wrong(np.array(said[0]))
         self._last = said if self._drafts else None
-        return self.bounds.to_units(normalized)
+        return self.bounds.to_units(normalized)[:, : self.first]
 
     def _told(
         self, instruction: str, proprio, robots: int
@@ -203,6 +213,8 @@ class Policy:
 
     def _draft_chunk(self, head: Chunks, last: mx.array, scene: Scene) -> mx.array:
         answer, how = list(head.ids(np.array(last))), {"positions": self.positions}
+        if self._drafts == "shifted":
+            answer = head.shifted(answer, self.first or self.model.args.horizon)
         said, self.calls = draft_chunk(
             *(head, self.model, scene, self.plan, answer), **how
         )
@@ -318,6 +330,13 @@ class Policy:
         return VisualTokens(
             *(embeddings, indices, selection, self._grid, self._seen, mask)
         )
+
+
+def _check_draft(model: VisionModel, draft) -> None:
+    if draft not in (False, True, "shifted"):
+        raise InputError(f"drafts are True, False or 'shifted', not {draft!r}")
+    if draft == "shifted" and model.answers != "chunks":
+        raise InputError("only the answers of pi0-FAST are drafted shifted")
 
 
 def _padded(visual: VisualTokens) -> tuple[mx.array, mx.array, mx.array]:

@@ -24,7 +24,10 @@ def build_parser() -> Parser:
     success.add_argument("--budgets", nargs="+", type=float, help=help_)
     help_ = "only these, called as in the table: none, 'trimvla 0.1' (default: all)"
     success.add_argument("--rows", nargs="+", metavar="ROW", help=help_)
+    help_ = "of a chunk, the actions done before looking again (default: all)"
+    success.add_argument("--first", type=int, metavar="N", help=help_)
     success.add_argument("--log", required=True, help="JSON lines, added to")
+    _add_chunks(commands)
     _add_tune(commands)
     table = commands.add_parser("table", help="the table of one or more logs")
     table.add_argument("logs", nargs="+")
@@ -70,14 +73,38 @@ def _add_tune(commands) -> None:
     add("--output", required=True, help="checkpoint folder to write")
 
 
+def _add_chunks(commands) -> None:
+    help_ = "train a small pi0-FAST that answers in chunks of actions, resuming"
+    parser = commands.add_parser("chunks", help=help_)
+    add = parser.add_argument
+    help_ = "the policy that it begins with (default: demo-policy)"
+    add("--teacher", default="demo-policy", help=help_)
+    add("--start", help="folder of a policy of its own shape to go on with instead")
+    add("--steps", type=int, default=6000, help="(default: 6000)")
+    help_ = "of these, those that only learn to see as the teacher does (default: 500)"
+    add("--align", type=int, default=500, help=help_)
+    add("--batch", type=int, default=32, help="frames in a step (default: 32)")
+    add("--learning-rate", type=float, default=1e-3, help="(default: 1e-3)")
+    help_ = "episodes of each task (default: 100)"
+    add("--demonstrations", type=int, default=100, help=help_)
+    help_ = "episodes of each task in a round of DAgger (default: 8)"
+    add("--corrections", type=int, default=8, help=help_)
+    add("--rounds", type=int, default=3, help="of DAgger (default: 3)")
+    add("--seed", type=int, default=0)
+    add("--folder", required=True, help="where training state is kept")
+    add("--output", required=True, help="checkpoint folder to write")
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.command == "table":
         _print_table(args)
         return
-    import_simulator()
-    {"run": _train, "tune": _tune, "success": _measure}[args.command](args)
+    if args.command != "chunks":  # needs it only where episodes are missing
+        import_simulator()
+    commands = {"run": _train, "tune": _tune, "chunks": _chunk, "success": _measure}
+    commands[args.command](args)
 
 
 def _train(args) -> None:
@@ -108,6 +135,19 @@ def _tune(args) -> None:
     print(f"wrote {args.output}")
 
 
+def _chunk(args) -> None:
+    from ..tune.loop import Schedule
+    from .chunking import Chunker, Chunking
+
+    if Path(args.output).exists():
+        raise InputError(f"{args.output} already exists; choose a new folder")
+    names = [field.name for field in dataclasses.fields(Chunking)]
+    chunking = Chunking(**{n: v for n, v in vars(args).items() if n in names})
+    schedule = Schedule(args.steps, args.learning_rate, seed=args.seed)
+    Chunker(chunking, schedule, Path(args.folder)).run(Path(args.output))
+    print(f"wrote {args.output}")
+
+
 def _measure(args) -> None:
     from ...loading import load
     from .success import BUDGETS, measure, rows
@@ -122,7 +162,8 @@ def _measure(args) -> None:
         raise InputError(f"cannot run {args.episodes} episodes; the least is 1")
     chosen = rows(args.methods, args.budgets or BUDGETS, args.rows)
     log = Path(args.log)
-    measure(*load(args.model), args.episodes, args.tasks, chosen, log)
+    about = (args.episodes, args.tasks, chosen, log, args.first)
+    measure(*load(args.model), *about)
     print(f"wrote {log}")
 
 

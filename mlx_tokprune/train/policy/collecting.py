@@ -30,10 +30,13 @@ Actor = Callable[[np.random.Generator, int], Policy]
 
 
 class Collector:
-    """The episodes that a training in `folder` learns from."""
+    """The episodes that a training in `folder` learns from.
 
-    def __init__(self, folder: Path):
-        self.data = folder / "episodes"
+    ahead: how many of the expert's next actions are the label of a frame.
+    """
+
+    def __init__(self, folder: Path, ahead: int = 1):
+        self.data, self.ahead = folder / "episodes", ahead
         self.data.mkdir(parents=True, exist_ok=True)
         self._worlds: dict[str, World] = {}
         prompts = [prompt_ids(task.instruction) for task in TASKS.values()]
@@ -50,7 +53,8 @@ class Collector:
             first = DEMONSTRATION_SEEDS + 10_000 * number
             seeds = range(first, first + count)
             shown = tqdm(seeds, desc=name, unit="episode", disable=None)
-            join([demonstrate(self._world(name), s) for s in shown]).save(folder)
+            world = self._world(name)
+            join([demonstrate(world, s, self.ahead) for s in shown]).save(folder)
 
     def has_corrections(self, step: int) -> bool:
         return (self.data / _corrections(step)).exists()
@@ -68,15 +72,17 @@ class Collector:
         join(parts).save(self.data / _corrections(step))
 
     def _corrected(self, name: str, seed: int, mixed: float, actor: Actor) -> Episodes:
-        rng = np.random.default_rng(seed)
-        policy = actor(rng, seed)
+        rng, world = np.random.default_rng(seed), self._world(name)
+        policy, planned = actor(rng, seed), []
 
         def act(frame: np.ndarray, expert: np.ndarray) -> np.ndarray:
-            if rng.random() < mixed:
-                return expert
-            return policy([frame], TASKS[name].instruction)
+            if not planned:  # of a chunk, what is done before looking again
+                asked = ([frame], TASKS[name].instruction, *told(policy, world))
+                planned.extend(np.atleast_2d(policy(*asked)))
+            action = planned.pop(0)
+            return expert if rng.random() < mixed else action
 
-        return record(self._world(name), seed, act)
+        return record(world, seed, act, self.ahead)
 
     def _world(self, name: str) -> World:
         if name not in self._worlds:
@@ -115,29 +121,47 @@ class Collector:
         episodes: list[tuple[Episodes, list]],
         shares: np.ndarray | None = None,
     ) -> Labelled:
-        """For each row a task, a folder by its length, and a frame at random.
+        """Frames of `pick` with their actions."""
+        frames, tasks, places = self.pick(rng, size, episodes, shares)
+        actions = np.stack([episodes[i][0].actions[n] for i, n in places])
+        return Labelled(
+            mx.array(frames).astype(mx.float32) / 255,
+            mx.array(self._prompts[tasks]),
+            mx.array(self._lengths[tasks]),
+            mx.array(action_classes(actions)),
+        )
 
-        shares: of the tasks; as many of each when `None`.
+    def pick(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        episodes: list[tuple[Episodes, list]],
+        shares: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+        """For each row a task, and one of its frames at random.
+
+        Returns frames (B, S, S, 3) uint8, tasks (B,), and of each its folder and place
+        there. shares: of the tasks; as many of each when `None`.
         """
-        frames = np.empty((size, SIZE, SIZE, 3), np.float32)
-        actions = np.empty((size, 4), np.float32)
+        frames, places = np.empty((size, SIZE, SIZE, 3), np.uint8), []
         if shares is None:
             tasks = rng.integers(len(TASKS), size=size)
         else:
             tasks = rng.choice(len(TASKS), size=size, p=shares)
         for row, task in enumerate(tasks):
-            lengths = np.array([len(rows[task]) for _, rows in episodes], float)
-            number = rng.choice(len(episodes), p=lengths / lengths.sum())
+            ends = np.cumsum([len(rows[task]) for _, rows in episodes])
+            place = rng.integers(ends[-1])
+            number = int(np.searchsorted(ends, place, side="right"))
             some, rows = episodes[number]
-            frame = rows[task][rng.integers(len(rows[task]))]
-            frames[row] = _shifted(some.frames[frame], rng)
-            actions[row] = some.actions[frame]
-        return Labelled(
-            mx.array(frames / 255),
-            mx.array(self._prompts[tasks]),
-            mx.array(self._lengths[tasks]),
-            mx.array(action_classes(actions)),
-        )
+            frame = int(rows[task][place - ends[number]])  # from the end of its rows
+            frames[row] = _shifted(np.asarray(some.frames[frame]), rng)
+            places.append((number, frame))
+        return frames, tasks, places
+
+
+def told(policy: Policy, world: World) -> tuple:
+    """The robot's state, for policies that read it."""
+    return (world.hand(),) if policy.model.args.state_size else ()
 
 
 def _corrections(step: int) -> str:
@@ -147,6 +171,9 @@ def _corrections(step: int) -> str:
 def _shifted(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The frame moved by a few pixels; its edge is repeated."""
     down, right = rng.integers(2 * _SHIFT + 1, size=2)
-    edge = ((_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
-    padded = np.pad(frame, edge, mode="edge")
+    side, inner = SIZE + 2 * _SHIFT, slice(_SHIFT, _SHIFT + SIZE)
+    padded = np.empty((side, side, 3), frame.dtype)  # np.pad takes far longer
+    padded[inner, inner] = frame
+    padded[inner, :_SHIFT], padded[inner, -_SHIFT:] = frame[:, :1], frame[:, -1:]
+    padded[:_SHIFT], padded[-_SHIFT:] = padded[_SHIFT], padded[_SHIFT + SIZE - 1]
     return padded[down : down + SIZE, right : right + SIZE]

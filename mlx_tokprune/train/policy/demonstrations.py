@@ -17,18 +17,21 @@ from .worlds import ACTION_DIM, HORIZON, TASKS, World
 
 DEMONSTRATION_SEEDS = 1_000_000  # first seed of the demonstrations
 CORRECTION_SEEDS = 2_000_000  # first seed of the corrections
+_ARRAYS = ("frames", "actions", "tasks", "states")
 
 
 @dataclass(frozen=True)
 class Episodes:
     """`frames (T,112,112,3)` uint8, `actions (T,4)` float32, `tasks (T,)` int32.
 
-    `tasks` indexes `list(TASKS)`.
+    `tasks` indexes `list(TASKS)`. `states (T,4)` float32 are those of the hand. For
+    policies that answer in chunks `actions` are the expert's next ones, `(T,H,4)`.
     """
 
     frames: np.ndarray
     actions: np.ndarray
     tasks: np.ndarray
+    states: np.ndarray
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -37,7 +40,7 @@ class Episodes:
         """Writes the arrays beside `folder` and renames."""
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         partial.mkdir(parents=True)
-        for name in ("frames", "actions", "tasks"):
+        for name in _ARRAYS:
             np.save(partial / f"{name}.npy", getattr(self, name))
         partial.rename(folder)
 
@@ -45,14 +48,11 @@ class Episodes:
     def open(cls, folder: Path) -> "Episodes":
         """Maps the arrays of `folder` without reading them."""
         return cls(
-            *(
-                np.load(folder / f"{name}.npy", mmap_mode="r")
-                for name in ("frames", "actions", "tasks")
-            )
+            *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
         )
 
 
-def demonstrate(world: World, seed: int) -> Episodes:
+def demonstrate(world: World, seed: int, ahead: int = 1) -> Episodes:
     """One noisy episode of the expert, labelled with its clean actions."""
     rng = np.random.default_rng(seed)
     sigma = rng.uniform(0, world.task.noise)
@@ -63,36 +63,41 @@ def demonstrate(world: World, seed: int) -> Episodes:
         noisy[:3] += rng.normal(0, sigma, 3)
         return pushes.over(noisy)
 
-    return record(world, seed, act)
+    return record(world, seed, act, ahead)
 
 
 def record(
-    world: World, seed: int, act: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    world: World,
+    seed: int,
+    act: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ahead: int = 1,
 ) -> Episodes:
-    """Runs `act(frame, expert_action) -> action` until success or the horizon."""
+    """Runs `act(frame, expert_action) -> action` until success or the horizon.
+
+    ahead: how many of the expert's next actions are the label of a frame.
+    """
     world.reset(seed)
-    frames, actions = [], []
+    frames, actions, states = [], [], []
     for _ in range(HORIZON):
         frame, expert = world.frame(), world.expert()
         frames.append(frame)
-        actions.append(expert)
+        states.append(world.hand())
+        actions.append(world.ahead(ahead) if ahead > 1 else expert)
         if world.step(act(frame, expert)):
             break
     task = list(TASKS).index(world.task.name)
     return Episodes(
         np.stack(frames),
-        np.stack(actions).reshape(-1, ACTION_DIM),
+        np.stack(actions),
         np.full(len(frames), task, dtype=np.int32),
+        np.stack(states),
     )
 
 
 def join(parts: list[Episodes]) -> Episodes:
     """One after the other."""
     return Episodes(
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("frames", "actions", "tasks")
-        )
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS)
     )
 
 

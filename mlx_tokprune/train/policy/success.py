@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ...chunks import ChunkProcessor
 from ...errors import InputError, nearest
 from ...measure.results import fingerprint
 from ...pipeline import DEFAULT_POSITIONS
 from ...pruners import Pruner, get_method, list_pruners
 from ...robot.policy import Policy
+from .collecting import told
 from .table import read_log
-from .worlds import HORIZON, TASKS, World
+from .worlds import ACTION_DIM, HORIZON, TASKS, World
 
 TEST_SEEDS = 90_000_000  # first seed of the held-out episodes
 BUDGETS = (0.75, 0.5, 0.25, 0.1, 0.05)
@@ -68,44 +70,57 @@ def _all_rows(methods: Iterable[str] | None, budgets: list[float]) -> list[Row]:
 
 
 def measure(
-    model, processor, episodes: int, tasks: Iterable[str], chosen: list[Row], log: Path
+    model,
+    processor,
+    episodes: int,
+    tasks: Iterable[str],
+    chosen: list[Row],
+    log: Path,
+    first: int | None = None,
 ) -> None:
     """Run `episodes` of each task for each row, a line of JSON in `log` for each.
 
-    Lines of the same weights and as many episodes are not measured again.
+    Lines of the same weights and as many episodes are not measured again. first: how
+    many actions of a chunk are done before the policy looks again.
     """
-    weights = fingerprint(model)
+    weights, asked = fingerprint(model), (episodes, first)
     done = {
         (line["row"], line["task"])
         for line in read_log(log)
-        if line["weights"] == weights and len(line["success"]) == episodes
+        if line["weights"] == weights
+        and (len(line["success"]), line.get("first")) == asked
     }
     for task in tasks:
         todo = [row for row in chosen if (row.label, task) not in done]
         worlds = [World(task) for _ in range(episodes)] if todo else []
         for row in tqdm(todo, desc=task, unit="row", disable=None):
-            result = _run(model, processor, worlds, row)
+            result = _run(model, processor, worlds, row, first)
             line = {"row": row.label, "task": task, "weights": weights, **result}
+            line |= {} if first is None else {"first": first}
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
-def _run(model, processor, worlds: list[World], row: Row) -> dict:
+def _run(
+    model, processor, worlds: list[World], row: Row, first: int | None = None
+) -> dict:
     """All episodes of a task side by side, those that are done left out."""
     name = worlds[0].task.name
-    first = TEST_SEEDS + 10_000 * list(TASKS).index(name)
+    start = TEST_SEEDS + 10_000 * list(TASKS).index(name)
     for number, world in enumerate(worlds):
-        world.reset(first + number)
-    act, keep_robots = _actor(model, processor, row, name)
+        world.reset(start + number)
+    act, keep_robots = _actor(model, processor, row, name, len(worlds), first)
     live, steps, kept, counts = worlds, 0, [], []
+    planned = np.empty((len(live), 0, ACTION_DIM))
     for _ in range(HORIZON):
-        actions, some = act(np.stack([world.frame() for world in live]))
-        kept.append(np.mean(some))
-        counts += list(some)
+        if not planned.shape[1]:
+            planned, some = act(live)
+            kept.append(np.mean(some))
+            counts += list(some)
         steps += len(live)
-        ended = [w.step(a) for w, a in zip(live, actions, strict=True)]
+        ended = [w.step(a) for w, a in zip(live, planned[:, 0], strict=True)]
         rows = [number for number, done in enumerate(ended) if not done]
-        live = [live[number] for number in rows]
+        live, planned = [live[number] for number in rows], planned[rows, 1:]
         if not live:
             break
         keep_robots(rows)
@@ -118,33 +133,57 @@ def _run(model, processor, worlds: list[World], row: Row) -> dict:
     }
 
 
-def _actor(model, processor, row: Row, task: str) -> tuple[Callable, Callable]:
-    """Frames (B, S, S, 3) -> actions (B, 4) and the visual tokens that each kept.
+def _actor(
+    model, processor, row: Row, task: str, robots: int, first: int | None
+) -> tuple[Callable, Callable]:
+    """Worlds -> actions (B, n, 4) to do next, and the visual tokens that each kept.
 
     And what is told which of the robots go on.
     """
     if row.label == "random actions":
         rng = np.random.default_rng(0)
 
-        def draw(frames: np.ndarray):
-            return rng.uniform(-1, 1, (len(frames), 4)), [0]
+        def draw(live: list[World]):
+            return rng.uniform(-1, 1, (len(live), 1, ACTION_DIM)), [0]
 
         return draw, lambda rows: None
-    policy = Policy(
-        model, processor, pruner=row.pruner, positions=row.positions, compile=False
-    )
     instruction = TASKS[task].instruction
     if row.label == "opposite instruction":
         other = TASKS[task].opposite or _another(task)
         instruction = TASKS[other].instruction
+    how = {"pruner": row.pruner, "positions": row.positions, "compile": False}
+    how |= {} if first is None else {"first": first}
 
-    def act(frames: np.ndarray):
-        if row.label == "grey picture":
-            frames = np.full_like(frames, 128)
-        actions = policy.act_on_batch([[frame] for frame in frames], instruction)
-        return actions, policy.kept_each
+    def see(world: World) -> np.ndarray:
+        frame = world.frame()
+        return np.full_like(frame, 128) if row.label == "grey picture" else frame
+
+    if isinstance(processor, ChunkProcessor):
+        policies = [Policy(model, processor, **how) for _ in range(robots)]
+        return _one_each(policies, see, instruction)
+    policy = Policy(model, processor, **how)
+
+    def act(live: list[World]):
+        actions = policy.act_on_batch([[see(world)] for world in live], instruction)
+        return actions.reshape(len(live), -1, ACTION_DIM), policy.kept_each
 
     return act, policy.keep_robots
+
+
+def _one_each(policies: list[Policy], see: Callable, instruction: str):
+    """The same of policies that know one robot each."""
+
+    def act(live: list[World]):
+        actions = [
+            policy([see(world)], instruction, *told(policy, world))
+            for policy, world in zip(policies, live, strict=True)
+        ]
+        return np.stack(actions), [policy.kept for policy in policies]
+
+    def keep_robots(rows: list[int]) -> None:
+        policies[:] = [policies[number] for number in rows]
+
+    return act, keep_robots
 
 
 def _another(task: str) -> str:

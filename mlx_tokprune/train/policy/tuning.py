@@ -97,7 +97,7 @@ class Tuner:
 
     def __init__(self, model: str | Path, tuning: Tuning, plan: Schedule, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        _check_same(folder / "tuning.json", dataclasses.asdict(tuning))
+        check_same(folder / "tuning.json", dataclasses.asdict(tuning))
         self.tuning, self.plan, self.folder = tuning, plan, folder
         self.collector, self.policy = Collector(folder), open_policy(model)
         self._teacher = open_policy(model) if tuning.distill else self.policy
@@ -241,7 +241,7 @@ def _thaw(policy: OpenVLA, rank: int, tower: bool) -> None:
     first.k_proj.freeze()
 
 
-def _check_same(file: Path, settings: dict) -> None:
+def check_same(file: Path, settings: dict) -> None:
     """A folder holds one training: other settings are refused."""
     settings = json.loads(json.dumps(settings))
     if file.exists() and json.loads(file.read_text()) != settings:

@@ -22,6 +22,7 @@ SIZE = 112  # pixels; 8 x 8 patches of 14
 REPEAT = 3  # simulator steps for which one action is held
 HORIZON = 50  # policy steps of an episode
 ACTION_DIM = 4  # x, y, z and the gripper, each in [-1, 1]
+STATE_DIM = 4  # where the hand is, in metres, and how far its fingers are apart
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,30 @@ class World:
             action = np.array(self._expert.get_action(self._state), dtype=np.float32)
         action[:3] *= self.task.gain
         return np.clip(action, -1, 1)
+
+    def hand(self) -> np.ndarray:
+        """What a robot knows of itself: `(4,)` float32."""
+        return np.array(self._state[:STATE_DIM], np.float32)
+
+    def ahead(self, count: int) -> np.ndarray:
+        """The expert's next actions if it went on from here: `(count, 4)`.
+
+        The world is afterwards as it was.
+        """
+        mujoco, env, known = self._mujoco, self._env, (self._state, self.success)
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        before = np.empty(mujoco.mj_stateSize(env.model, kind))
+        mujoco.mj_getState(env.model, env.data, before, kind)
+        attributes, actions = dict(vars(env)), []
+        for _ in range(count):
+            actions.append(self.expert())
+            self.step(actions[-1])
+        vars(env).update(attributes)
+        mujoco.mj_setState(env.model, env.data, before, kind)
+        mujoco.mj_forward(env.model, env.data)
+        mujoco.mj_setState(env.model, env.data, before, kind)  # forward warms up
+        self._state, self.success = known
+        return np.stack(actions)
 
     def step(self, action: np.ndarray) -> bool:
         """Holds `action` for three simulator steps; returns whether it is done."""
