@@ -21,6 +21,7 @@ class Journal:
 
     def __init__(self, file: Path, header: dict):
         self.file, self.records, self._lines = file, {}, [json.dumps(header)]
+        header = json.loads(self._lines[0])  # JSON has no tuples
         lines = file.read_text(errors="replace").splitlines() if file.exists() else []
         labels = [row["label"] for row in header.get("rows", [])]
         if lines and _parsed(lines[0]) == header:
