@@ -53,10 +53,12 @@ def normal(shape: list[int], scale: float, dtype: mx.Dtype) -> mx.array:
     return mx.tile(block, math.ceil(size / BLOCK))[:size].reshape(shape)
 
 
-def read_manifest(size: str, layers: int | None) -> tuple[dict, Path]:
+def read_manifest(
+    size: str, layers: int | None, cameras: int | None = None
+) -> tuple[dict, Path]:
     """The manifest, cut to `layers` of the language model, and the tokenizer's folder.
 
-    `layers` is for policies; `None` keeps them all.
+    `layers` is for policies, `cameras` for pi0-FAST; `None` keeps them all.
     """
     name = {"pi0-FAST": "pi0_fast", "OpenVLA-7B": size}.get(size, f"FastVLM-{size}")
     path = TESTS / "manifests" / f"{name}.json.gz"
@@ -70,9 +72,13 @@ def read_manifest(size: str, layers: int | None) -> tuple[dict, Path]:
         tiny = json.loads((TESTS / "pi0fast-tiny" / "config.json").read_text())
         same = ("output_features", "normalization_mapping")
         config |= {key: tiny[key] for key in same}
-        config["input_features"]["observation.state"]["shape"] = [len(tiny["state"])]
-        # Answers are random, and end nowhere.
-        config |= {"validate_action_token_prefix": False, "max_decoding_steps": 8}
+        features = config["input_features"]
+        seen = [name for name in features if ".images." in name][:cameras]
+        config["input_features"] = {name: features[name] for name in seen}
+        state = {"type": "STATE", "shape": [len(tiny["state"])]}
+        config["input_features"]["observation.state"] = state
+        # Answers are random, and end nowhere: two tokens, to time one of each kind.
+        config |= {"validate_action_token_prefix": False, "max_decoding_steps": 2}
         return manifest, TESTS / "pi0fast-tiny"
     if size == "OpenVLA-7B":
         config["empty_token_id"] = 5  # of the tiny tokenizer
@@ -101,10 +107,14 @@ def main() -> None:
         metavar="N",
         help="keep the first N of a policy's language model layers",
     )
+    help_ = "keep the first N of pi0-FAST's three cameras"
+    parser.add_argument("--cameras", type=int, choices=(1, 2, 3), help=help_)
     args = parser.parse_args()
+    if args.cameras and args.size != "pi0-FAST":
+        parser.error("--cameras is for pi0-FAST")
     if args.layers and args.size not in POLICIES:
         parser.error(f"--layers is for {' and '.join(POLICIES)}")
-    manifest, tiny = read_manifest(args.size, args.layers)
+    manifest, tiny = read_manifest(args.size, args.layers, args.cameras)
     dtype = getattr(mx, args.dtype)
     mx.random.seed(0)
     args.folder.mkdir(parents=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/speculative.py [--model FOLDER] [--episodes 2] [--tasks NAME ...]
     python benchmarks/speculative.py --model demo-pi0 --first 4 --episodes 4
-    python benchmarks/random_checkpoint.py pi0-FAST /tmp/pi0-4 --layers 4
-    python benchmarks/speculative.py --model demo-pi0 --first 4 --shape /tmp/pi0-4
+    python benchmarks/random_checkpoint.py pi0-FAST pi0-4 --layers 4 --cameras 1
+    python benchmarks/speculative.py --model demo-pi0 --first 4 --shape pi0-4
 
 Runs a demo policy, or another of its tasks, in Meta-World (extra `sim`). Every frame is
 given to policies with drafts and to one without, in turns; their actions must be equal,
@@ -178,8 +178,7 @@ def report_shape(folder: str, watched: dict, begun: list[int], layers, runs) -> 
     # Few sizes are timed; others lie on a line between them.
     widths = {1, max(w for calls in every for w in calls[1:])}
     reads = {0, max(calls[0] for calls in every)}
-    depth = len(model.layers)
-    times = scale(time_calls(model, processor, widths, reads, runs), layers or depth)
+    times = scale(time_calls(model, processor, widths, reads, runs), layers)
 
     def seconds(calls: Calls) -> float:
         known = {kind: sorted(n for k, n in times if k == kind) for kind, _ in times}
@@ -193,7 +192,7 @@ def report_shape(folder: str, watched: dict, begun: list[int], layers, runs) -> 
     shown = {
         f"{kind} {count}": f"{s * 1e3:.0f} ms" for (kind, count), s in times.items()
     }
-    print(f"{folder}, {layers or depth} layers, n={runs}: {shown}")
+    print(f"{folder}, scaled to {layers} layers, n={runs}: {shown}")
     whole = {draft: sum(map(seconds, some)) for draft, some in answers.items()}
     for draft, spent in whole.items():
         print(
@@ -212,8 +211,8 @@ def main() -> None:
     help_ = "actions of a chunk that are done before looking again"
     parser.add_argument("--first", type=int, help=help_)
     parser.add_argument("--shape", help="folder of a policy of another size")
-    help_ = "to which the shape is scaled (default: as many as it has)"
-    parser.add_argument("--layers", type=int, help=help_)
+    help_ = "to which the shape is scaled (default: 18, as Gemma 2B has)"
+    parser.add_argument("--layers", type=int, default=18, help=help_)
     parser.add_argument("--runs", type=int, default=3, help="of each size of a call")
     args = parser.parse_args()
     loaded = mlx_tokprune.load(args.model)

@@ -393,3 +393,8 @@ def test_bench_and_evaluate_take_such_a_policy(tiny_chunks, tmp_path, capsys):
     output = ["--output", str(tmp_path / "bench.json")]
     bench([*asked, *output, "--image", picture, "--prompt", "go", "--runs", "1"])
     assert "24/48" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    whole, half = (row["cache_bytes"] for row in rows)
+    each = 3 * 2 * 16 * 4  # layers, keys and values, numbers of the one head, bytes
+    assert whole - half == 24 * each
+    assert half > 24 * each

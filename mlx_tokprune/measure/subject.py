@@ -176,7 +176,7 @@ class _Subject:
 
         def first(embeddings):
             given = dataclasses.replace(sequence, embeddings=embeddings)
-            kept = cache if self.model.attends == "causal" else None
+            kept = None if self.model.attends == "full" else cache
             found = decoder.read(given, kept, rows=self.rows, plan=layers)
             return decoder.logits(found.hidden) if kept else found.hidden
 
