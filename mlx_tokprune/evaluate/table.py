@@ -95,12 +95,12 @@ def _percent(share: dict) -> str:
     return f"{value:.1f} ({low:.1f}-{high:.1f})"
 
 
-def draw(rows: list[dict], file: Path) -> None:
+def draw(rows: list[dict], file: Path, over_tokens: bool = False) -> None:
     """Accuracy (else agreement) against FLOPs, a line per method, as a PNG.
 
-    Against visual tokens where FLOPs are not known. Beside it, where somebody knows
-    them, the share of the needed tokens that is kept. Bars are 95 % intervals. Raises
-    `InputError` without matplotlib.
+    Against visual tokens if asked, or where FLOPs are not known. Beside it, where
+    somebody knows them, the share of the needed tokens that is kept. Bars are 95 %
+    intervals. Raises `InputError` without matplotlib.
     """
     import_matplotlib()
     from matplotlib.figure import Figure
@@ -111,14 +111,14 @@ def draw(rows: list[dict], file: Path) -> None:
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     both = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, what in zip(both, shown, strict=True):
-        _draw_shares(axes, rows, what)
+        _draw_shares(axes, rows, what, over_tokens)
     both[0].legend(fontsize=8, ncols=1 + len(rows) // 40)
     with replacing(file) as stream:
         figure.savefig(stream, format="png")
 
 
-def _draw_shares(axes, rows: list[dict], what: str) -> None:
-    known = all(row["flops"] is not None for row in rows)
+def _draw_shares(axes, rows: list[dict], what: str, over_tokens: bool) -> None:
+    known = not over_tokens and all(row["flops"] is not None for row in rows)
 
     def cost(row: dict) -> float:
         return row["flops"] / 1e9 if known else row["kept"]
@@ -126,7 +126,7 @@ def _draw_shares(axes, rows: list[dict], what: str) -> None:
     curves: dict[str, list[dict]] = {}
     for row in rows[1:]:
         curves.setdefault(row["label"].split()[0], [rows[0]]).append(row)
-    for method, found in (curves or {"none": rows}).items():
+    for number, (method, found) in enumerate((curves or {"none": rows}).items()):
         found = sorted(found, key=cost)
         shares = [row[what]["all"] for row in found]
         values = [100 * share["value"] for share in shares]
@@ -134,7 +134,9 @@ def _draw_shares(axes, rows: list[dict], what: str) -> None:
         above = [100 * max(0, s["high"] - s["value"]) for s in shares]
         costs = [cost(row) for row in found]
         axes.errorbar(
-            costs, values, [below, above], marker="o", ms=4, capsize=2, label=method
+            *(costs, values, [below, above]),
+            **{"marker": "o", "ms": 4, "capsize": 2, "label": method},
+            **{"color": f"C{number % 10}", "ls": "-" if number < 10 else ":"},
         )
     counted = "GFLOP to the first token" if known else "visual tokens"
     label = "needed tokens that are kept (%)" if what == "needed" else f"{what} (%)"
