@@ -29,7 +29,7 @@ SHAPE = {
         {
             **{"label": str, "kept": NUMBER, "flops": Optional(NUMBER)},
             **{"accuracy": Table(_SHARE), "agreement": Table(_SHARE)},
-            "divergence": _SHARE,
+            **{"needed": Table(_SHARE), "divergence": _SHARE},
         }
     ],
     "answers": [
@@ -45,14 +45,19 @@ def read_result(file: Path) -> dict:
     """A result file; `InputError` unless it is one of this schema, and whole."""
     result = results.read_result(file, SCHEMA, SHAPE)
     rows = result["rows"]
-    kinds = {tuple(row["accuracy"]) for row in rows}
-    alike = len(kinds) == 1 and ("all" in min(kinds) or not min(kinds))
-    if not alike or not all("all" in row["agreement"] for row in rows):
+    same = (_alike(rows, name) for name in ("accuracy", "needed"))
+    if not all(same) or not all("all" in row["agreement"] for row in rows):
         raise InputError(
             f"{file} is damaged: its rows have other kinds of questions, or no share "
             "of all of them"
         )
     return result
+
+
+def _alike(rows: list[dict], name: str) -> bool:
+    """Whether every row has the same shares, that of all questions or none at all."""
+    kinds = {tuple(row[name]) for row in rows}
+    return len(kinds) == 1 and ("all" in min(kinds) or not min(kinds))
 
 
 def accuracies(result: dict) -> dict[tuple[str, int], float]:
