@@ -112,6 +112,9 @@ def test_bench_times_every_row_in_every_round(qwen, tmp_path, capsys):
     for row in result["rows"]:
         assert len(row["samples"]["ttft_ms"]) == 2
         assert all(
+            0 < megabytes < 1e4 for megabytes in row["samples"]["peak_memory_mb"]
+        )
+        assert all(
             0 < first <= whole
             for first, whole in zip(
                 row["samples"]["ttft_ms"], row["samples"]["total_ms"], strict=True

@@ -20,7 +20,7 @@ from ..measure.results import MACHINE, NUMBER, Optional, read_result
 
 _MOST = 1e30  # of a time, a rate, or FLOPs
 SCHEMA = "mlx_tokprune.bench.guest/1"
-_SAMPLES = ("ttft_ms", "total_ms", "decode_tokens_per_second")
+_SAMPLES = ("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb")
 SHAPE = {
     "machine": MACHINE,
     "model": str,
@@ -99,13 +99,14 @@ def read_guest(file: str | Path) -> dict:
 def _fits(row: dict, base: dict) -> bool:
     """Whether a row has as many samples of everything, and times that can be."""
     counts = {len(values) for values in row["samples"].values()}
-    times = row["samples"]["ttft_ms"] + row["samples"]["total_ms"]
+    names = ("ttft_ms", "total_ms", "peak_memory_mb")
+    numbers = [value for name in names for value in row["samples"][name]]
     rates = [r for r in row["samples"]["decode_tokens_per_second"] if r is not None]
-    numbers = [*rates, *([] if row["flops"] is None else [row["flops"]])]
+    rates += [] if row["flops"] is None else [row["flops"]]
     return (
         counts == {len(base["samples"]["ttft_ms"])} != {0}
-        and all(time is not None and 0 < time < _MOST for time in times)
-        and all(0 < number < _MOST for number in numbers)
+        and all(number is not None and 0 < number < _MOST for number in numbers)
+        and all(0 < rate < _MOST for rate in rates)
     )
 
 
@@ -120,7 +121,7 @@ def markdown(result: dict) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     runs = len(result["rows"][0]["samples"]["ttft_ms"])
-    head = ["method", "kept", "prompt", "TTFT ms", "saved", "ceiling", "tok/s"]
+    head = ["method", "kept", "prompt", "TTFT ms", "saved", "ceiling", "tok/s", "MB"]
     lines = [
         f"{printable(result['model'])} in mlx-vlm, {result['positions']} positions; "
         f"{machine['device']}, {versions}; n={runs}, interleaved.",
@@ -143,11 +144,13 @@ def markdown(result: dict) -> str:
             if known and pruned
             else "",
             f"{statistics.median(rates):.1f}" if rates else "",
+            f"{statistics.median(row['samples']['peak_memory_mb']):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     note = (
         "TTFT: from the decoded picture to the first token, median (least-most). "
         "Ceiling: what is saved of the FLOPs of tower and prompt. max_pixels: a "
-        "smaller picture with at most as many tokens, not pruned."
+        "smaller picture with at most as many tokens, not pruned. MB: the peak of "
+        "MLX's arrays, weights included."
     )
     return "\n".join([*lines, "", note])

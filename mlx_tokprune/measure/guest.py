@@ -37,7 +37,8 @@ class GuestRow:
 class Reply:
     """An answer: token ids, the logarithms of their probabilities (V,) one by one, and
     what it took. prompt, total, kept: tokens of the prompt, visual ones of the whole
-    picture, and those that the language model read.
+    picture, and those that the language model read. peak_memory_mb: of MLX's arrays,
+    weights included.
     """
 
     ids: list[int]
@@ -47,6 +48,7 @@ class Reply:
     prompt: int
     total: int
     kept: int
+    peak_memory_mb: float
     places: list[list[int]] | None = None
 
     @property
@@ -152,6 +154,7 @@ class Guest:
             how |= {"sampler": _Forcing(forced), "max_tokens": len(forced)}
         ids, logs, first = [], [], None
         with self._pruned(row.pruner) as handle:
+            mx.reset_peak_memory()
             start = time.perf_counter()
             for piece in stream_generate(
                 self.model, self.processor, text, image=[image], **how
@@ -160,14 +163,14 @@ class Guest:
                 if piece.logprobs is not None and len(logs) < piece.generation_tokens:
                     ids.append(int(piece.token))
                     logs.append(piece.logprobs)
-            end = time.perf_counter()
+            end, peak = time.perf_counter(), mx.get_peak_memory() / 1e6
             last = handle.last
         total = self._total(image, text, whole)
         kept = last[0].keep if last else total
         first = end if first is None else first
         return Reply(
             *(ids, logs, (first - start) * 1e3, (end - start) * 1e3),
-            *(piece.prompt_tokens, total, kept),
+            *(piece.prompt_tokens, total, kept, peak),
             last[0].places if last else None,
         )
 
