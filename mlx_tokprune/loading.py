@@ -174,13 +174,15 @@ def _add_adapter(model: Any, folder: Path) -> None:
                 f"{folder} has no {name}; expected an adapter of mlx_tokprune.train "
                 "lora, or of mlx_lm.lora"
             )
+    read: Any = {}
     try:
         load_adapters(model.language_model, str(folder))
+        if (folder / PROJECTOR).is_file():
+            read = mx.load(str(folder / PROJECTOR))
     except (*_MISFITS, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the adapter {folder} does not fit ({reason})") from None
-    if (folder / PROJECTOR).is_file():
-        read: Any = mx.load(str(folder / PROJECTOR))
+    if read:
         given, own = dict(read), projector_of(model)
         check_shapes(
             {name: array.shape for name, array in given.items()},

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import DATA
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 from PIL import Image
 
 from mlx_tokprune import InputError, Pruner, generate, load
 from mlx_tokprune.convert.families import identify
 from mlx_tokprune.evaluate import data
 from mlx_tokprune.evaluate.__main__ import main as evaluate
+from mlx_tokprune.evaluate.measure import describe_run
 from mlx_tokprune.evaluate.table import most_common
 from mlx_tokprune.hub import resolve
 from mlx_tokprune.models import resnet, resnet_vlm
@@ -423,6 +423,13 @@ def test_blind_questions_have_black_pictures_and_the_same_answers(tmp_path, pict
     assert (blind.question, blind.answers) == (item.question, item.answers)
 
 
+def test_a_blind_run_does_not_go_on_from_one_that_sees(stocked, loaded):
+    items = data.read_questions("testbed", 1, None).items
+    blind = data.blinded(data.Questions(items)).items
+    seen, unseen = (describe_run(loaded[0], some, ()) for some in (items, blind))
+    assert seen["questions"] != unseen["questions"]
+
+
 def test_the_most_common_answer_of_each_kind():
     given = [("a", "x"), ("a", "x"), ("a", "y"), ("b", "z"), ("b", "w")]
     items = [data.Item("p", "?", (answer,), kind) for kind, answer in given]
@@ -462,6 +469,9 @@ def test_a_projector_that_does_not_fit_is_refused(stocked, folder, tmp_path):
     )
     with pytest.raises(InputError, match="the projector of the adapter"):
         load(folder, adapter_path=adapter)
+    (adapter / "projector.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="does not fit"):
+        load(folder, adapter_path=adapter)
 
 
 def test_torch_learns_from_the_same_loss(stocked, folder, tmp_path, monkeypatch):
@@ -496,7 +506,3 @@ def test_torch_learns_from_the_same_loss(stocked, folder, tmp_path, monkeypatch)
     losses, used = answer_losses(answer_logits(model, words.prefix, *seen), questions)
     expected = (mx.sum(losses * used) / mx.sum(used)).item()
     assert found == pytest.approx(expected, rel=2e-3)
-
-
-def test_the_language_model_is_mlx_lm_s(loaded):
-    assert isinstance(loaded[0].language_model, llama.Model)

@@ -81,13 +81,14 @@ def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
 
 
 def blinded(questions: Questions) -> Questions:
-    """The same about black pictures of the same sizes."""
+    """The same about black pictures of the same sizes, under names of their own."""
 
     def black(item: Item) -> Item:
         def draw() -> Image.Image:
             return Image.new("RGB", item.load().size)
 
-        return replace(item, image=None, draw=draw)
+        name = f"{item.picture}, black"  # a run of these is none of the others
+        return replace(item, picture=name, image=None, draw=draw)
 
     return replace(questions, items=tuple(map(black, questions.items)))
 

@@ -20,7 +20,7 @@ from .checks import check_language, expect, is_size
 from .family import PROVIDES, Chat
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
-from .layers import Gelu
+from .layers import projector
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,7 @@ class FastVLM(Chat, nn.Module):
         self.args, self.carried = args, ()
         self.vision_tower = VisionTower(args.vision, inference)
         hidden = args.text["hidden_size"]
-        self.mm_projector = [
-            nn.Linear(args.mm_hidden_size, hidden),
-            Gelu(),
-            nn.Linear(hidden, hidden),
-        ]
+        self.mm_projector = projector(args.mm_hidden_size, hidden)
         self.language_model = qwen2.Model(qwen2.ModelArgs.from_dict(args.text))
         self._decoder = Decoder(self.language_model)
 

@@ -44,6 +44,11 @@ class Gelu(nn.Module):
         return gelu(x)
 
 
+def projector(inputs: int, outputs: int) -> list[nn.Module]:
+    """The two layers between visual tokens and a language model, as LLaVA has them."""
+    return [nn.Linear(inputs, outputs), Gelu(), nn.Linear(outputs, outputs)]
+
+
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU by tanh, as PaliGemma's SigLIP has it; tanh written as a sigmoid."""
     return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

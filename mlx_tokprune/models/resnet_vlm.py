@@ -19,7 +19,7 @@ from ..prompt import Prompt
 from .checks import check_language, expect, is_size
 from .family import PROVIDES, Chat
 from .language import Decoder
-from .layers import Gelu
+from .layers import projector
 from .resnet import CHANNELS, STAGES, STRIDE, ResNet50
 
 _FREQUENCIES = 4  # of a token's place, along each side
@@ -69,11 +69,7 @@ class ResNetVLM(Chat, nn.Module):
         self.args, self.carried = args, ()
         self.vision_tower = ResNet50()
         hidden = args.text["hidden_size"]
-        self.mm_projector = [
-            nn.Linear(self.feature_size, hidden),
-            Gelu(),
-            nn.Linear(hidden, hidden),
-        ]
+        self.mm_projector = projector(self.feature_size, hidden)
         self.language_model = llama.Model(llama.ModelArgs.from_dict(args.text))
         self._decoder = Decoder(self.language_model)
 
