@@ -29,6 +29,7 @@ FLOORS = (
     ("convert", "models", "pruners", "overlay", "processor", "chunks"),
     ("carried", "testbed"),
     ("loading", "pipeline"),
+    ("speculative",),
     ("answer", "robot", "adapters"),
     ("measure",),
     ("coreml", "train"),

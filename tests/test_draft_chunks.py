@@ -13,7 +13,8 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.robot.inputs import check_images, observe, tell
-from mlx_tokprune.robot.speculative import continued, draft_chunk
+from mlx_tokprune.robot.speculative import draft_chunk
+from mlx_tokprune.speculative import continued
 
 STATE = json.loads((TINY_CHUNKS / "config.json").read_text())["state"]
 IMAGES = [load_image(TINY_CHUNKS / f"image_{i}.png") for i in range(3)]

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,12 +19,13 @@ from PIL import Image
 from ..errors import InputError
 from ..image import load_image
 from ..models.family import VisionModel
-from ..models.language import Read
 from ..pipeline import Scene, VisualTokens, check_memory, plan_for, run
 from ..processor import Processor
 from ..pruners import Plan, Pruners, as_plan
+from ..speculative import speculate
 from ..threads import end_streams_with_thread
 from ..timing import NO_CLOCK, Clock, NoClock
+from .drafts import Begun, Drafts
 from .memory import Memory
 from .settings import Settings
 
@@ -54,6 +55,7 @@ class Response:
     text: this piece. token: its id. visual: the kept tokens. ttft_ms: from decoded
     pictures and prompt string to the first token id on the host. reused: tokens of the
     prompt that a `Memory` knew. stages_ms: of each stage, where a clock fenced them.
+    calls: how often the language model ran until then, for the prompt, too.
     """
 
     text: str
@@ -64,6 +66,7 @@ class Response:
     finish_reason: str | None = None
     reused: int = 0
     stages_ms: dict[str, float] | None = None
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,20 @@ class _Question:
     plan: Plan
     vision: Vision | None
     memory: Memory | None
+    drafts: Drafts | None
     settings: Settings
     clock: NoClock
+
+
+class _Opening(NamedTuple):
+    """A question that has been read. known: tokens of it that a memory knew.
+
+    remember: makes the memory remember it, after the clock.
+    """
+
+    begun: Begun
+    known: int
+    remember: Callable[[], None]
 
 
 def stream_generate(
@@ -90,6 +105,7 @@ def stream_generate(
     pruner: Pruners = None,
     vision: Vision | None = None,
     memory: Memory | None = None,
+    draft: Drafts | None = None,
     stages: bool = False,
     **settings,
 ) -> Iterator[Response]:
@@ -99,8 +115,10 @@ def stream_generate(
     checkpoint carries, mostly none.
     vision: what sees and prunes in place of the model's tower and `pruner`: a Core ML
     package (`coreml.vision.open_vision`) or a `Temporal`. memory: a `Memory`, which
-    makes another question about the same pictures quick. stages: fence the run and time
-    its stages, which makes its TTFT a little longer. settings: fields of `Settings`.
+    makes another question about the same pictures quick. draft: what drafts tokens, of
+    which the model then checks several in a call (`answer.drafts`). stages: fence the
+    run and time its stages, which makes its TTFT a little longer. settings: fields of
+    `Settings`.
     Raises `InputError` before anything is computed, but for more tokens than there are
     or than the model can read, which the first step finds.
     """
@@ -116,9 +134,11 @@ def stream_generate(
         vision.check(model)
     else:
         check_memory(model, processor.image_size, len(images))
+    if draft is not None:
+        draft.check(model, processor, plan)
     clock = Clock() if stages else NO_CLOCK
-    question = (model, processor, images, prompt, plan, vision, memory, chosen, clock)
-    return _stream(_Question(*question))
+    about = (model, processor, images, prompt, plan, vision)
+    return _stream(_Question(*about, memory, draft, chosen, clock))
 
 
 def generate(
@@ -164,19 +184,20 @@ def _answer(asked: _Question) -> Iterator[Response]:
     if settings.seed is not None:
         mx.random.seed(settings.seed)
     start = time.perf_counter()
-    read, visual, reused, remember = _read(asked)
+    begun, reused, remember = _read(asked)
     with asked.clock.stage("prefill"):
-        logits = asked.model.decoder.logits(read.hidden)[:, -1]
+        logits = asked.model.decoder.logits(begun.read.hidden)[:, -1]
         logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        begun = int(np.array(sampler(logits))[0])
+        token = int(np.array(sampler(logits))[0])
     ttft = (time.perf_counter() - start) * 1e3
-    _check_first(logits, begun)
+    _check(token if mx.isfinite(logits[0, token]).item() else -1)
     log.debug("first token after %.1f ms, %d tokens known", ttft, reused)
     remember()
     first = time.perf_counter()
     detokenizer = tokenizer.detokenizer
     detokenizer.reset()
-    for number, token in enumerate(_steps(asked, begun, read, sampler), 1):
+    steps = _steps(asked, token, begun, sampler)
+    for number, (token, calls) in enumerate(steps, 1):
         elapsed = time.perf_counter() - first
         reason = "length" if number == settings.max_tokens else None
         if token in tokenizer.eos_token_ids:
@@ -188,22 +209,20 @@ def _answer(asked: _Question) -> Iterator[Response]:
         yield Response(
             text=detokenizer.last_segment,
             token=token,
-            visual=visual,
+            visual=begun.visual,
             ttft_ms=ttft,
             decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
             finish_reason=reason,
             reused=reused,
             stages_ms=asked.clock.times,
+            calls=calls,
         )
         if reason:
             return
 
 
-def _read(asked: _Question) -> tuple[Read, VisualTokens, int, Callable[[], None]]:
-    """The prompt in the language model.
-
-    Also how much of it a memory knew, and what makes it remember, after the clock.
-    """
+def _read(asked: _Question) -> _Opening:
+    """The prompt in the language model."""
     model, processor, settings = asked.model, asked.processor, asked.settings
     cache, known, vision, pixels = model.decoder.make_cache(), 0, asked.vision, None
     with asked.clock.stage("preprocess") as done:
@@ -234,31 +253,64 @@ def _read(asked: _Question) -> tuple[Read, VisualTokens, int, Callable[[], None]
         if recalled and not known:
             recalled.keep(cache, prompt, settings.positions)
 
-    return read, visual, known, remember
+    about = (model, asked.images, asked.text, prompt, read, visual, settings)
+    return _Opening(Begun(*about), known, remember)
 
 
-def _check_first(logits: mx.array, token: int) -> None:
+def _check(token: int) -> None:
     """Weights that are damaged must not look like an answer."""
-    if not mx.isfinite(logits[0, token]).item():
-        raise InputError(
-            "the model's first logits are not finite; its weights are damaged"
-        )
+    if token < 0:
+        raise InputError("the model's logits are not finite; its weights are damaged")
 
 
-def _steps(asked: _Question, token: int, read: Read, sampler) -> Iterator[int]:
-    """`token`, which the prompt led to, and those that follow it."""
+def _steps(
+    asked: _Question, token: int, begun: Begun, sampler
+) -> Iterator[tuple[int, int]]:
+    """`token`, which the prompt led to, and those that follow it.
+
+    With each, how often the language model had run.
+    """
     from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
 
-    yield token
-    settings, cache = asked.settings, read.cache
-    if settings.max_tokens > 1:
-        maybe_quantize_kv_cache(cache, **settings.quantization)
-        for following, _ in generate_step(
+    yield token, 1
+    settings, cache = asked.settings, begun.read.cache
+    if settings.max_tokens == 1:
+        return
+    if asked.drafts is not None:
+        yield from _drafted(asked.drafts, token, begun)
+        return
+    maybe_quantize_kv_cache(cache, **settings.quantization)
+    for number, (following, _) in enumerate(
+        generate_step(
             mx.array([token]),
             cast(nn.Module, asked.model),
             max_tokens=settings.max_tokens - 1,
             sampler=sampler,
             prompt_cache=cache,
             **settings.quantization,
-        ):
-            yield cast(int, following)
+        ),
+        2,
+    ):
+        yield cast(int, following), number
+
+
+def _drafted(drafts: Drafts, token: int, begun: Begun) -> Iterator[tuple[int, int]]:
+    """What follows `token`, several tokens in a call where the draft had them."""
+    from mlx_lm.generate import maybe_quantize_kv_cache
+
+    settings, cache = begun.settings, begun.read.cache
+    drafter = drafts.begin(begun)  # before the cache it may copy from is quantized
+
+    def quantize() -> None:
+        maybe_quantize_kv_cache(cache, **settings.quantization)
+
+    quantize()
+    widths = (drafts.tokens, settings.max_tokens - 1)
+    parts = speculate(
+        *(begun.model.decoder, cache, token, drafter, *widths, begun.sampling),
+        after_call=quantize,
+    )
+    for calls, part in enumerate(parts, 2):
+        for following in part:
+            _check(following)
+            yield following, calls

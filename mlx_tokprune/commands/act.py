@@ -15,6 +15,7 @@ from ..image import center_crop, load_image
 from ..loading import load
 from ..measure.machine import device_name
 from ..pipeline import given_or_carried
+from ..pruners import Plan
 from ..robot.inputs import check_first, check_images
 from ..robot.policy import Policy
 from ..robot.predict import predict_action
@@ -22,10 +23,12 @@ from .options import (
     add_adapter,
     add_budget,
     add_common,
+    add_drafts,
     add_method,
     begin_logging,
     check_overlay,
     describe_methods,
+    draft_plan,
     make_pruners,
     methods,
     places,
@@ -61,8 +64,11 @@ def build_parser() -> Parser:
     add("--first", type=int, metavar="N", help=help_)
     help_ = "warm runs of a compiled policy, for actions/s (default: none)"
     add("--runs", type=int, default=0, help=help_)
-    help_ = "draft each of these by the last one's tokens; actions stay the same"
-    add("--draft", action="store_true", help=help_)
+    help_ = (
+        "draft each of these by the last one's tokens (last), by them without what was "
+        "done (shifted) or only by how they went on (ngram); actions stay the same"
+    )
+    add_drafts(parser, ("last", "shifted", "ngram"), help_)
     help_ = "fence the run and time its stages, which makes its TTFT a little longer"
     add("--stages", action="store_true", help=help_)
     add("--overlay", help="write a picture of what was kept to this PNG")
@@ -88,8 +94,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no instruction was given; say --instruction TEXT")
     if args.runs < 0:
         raise InputError(f"cannot time {args.runs} runs; the least is 0")
-    if args.draft and not args.runs:
-        raise InputError("--draft is by the last action's tokens; say --runs, too")
+    drafting = draft_plan(args)
+    if (args.draft or args.draft_model) and not args.runs:
+        raise InputError("drafts are for control loops; say --runs, too")
     check_overlay(args.overlay, pictures)
     images = [load_image(picture) for picture in pictures]
     model, processor = load(
@@ -109,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     peak, rate, calls = mx.get_peak_memory() / 1e6, None, None
     if args.runs:
-        how = {"draft": args.draft, "first": args.first}
+        how = {"draft": _draft(args, drafting), "first": args.first}
         policy = Policy(model, processor, **how, **asked)
         rate = _actions_per_second(policy, images, instruction, args.proprio, args.runs)
         calls = policy.calls
@@ -140,6 +147,15 @@ def main(argv: list[str] | None = None) -> None:
     print(format_report(record), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(record))
+
+
+def _draft(args, plan: Plan | None):
+    """What drafts, as `Policy` takes it."""
+    if args.draft_model:
+        loaded = load(args.draft_model)
+        how = {"positions": args.positions, "unnorm_key": args.unnorm_key}
+        return Policy(*loaded, pruner=plan, **how)
+    return True if args.draft == "last" else args.draft or False
 
 
 def _first(actions: np.ndarray, count: int | None) -> list:

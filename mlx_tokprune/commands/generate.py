@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..answer.drafts import Drafts, ModelDrafts, NgramDrafts, SelfDrafts
 from ..answer.image_size import fit_image_size
 from ..answer.memory import Memory
 from ..answer.settings import Settings
@@ -29,10 +30,12 @@ from .options import (
     add_adapter,
     add_budget,
     add_common,
+    add_drafts,
     add_method,
     begin_logging,
     check_overlay,
     describe_methods,
+    draft_plan,
     make_pruners,
     methods,
     places,
@@ -79,6 +82,13 @@ def build_parser() -> Parser:
     add("--quantized-kv-start", type=int, default=5000, help="token from which on")
     help_ = "fence the run and time its stages, which makes its TTFT a little longer"
     add("--stages", action="store_true", help=help_)
+    help_ = (
+        "draft tokens by an n-gram of the prompt, or by the model itself with fewer "
+        "visual tokens; answers stay the same"
+    )
+    add_drafts(parser, ("ngram", "self"), help_)
+    help_ = "tokens that are drafted at once (default: 8 of an n-gram, 3 of a model)"
+    add("--num-draft-tokens", type=int, metavar="N", help=help_)
     help_ = "write a picture of what was kept, at last, to this PNG"
     add("--overlay", help=help_)
     add("--json", action="store_true", help="a line of JSON after each answer")
@@ -117,10 +127,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_answers(model)
     plan = given_or_carried(model, pruners)
+    drafts = _drafts(args)
     vision = Temporal(plan) if args.temporal else vision
     apart = each or args.temporal
     asked = [[image] for image in images] if apart else [images]
-    asking = _Asking(args, model, processor, plan, vision, settings)
+    asking = _Asking(args, model, processor, plan, vision, settings, drafts)
     for prompt in prompts:  # refuse any before answering the first
         processor.check(prompt, len(asked[0]))
     asking.fit(asked[0], prompts[0])
@@ -148,6 +159,7 @@ class _Asking:
     plan: Plan
     vision: Vision | None
     settings: Settings
+    drafts: Drafts | None
     memory: Memory = field(default_factory=Memory)
 
     def fit(self, images: list, prompt: str) -> None:
@@ -179,6 +191,7 @@ class _Asking:
             pruner=None if self.vision else self.plan,
             vision=self.vision,
             memory=self.memory if len(self.args.prompt) > 1 else None,
+            draft=self.drafts,
             stages=self.args.stages,
             **dataclasses.asdict(self.settings),
         ):
@@ -195,6 +208,7 @@ class _Asking:
             "stages_ms": piece.stages_ms,
             "ttft_ms": piece.ttft_ms,
             "decode_tokens_per_second": piece.decode_tokens_per_second,
+            "calls": piece.calls,
             "peak_memory_mb": mx.get_peak_memory() / 1e6,
             "method": self._method,
             "keep": max(map(len, visual.left())),
@@ -232,6 +246,23 @@ def _pruners_and_vision(args) -> tuple[Plan | None, Vision | None]:
     return (), open_vision(args.vision, args.keep_ratio)
 
 
+def _drafts(args) -> Drafts | None:
+    """What drafts, from command line options."""
+    plan, count = draft_plan(args), args.num_draft_tokens
+    how = {} if count is None else {"tokens": count}
+    if args.draft_model:
+        return ModelDrafts(*load(args.draft_model), pruner=plan, **how)
+    if args.draft == "ngram":
+        return NgramDrafts(**how)
+    if args.draft == "self":
+        if plan and len(plan) > 1:
+            raise InputError("a model's own drafts have one pruner, at the prompt")
+        return SelfDrafts(*(plan or ()), **how)
+    if count is not None:
+        raise InputError("--num-draft-tokens is of a draft; say --draft, too")
+    return None
+
+
 def format_report(record: dict) -> str:
     """The figures of one answer, for people."""
     stages, reused = record["stages_ms"], record["reused_tokens"]
@@ -254,7 +285,8 @@ def format_report(record: dict) -> str:
         [
             *lines,
             ttft,
-            f"decode          {record['decode_tokens_per_second']:.1f} tokens/s",
+            f"decode          {record['decode_tokens_per_second']:.1f} tokens/s, "
+            f"{record['calls']} calls of the language model",
             f"peak memory     {record['peak_memory_mb']:.0f} MB (MLX arrays)",
             f"device          {record['device']}",
         ]

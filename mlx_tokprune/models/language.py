@@ -134,6 +134,15 @@ class Decoder:
 
         return make_prompt_cache(self._model)
 
+    def cache_of(
+        self, layers: Many[tuple[mx.array, mx.array]], shifts: Many
+    ) -> list[LayerCache]:
+        """A cache of each layer's keys and values (B, H, S, d), and its shift."""
+        cache = self.make_cache()
+        for layer, (keys, values) in zip(cache, layers, strict=True):
+            layer.keys, layer.values, layer.offset = keys, values, keys.shape[2]
+        return [LayerCache(*pair) for pair in zip(cache, shifts, strict=True)]
+
     def read(
         self,
         sequence: Sequence,
@@ -253,6 +262,13 @@ class Decoder:
         queries = _heads(attention.q_proj, visual, attention.n_heads)
         keys = _heads(attention.k_proj, text, attention.n_kv_heads)
         return queries, _grouped(keys, attention)
+
+
+def greedy(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """(..., V) -> the best token, and the same or -1 where logits are not finite."""
+    token = mx.argmax(logits, axis=-1).astype(mx.int32)
+    finite = mx.isfinite(mx.max(logits, axis=-1))  # NaN is the largest of all
+    return token, mx.where(finite, token, -1)
 
 
 def _heads(project: nn.Module, x: mx.array, count: int) -> mx.array:

@@ -17,6 +17,7 @@ from ..actions import Scale
 from ..chunks import ChunkProcessor
 from ..errors import InputError
 from ..models.family import VisionModel
+from ..models.language import greedy
 from ..pipeline import Scene, VisualTokens, run
 from ..processor import ActionProcessor
 from ..pruners import Plan
@@ -88,13 +89,6 @@ class Bins:
 
     def wrong(self, said: np.ndarray) -> None:
         """Every token is an action."""
-
-
-def greedy(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """(..., V) -> the best token, and the same or -1 where logits are not finite."""
-    token = mx.argmax(logits, axis=-1).astype(mx.int32)
-    finite = mx.isfinite(mx.max(logits, axis=-1))  # NaN is the largest of all
-    return token, mx.where(finite, token, -1)
 
 
 @dataclass(frozen=True)

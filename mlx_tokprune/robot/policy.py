@@ -56,7 +56,10 @@ class Policy:
     policy looks again; `None` for all.
     draft: guess that tokens are those of the last action, or go on as they did there,
     and have the model check them in one call; actions stay the same. "shifted" guesses
-    what a chunk had left after its `first` actions, with the last one held. `kept` is
+    what a chunk had left after its `first` actions, with the last one held; "ngram"
+    only goes on as the last chunk did. Another `Policy` drafts by what it would do,
+    from its own look at the pictures; it may be a smaller one, or this one pruned.
+    `kept` is
     how many visual tokens the last call had, mean over robots and layers, `kept_each`
     that of each robot; `calls` how often it ran the language model; `wrong` what was
     wrong with its answer, of pi0-FAST policies. Those read one robot's state as text
@@ -73,7 +76,7 @@ class Policy:
         positions: str = DEFAULT_POSITIONS,
         unnorm_key: str | None = None,
         compile: bool = True,
-        draft: bool | Literal["shifted"] = False,
+        draft: "bool | Literal['shifted', 'ngram'] | Policy" = False,
         first: int | None = None,
     ):
         check_acts(model, processor)
@@ -94,7 +97,7 @@ class Policy:
                 "drafts are for policies that decode tokens, under a method with a "
                 "budget that does not look back; leave out draft"
             )
-        _check_draft(model, draft)
+        _check_draft(self, draft)
         compile = compile and self._head.compiles
         wrap = mx.compile if compile else (lambda function: function)
         self._whole = wrap(self._act_on_pixels)
@@ -115,6 +118,8 @@ class Policy:
         self._last: mx.array | None = None
         self._attended: mx.array | None = None
         self._steps = 0
+        if isinstance(self._drafts, Policy):
+            self._drafts.reset()
 
     def keep_robots(self, rows: Sequence[int]) -> None:
         """Go on with these robots of the last batch: the episodes of others ended."""
@@ -122,6 +127,8 @@ class Policy:
             self._attended = self._attended[mx.array(list(rows))]
         if self._last is not None:
             self._last = self._last[mx.array(list(rows))]
+        if isinstance(self._drafts, Policy):
+            self._drafts.keep_robots(rows)
 
     def __call__(
         self,
@@ -159,11 +166,15 @@ class Policy:
         self._seen = len(robots[0])
         self.calls = self._head.calls
         self.kept_each = []
+        if isinstance(self._drafts, Policy):
+            self._drafts.act_on_batch(batch, instruction, proprio)
+            self._last = self._drafts._said
         said = self._act(scene, self._arrays(scene))
         self.kept_each = self.kept_each or [self.kept] * len(batch)
         normalized = check_action(self._head.normalized(np.array(said)))
         if self.model.answers == "chunks":
             self.wrong = self._head.wrong(np.array(said[0]))
+        self._said = said
         self._last = said if self._drafts else None
         return self.bounds.to_units(normalized)[:, : self.first]
 
@@ -212,11 +223,13 @@ class Policy:
         return said
 
     def _draft_chunk(self, head: Chunks, last: mx.array, scene: Scene) -> mx.array:
-        answer, how = list(head.ids(np.array(last))), {"positions": self.positions}
+        answer = list(head.ids(np.array(last)))
         if self._drafts == "shifted":
             answer = head.shifted(answer, self.first or self.model.args.horizon)
         said, self.calls = draft_chunk(
-            *(head, self.model, scene, self.plan, answer), **how
+            *(head, self.model, scene, self.plan, answer),
+            first=[] if self._drafts == "ngram" else answer,
+            positions=self.positions,
         )
         self.kept = self._counted()
         return mx.array([said], mx.int32)
@@ -332,11 +345,28 @@ class Policy:
         )
 
 
-def _check_draft(model: VisionModel, draft) -> None:
-    if draft not in (False, True, "shifted"):
-        raise InputError(f"drafts are True, False or 'shifted', not {draft!r}")
-    if draft == "shifted" and model.answers != "chunks":
-        raise InputError("only the answers of pi0-FAST are drafted shifted")
+def _check_draft(policy: Policy, draft) -> None:
+    """Raise `InputError` unless this can draft for the policy."""
+    chunks = policy.model.answers == "chunks"
+    if isinstance(draft, Policy):
+        kinds = [
+            f"{one.model.answers} of {len(one.bounds.low)} numbers, in "
+            f"{one.model.args.text['vocab_size']} tokens"
+            for one in (draft, policy)
+        ]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"a policy that answers {kinds[0]}, cannot draft for one that answers "
+                f"{kinds[1]}; expected one of the same family and robot"
+            )
+    elif draft not in (False, True, "shifted", "ngram"):
+        raise InputError(
+            f"drafts are True, False, 'shifted', 'ngram' or a Policy, not {draft!r}"
+        )
+    elif draft not in (False, True) and not chunks:
+        raise InputError(
+            f"only the answers of pi0-FAST are drafted {draft!r}; expected True"
+        )
 
 
 def _padded(visual: VisualTokens) -> tuple[mx.array, mx.array, mx.array]:

@@ -16,12 +16,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.family import VisionModel
-from ..models.language import LayerCache
+from ..models.language import LayerCache, greedy
 from ..pipeline import Scene, run
 from ..pruners import Plan
-from .heads import Chunks, greedy
+from ..speculative import Draft, Sampling, agreed, continued, trim, verify
+from .heads import Chunks
 
-_LONGEST_MATCH = 3  # tokens by which a place in the last answer is told
 _WIDTH = 16  # tokens that are drafted at once, after the first call
 
 
@@ -58,7 +58,8 @@ def correct_draft(
 
     Returns (B, A) tokens, and how many calls they took besides that of `read_draft`.
     """
-    steps, cache = draft.shape[1], _cache_of(model, checked)
+    steps = draft.shape[1]
+    cache = model.decoder.cache_of(checked.layers, checked.shifts)
     tokens, calls = _agreed(draft, checked.tokens), 0
     while tokens.shape[1] < steps:
         done = tokens.shape[1]
@@ -72,13 +73,6 @@ def correct_draft(
     return tokens, calls
 
 
-def _cache_of(model: VisionModel, checked: Checked) -> list[LayerCache]:
-    cache = model.decoder.make_cache()
-    for layer, (keys, values) in zip(cache, checked.layers, strict=True):
-        layer.keys, layer.values, layer.offset = keys, values, keys.shape[2]
-    return [LayerCache(*pair) for pair in zip(cache, checked.shifts, strict=True)]
-
-
 def _agreed(draft: mx.array, tokens: mx.array) -> mx.array:
     """The model's tokens up to and with the first that no robot's draft had."""
     same = np.array(draft[:, :-1] == tokens[:, :-1])
@@ -87,65 +81,32 @@ def _agreed(draft: mx.array, tokens: mx.array) -> mx.array:
 
 
 def draft_chunk(
-    head: Chunks, model: VisionModel, scene: Scene, plan: Plan, last: list[int], **how
+    head: Chunks,
+    model: VisionModel,
+    scene: Scene,
+    plan: Plan,
+    last: list[int],
+    first: Sequence[int] | None = None,
+    **how,
 ) -> tuple[list[int], int]:
-    """One robot's answer, drafted by its last one, and how many calls it took.
+    """One robot's answer, drafted by another, and how many calls it took.
 
-    The first call reads the prompt and the whole of `last`. `how` is that of `run`.
+    The first call reads the prompt and the draft `first`, the whole of `last` unless
+    another is given. `how` is that of `run`.
     """
     cache = model.decoder.make_cache()
-    draft = last[: head.most]
+    draft = list(last if first is None else first)[: head.most]
     after = mx.array([draft[:-1]], mx.int32)
     how |= {"after": after} if len(draft) > 1 else {}
     read, _ = run(model, scene, plan, cache=cache, **how)
     # Without what the padding of others would need: there is one robot.
     parts = [LayerCache(part.inner, part.shift) for part in read.cache]
     _, found = greedy(model.decoder.logits(read.hidden))
-    said, calls = _accepted(draft, _row(found)), 1
-    _trim(parts, len(draft) - len(said))
+    said, calls = agreed(draft, np.array(found[0]).tolist()), 1
+    trim(parts, max(0, len(draft) - len(said)))
     while not head.ends(said):
         most = min(_WIDTH, head.most - len(said) - 1)
-        draft = continued(last, said)[:most]
-        given = mx.array([[said[-1], *draft]], mx.int32)
-        hidden = model.decoder.follow(given, parts)
-        _, found = greedy(model.decoder.logits(hidden))
-        more = _accepted(draft, _row(found))
-        _trim(parts, len(draft) + 1 - len(more))
-        said, calls = said + more, calls + 1
+        following = Draft(continued(last, said)[:most])
+        said += verify(model.decoder, parts, said[-1], following, Sampling())
+        calls += 1
     return head.cut(said), calls
-
-
-def continued(last: Sequence[int], said: Sequence[int]) -> list[int]:
-    """What followed in the last answer, where it went on as this one ends.
-
-    Of several such places the one with the longest match, and then the nearest.
-    """
-    best: tuple[int, int] | None = None
-    place = 0
-    for end in range(1, len(last)):
-        match = 0
-        while match < min(_LONGEST_MATCH, end, len(said)):
-            if last[end - 1 - match] != said[-1 - match]:
-                break
-            match += 1
-        rank = (match, -abs(end - len(said)))
-        if match and (best is None or rank > best):
-            best, place = rank, end
-    return list(last[place:]) if best else []
-
-
-def _accepted(draft: Sequence[int], found: Sequence[int]) -> list[int]:
-    """The model's tokens up to and with the first that the draft had otherwise."""
-    right = 0
-    while right < min(len(draft), len(found) - 1) and draft[right] == found[right]:
-        right += 1
-    return list(found[: right + 1])
-
-
-def _row(found: mx.array) -> list[int]:
-    return [int(number) for number in np.array(found[0])]
-
-
-def _trim(parts: Sequence[LayerCache], count: int) -> None:
-    for part in parts:
-        part.inner.trim(count)

@@ -1,0 +1,269 @@
+"""Drafts of answers: the same tokens, or the same chances, in fewer calls."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY, TINY_POLICY
+
+from mlx_tokprune import InputError, Memory, Policy, Pruner, stream_generate
+from mlx_tokprune.act import main as act
+from mlx_tokprune.answer.drafts import ModelDrafts, NgramDrafts, SelfDrafts
+from mlx_tokprune.demo import POLICY_FRAME
+from mlx_tokprune.generate import main
+from mlx_tokprune.image import load_image
+from mlx_tokprune.models.language import LayerCache
+from mlx_tokprune.speculative import Draft, ReadingAlong, Repeating, Sampling
+
+PICTURE = TINY / "image_0.png"
+LENGTH = 25
+PLANS = {
+    "none": (),
+    "norm": (Pruner("norm", 0.5),),
+    "prompt": (Pruner("norm", 0.5, at="prompt"),),
+    "layers": (Pruner("norm", 0.5), Pruner("attention", 0.5, at=1)),
+}
+
+
+def answer(loaded, draft=None, pruner=(), images=None, **how):
+    """Token ids, and the calls that they took."""
+    how = {"max_tokens": LENGTH, **how}
+    asked = (*loaded, images or [PICTURE], "What is this?")
+    pieces = list(stream_generate(*asked, pruner=pruner, draft=draft, **how))
+    return [piece.token for piece in pieces], pieces[-1].calls
+
+
+def drafts(loaded) -> dict:
+    return {
+        "ngram": NgramDrafts(),
+        "self": SelfDrafts(),
+        "itself": ModelDrafts(*loaded),
+        "pruned": ModelDrafts(*loaded, pruner=Pruner("random", 0.1), tokens=5),
+    }
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["ngram", "self", "itself", "pruned"])
+def test_greedy_answers_are_the_same(tiny, name, plan):
+    draft = drafts(tiny)[name]
+    if name == "self" and plan not in ("none", "norm"):
+        with pytest.raises(InputError, match="under pruning at the tower"):
+            answer(tiny, draft, PLANS[plan])
+        return
+    for how in ({}, {"positions": "contiguous"}, {"prefill_step_size": 4}):
+        expected, calls = answer(tiny, None, PLANS[plan], **how)
+        assert len(expected) == calls == LENGTH
+        found, calls = answer(tiny, draft, PLANS[plan], **how)
+        assert found == expected
+        assert calls <= LENGTH
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(tiny):
+    expected, _ = answer(tiny)
+    for draft in (ModelDrafts(*tiny), SelfDrafts(Pruner("norm", 1.0, at="prompt"))):
+        for temp in (0.0, 1.0):
+            _, calls = answer(tiny, draft, temp=temp, seed=0)
+            assert calls == 1 + (LENGTH - 1) / 4
+    assert answer(tiny, ModelDrafts(*tiny, tokens=LENGTH))[1] == 2
+    assert answer(tiny, ModelDrafts(*tiny), max_tokens=3)[0] == expected[:3]
+    assert answer(tiny, ModelDrafts(*tiny), max_tokens=1) == (expected[:1], 1)
+
+
+def test_answers_about_several_pictures_and_remembered_ones(tiny):
+    images = [TINY / "image_0.png", load_image(TINY / "image_0.png").rotate(90)]
+    expected, _ = answer(tiny, images=images)
+    memory = Memory()
+    for _ in range(2):
+        for draft in drafts(tiny).values():
+            assert answer(tiny, draft, images=images, memory=memory)[0] == expected
+
+
+def test_a_quantized_cache(demo, monkeypatch):
+    monkeypatch.setattr(demo[1].tokenizer, "_eos_token_ids", set())  # it says one word
+    how = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 20}
+    expected, _ = answer(demo, **how)
+    assert len(expected) == LENGTH
+    for draft in drafts(demo).values():
+        found, calls = answer(demo, draft, **how)
+        assert found == expected
+        assert calls < LENGTH
+
+
+# Chance -----------------------------------------------------------------------------
+
+
+def shares(logs) -> np.ndarray:
+    return np.exp(np.array(logs, np.float64))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 0.8)])
+@pytest.mark.parametrize("guess", [False, True])
+def test_sampled_tokens_have_the_chances_of_the_model(sampling, guess):
+    mx.random.seed(1)
+    logits = mx.random.normal((3, 6)) * 1.5
+    drafted = sampling.log_shares(mx.random.normal((2, 5)) * 1.5)
+    likely = np.array(mx.argmax(logits, axis=1)).tolist()[:2]
+    seen, firsts, runs = np.zeros((6, 6)), np.zeros(6), 1500
+    for _ in range(runs):
+        tokens = np.array(mx.random.categorical(drafted)).tolist()
+        tokens = likely if guess else tokens
+        draft = Draft(tokens, None if guess else drafted)
+        found = sampling.accepted(draft, logits)
+        assert 1 <= len(found) <= 3
+        firsts[found[0]] += 1
+        if len(found) > 1:
+            seen[found[0], found[1]] += 1
+    expected = shares(sampling.log_shares(logits))
+    error = 5 * (0.25 / runs) ** 0.5  # five standard deviations, at the most
+    np.testing.assert_allclose(firsts / runs, expected[0], atol=error)
+    # Whatever came first, the second is as the model has it after what was drafted.
+    count = seen.sum()
+    assert count > runs / 20
+    error = 5 * (0.25 / count) ** 0.5
+    np.testing.assert_allclose(seen.sum(axis=0) / count, expected[1], atol=error)
+    assert not firsts[expected[0] == 0].any()
+
+
+def test_chances_are_those_of_mlx_lm():
+    from mlx_lm.sample_utils import make_sampler
+
+    logits = mx.array([[2.0, 1.0, 0.5, -1.0, -3.0]])
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    own = shares(Sampling(0.6, 0.9).log_shares(logits))[0]
+    mx.random.seed(0)
+    many = mx.broadcast_to(logs, (20_000, 5))
+    found = np.bincount(np.array(make_sampler(0.6, 0.9)(many)), minlength=5) / 20_000
+    np.testing.assert_allclose(found, own, atol=5 * (0.25 / 20_000) ** 0.5)
+
+
+def test_a_draft_knows_fewer_or_more_tokens(tiny):
+    model = tiny[0]
+    decoder, cache = model.decoder, model.decoder.make_cache()
+    parts = [LayerCache(part) for part in cache]
+    drafter = ReadingAlong(decoder, parts, Sampling(1.0), vocabulary=7)
+    draft = drafter([1], 4)
+    assert max(draft.tokens) < 7
+    assert draft.log_shares.shape == (4, 7)
+    assert drafter([1, *draft.tokens[:2], 9], 0) == Draft([])
+    assert parts[0].inner.offset == 3  # what was wrong is forgotten
+    logits = mx.zeros((5, 12))
+    assert len(Sampling(1.0).accepted(draft, logits)) <= 5
+
+
+def test_ngrams_come_from_the_prompt_and_the_answer():
+    repeating = Repeating([1, 2, 3, 4, 5])
+    assert repeating([9, 2, 3], 8).tokens == [4, 5, 9, 2, 3]
+    assert repeating([7, 8, 7], 8).tokens == [8, 7]
+    assert repeating([2, 3], 1).tokens == [4]
+    assert repeating([6], 8).tokens == []
+
+
+def test_damaged_logits_are_no_tokens():
+    logits = mx.full((2, 4), mx.nan)
+    assert Sampling().accepted(Draft([2]), logits) == [-1]
+
+
+# What is refused ----------------------------------------------------------------------
+
+
+def test_what_cannot_draft_is_refused(tiny, demo, demo_policy):
+    with pytest.raises(InputError, match="tokenizer has other tokens"):
+        answer(tiny, ModelDrafts(*demo))
+    with pytest.raises(InputError, match="a policy cannot draft words"):
+        ModelDrafts(*demo_policy)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(InputError, match="the least is 1"):
+            NgramDrafts(tokens=wrong)
+    for pruner in (Pruner("norm", 0.5), Pruner("lightvla")):
+        with pytest.raises(InputError, match="are pruned at the prompt, with a budget"):
+            SelfDrafts(pruner)
+
+
+def test_command_line(capsys):
+    asked = ["--model", str(TINY), "--image", str(PICTURE), "--prompt", "What is this?"]
+    asked += ["--max-tokens", "9", "--json"]
+    found = []
+    for more in (
+        [],
+        ["--draft", "ngram"],
+        ["--draft", "self", "--draft-prune", "norm:0.5@prompt"],
+        ["--draft-model", str(TINY), "--draft-prune", "norm:0.9"],
+        ["--draft-model", str(TINY), "--num-draft-tokens", "8"],
+    ):
+        main([*asked, *more])
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert len({tuple(record["token_ids"]) for record in found}) == 1
+    assert (found[0]["calls"], found[-1]["calls"]) == (9, 2)
+    for more, said in (
+        (["--draft", "ngram", "--draft-model", "demo"], "give one of them"),
+        (["--draft-prune", "norm:0.5"], "say --draft-model, too"),
+        (["--num-draft-tokens", "2"], "say --draft, too"),
+        (["--draft", "self", "--draft-prune", "norm:0.5"], "pruned at the prompt"),
+        (["--draft-model", "demo"], "tokenizer has other tokens"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*asked, *more])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+# Policies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_policy_drafts_for_another(demo_policy, compiled):
+    frame = load_image(POLICY_FRAME.path)
+    how = {"pruner": Pruner("trimvla", 0.5), "compile": compiled}
+    plain = Policy(*demo_policy, **how)
+    for pruner, most in ((Pruner("trimvla", 0.5), 1), (Pruner("random", 0.1), 4)):
+        other = Policy(*demo_policy, pruner=pruner, compile=compiled)
+        policy = Policy(*demo_policy, draft=other, **how)
+        for seen in (frame, frame.rotate(5), frame.rotate(170)):
+            expected = plain([seen], "open the drawer")
+            found = policy([seen], "open the drawer")
+            np.testing.assert_array_equal(found, expected)
+            assert 1 <= policy.calls <= most
+        batch = [[frame], [frame.rotate(20)]]
+        expected = plain.act_on_batch(batch, "open the drawer")
+        found = policy.act_on_batch(batch, "open the drawer")
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "policy"])
+def test_chunks_are_drafted(tiny_chunks, draft):
+    model, _ = tiny_chunks
+    other = Policy(*tiny_chunks, pruner=Pruner("norm", 0.5))
+    plain = Policy(*tiny_chunks)
+    policy = Policy(*tiny_chunks, draft=other if draft == "policy" else draft)
+    picture = load_image(PICTURE)
+    for number in range(4):
+        images = {"base": picture.rotate(20 * (number // 2))}
+        asked = (images, "Pick up the cup", [0.0] * model.args.state_size)
+        np.testing.assert_array_equal(policy(*asked), plain(*asked))
+        assert policy.calls <= plain.calls
+    same = Policy(*tiny_chunks, draft=Policy(*tiny_chunks))
+    same(*asked)
+    assert same.calls == 1
+
+
+def test_policies_that_cannot_draft_are_refused(demo_policy, tiny_policy, tiny_chunks):
+    with pytest.raises(InputError, match="expected one of the same family and robot"):
+        Policy(*demo_policy, draft=Policy(*tiny_policy))
+    with pytest.raises(InputError, match="expected one of the same family and robot"):
+        Policy(*demo_policy, draft=Policy(*tiny_chunks))
+    with pytest.raises(InputError, match="or a Policy, not 'model'"):
+        Policy(*demo_policy, draft="model")
+    with pytest.raises(InputError, match="only the answers of pi0-FAST"):
+        Policy(*demo_policy, draft="ngram")
+
+
+def test_a_policy_drafts_on_the_command_line(capsys):
+    asked = ["--model", str(TINY_POLICY), "--image", str(TINY_POLICY / "image_0.png")]
+    asked += ["--instruction", "pick up the cup", "--json", "--runs", "1"]
+    found = []
+    for more in ([], ["--draft-model", str(TINY_POLICY)]):
+        act([*asked, *more])
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert found[0]["action"] == found[1]["action"]
+    assert (found[0]["calls"], found[1]["calls"]) == (7, 1)
