@@ -10,6 +10,7 @@ from conftest import TINY, TINY_POLICY
 from mlx_tokprune import InputError, Memory, Policy, Pruner, stream_generate
 from mlx_tokprune.act import main as act
 from mlx_tokprune.answer.drafts import ModelDrafts, NgramDrafts, SelfDrafts
+from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.demo import POLICY_FRAME
 from mlx_tokprune.generate import main
 from mlx_tokprune.image import load_image
@@ -267,3 +268,42 @@ def test_a_policy_drafts_on_the_command_line(capsys):
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert found[0]["action"] == found[1]["action"]
     assert (found[0]["calls"], found[1]["calls"]) == (7, 1)
+
+
+# Measured -----------------------------------------------------------------------------
+
+
+def test_the_benchmark_has_a_row_for_each_draft(tmp_path, capsys):
+    output = tmp_path / "bench.json"
+    asked = ["--model", str(TINY), "--methods", "norm", "--keep-ratios", "0.5"]
+    asked += ["--tokens", "9", "--runs", "2", "--output", str(output)]
+    asked += ["--draft-model", str(TINY), "--num-draft-tokens", "8"]
+    bench([*asked, "--draft-prune", "none"])
+    printed = capsys.readouterr().out
+    rows = json.loads(output.read_text())["rows"]
+    name = f"{TINY.name}+none"
+    assert [row.get("draft") for row in rows] == [None, name] * (len(rows) // 2)
+    for row in rows:
+        samples = row["samples"]
+        assert samples["tokens"] == [9, 9]
+        plain = row["method"] == "none" and row["image_size"] == 512
+        assert row.get("draft") or samples["calls"] == [9, 9]
+        assert not (plain and row.get("draft")) or samples["calls"] == [2, 2]
+    shown = f"| 512 | none, draft {name} |"
+    line = next(row for row in printed.splitlines() if shown in row)
+    assert [cell.strip() for cell in line.split("|")[18:20]] == ["2", "8.00"]
+
+
+def test_drafts_are_refused_where_there_are_none(tmp_path, capsys):
+    output = ["--output", str(tmp_path / "bench.json")]
+    asked = ["--model", str(TINY_POLICY), "--draft", "ngram", *output]
+    for more, said in (
+        (asked, "measures them in closed loop"),
+        (["--runtime", "mlx-vlm", "--draft", "ngram", *output], "own runtime"),
+        (["--model", str(TINY), "--draft-model", "demo", *output], "other tokens"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            bench(more)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "bench.json").exists()

@@ -4,6 +4,8 @@ import itertools
 from pathlib import Path
 
 from ..adapters import RUNTIMES
+from ..answer.drafts import Drafts
+from ..commands.drafts import add_answer_drafts, make_drafts
 from ..commands.options import (
     add_adapter,
     add_common,
@@ -60,6 +62,7 @@ def build_parser() -> Parser:
     add("--plots", help="draw pictures to this folder")
     help_ = "results of mlx_tokprune.evaluate, for the Pareto plot"
     add("--accuracy", nargs="+", default=[], metavar="FILE", help=help_)
+    add_answer_drafts(parser)
     add_adapter(parser)
     add_common(parser)
     return parser
@@ -87,19 +90,36 @@ def main(argv: list[str] | None = None) -> None:
     example = POLICY_FRAME if subject.kind == "acting" else PICTURES[0]
     images = _images(args, example.path)
     prompts = args.prompt or [example.question]
+    drafts = _drafts(args, subject)
     rows = make_rows(
         *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
-        *(args.positions, len(images), options, args.plans),
+        *(args.positions, len(images), options, args.plans, list(drafts)),
     )
     for one, row in itertools.product(subjects, rows):  # refuse any before measuring
-        plan_for(one.model, row.pruners)
-    output = Path(args.output)
-    result = Benchmark(output, subjects, rows, images, args.tokens).run(args.runs)
+        plan = plan_for(one.model, row.pruners)
+        if row.draft:
+            drafts[row.draft].check(one.model, one.processor, plan)
+    output, asked = Path(args.output), (images, args.tokens, drafts)
+    result = Benchmark(output, subjects, rows, *asked).run(args.runs)
     print(markdown(result))
     print(f"\nwrote {output}")
     if args.plots:
         for path in draw_all(result, Path(args.plots), _accuracy(args.accuracy)):
             print(f"wrote {path}")
+
+
+def _drafts(args, subject: Subject) -> dict[str, Drafts]:
+    """What drafts, under its name in the table."""
+    drafts = make_drafts(args)
+    if drafts is None:
+        return {}
+    if subject.kind == "acting":
+        raise InputError(
+            "drafts of a policy are by its last action, which one picture has not; "
+            "benchmarks/speculative.py measures them in closed loop"
+        )
+    name = args.draft or Path(args.draft_model).name
+    return {"+".join([name, *args.draft_prune]): drafts}
 
 
 def _images(args, example) -> list:
@@ -113,6 +133,7 @@ def _measure_guest(args) -> None:
     from . import guest as bench_guest
 
     names = ("plans", "image_sizes", "adapter_path", "plots", "accuracy")
+    names += ("draft", "draft_model", "draft_prune", "num_draft_tokens")
     check_guest(**{name: getattr(args, name) for name in names})
     if len(args.model) != 1:
         raise InputError("mlx-vlm's runtime measures one model; give one --model")

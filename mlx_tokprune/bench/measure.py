@@ -9,12 +9,13 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
 
+from ..answer.drafts import Drafts, ModelDrafts
 from ..errors import InputError
 from ..files import write_text
 from ..measure.cost import Cost
@@ -36,7 +37,7 @@ from ..timing import STAGES
 
 SCHEMA = "mlx_tokprune.bench/1"
 _TIMES = ("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb")
-SAMPLES = (*_TIMES, "stages_ms")
+SAMPLES = (*_TIMES, "calls", "tokens", "stages_ms")
 _COST = dict.fromkeys(("flops", "bytes", "weights", "launches"), NUMBER)
 # What a file holds; docs/results.md says what it means.
 SHAPE = {
@@ -64,7 +65,7 @@ class Row:
     """What is measured: everything but the machine.
 
     method: or a plan as it is written. keep_ratio: `None` where that says how many
-    tokens stay. picture: its number.
+    tokens stay. picture: its number. draft: what drafts the answer, by its name.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Row:
     positions: str = DEFAULT_POSITIONS
     picture: int = 0
     options: Options = field(default_factory=dict, hash=False)
+    draft: str | None = None
 
     @property
     def pruners(self) -> Plan:
@@ -95,10 +97,12 @@ def make_rows(
     pictures: int = 1,
     options: Mapping[str, Options] | None = None,
     plans: Sequence[str] = (),
+    drafts: Sequence[str] = (),
 ) -> list[Row]:
     """Every combination of methods and ratios, and plans, in sizes besides the own.
 
     Unpruned rows are always there: of each size, and of lower ones than the model's.
+    All are measured without a draft, and with each of `drafts`.
     """
     rows, everything = [], (subjects, prompts, range(pictures))
     for subject, prompt, picture in itertools.product(*everything):
@@ -115,7 +119,8 @@ def make_rows(
                 names = [pruner.method for pruner in read_plan(text)]
                 own = {k: v for n in names for k, v in (options or {})[n].items()}
                 rows.append(Row(*case, text, None, positions, picture, own))
-    return rows
+    both = itertools.product(rows, (None, *drafts))
+    return [replace(row, draft=draft) for row, draft in both]
 
 
 # Measuring --------------------------------------------------------------------------
@@ -151,8 +156,10 @@ class Benchmark:
         rows: Sequence[Row],
         images: list,
         tokens: int,
+        drafts: Mapping[str, Drafts] | None = None,
     ):
         self.file, self.rows, self.images, self.tokens = file, rows, images, tokens
+        self.drafts = drafts or {}
         self.subjects = {subject.name: subject for subject in subjects}
         self.result = self._opened()
 
@@ -162,6 +169,7 @@ class Benchmark:
             "rows": [_described(row) for row in self.rows],
             "weights": {n: fingerprint(s.model) for n, s in self.subjects.items()},
             "pictures": [_hash(image) for image in self.images],
+            "drafts": {name: _drafter(drafts) for name, drafts in self.drafts.items()},
         }
         if not self.file.exists():
             return {
@@ -202,7 +210,8 @@ class Benchmark:
     def _of(self, row: Row) -> tuple:
         subject = self.subjects[row.model].at(row.image_size)
         images, plan = [self.images[row.picture]], plan_for(subject.model, row.pruners)
-        return subject, Asked(images, row.prompt, plan, row.positions)
+        drafts = self.drafts[row.draft] if row.draft else None
+        return subject, Asked(images, row.prompt, plan, row.positions, drafts)
 
     def _prepared(self, row: Row) -> dict:
         """What is known before measuring; runs the row once to warm it up."""
@@ -241,6 +250,12 @@ class Benchmark:
         write_text(self.file, json.dumps(self.result, indent=1) + "\n")
 
 
+def _drafter(drafts: Drafts) -> list[str]:
+    """Its settings, and the weights of a model that drafts."""
+    own = [fingerprint(drafts.model)] if isinstance(drafts, ModelDrafts) else []
+    return [repr(drafts), *own]
+
+
 def _hash(image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
@@ -248,7 +263,7 @@ def _hash(image) -> str:
 def _described(row: Row) -> dict:
     """As JSON; what every row has alike is left out."""
     fields = dict(vars(row)) | {"options": dict(row.options)}
-    plain = {"picture": 0, "options": {}}
+    plain = {"picture": 0, "options": {}, "draft": None}
     return {k: v for k, v in fields.items() if k not in plain or v != plain[k]}
 
 
@@ -281,7 +296,8 @@ def read_bench(file: str | Path) -> dict:
 def is_base(other: dict, row: dict) -> bool:
     """Whether `other` is the unpruned row to compare `row` with."""
     case = ("model", "image_size", "prompt", "positions", "picture")
-    return other["method"] == "none" and all(other.get(k) == row.get(k) for k in case)
+    plain = other["method"] == "none" and not other.get("draft")
+    return plain and all(other.get(k) == row.get(k) for k in case)
 
 
 def median(values: Sequence[float | None]) -> float | None:

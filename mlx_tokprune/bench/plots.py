@@ -14,8 +14,13 @@ Accuracy = dict[tuple[str, int], float]  # by label and input size
 
 
 def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
-    """Writes the pictures to `folder`; the Pareto plot where accuracy is known."""
+    """Writes the pictures to `folder`; the Pareto plot where accuracy is known.
+
+    Drafts are left out: pictures are of TTFT, which they do not change.
+    """
     import_matplotlib()
+    plain = [row for row in result["rows"] if not row.get("draft")]
+    result = {**result, "rows": plain}
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
         _save(folder / "ttft_by_stage.png", result, _draw_stages),

@@ -10,7 +10,7 @@ _NOISE = "~"  # before a saving above its ceiling
 _COLUMNS = (
     *("model", "px", "method", "kept", "TTFT ms", "saved", "ceiling", "faster"),
     *("limit", "x limit", "pre", "vision", "prune", "project", "prefill"),
-    *("no vision*", "tok/s", "total ms", "MB", "cache MB"),
+    *("no vision*", "tok/s", "calls", "tok/call", "total ms", "MB", "cache MB"),
 )
 NOTE = (
     "TTFT: from decoded picture and prompt to the first token id, unfenced; median "
@@ -19,7 +19,8 @@ NOTE = (
     f"is marked {_NOISE}, as noise; faster: unpruned TTFT over this one. Kept: visual "
     "tokens, mean over the language model's layers. Limit: FLOPs over the measured "
     "matmul rate or weights over the measured bandwidth, whichever is larger, ms. "
-    "Stages are fenced, ms. Cache: keys and values of the prompt. "
+    "Stages are fenced, ms. Calls: of the language model, the prompt's, too, and "
+    "tokens in each that follows. Cache: keys and values of the prompt. "
     "* Project and prefill alone, what some published tables call TTFT; not a TTFT."
 )
 
@@ -93,6 +94,7 @@ def _line(row: dict, rows: list[dict]) -> str:
         *map(_number, (*stages, prefill)),
         _number(stages[3] + prefill),
         _number(median(row["samples"]["decode_tokens_per_second"])),
+        *_calls(row["samples"]),
         _number(median(row["samples"]["total_ms"])),
         f"{max(row['samples']['peak_memory_mb']):.0f}",
         f"{row.get('cache_bytes', 0) / 1e6:.2f}",
@@ -100,8 +102,23 @@ def _line(row: dict, rows: list[dict]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def _calls(samples: dict) -> tuple[str, str]:
+    """Calls of the language model, and tokens in each of those that decode."""
+    calls, tokens = samples.get("calls"), samples.get("tokens")
+    if not calls or not tokens:
+        return "", ""
+    pairs = zip(calls, tokens, strict=True)
+    each = median([(told - 1) / (ran - 1) if ran > 1 else None for ran, told in pairs])
+    return f"{statistics.median(calls):g}", "" if each is None else f"{each:.2f}"
+
+
 def label(row: dict) -> str:
-    """Method and keep ratio."""
+    """Method and keep ratio, and what drafts."""
+    draft = row.get("draft")
+    return f"{_pruned(row)}, draft {printable(draft)}" if draft else _pruned(row)
+
+
+def _pruned(row: dict) -> str:
     ratio = row["keep_ratio"]
     if ratio is None:
         plan = any(mark in row["method"] for mark in ":@+")

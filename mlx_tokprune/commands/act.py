@@ -19,16 +19,15 @@ from ..pruners import Plan
 from ..robot.inputs import check_first, check_images
 from ..robot.policy import Policy
 from ..robot.predict import predict_action
+from .drafts import add_drafts, draft_plan
 from .options import (
     add_adapter,
     add_budget,
     add_common,
-    add_drafts,
     add_method,
     begin_logging,
     check_overlay,
     describe_methods,
-    draft_plan,
     make_pruners,
     methods,
     places,

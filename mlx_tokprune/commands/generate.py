@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..answer.drafts import Drafts, ModelDrafts, NgramDrafts, SelfDrafts
+from ..answer.drafts import Drafts
 from ..answer.image_size import fit_image_size
 from ..answer.memory import Memory
 from ..answer.settings import Settings
@@ -26,16 +26,15 @@ from ..models.language import PREFILL_STEP
 from ..pipeline import VisualTokens, given_or_carried
 from ..processor import PADDINGS
 from ..pruners import Plan
+from .drafts import add_answer_drafts, make_drafts
 from .options import (
     add_adapter,
     add_budget,
     add_common,
-    add_drafts,
     add_method,
     begin_logging,
     check_overlay,
     describe_methods,
-    draft_plan,
     make_pruners,
     methods,
     places,
@@ -82,13 +81,7 @@ def build_parser() -> Parser:
     add("--quantized-kv-start", type=int, default=5000, help="token from which on")
     help_ = "fence the run and time its stages, which makes its TTFT a little longer"
     add("--stages", action="store_true", help=help_)
-    help_ = (
-        "draft tokens by an n-gram of the prompt, or by the model itself with fewer "
-        "visual tokens; answers stay the same"
-    )
-    add_drafts(parser, ("ngram", "self"), help_)
-    help_ = "tokens that are drafted at once (default: 8 of an n-gram, 3 of a model)"
-    add("--num-draft-tokens", type=int, metavar="N", help=help_)
+    add_answer_drafts(parser)
     help_ = "write a picture of what was kept, at last, to this PNG"
     add("--overlay", help=help_)
     add("--json", action="store_true", help="a line of JSON after each answer")
@@ -127,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_answers(model)
     plan = given_or_carried(model, pruners)
-    drafts = _drafts(args)
+    drafts = make_drafts(args)
     vision = Temporal(plan) if args.temporal else vision
     apart = each or args.temporal
     asked = [[image] for image in images] if apart else [images]
@@ -244,23 +237,6 @@ def _pruners_and_vision(args) -> tuple[Plan | None, Vision | None]:
     from ..coreml.vision import open_vision
 
     return (), open_vision(args.vision, args.keep_ratio)
-
-
-def _drafts(args) -> Drafts | None:
-    """What drafts, from command line options."""
-    plan, count = draft_plan(args), args.num_draft_tokens
-    how = {} if count is None else {"tokens": count}
-    if args.draft_model:
-        return ModelDrafts(*load(args.draft_model), pruner=plan, **how)
-    if args.draft == "ngram":
-        return NgramDrafts(**how)
-    if args.draft == "self":
-        if plan and len(plan) > 1:
-            raise InputError("a model's own drafts have one pruner, at the prompt")
-        return SelfDrafts(*(plan or ()), **how)
-    if count is not None:
-        raise InputError("--num-draft-tokens is of a draft; say --draft, too")
-    return None
 
 
 def format_report(record: dict) -> str:

@@ -35,29 +35,6 @@ def add_adapter(parser: Parser) -> None:
     parser.add_argument("--adapter-path", metavar="FOLDER", help=help_)
 
 
-def add_drafts(parser: Parser, words: Sequence[str], help_: str) -> None:
-    """`--draft`, and another model that drafts, with pruners of its own."""
-    parser.add_argument("--draft", nargs="?", const=words[0], choices=words, help=help_)
-    help_ = "a smaller model of the same family, which drafts; output stays the same"
-    parser.add_argument("--draft-model", metavar="MODEL", help=help_)
-    metavar = "METHOD[:BUDGET][@PLACE]"
-    help_ = "how what drafts is pruned, such as norm:0.25; repeat"
-    parser.add_argument(
-        "--draft-prune", action="append", default=[], metavar=metavar, help=help_
-    )
-
-
-def draft_plan(args) -> Plan | None:
-    """What prunes a draft; `None` where nobody says."""
-    if args.draft and args.draft_model:
-        raise InputError("--draft and --draft-model both draft; give one of them")
-    if args.draft_prune and not (args.draft_model or args.draft == "self"):
-        raise InputError(
-            "--draft-prune prunes what a model drafts from; say --draft-model, too"
-        )
-    return read_plans(args.draft_prune, {}) if args.draft_prune else None
-
-
 def begin_logging(verbose: bool) -> None:
     """The package's one logger, at DEBUG where that is asked for."""
     if verbose:

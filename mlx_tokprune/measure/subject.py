@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from ..answer.drafts import Drafts
 from ..answer.stream import stream_generate
 from ..errors import InputError
 from ..features import Selection
@@ -33,12 +34,16 @@ LOWER_SIZES = (256, 512, 768)  # rows without pruning, to compare with
 
 @dataclass(frozen=True)
 class Asked:
-    """Pictures and a prompt, and what is done to the visual tokens."""
+    """Pictures and a prompt, and what is done to the visual tokens.
+
+    drafts: what drafts an answer.
+    """
 
     images: Many
     prompt: str
     plan: Plan
     positions: str
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True)
@@ -219,17 +224,23 @@ class Answering(_Subject):
     def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
         """Times of an answer of at most `tokens`; fenced with `stages`."""
         start = time.perf_counter()
-        *_, last = stream_generate(
-            *(self.model, self.processor, asked.images, asked.prompt),
-            pruner=asked.plan,
-            positions=asked.positions,
-            max_tokens=tokens,
-            stages=stages,
+        pieces = list(
+            stream_generate(
+                *(self.model, self.processor, asked.images, asked.prompt),
+                pruner=asked.plan,
+                positions=asked.positions,
+                draft=asked.drafts,
+                max_tokens=tokens,
+                stages=stages,
+            )
         )
+        last = pieces[-1]
         return {
             "ttft_ms": last.ttft_ms,
             "total_ms": (time.perf_counter() - start) * 1e3,
             "decode_tokens_per_second": last.decode_tokens_per_second or None,
+            "calls": last.calls,
+            "tokens": len(pieces),
             "stages_ms": last.stages_ms,
         }
 
@@ -276,12 +287,15 @@ class Acting(_Subject):
             positions=asked.positions,
             stages=stages,
         )
-        more = len(action.token_ids or ()) - 1
+        said = len(action.token_ids or (0,))
+        more = said - 1
         seconds = (action.total_ms - action.ttft_ms) / 1e3
         return {
             "ttft_ms": action.ttft_ms,
             "total_ms": action.total_ms,
             "decode_tokens_per_second": more / seconds if more > 0 else None,
+            "calls": said,
+            "tokens": said,
             "stages_ms": action.stages_ms,
         }
 
