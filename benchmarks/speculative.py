@@ -1,14 +1,16 @@
 """Drafted action tokens in closed loop: how many calls they save, and how much time.
 
     python benchmarks/speculative.py [--model FOLDER] [--episodes 2] [--tasks NAME ...]
-    python benchmarks/speculative.py --model demo-pi0 --first 4 --episodes 4
+    python benchmarks/speculative.py --model demo-pi0 --first 4 --episodes 4 \
+        --draft-ratio 0.25
     python benchmarks/random_checkpoint.py pi0-FAST pi0-4 --layers 4 --cameras 1
     python benchmarks/speculative.py --model demo-pi0 --first 4 --shape pi0-4
 
 Runs a demo policy, or another of its tasks, in Meta-World (extra `sim`). Every frame is
 given to policies with drafts and to one without, in turns; their actions must be equal,
 and the episode goes on with them. A call reads the weights of the language model once,
-so calls are what a large policy's decoding time is made of.
+so calls are what a large policy's decoding time is made of; those of a policy that
+drafts for itself (`--draft-ratio`) are not counted, but their time is.
 
 shape: a checkpoint of another size, on which calls that read as many tokens are timed,
 with all its layers and with half of them; a straight line through both gives what
@@ -34,7 +36,13 @@ from mlx_tokprune.train.policy.collecting import told
 from mlx_tokprune.train.policy.success import TEST_SEEDS
 from mlx_tokprune.train.policy.worlds import HORIZON, TASKS, World
 
-NAMES = {False: "no draft", True: "last answer", "shifted": "last answer, shifted"}
+NAMES = {
+    False: "no draft",
+    True: "last answer",
+    "shifted": "last answer, shifted",
+    "ngram": "n-grams of the last answer",
+    "self": "itself, pruned more",
+}
 # Tokens that each call of an answer read: the first one's besides the prompt.
 Calls = tuple[int, ...]
 
@@ -46,6 +54,7 @@ class Watched:
         how = {"pruner": pruner, "compile": False, "draft": draft, "first": first}
         self.policy = Policy(*loaded, **how)
         self.times: list[float] = []
+        self.counts: list[int] = []
         self.answers: list[Calls] = []
         self._decoder = loaded[0].decoder
 
@@ -66,6 +75,7 @@ class Watched:
         actions = self.policy(*asked)
         self.times.append(time.perf_counter() - start)
         del decoder.read, decoder.follow
+        self.counts.append(self.policy.calls)
         self.answers.append(tuple(calls))
         return actions
 
@@ -101,12 +111,12 @@ def report(watched: dict, begun: list[int]) -> None:
     """Answers that could be drafted; the first two of all warm up."""
     plain = watched[False]
     rows = [n for n in range(2, len(plain.times)) if n not in begun]
-    tokens = sum(len(plain.answers[n]) for n in rows)
+    tokens = sum(plain.counts[n] for n in rows)
     print(f"{len(rows)} answers of {tokens / len(rows):.1f} tokens, in each a call")
     for draft, one in watched.items():
         if not draft:
             continue
-        calls = Counter(len(one.answers[n]) for n in rows)
+        calls = Counter(one.counts[n] for n in rows)
         total = sum(count * number for number, count in calls.items())
         shares = ", ".join(f"{k}: {calls[k] / len(rows):.0%}" for k in sorted(calls))
         ratio = statistics.median(one.times[n] / plain.times[n] for n in rows)
@@ -172,6 +182,7 @@ def scale(times: dict, layers: int) -> dict:
 def report_shape(folder: str, watched: dict, begun: list[int], layers, runs) -> None:
     plain = watched[False]
     rows = [n for n in range(2, len(plain.times)) if n not in begun]
+    watched = {d: one for d, one in watched.items() if d != "self"}
     answers = {d: [one.answers[n] for n in rows] for d, one in watched.items()}
     every = [calls for some in answers.values() for calls in some]
     model, processor = mlx_tokprune.load(folder)
@@ -208,6 +219,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--method", default="trimvla")
     parser.add_argument("--keep-ratio", type=float, default=0.5)
+    help_ = "of what the policy sees where it drafts for itself, by trimvla"
+    parser.add_argument("--draft-ratio", type=float, help=help_)
     help_ = "actions of a chunk that are done before looking again"
     parser.add_argument("--first", type=int, help=help_)
     parser.add_argument("--shape", help="folder of a policy of another size")
@@ -217,9 +230,13 @@ def main() -> None:
     args = parser.parse_args()
     loaded = mlx_tokprune.load(args.model)
     pruner = Pruner(args.method, None if args.method == "none" else args.keep_ratio)
-    drafts = [False, True]
-    drafts += ["shifted"] if loaded[0].answers == "chunks" else []
-    watched = {d: Watched(loaded, d, args.first, pruner) for d in drafts}
+    drafts = {draft: draft for draft in (False, True)}
+    if loaded[0].answers == "chunks":
+        drafts |= {"shifted": "shifted", "ngram": "ngram"}
+    if args.draft_ratio:
+        less = Pruner("trimvla", args.draft_ratio)
+        drafts["self"] = Policy(*loaded, pruner=less, compile=False)
+    watched = {n: Watched(loaded, d, args.first, pruner) for n, d in drafts.items()}
     solved, begun = act(watched, args.tasks, args.episodes)
     print(
         f"{args.model}, {args.method}: {len(watched[False].times)} answers in "
