@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import mlx.core as mx
 import numpy as np
@@ -11,60 +9,22 @@ import pytest
 from conftest import TINY, TINY_POLICY
 from PIL import Image
 
-from mlx_tokprune import generate, load, predict_action, stream_generate
+from mlx_tokprune import generate, predict_action, stream_generate
 from mlx_tokprune.answer.settings import Settings
 from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import data, read_result, table
 from mlx_tokprune.evaluate.__main__ import main
 from mlx_tokprune.evaluate.actions import accuracy as action_accuracy
-from mlx_tokprune.evaluate.gather import Workers
-from mlx_tokprune.evaluate.journal import Journal, answer_all
 from mlx_tokprune.evaluate.measure import Answer, Evaluator, _Asked
-from mlx_tokprune.evaluate.words import accuracy, normalize
-from mlx_tokprune.measure.intervals import bootstrap, of_share, wilson
-from mlx_tokprune.measure.results import Row, fingerprint, make_rows
+from mlx_tokprune.evaluate.words import accuracy
+from mlx_tokprune.measure.results import Row, make_rows
 from mlx_tokprune.measure.subject import Asked, Counted, subject_of
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.pruners import Counts, Pruner, as_plan
 from mlx_tokprune.train.accuracy import measure as measure_training
 
 QUESTION = "What does the sign say?"
-
-
-# Accuracy ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("answer", "normal"),
-    [
-        ("The Cat", "cat"),
-        ("a  dog,\n and an owl!", "dog and owl"),
-        ("Two", "2"),
-        ("none", "0"),
-        ("1,000", "1000"),
-        ("3.5", "3.5"),
-        ("yes.", "yes"),
-        ("don't", "dont"),
-        ("dont", "dont"),
-        ("red/blue", "red blue"),
-    ],
-)
-def test_what_does_not_count(answer, normal):
-    assert normalize(answer) == normal
-
-
-def test_accuracy_of_ten_people():
-    """A third for each of the others who said so, over all ways to leave one out."""
-    for agreeing, right in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
-        answers = ["cat"] * agreeing + ["dog"] * (10 - agreeing)
-        assert accuracy("the cat", answers) == pytest.approx(right)
-
-
-def test_accuracy_of_few_people():
-    assert accuracy("Two", ["2"]) == 1
-    assert accuracy("cat", ["dog", "cat"]) == 1
-    assert accuracy("cow", ["dog", "cat"]) == 0
 
 
 # Questions --------------------------------------------------------------------------
@@ -380,89 +340,6 @@ def test_answers_that_are_no_actions_are_refused(answer, message):
         action_accuracy(np.zeros(4), [answer])
 
 
-# Keeping and sharing ----------------------------------------------------------------
-
-
-class Counter:
-    """An evaluator that answers with the number of calls."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def ask(self, item):
-        self.calls += 1
-        figures = {"divergence": 0.0, "kept": 4, "flops": 1.0, "accuracy": None}
-        said = f"{item.question} {self.calls}"
-        return {"none": {"answer": said, "agrees": True, **figures}}
-
-
-def test_what_was_answered_is_kept(tmp_path):
-    items = [data.Item("p", f"q{i}") for i in range(4)]
-    rows = [{"label": "none"}]
-    # JSON has no tuples, as the places of some methods are.
-    file, header = tmp_path / "journal", {"a": (0.25, 0.5), "rows": rows}
-    first = Counter()
-    answer_all(first, items, [0, 1], Journal(file, header))
-    with file.open("a") as stream:
-        stream.write('{"item": 3, "rows": {"none": {"answer": 3}}}\n')  # damaged
-        stream.write('{"item": 2, "ro')  # killed while it wrote
-    again = Counter()
-    records = answer_all(again, items, range(4), Journal(file, header))
-    assert again.calls == 2
-    assert records[0]["none"]["answer"] == "q0 1"
-    assert records[3]["none"]["answer"] == "q3 2"
-    assert set(Journal(file, header).records) == {0, 1, 2, 3}
-    # Other weights, rows or questions: everything again.
-    assert not Journal(file, {"a": 2, "rows": rows}).records
-
-
-def test_weights_decide_what_is_the_same(demo):
-    """Their bytes: a sum would not tell a negated or a shuffled one apart."""
-    model, _ = demo
-    before = fingerprint(model)
-    assert before == fingerprint(load("demo")[0])
-    norm = model.language_model.model.norm
-    weight = norm.weight
-    try:
-        for changed in (weight * 1.001, -weight, weight[::-1]):
-            norm.weight = changed
-            assert fingerprint(model) != before
-    finally:
-        norm.weight = weight
-    assert fingerprint(model) == before
-
-
-def test_workers_share_everything_once(monkeypatch):
-    alone = Workers()
-    assert alone.share(5) == [0, 1, 2, 3, 4]
-    assert alone.gather({1: {"a": 2}}) == {1: {"a": 2}}
-
-
-def test_two_processes_give_what_one_gives(tmp_path):
-    """And a lost one is reported, with what was answered kept."""
-    options = ["--pictures", "2", "--methods", "norm", "--keep-ratios", "0.25"]
-    program = [sys.executable, "-m", "mlx_tokprune.evaluate", *options]
-    results = []
-    for workers in ("1", "2"):
-        output = tmp_path / f"{workers}.json"
-        asked = [*program, "--workers", workers, "--output", str(output)]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(output.read_text()))
-    one, two = results
-    assert one["rows"] == two["rows"]
-    assert one["answers"] == two["answers"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.json", "2.json"]
-    # A worker that cannot write its journal is as good as dead.
-    lost = tmp_path / "lost.json"
-    (tmp_path / "lost.json.1-of-2.jsonl").mkdir()
-    asked = [*program, "--workers", "2", "--output", str(lost)]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "a worker was lost" in done.stderr
-    assert not lost.exists()
-
-
 # The command ------------------------------------------------------------------------
 
 
@@ -574,34 +451,6 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, options, messa
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_intervals_of_shares():
-    """Wilson's for independent yes and no; else pictures are drawn again."""
-    values = [1.0] * 9 + [0.0]
-    assert wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
-    assert of_share(values, range(10)) == wilson(9, 10)
-    together = [number // 2 for number in range(10)]
-    for some, groups in (([0.3, *values[1:]], range(10)), (values, together)):
-        assert of_share(some, groups) == bootstrap(some, groups)
-        assert of_share(some, groups) != wilson(sum(some), 10)
-    # Four questions about each of two pictures are no eight pictures.
-    twice = [1.0] * 4 + [0.0] * 4
-    low, high = of_share(twice, [0] * 4 + [1] * 4)
-    assert (low, high) == (0, 1)
-    # Nothing to draw differently: Wilson's, of as many as there are pictures.
-    assert of_share([1.0] * 8, [0] * 4 + [1] * 4) == wilson(2, 2)
-    assert of_share([0.6] * 4, range(4)) == wilson(2.4, 4)
-
-
-def test_intervals_of_means():
-    assert bootstrap([2.0], ["a"]) == (2.0, 2.0)
-    values = np.arange(200) % 4 * 1.0
-    low, high = bootstrap(values, range(200))
-    half = 1.96 * np.std(values) / 200**0.5
-    assert (low, high) == pytest.approx((1.5 - half, 1.5 + half), abs=0.03)
-    grouped = bootstrap(values, np.arange(200) % 4)
-    assert grouped[1] - grouped[0] > 3 * (high - low)
 
 
 def test_the_tiny_model_can_be_asked(tiny):

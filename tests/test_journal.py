@@ -1,0 +1,91 @@
+"""What was answered is kept, and shared by processes."""
+
+import json
+import subprocess
+import sys
+
+from mlx_tokprune import load
+from mlx_tokprune.evaluate import data
+from mlx_tokprune.evaluate.gather import Workers
+from mlx_tokprune.evaluate.journal import Journal, answer_all
+from mlx_tokprune.measure.results import fingerprint
+
+
+class Counter:
+    """An evaluator that answers with the number of calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def ask(self, item):
+        self.calls += 1
+        figures = {"divergence": 0.0, "kept": 4, "flops": 1.0, "accuracy": None}
+        said = f"{item.question} {self.calls}"
+        return {"none": {"answer": said, "agrees": True, **figures}}
+
+
+def test_what_was_answered_is_kept(tmp_path):
+    items = [data.Item("p", f"q{i}") for i in range(4)]
+    rows = [{"label": "none"}]
+    # JSON has no tuples, as the places of some methods are.
+    file, header = tmp_path / "journal", {"a": (0.25, 0.5), "rows": rows}
+    first = Counter()
+    answer_all(first, items, [0, 1], Journal(file, header))
+    with file.open("a") as stream:
+        stream.write('{"item": 3, "rows": {"none": {"answer": 3}}}\n')  # damaged
+        stream.write('{"item": 2, "ro')  # killed while it wrote
+    again = Counter()
+    records = answer_all(again, items, range(4), Journal(file, header))
+    assert again.calls == 2
+    assert records[0]["none"]["answer"] == "q0 1"
+    assert records[3]["none"]["answer"] == "q3 2"
+    assert set(Journal(file, header).records) == {0, 1, 2, 3}
+    # Other weights, rows or questions: everything again.
+    assert not Journal(file, {"a": 2, "rows": rows}).records
+
+
+def test_weights_decide_what_is_the_same(demo):
+    """Their bytes: a sum would not tell a negated or a shuffled one apart."""
+    model, _ = demo
+    before = fingerprint(model)
+    assert before == fingerprint(load("demo")[0])
+    norm = model.language_model.model.norm
+    weight = norm.weight
+    try:
+        for changed in (weight * 1.001, -weight, weight[::-1]):
+            norm.weight = changed
+            assert fingerprint(model) != before
+    finally:
+        norm.weight = weight
+    assert fingerprint(model) == before
+
+
+def test_workers_share_everything_once(monkeypatch):
+    alone = Workers()
+    assert alone.share(5) == [0, 1, 2, 3, 4]
+    assert alone.gather({1: {"a": 2}}) == {1: {"a": 2}}
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """And a lost one is reported, with what was answered kept."""
+    options = ["--pictures", "2", "--methods", "norm", "--keep-ratios", "0.25"]
+    program = [sys.executable, "-m", "mlx_tokprune.evaluate", *options]
+    results = []
+    for workers in ("1", "2"):
+        output = tmp_path / f"{workers}.json"
+        asked = [*program, "--workers", workers, "--output", str(output)]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(output.read_text()))
+    one, two = results
+    assert one["rows"] == two["rows"]
+    assert one["answers"] == two["answers"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.json", "2.json"]
+    # A worker that cannot write its journal is as good as dead.
+    lost = tmp_path / "lost.json"
+    (tmp_path / "lost.json.1-of-2.jsonl").mkdir()
+    asked = [*program, "--workers", "2", "--output", str(lost)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "a worker was lost" in done.stderr
+    assert not lost.exists()

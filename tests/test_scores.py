@@ -1,0 +1,67 @@
+"""What counts as a right answer, and intervals of shares and means."""
+
+import numpy as np
+import pytest
+
+from mlx_tokprune.evaluate.words import accuracy, normalize
+from mlx_tokprune.measure.intervals import bootstrap, of_share, wilson
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("The Cat", "cat"),
+        ("a  dog,\n and an owl!", "dog and owl"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("yes.", "yes"),
+        ("don't", "dont"),
+        ("dont", "dont"),
+        ("red/blue", "red blue"),
+    ],
+)
+def test_what_does_not_count(answer, normal):
+    assert normalize(answer) == normal
+
+
+def test_accuracy_of_ten_people():
+    """A third for each of the others who said so, over all ways to leave one out."""
+    for agreeing, right in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
+        answers = ["cat"] * agreeing + ["dog"] * (10 - agreeing)
+        assert accuracy("the cat", answers) == pytest.approx(right)
+
+
+def test_accuracy_of_few_people():
+    assert accuracy("Two", ["2"]) == 1
+    assert accuracy("cat", ["dog", "cat"]) == 1
+    assert accuracy("cow", ["dog", "cat"]) == 0
+
+
+def test_intervals_of_shares():
+    """Wilson's for independent yes and no; else pictures are drawn again."""
+    values = [1.0] * 9 + [0.0]
+    assert wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert of_share(values, range(10)) == wilson(9, 10)
+    together = [number // 2 for number in range(10)]
+    for some, groups in (([0.3, *values[1:]], range(10)), (values, together)):
+        assert of_share(some, groups) == bootstrap(some, groups)
+        assert of_share(some, groups) != wilson(sum(some), 10)
+    # Four questions about each of two pictures are no eight pictures.
+    twice = [1.0] * 4 + [0.0] * 4
+    low, high = of_share(twice, [0] * 4 + [1] * 4)
+    assert (low, high) == (0, 1)
+    # Nothing to draw differently: Wilson's, of as many as there are pictures.
+    assert of_share([1.0] * 8, [0] * 4 + [1] * 4) == wilson(2, 2)
+    assert of_share([0.6] * 4, range(4)) == wilson(2.4, 4)
+
+
+def test_intervals_of_means():
+    assert bootstrap([2.0], ["a"]) == (2.0, 2.0)
+    values = np.arange(200) % 4 * 1.0
+    low, high = bootstrap(values, range(200))
+    half = 1.96 * np.std(values) / 200**0.5
+    assert (low, high) == pytest.approx((1.5 - half, 1.5 + half), abs=0.03)
+    grouped = bootstrap(values, np.arange(200) % 4)
+    assert grouped[1] - grouped[0] > 3 * (high - low)
