@@ -132,7 +132,7 @@ def test_chances_are_those_of_mlx_lm():
     logits = mx.array([[1.0, 0.8, 0.6, 0.4, 0.2]])
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     own = shares(Sampling(0.6, 0.5).log_shares(logits))[0]
-    assert (own > 0).sum() == 3
+    assert (own > 0).sum() == 2
     mx.random.seed(0)
     many = mx.broadcast_to(logs, (20_000, 5))
     found = np.bincount(np.array(make_sampler(0.6, 0.5)(many)), minlength=5) / 20_000
