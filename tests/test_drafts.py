@@ -159,6 +159,8 @@ def test_ngrams_come_from_the_prompt_and_the_answer():
     assert repeating([7, 8, 7], 8).tokens == [8, 7]
     assert repeating([2, 3], 1).tokens == [4]
     assert repeating([6], 8).tokens == []
+    # Of two places the later one.
+    assert Repeating([1, 2, 5, 1, 2, 6])([1, 2], 1).tokens == [6]
 
 
 def test_damaged_logits_are_no_tokens():
