@@ -1,6 +1,7 @@
 """From a name to `(model, processor)`, whatever layout the folder has."""
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from .convert.family import Family
 from .convert.lora import check_weights
 from .errors import InputError
 from .fast import FastCode
-from .files import read_json
+from .files import object_of, read_json
 from .hub import resolve
 from .models import fastvlm, openvla, pi0fast, resnet_vlm
 from .models.family import VisionModel
@@ -174,6 +175,12 @@ def _add_adapter(model: Any, folder: Path) -> None:
                 f"{folder} has no {name}; expected an adapter of mlx_tokprune.train "
                 "lora, or of mlx_lm.lora"
             )
+    config = read_json(folder / "adapter_config.json")
+    scale = object_of(config, "lora_parameters").get("scale", 1)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise InputError(
+            f"the adapter {folder} has the scale {scale!r}; expected a number"
+        )
     read: Any = {}
     try:
         load_adapters(model.language_model, str(folder))

@@ -40,7 +40,7 @@ def load_scorer(folder: str | Path) -> nn.Module:
     folder = Path(EMBEDDED.get(str(folder), folder))
     config = read_json(folder / CONFIG)
     kind, settings = config.get("scorer"), object_of(config, "settings")
-    if kind not in SCORERS:
+    if not isinstance(kind, str) or kind not in SCORERS:
         raise InputError(
             f"{folder / CONFIG} names the scorer {kind!r}; expected one of "
             f"{', '.join(SCORERS)}.{nearest(str(kind), SCORERS)}"

@@ -11,7 +11,8 @@ TINY, POLICY = DATA / "fastvlm-tiny", DATA / "openvla-tiny"
 PICTURES = {TINY: TINY / "image_1.png", POLICY: POLICY / "image_0.png"}
 # Cores are busy with other cases, and Core ML's converter is slow.
 WEIGHTS = {"generate": 6, "act": 5, "evaluate": 5, "convert": 4, "report": 3}
-WEIGHTS |= {"bench": 2, "coreml": 0.25}
+WEIGHTS |= {"bench": 2, "coreml": 0.25, "prune": 1, "lora": 1, "fuse": 0.5}
+WEIGHTS |= {"attach": 1}
 
 
 def pick(rng: Random, commands=WEIGHTS) -> str:
@@ -26,6 +27,8 @@ def right(command: str, place: Place, model: Path | None = None) -> list[str]:
     about = ["--model", name, "--image", seen]
     short, to = ["--tokens", "1", "--max-tokens", "2"], ["--output"]
     lines = str(place.base / "questions.jsonl")
+    step = ["--steps", "1", "--batch", "1", "--questions", "1"]
+    adapter = ["--adapter-path", str(place.base / "adapter")]
     return {
         "generate": [*about, "--prompt", "What?", "--max-tokens", "2"],
         "act": [*about, "--instruction", "pick up the cup", "--json"],
@@ -34,6 +37,10 @@ def right(command: str, place: Place, model: Path | None = None) -> list[str]:
         "bench": [*about, *few, "--runs", "1", *short[:2], *to, "b.json"],
         "report": [str(place.base / "e.json"), "--pictures", "0", *to, "r.html"],
         "coreml": [*about[:2], "--keep-ratio", "0.5", *to, "m.mlpackage"],
+        "attach": [*about[:2], "--keep-ratio", "0.5", "--mlx-path", "attached"],
+        "prune": ["prune", *about[:2], "--data", lines, *step, *to, "scorer"],
+        "lora": ["lora", *about[:2], "--data", lines, *step, *to, "adapter"],
+        "fuse": ["fuse", *about[:2], *adapter, *to, "fused"],
     }[command]
 
 

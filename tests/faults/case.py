@@ -37,8 +37,11 @@ MODULES = {
     "bench": "mlx_tokprune.bench.__main__",
     "evaluate": "mlx_tokprune.evaluate.__main__",
     "coreml": "mlx_tokprune.coreml.__main__",
+    "attach": "mlx_tokprune.commands.attach",
+    # Of `mlx_tokprune.train`, by their own names.
+    **dict.fromkeys(("prune", "lora", "fuse"), "mlx_tokprune.train.__main__"),
 }
-_SAID = re.compile(r"(?:mlx_tokprune\.\w+: )?error: .*\S.*\n")
+_SAID = re.compile(r"(?:mlx_tokprune\.\w+(?: \w+)?: )?error: .*\S.*\n")
 _NO_MEMORY = re.compile(r"allocate|bad_alloc|Cannot create thread", re.I)
 
 
@@ -85,6 +88,13 @@ class Ended:
 
 def module_of(command: str):
     return importlib.import_module(MODULES[command])
+
+
+def flags_of(command: str) -> list:
+    """The flags of a command, as its parser knows them."""
+    actions = module_of(command).build_parser()._actions
+    inner = [a.choices[command] for a in actions if command in (a.choices or ())]
+    return inner[0]._actions if inner else actions
 
 
 def perform(

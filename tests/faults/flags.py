@@ -3,7 +3,7 @@
 from random import Random
 
 from .asks import CHECKS, pick, right
-from .case import Outcome, Place, module_of, perform
+from .case import Outcome, Place, flags_of, perform
 
 ODD = (
     *("-1", "0", "1", "2", "0.5", "1.5", "1e308", "-1e-3", "1e-320", "nan", "inf"),
@@ -16,6 +16,8 @@ FEW = ("-1", "0", "1", "2", "3", "-9", "", "x", "1.5", "nan", "1e3", "²")
 SIZES = ("0", "-64", "1", "63", "64", "128", "448", "9" * 30, "4097", "x", "1e3", "")
 # Large values that are right would only take long, which is promised to nobody.
 OWN = dict.fromkeys(("runs", "tokens", "max_tokens", "pictures"), FEW)
+OWN |= dict.fromkeys(("steps", "batch", "questions", "accumulate", "rank"), FEW)
+OWN |= dict.fromkeys(("layers", "imitate", "num_draft_tokens", "first"), FEW)
 OWN |= {"workers": ("-1", "0", "1", "x", ""), "actions_per_chunk": FEW}
 OWN |= dict.fromkeys(("image_size", "image_sizes"), SIZES)
 PLANS = (
@@ -34,7 +36,7 @@ PLANS = (
     *("pyramiddrop:0.5", "norm:0.5+norm:0.5", "cdpruner:1e400", "norm:nan", "norm:-1"),
     *("os:system:0.5", "norm:0.5@\n", "\x1b[2J:0.5@tower", "norm:" + "9" * 5000),
 )
-OWN |= dict.fromkeys(("prune", "plans"), PLANS)
+OWN |= dict.fromkeys(("prune", "plans", "draft_prune"), PLANS)
 METHODS = (
     *("attention", "mean_similarity", "similarity", "spatial", "random", "uniform"),
     *("divprune", "cdpruner", "dart", "visionzip", "prumerge", "hiprune", "sparsevlm"),
@@ -73,7 +75,7 @@ def run(rng: Random, place: Place) -> Outcome:
 def _flags(rng: Random, place: Place) -> tuple[str, list[str]]:
     """One to three flags of a command, as its parser knows them."""
     command = pick(rng)
-    actions = module_of(command).build_parser()._actions
+    actions = flags_of(command)
     chosen = rng.sample(actions, min(len(actions), rng.choice((1, 1, 2, 3))))
     more = []
     for action in chosen:

@@ -36,6 +36,10 @@ def prepare(base: Path) -> None:
         convert = module_of("convert").main
         quantized = ["--mlx-path", "quantized", "-q", "--q-group-size", "32"]
         convert(["--hf-path", str(TINY), *quantized])
+        for scorer in ("adaptive", "asking"):
+            argv = [*right("prune", place)[:-1], scorer, "--scorer", scorer]
+            module_of("prune").main(argv)
+        module_of("lora").main(right("lora", place))
 
 
 def _write_questions(base: Path) -> None:

@@ -64,6 +64,16 @@ def _folder(path: Path) -> str | None:
         entries = json.loads((path / "Manifest.json").read_text())["itemInfoEntries"]
         missing = [e["path"] for e in entries.values() if not _there(path, e["path"])]
         return f"lacks {missing}" if missing else None
+    if path.name.endswith(".training"):  # kept, so that a training can go on
+        return None
+    if (path / "scorer.json").exists():
+        from mlx_tokprune.learned import load_scorer
+
+        load_scorer(path)
+        return None
+    if (path / "adapter_config.json").exists():
+        json.loads((path / "adapter_config.json").read_text())
+        return None if (path / "adapters.safetensors").exists() else "lacks weights"
     if (path / "config.json").exists():
         from mlx_tokprune.loading import open_checkpoint
 

@@ -109,8 +109,8 @@ def _parsed(entry, folder: Path) -> tuple[str, list[tuple[str, str]]]:
 def _pairs(entry: dict) -> Iterator[tuple[str, str]]:
     turns = entry.get("conversations")
     if turns is None:
-        question, answer = entry.get("question"), entry.get("answer")
-        if isinstance(question, str) and isinstance(answer, str) and answer:
+        question, answer = entry.get("question"), _answer(entry)
+        if isinstance(question, str) and question.strip() and answer:
             yield question, answer
         return
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
@@ -121,6 +121,15 @@ def _pairs(entry: dict) -> Iterator[tuple[str, str]]:
             raise ValueError("turns are not human and gpt in turn")
         if isinstance(question, str) and isinstance(answer, str) and answer:
             yield question.replace("<image>", "").strip(), answer
+
+
+def _answer(entry: dict) -> str:
+    """Of several people's answers, as `evaluate` takes them, the commonest."""
+    answers = entry.get("answer", entry.get("answers"))
+    answers = answers if isinstance(answers, list) else [answers]
+    if any(isinstance(a, bool) or not isinstance(a, (str, int)) for a in answers):
+        return ""
+    return str(max(answers, key=answers.count)) if answers else ""
 
 
 def _demo(pictures: int) -> Iterator[Sample]:

@@ -1,9 +1,10 @@
 """The training loop: AdamW, schedules, resuming to the same bytes, processes."""
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,14 +162,23 @@ class Loop:
                 old.unlink()
 
 
-def checkpoint_layers(model) -> None:
+@contextlib.contextmanager
+def recomputed(model, wanted: bool) -> Iterator[None]:
     """Compute the language model's layers again in the backward pass, for less memory.
 
-    mlx-lm changes the class of the layers, so for every model of this process.
+    mlx-lm changes the class of the layers, of every model in the process; it is
+    changed back.
     """
     from mlx_lm.tuner.trainer import grad_checkpoint
 
-    grad_checkpoint(model.decoder.layers[0])
+    layer = model.decoder.layers[0]
+    kind, call = type(layer), type(layer).__call__
+    if wanted:
+        grad_checkpoint(layer)
+    try:
+        yield
+    finally:
+        kind.__call__ = call
 
 
 def draw_losses(losses: list[float], file: Path, what: str = "the answers") -> None:

@@ -24,7 +24,7 @@ from ...pruners import Plan, Pruners
 from ..packing import answer_logits, answer_losses
 from .batches import Batches
 from .data import Samples
-from .loop import Loop, Schedule, checkpoint_layers, draw_losses
+from .loop import Loop, Schedule, draw_losses, recomputed
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def train_adapter(
     """Train an adapter for a `(model, processor)` under pruning; write it to `output`.
 
     sizes: pictures of a batch, and questions about each. folder: keeps the state of the
-    training, which goes on from there. checkpoint: see `checkpoint_layers`.
+    training, which goes on from there. checkpoint: see `recomputed`.
     """
     model, processor = loaded
     plan = plan_for(model, pruners)
@@ -122,14 +122,13 @@ def train_adapter(
         )
     mx.random.seed(schedule.seed)
     adapter.add_to(model)
-    if checkpoint:
-        checkpoint_layers(model)
     needs = tuple(name for pruner in plan for name in pruner.wants if name != "grid")
     batches = Batches(model, processor, samples.items, needs)
     loss = AnswerLoss(model, batches, plan, positions, sizes)
     module = model if adapter.projector else model.language_model
     loop = Loop(module, loss, schedule, folder)
-    loop.run()
+    with recomputed(model, checkpoint):
+        loop.run()
     if loop.is_first:
         adapter.save(model, output)
         draw_losses(loop.losses, folder / "loss.png")

@@ -21,7 +21,7 @@ from ..packing import answer_logits, answer_losses, packed
 from .batches import Batch, Batches
 from .data import Sample, Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
-from .loop import Loop, Schedule, checkpoint_layers, draw_losses
+from .loop import Loop, Schedule, draw_losses, recomputed
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def train_scorer(
     """Train a scorer for a `(model, processor)` and write it to `output`.
 
     folder: keeps the state of the training, which goes on from there. checkpoint: see
-    `checkpoint_layers`.
+    `recomputed`.
     """
     model, processor = loaded
     layers = len(model.decoder.layers)
@@ -163,14 +163,13 @@ def train_scorer(
             f"there is no layer {lesson.imitate} to imitate; expected 0 to {layers - 1}"
         )
     model.freeze()
-    if checkpoint:
-        checkpoint_layers(model)
     mx.random.seed(schedule.seed)
     scorer = scorer_for(model, kind)
     needs = scorer.needs if scorer.at == "tower" else ()
     batches = Batches(model, processor, samples.items, needs)
     loop = Loop(scorer, ScorerLoss(model, batches, lesson), schedule, folder)
-    loop.run()
+    with recomputed(model, checkpoint):
+        loop.run()
     if loop.is_first:
         trained = {**dataclasses.asdict(lesson), **dataclasses.asdict(schedule)}
         save_scorer(scorer, output, trained)

@@ -1,0 +1,74 @@
+"""What `train` reads and writes: lines as `evaluate` reads them, and adapters."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+import mlx.core as mx  # isort: skip
+
+from mlx_tokprune import InputError, Pruner, load
+from mlx_tokprune.train.__main__ import main as train
+from mlx_tokprune.train.tune.data import read_samples
+
+PICTURE = str(TINY / "image_0.png")
+
+
+def write(folder, *entries) -> str:
+    lines = [json.dumps({"image": PICTURE, "question": "Q", **e}) for e in entries]
+    (folder / "lines.jsonl").write_text("\n".join(lines))
+    return str(folder / "lines.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer"),
+    [
+        ({"answer": "a cat"}, "a cat"),
+        ({"answer": ["dog", "cat", "cat"]}, "cat"),
+        ({"answers": ["x", "y"]}, "x"),
+        ({"answer": 7}, "7"),
+    ],
+)
+def test_of_several_answers_the_commonest_is_learned(tmp_path, entry, answer):
+    (sample,) = read_samples(write(tmp_path, entry), 1).items
+    assert sample.pairs == (("Q", answer),)
+
+
+@pytest.mark.parametrize("answer", [True, [], [None], {"a": 1}, "", ["a", True], 1.5])
+def test_what_is_no_answer_is_skipped(tmp_path, answer):
+    with pytest.raises(InputError, match="line 1: has no question with an answer"):
+        read_samples(write(tmp_path, {"answer": answer}), 1)
+
+
+@pytest.mark.parametrize("scale", ["x", None, True, float("nan"), [1]])
+def test_an_adapter_has_a_scale(tmp_path, scale):
+    config = {"lora_parameters": {"scale": scale}, "num_layers": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapters.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="has the scale"):
+        load(TINY, adapter_path=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nobody", ["adaptive"], None, {}])
+def test_a_scorer_has_a_known_kind(tmp_path, kind):
+    (tmp_path / "scorer.json").write_text(json.dumps({"scorer": kind}))
+    with pytest.raises(InputError, match="expected one of adaptive"):
+        Pruner(str(tmp_path), 0.5)
+
+
+@pytest.mark.parametrize("what", ["prune", "lora"])
+def test_layers_computed_again_change_nothing(tmp_path, tiny, what):
+    kind = type(tiny[0].decoder.layers[0])
+    before, found = kind.__call__, []
+    file = {"prune": "scorer.safetensors", "lora": "adapters.safetensors"}[what]
+    entries = [{"question": q, "answer": "x y"} for q in "abc"]
+    for more in ([], ["--grad-checkpoint"]):
+        output = tmp_path / f"out{len(more)}"
+        asked = [what, "--model", str(TINY), "--data", write(tmp_path, *entries)]
+        asked += ["--steps", "2", "--batch", "1", "--output", str(output)]
+        train([*asked, *more])
+        assert kind.__call__ is before
+        found.append(mx.load(str(output / file)))
+    for name, array in found[0].items():
+        np.testing.assert_allclose(array, found[1][name], atol=1e-6)
