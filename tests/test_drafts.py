@@ -9,12 +9,14 @@ from conftest import TINY, TINY_POLICY
 
 from mlx_tokprune import InputError, Memory, Policy, Pruner, stream_generate
 from mlx_tokprune.act import main as act
-from mlx_tokprune.answer.drafts import ModelDrafts, NgramDrafts, SelfDrafts
+from mlx_tokprune.answer.drafts import Begun, ModelDrafts, NgramDrafts, SelfDrafts
+from mlx_tokprune.answer.settings import Settings
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.demo import POLICY_FRAME
 from mlx_tokprune.generate import main
 from mlx_tokprune.image import load_image
 from mlx_tokprune.models.language import LayerCache
+from mlx_tokprune.pipeline import Scene, choose, run
 from mlx_tokprune.speculative import Draft, ReadingAlong, Repeating, Sampling
 
 PICTURE = TINY / "image_0.png"
@@ -69,6 +71,33 @@ def test_a_model_that_drafts_for_itself_is_always_right(tiny):
     assert answer(tiny, ModelDrafts(*tiny, tokens=LENGTH))[1] == 2
     assert answer(tiny, ModelDrafts(*tiny), max_tokens=3)[0] == expected[:3]
     assert answer(tiny, ModelDrafts(*tiny), max_tokens=1) == (expected[:1], 1)
+
+
+def test_a_model_drafts_as_if_it_did_not_see_what_is_left_out(tiny):
+    """The same as masking it behind the prompt."""
+    model, processor = tiny
+    images = [load_image(PICTURE), load_image(PICTURE).rotate(90)]
+    prompt = processor.prompt("<image>What<image>is this?", 2)
+    scene = Scene(mx.array(processor.pixels(images)), prompt)
+    cache = model.decoder.make_cache()
+    plan = (Pruner("norm", 0.5),)
+    read, visual = run(model, scene, plan, cache=cache)
+    begun = Begun(model, images, "", prompt, read, visual, Settings(temp=1.0))
+    less = Pruner("norm", 0.25, at="prompt")
+    draft = SelfDrafts(less).begin(begun)([7], 4)
+    kept = np.array(choose(model, scene, (less,), visual).indices)
+    seen = []
+    for number, text in enumerate(prompt.segments):
+        seen += [True] * len(text)
+        if number < 2:
+            seen += np.isin(np.array(visual.indices)[number], kept[number]).tolist()
+    assert 0 < seen.count(False) < len(seen)
+    mask = mx.array([seen])
+    parts = [LayerCache(part.inner, part.shift, None, mask) for part in read.cache]
+    for number, token in enumerate([7, *draft.tokens[:-1]]):
+        hidden = model.decoder.follow(mx.array([[token]]), parts)
+        expected = Sampling(1.0).log_shares(model.decoder.logits(hidden)[0, 0])
+        np.testing.assert_allclose(draft.log_shares[number], expected, atol=1e-4)
 
 
 def test_answers_about_several_pictures_and_remembered_ones(tiny):

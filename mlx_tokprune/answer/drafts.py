@@ -139,12 +139,12 @@ class SelfDrafts:
 
     def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
         """Raise `InputError` where layers hold different tokens."""
-        plan_for(model, self.pruner)
         if any(pruner.place != "tower" or pruner.has_own_count for pruner in plan):
             raise InputError(
                 "a model drafts for itself under pruning at the tower, with a budget, "
                 "or under none; leave out the draft, or choose such a method"
             )
+        plan_for(model, (*plan, self.pruner))
 
     def begin(self, begun: Begun) -> Drafter:
         decoder, visual, cache = begun.model.decoder, begun.visual, begun.read.cache

@@ -271,10 +271,14 @@ def _check_place(at) -> None:
 
 def _check_extras(pruner: Pruner, features: Features) -> None:
     missing = [n for n in pruner.needs if n != "grid" and n not in features.extras]
-    if "grid" in pruner.needs and (features.grid is None or features.pictures > 1):
-        missing.append("grid")
     if missing:
         raise ValueError(f"{pruner.method} needs features with {missing}")
+    if "grid" in pruner.needs and (features.grid is None or features.pictures > 1):
+        raise InputError(
+            f"method {pruner.method!r} needs the whole grid of one picture, but another "
+            "pruner was there before, or there are several pictures; choose another "
+            "method, such as 'norm', or the tower"
+        )
 
 
 def _chosen(selection) -> Selection:
