@@ -73,6 +73,11 @@ def test_a_model_that_drafts_for_itself_is_always_right(tiny):
     assert answer(tiny, ModelDrafts(*tiny), max_tokens=1) == (expected[:1], 1)
 
 
+def held(drafter: ReadingAlong) -> int:
+    """Tokens of the prompt in a drafter's cache."""
+    return drafter._cache[0].inner.offset
+
+
 def test_a_model_drafts_as_if_it_did_not_see_what_is_left_out(tiny):
     """The same as masking it behind the prompt."""
     model, processor = tiny
@@ -82,9 +87,21 @@ def test_a_model_drafts_as_if_it_did_not_see_what_is_left_out(tiny):
     cache = model.decoder.make_cache()
     plan = (Pruner("norm", 0.5),)
     read, visual = run(model, scene, plan, cache=cache)
-    begun = Begun(model, images, "", prompt, read, visual, Settings(temp=1.0))
+    begun = Begun(
+        model,
+        images,
+        "<image>What<image>is this?",
+        prompt,
+        read,
+        visual,
+        Settings(temp=1.0),
+    )
     less = Pruner("norm", 0.25, at="prompt")
     draft = SelfDrafts(less).begin(begun)([7], 4)
+    pruned = ModelDrafts(*tiny, pruner=Pruner("norm", 3 / 64)).begin(begun)
+    text = sum(map(len, processor.prompt(begun.text, 2).segments))
+    assert held(pruned) == text + 2 * 3
+    assert held(ModelDrafts(*tiny).begin(begun)) == text + 2 * 64
     kept = np.array(choose(model, scene, (less,), visual).indices)
     seen = []
     for number, text in enumerate(prompt.segments):
