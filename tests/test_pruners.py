@@ -272,7 +272,7 @@ def test_features_that_do_not_fit_are_refused(changes, message):
 
 def test_features_that_a_method_lacks_are_named():
     bare = replace(features(), extras={}, grid=None)
-    with pytest.raises(ValueError, match="attention needs features with .*attention"):
+    with pytest.raises(ValueError, match=r"attention needs features with .*attention"):
         Pruner("attention", 0.5)(bare)
     with pytest.raises(InputError, match="'spatial' needs the whole grid of one"):
         Pruner("spatial", 0.5)(bare)
