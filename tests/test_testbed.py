@@ -440,6 +440,25 @@ def test_the_most_common_answer_of_each_kind():
 # Learning ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scorer", ["adaptive", "asking"])
+def test_a_scorer_learns_from_pictures_of_the_training(
+    stocked, folder, tmp_path, monkeypatch, scorer
+):
+    """Through the command line; no thing or background of the test is drawn."""
+    seen, draw = [], scenes.sample_scene
+
+    def noting(rng, split):
+        seen.append(split)
+        return draw(rng, split)
+
+    monkeypatch.setattr(scenes, "sample_scene", noting)
+    asked = ["prune", "--model", str(folder), "--data", "testbed", "--pictures", "2"]
+    asked += ["--scorer", scorer, "--imitate", "1", "--steps", "1", "--batch", "2"]
+    train([*asked, "--questions", "2", "--output", str(tmp_path / "scorer")])
+    assert seen == ["train", "train"]
+    assert Pruner(str(tmp_path / "scorer"), 0.25).scorer is not None
+
+
 def test_a_projector_is_trained_beside_the_adapter(stocked, folder, tmp_path):
     adapter, fused = tmp_path / "adapter", tmp_path / "fused"
     asked = ["lora", "--model", str(folder), "--data", "testbed", "--pictures", "4"]

@@ -85,10 +85,13 @@ def _add_prune(commands) -> None:
     add("--curriculum", type=float, default=0.0, help=help_)
     help_ = "imitate this layer's attention (1: as FastV) in place of the answers' loss"
     add("--imitate", type=int, metavar="LAYER", help=help_)
+    help_ = "where at most so many tokens stay, imitate what each alone answers"
+    add("--alone", type=int, default=0, metavar="TOKENS", help=f"{help_} (default: 0)")
     help_ = "imitate this power of each question's attention (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
     help_ = "weight of the divergence from the unpruned answers (default: 0)"
     add("--distill", type=float, default=0.0, help=help_)
+    add("--start", metavar="SCORER", help="go on from this one of the same kind")
 
 
 @command
@@ -119,15 +122,16 @@ def _prune(args) -> None:
             f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}."
             + nearest(args.scorer, SCORERS)
         )
-    alone = SCORERS[args.scorer].at == "prompt" and args.imitate is None
-    questions = 1 if alone else args.questions
-    names = ("curriculum", "distill", "imitate", "sharpen")
+    one = SCORERS[args.scorer].at == "prompt" and args.imitate is None
+    questions = 1 if one else args.questions
+    names = ("curriculum", "distill", "imitate", "alone", "sharpen")
     how = {name: getattr(args, name) for name in names}
     lesson = Lesson(args.steps, args.batch, questions, *args.keep_ratios, **how)
     samples, schedule, folder, output = _training(args)
     train_scorer(
         *(_load(args), args.scorer, samples, lesson, schedule, folder, output),
         checkpoint=args.grad_checkpoint,
+        start=args.start,
     )
     print(f"wrote {output}")
 

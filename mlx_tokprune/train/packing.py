@@ -85,11 +85,13 @@ def packed(
     total: int,
     positions: str = "original",
     gate: mx.array | None = None,
+    alone: bool = False,
 ) -> Tokens:
     """The prefix, a picture, and all its questions.
 
     visual: (B, K, D) tokens `indices` (B, K) of `total`. gate: (B, K), added to every
-    score of a visual token in every layer.
+    score of a visual token in every layer. alone: of K questions, each sees only the
+    visual token of its own number, and that none of the others.
     """
     batch, kept, _ = visual.shape
     _, count, length = questions.ids.shape
@@ -110,16 +112,18 @@ def packed(
         ],
         axis=1,
     )
-    mask = _mask(start + kept, count, length)[None]
+    mask = _mask(start, kept, count, length, alone)[None]
     if gate is not None:
         more = mx.pad(gate, [(0, 0), (start, mask.shape[-1] - start - kept)])
         mask = mx.where(mask, more[:, None].astype(hidden.dtype), -mx.inf)
     return Tokens(hidden, values, after + length, mask, (slice(start, start + kept),))
 
 
-def _mask(shared: int, count: int, length: int) -> mx.array:
+def _mask(start: int, kept: int, count: int, length: int, alone: bool) -> mx.array:
     """(T, T) bool: causal, and only within a question or towards what is shared."""
-    group = np.repeat(np.arange(count + 1), [shared] + [length] * count)
+    numbers = np.arange(1, count + 1)
+    visual = numbers if alone else np.zeros(kept, int)
+    group = np.concatenate([np.zeros(start, int), visual, np.repeat(numbers, length)])
     causal = np.tril(np.ones((len(group), len(group)), bool))
     own = group[:, None] == group[None]
     return mx.array(causal & (own | (group[None] == 0)))

@@ -15,13 +15,15 @@ import numpy as np
 
 from ...errors import InputError
 from ...features import Features
-from ...learned import SCORERS, save_scorer
+from ...learned import SCORERS, load_scorer, save_scorer
 from ...pruners import count_kept
-from ..packing import answer_logits, answer_losses, packed
+from ..packing import Questions, answer_logits, answer_losses, packed
 from .batches import Batch, Batches
 from .data import Sample, Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
 from .loop import Loop, Schedule, draw_losses, recomputed
+
+_ALONE = 8  # tokens of a question that are tried alone
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Lesson:
     first to the second. distill: weight of the divergence from the unpruned model's
     answers. imitate: the number of a layer of the language model, whose attention from
     the prompt's last tokens is imitated in the place of all that: no layer has run
-    where a scorer has to know as much. sharpen: the power of that attention.
+    where a scorer has to know as much. alone: batches that keep at most so many tokens
+    imitate how probable each token makes the answer when it is the only one. sharpen:
+    the power of that attention, or that probability.
     """
 
     steps: int
@@ -51,6 +55,7 @@ class Lesson:
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
     imitate: int | None = None
+    alone: int = 0
     sharpen: float = 1.0
 
     def __post_init__(self):
@@ -61,6 +66,11 @@ class Lesson:
             )
         if not 0 < self.sharpen <= 16:
             raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
+        if self.alone < 0 or (self.alone and self.imitate is None):
+            raise InputError(
+                f"alone {self.alone}: expected a number of tokens from 0, and a layer "
+                "to imitate where more are kept"
+            )
 
     def keep(self, rng: np.random.Generator, step: int, total: int) -> int:
         """How many of `total` tokens this batch keeps, fewer than all."""
@@ -75,7 +85,7 @@ class ScorerLoss:
 
     def __init__(self, model, batches: Batches, lesson: Lesson):
         self._model, self._batches, self._lesson = model, batches, lesson
-        self._goals: dict[Hashable, mx.array] = {}
+        self._goals: dict[tuple[Hashable, bool], mx.array] = {}
 
     def __call__(self, scorer: nn.Module, seed: tuple[int, ...], step: int):
         lesson = self._lesson
@@ -84,10 +94,7 @@ class ScorerLoss:
         keep = lesson.keep(rng, step, batch.features.total)
         scores = score(self._model, scorer, batch, keep)
         if lesson.imitate is not None:
-            if scorer.at == "tower":
-                goal = mx.concatenate([self._goal(item) for item in batch.samples])
-            else:
-                goal = self._attention(batch, lesson.imitate).flatten(0, 1)
+            goal = self._goal(batch, scorer.at, keep <= lesson.alone)
             logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
             return -mx.sum(goal * logs), mx.array(float(len(scores)))
         visual = mx.stop_gradient(self._model.project(batch.features.tokens))
@@ -103,16 +110,51 @@ class ScorerLoss:
             losses = losses + lesson.distill * _divergence(whole, logits)
         return mx.sum(losses * used), mx.sum(used)
 
-    def _goal(self, item: Sample) -> mx.array:
-        """(1, N) what all questions about a picture attend to, computed once."""
-        if item.picture not in self._goals:
-            batch = self._batches.of([item], [item.pairs])
-            goal = mx.mean(self._attention(batch, self._lesson.imitate), axis=1)
-            mx.eval(goal)
-            self._goals[item.picture] = goal
-        return self._goals[item.picture]
+    def _goal(self, batch: Batch, at: str, alone: bool) -> mx.array:
+        """(B, N), the mean over a picture's questions, or (B * Q, N) of those asked."""
+        goals = []
+        for item, asked in zip(batch.samples, batch.asked, strict=True):
+            goal = self._goals_of(item, alone)
+            if at == "tower":
+                goals.append(mx.mean(goal, axis=0, keepdims=True))
+            else:
+                goals.append(goal[mx.array([item.pairs.index(pair) for pair in asked])])
+        return mx.concatenate(goals)
 
-    def _attention(self, batch: Batch, layer: int) -> mx.array:
+    def _goals_of(self, item: Sample, alone: bool) -> mx.array:
+        """(Q, N) of all questions about a picture, computed once."""
+        key = (item.picture, alone)
+        if key not in self._goals:
+            batch = self._batches.of([item], [item.pairs])
+            goal = self._alone(batch) if alone else self._attention(batch)
+            mx.eval(goal)
+            self._goals[key] = goal[0]
+        return self._goals[key]
+
+    def _alone(self, batch: Batch) -> mx.array:
+        """(B, Q, N) shares of what each token alone makes the answer's probability.
+
+        Tried are the tokens that a question attends to most; the others have none.
+        """
+        total = batch.features.total
+        attention = self._attention(batch).flatten(0, 1)
+        tried = mx.argsort(-attention, axis=1)[:, :_ALONE]
+        visual = self._model.project(batch.features.tokens)
+        visual = mx.repeat(visual, batch.prompt.shape[1], axis=0)
+        visual = mx.take_along_axis(visual, tried[..., None], axis=1)
+        ids, targets = (
+            mx.repeat(part.flatten(0, 1)[:, None], tried.shape[1], axis=1)
+            for part in (batch.questions.ids, batch.questions.targets)
+        )
+        asked = (Questions(ids, targets), total, "original", None, True)
+        logits = answer_logits(self._model, batch.prefix, visual, tried, *asked)
+        losses, used = answer_losses(logits, asked[0])
+        summed = mx.sum(losses * used, axis=-1)
+        shares = mx.softmax(-self._lesson.sharpen * summed, axis=1)
+        goal = mx.put_along_axis(mx.zeros_like(attention), tried, shares, axis=1)
+        return mx.stop_gradient(goal.reshape(*batch.prompt.shape[:2], total))
+
+    def _attention(self, batch: Batch) -> mx.array:
         """(B, Q, N) shares of what each question attends to, sharpened."""
         visual, seen = self._model.project(batch.features.tokens), []
         total = batch.features.total
@@ -124,7 +166,7 @@ class ScorerLoss:
         rows = len(batch.prefix) + total + last
 
         def watch(number: int, hidden: mx.array) -> None:
-            if number == layer:
+            if number == self._lesson.imitate:
                 where = (rows, sequence.positions, sequence.mask)
                 seen.append(self._model.decoder.attention_to(number, hidden, *where))
 
@@ -150,11 +192,12 @@ def train_scorer(
     folder: Path,
     output: Path,
     checkpoint: bool = False,
+    start: str | None = None,
 ) -> nn.Module:
     """Train a scorer for a `(model, processor)` and write it to `output`.
 
     folder: keeps the state of the training, which goes on from there. checkpoint: see
-    `recomputed`.
+    `recomputed`. start: a scorer of this kind to go on from, by name or folder.
     """
     model, processor = loaded
     layers = len(model.decoder.layers)
@@ -165,6 +208,8 @@ def train_scorer(
     model.freeze()
     mx.random.seed(schedule.seed)
     scorer = scorer_for(model, kind)
+    if start is not None:
+        scorer = _started(start, scorer)
     needs = scorer.needs if scorer.at == "tower" else ()
     batches = Batches(model, processor, samples.items, needs)
     loop = Loop(scorer, ScorerLoss(model, batches, lesson), schedule, folder)
@@ -172,6 +217,7 @@ def train_scorer(
         loop.run()
     if loop.is_first:
         trained = {**dataclasses.asdict(lesson), **dataclasses.asdict(schedule)}
+        trained |= {"start": start} if start else {}
         save_scorer(scorer, output, trained)
         draw_losses(loop.losses, folder / "loss.png")
     return scorer
@@ -190,6 +236,16 @@ def scorer_for(model, kind: str) -> nn.Module:
         return made(model.args.text["hidden_size"])
     sizes = (model.block_sizes,) if "blocks" in made.needs else ()
     return made(model.feature_size, *sizes)
+
+
+def _started(start: str, scorer: nn.Module) -> nn.Module:
+    """The scorer of `start`, which has to be of this new one's kind and size."""
+    found = load_scorer(start)
+    if type(found) is not type(scorer) or found.settings != scorer.settings:
+        names = {kind: name for name, kind in SCORERS.items()}
+        has, wanted = (f"{names[type(s)]!r} {s.settings}" for s in (found, scorer))
+        raise InputError(f"{start} is a scorer {has}; expected {wanted}")
+    return found
 
 
 def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
