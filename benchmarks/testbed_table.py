@@ -9,6 +9,11 @@
 Right answers in percent with the 95 % interval, and after it the share of needed tokens
 that are left. Results may be about different numbers of questions: each column has its
 own row of the unpruned model. A label is `METHOD RATIO`.
+
+    python benchmarks/testbed_table.py a.json scorers.json --against norm
+
+compares on the questions that all results share, question by question: right answers,
+and how many points more they are than those of that method at the same ratio.
 """
 
 import argparse
@@ -17,6 +22,7 @@ from pathlib import Path
 
 from mlx_tokprune.evaluate.table import draw
 from mlx_tokprune.files import read_json
+from mlx_tokprune.measure.intervals import bootstrap
 
 Rows = dict[tuple[str, float], dict]
 
@@ -54,12 +60,54 @@ def _cell(row: dict | None) -> str:
     return f"{value:.1f} ({low:.0f}-{high:.0f}); {needed:.0f}"
 
 
+def paired(results: Sequence[list[dict]], against: str) -> str:
+    """A line for each label, on the shared questions; intervals over pictures."""
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    shared = set.intersection(
+        *({(a["picture"], a["question"]) for a in answers} for answers in results)
+    )
+    for answers in results:
+        for one in answers:
+            scores.setdefault((one["picture"], one["question"]), {}).update(
+                one["scores"]
+            )
+    asked = sorted(shared)
+    pictures = [picture for picture, _ in asked]
+    lines = [
+        f"| {len(asked)} questions, {len(set(pictures))} pictures | right, % | "
+        f"more than `{against}`, points |",
+        "|---|---:|---:|",
+    ]
+    for label in dict.fromkeys(label for key in asked for label in scores[key]):
+        ratio = label.partition(" ")[2]
+        beside = f"{against} {ratio}" if ratio else against
+        mine = [scores[key].get(label) for key in asked]
+        others = [scores[key].get(beside) for key in asked]
+        if None in mine:
+            continue
+        cells = [f"{100 * sum(mine) / len(mine):.1f}", ""]
+        if None not in others and beside != label:
+            more = [one - other for one, other in zip(mine, others, strict=True)]
+            low, high = bootstrap(more, pictures)
+            mean = sum(more) / len(more)
+            cells[1] = f"{100 * mean:+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
+        lines.append(f"| `{label}` | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--against", metavar="METHOD")
     args = parser.parse_args()
-    results = [read_json(file)["rows"] for file in args.results]
+    found = [read_json(file) for file in args.results]
+    if args.against:
+        if len({result["model"] for result in found}) > 1:
+            parser.error("the results are of several models; expected one's")
+        print(paired([result["answers"] for result in found], args.against))
+        return
+    results = [result["rows"] for result in found]
     print(table(by_label(results)))
     if args.plot:
         first, *others = results

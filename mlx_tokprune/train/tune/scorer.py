@@ -114,14 +114,14 @@ class ScorerLoss:
         """(B, N), the mean over a picture's questions, or (B * Q, N) of those asked."""
         goals = []
         for item, asked in zip(batch.samples, batch.asked, strict=True):
-            goal = self._goals_of(item, alone)
+            goal = self.goals(item, alone)
             if at == "tower":
                 goals.append(mx.mean(goal, axis=0, keepdims=True))
             else:
                 goals.append(goal[mx.array([item.pairs.index(pair) for pair in asked])])
         return mx.concatenate(goals)
 
-    def _goals_of(self, item: Sample, alone: bool) -> mx.array:
+    def goals(self, item: Sample, alone: bool) -> mx.array:
         """(Q, N) of all questions about a picture, computed once."""
         key = (item.picture, alone)
         if key not in self._goals:
