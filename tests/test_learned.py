@@ -364,7 +364,7 @@ def test_a_scorer_is_trained_on_the_command_line(tmp_path):
         (
             [
                 *("prune", "--scorer", "asking", "--start", "demo-adaptive"),
-                *("--pictures", "1"),
+                *("--pictures", "1", "--batch", "1", "--steps", "1"),
             ],
             "demo-adaptive is a scorer 'adaptive' {'channels': 512, 'width': 64}; "
             "expected 'asking'",
