@@ -1,0 +1,119 @@
+"""Scorers that imitate attention, or what each token alone answers; going on from one."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_tokprune.learned import Adaptive, load_scorer
+from mlx_tokprune.models.language import Sequence
+from mlx_tokprune.train.__main__ import main as train
+from mlx_tokprune.train.tune.batches import Batches
+from mlx_tokprune.train.tune.data import read_samples
+from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score, scorer_for
+
+
+@pytest.mark.parametrize("sharpen", [1.0, 2.0])
+def test_a_scorer_imitates_a_layer(demo, sharpen):
+    """The goal is the attention from the prompt's last tokens in that layer."""
+    model, processor = demo
+    batches = Batches(model, processor, read_samples("demo", 2).items)
+    plan, scorer = Lesson(1, 2, 2, imitate=1, sharpen=sharpen), Adaptive(512)
+    loss, count = ScorerLoss(model, batches, plan)(scorer, (0,), 0)
+    drawn = batches.draw((0,), 2, 2).samples
+    batch = batches.of(drawn, [item.pairs for item in drawn])
+    keep = plan.keep(np.random.default_rng((0, 1)), 0, 64)
+    logs = np.array(score(model, scorer, batch, keep), np.float64)
+    logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
+    expected, visual = 0.0, model.project(batch.features.tokens)
+    for i in range(2):
+        attention = np.zeros(64)
+        for j in range(len(batch.samples[i].pairs)):
+            ids = batch.questions.ids[i, j][: int(batch.prompt[i, j].sum().item())]
+            parts = [mx.array(batch.prefix), ids]
+            before, after = (model.decoder.embed(part[None]) for part in parts)
+            hidden = mx.concatenate([before, visual[i : i + 1], after], axis=1)
+            hidden = model.layers[0](hidden, "causal", None)
+            last = mx.array([[hidden.shape[1] - 1]])
+            seen = model.decoder.attention_to(1, hidden, last)[0, 0]
+            seen = np.array(seen[len(batch.prefix) : len(batch.prefix) + 64])
+            attention += seen**sharpen / (seen**sharpen).sum() / 8
+        expected -= (attention * logs[i]).sum()
+    assert count.item() == 2
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-4)
+
+
+def alone_by_hand(model, batch, row: int, tried: list[int]) -> np.ndarray:
+    """What each of these tokens, as the only one, makes the answer's probability."""
+    ids, targets = (
+        batch.questions.ids[0, row],
+        np.array(batch.questions.targets[0, row]),
+    )
+    start, total = len(batch.prefix), batch.features.total
+    before, after = (
+        model.decoder.embed(part[None]) for part in (mx.array(batch.prefix), ids)
+    )
+    visual, found = model.project(batch.features.tokens), []
+    for number in tried:
+        one = visual[:, number : number + 1]
+        places = [*range(start), start + number]
+        places += [start + total + place for place in range(len(ids))]
+        hidden = mx.concatenate([before, one, after], axis=1)
+        sequence = Sequence(hidden, mx.array(places), places[-1] + 1)
+        read = model.decoder.read(sequence, rows=len(ids))
+        logs = nn.log_softmax(model.decoder.logits(read.hidden)[0], axis=-1)
+        logs = [logs[i, t].item() for i, t in enumerate(targets) if t >= 0]
+        found.append(np.exp(sum(logs)))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("sharpen", [1.0, 2.0])
+def test_few_tokens_imitate_what_each_alone_answers(demo, sharpen):
+    """At the prompt and at the tower; with more tokens it stays the attention."""
+    model, processor = demo
+    batches = Batches(model, processor, read_samples("demo", 1).items)
+    how = {"imitate": 1, "alone": 1, "sharpen": sharpen}
+    plan = Lesson(1, 1, 2, 0.016, 0.016, **how)
+    batch = batches.draw((0,), 1, 2)
+    loss = ScorerLoss(model, batches, plan)
+    (item,) = batch.samples
+    whole = batches.of([item], [item.pairs])
+    attention, expected = np.array(loss._attention(whole)[0]), np.zeros((8, 64))
+    for row, seen in enumerate(attention):
+        tried = np.argsort(-seen)[:8].tolist()
+        likely = alone_by_hand(model, whole, row, tried) ** sharpen
+        expected[row, tried] = likely / likely.sum()
+    assert np.abs(expected - attention).max() > 0.1
+    rows = [item.pairs.index(pair) for pair in batch.asked[0]]
+    for scorer, goal in (
+        (scorer_for(model, "asking"), expected[rows]),
+        (Adaptive(512), expected.mean(0, keepdims=True)),
+    ):
+        summed, count = loss(scorer, (0,), 0)
+        scores = np.array(score(model, scorer, batch, 1), np.float64)
+        logs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+        assert count.item() == len(goal)
+        np.testing.assert_allclose(summed.item(), -(goal * logs).sum(), rtol=1e-4)
+    more = ScorerLoss(model, batches, Lesson(1, 1, 2, 0.05, 0.05, **how))
+    plain = ScorerLoss(
+        model, batches, Lesson(1, 1, 2, 0.05, 0.05, **how | {"alone": 0})
+    )
+    scorer = scorer_for(model, "asking")
+    assert more(scorer, (0,), 0)[0].item() == plain(scorer, (0,), 0)[0].item()
+
+
+def test_training_goes_on_from_a_scorer(tmp_path):
+    """After no step to speak of it is the one that was given, and says so."""
+    out = tmp_path / "more"
+    asked = ["prune", "--scorer", "asking", "--start", "demo-asking", "--imitate", "1"]
+    asked += ["--pictures", "1", "--batch", "1", "--steps", "1", "--questions", "2"]
+    train([*asked, "--learning-rate", "1e-9", "--output", str(out)])
+    found, given = (
+        load_scorer(out).score.weight,
+        load_scorer("demo-asking").score.weight,
+    )
+    np.testing.assert_allclose(found, given, atol=1e-6)
+    about = json.loads((out / "scorer.json").read_text())["trained"]
+    assert about["start"] == "demo-asking"
