@@ -1,4 +1,4 @@
-"""Scorers that imitate attention, or what each token alone answers; going on from one."""
+"""Scorers that imitate attention, or what a token alone answers; going on from one."""
 
 import json
 
