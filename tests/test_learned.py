@@ -364,8 +364,8 @@ def test_a_scorer_is_trained_on_the_command_line(tmp_path):
             "sharpen 0 is outside (0, 16]",
         ),
         (
-            ["lora", "--method", "fastv", "--pictures", "1"],
-            "under pruning at the tower",
+            ["lora", "--method", "lightvla", "--pictures", "1"],
+            "decides itself how many",
         ),
         (["lora", "--rank", "0"], "rank and layers"),
         (["fuse", "--adapter-path", "nowhere"], "no adapter_config.json"),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ..commands.options import add_budget, add_method, add_option, make_pruners
 from ..errors import InputError, Parser, command, nearest, printable
 from ..learned.scorers import SCORERS
 from ..pipeline import POSITIONS
@@ -38,14 +39,22 @@ def _add_lora(commands) -> None:
     parser = commands.add_parser("lora", help=help_)
     _add_training(parser, steps=300, rate=3e-4)
     add = parser.add_argument
-    add("--method", default="norm", help="that prunes at the tower (default: norm)")
-    add("--keep-ratio", type=float, default=0.25, help="(default: 0.25)")
-    add("--positions", choices=POSITIONS, default="original")
+    add_method(parser, "norm, a keep ratio of 0.25")
+    add_budget(parser)
+    add_option(parser)
     add("--rank", type=int, default=8)
     add("--scale", type=float, default=20.0, help="of the adapter (default: 20)")
     add("--layers", type=int, help="the last so many (default: all)")
     add("--dora", action="store_true", help="DoRA in place of LoRA")
     add("--projector", action="store_true", help="train the projector, too")
+    _add_distill(parser)
+    help_ = "train on the values of quantized weights: more memory, faster on a CPU"
+    add("--dequantize", action="store_true", help=help_)
+
+
+def _add_distill(parser) -> None:
+    help_ = "weight of the divergence from the unpruned answers (default: 0)"
+    parser.add_argument("--distill", type=float, default=0.0, help=help_)
 
 
 def _add_training(parser, steps: int, rate: float) -> None:
@@ -87,8 +96,7 @@ def _add_prune(commands) -> None:
     add("--imitate", type=int, metavar="LAYER", help=help_)
     help_ = "imitate this power of each question's attention (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
-    help_ = "weight of the divergence from the unpruned answers (default: 0)"
-    add("--distill", type=float, default=0.0, help=help_)
+    _add_distill(parser)
 
 
 @command
@@ -133,16 +141,21 @@ def _prune(args) -> None:
 
 
 def _lora(args) -> None:
-    from ..pruners import Pruner
+    from ..pruners import get_method
     from .tune.lora import Adapter, train_adapter
 
-    pruner = Pruner(args.method, args.keep_ratio)
+    unset = not args.prune and args.keep_ratio is None and args.keep_tokens is None
+    if unset and get_method(args.method or "norm").counts != "own":
+        args.keep_ratio = 0.25
+    plan = make_pruners(args, "norm")
     adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)
     samples, schedule, folder, output = _training(args)
     train_adapter(
-        *(_load(args), samples, pruner, args.positions, adapter),
+        *(_load(args), samples, plan, args.positions, adapter),
         *((args.batch, args.questions), schedule, folder, output),
         checkpoint=args.grad_checkpoint,
+        distill=args.distill,
+        dequantize=args.dequantize,
     )
     print(f"wrote {output}")
 

@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...features import Features
 from ...learned import SCORERS, save_scorer
 from ...pruners import count_kept
-from ..packing import answer_logits, answer_losses, packed
+from ..packing import answer_losses, divergence, packed, unpruned_logits
 from .batches import Batch, Batches
 from .data import Sample, Samples
 from .gate import LEAKS, log_gate, schedule, straight_through, tamed
@@ -90,17 +90,17 @@ class ScorerLoss:
                 goal = self._attention(batch, lesson.imitate).flatten(0, 1)
             logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
             return -mx.sum(goal * logs), mx.array(float(len(scores)))
-        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
+        known = (self._model, batch.prefix, batch.features.tokens, batch.questions)
         noise = schedule(lesson.noise, 0.0, step, lesson.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
         warm, cold = lesson.temperature
         gate = straight_through(scores, keep, schedule(warm, cold, step, lesson.steps))
         leak = LEAKS[step >= lesson.leaky * lesson.steps]
-        logits = self._logits(batch, visual, log_gate(tamed(gate), leak))
+        logits = unpruned_logits(*known, log_gate(tamed(gate), leak))
         losses, used = answer_losses(logits, batch.questions)
         if lesson.distill:
-            whole = mx.stop_gradient(self._logits(batch, visual, None))
-            losses = losses + lesson.distill * _divergence(whole, logits)
+            whole = mx.stop_gradient(unpruned_logits(*known))
+            losses = losses + lesson.distill * divergence(whole, logits)
         return mx.sum(losses * used), mx.sum(used)
 
     def _goal(self, item: Sample) -> mx.array:
@@ -133,12 +133,6 @@ class ScorerLoss:
         shares = attention / mx.sum(attention, axis=-1, keepdims=True)
         sharp = shares**self._lesson.sharpen
         return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
-
-    def _logits(self, batch: Batch, visual: mx.array, gate: mx.array | None):
-        total = batch.features.total
-        every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
-        asked = (batch.questions, total, "original", gate)
-        return answer_logits(self._model, batch.prefix, visual, every, *asked)
 
 
 def train_scorer(
@@ -190,13 +184,6 @@ def scorer_for(model, kind: str) -> nn.Module:
         return made(model.args.text["hidden_size"])
     sizes = (model.block_sizes,) if "blocks" in made.needs else ()
     return made(model.feature_size, *sizes)
-
-
-def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
-    """(B, Q, L) KL of the unpruned distributions from these, in nats."""
-    known = whole - mx.logsumexp(whole, axis=-1, keepdims=True)
-    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return mx.sum(mx.exp(known) * (known - found), axis=-1)
 
 
 def score(model, scorer: nn.Module, batch: Batch, keep: int) -> mx.array:
