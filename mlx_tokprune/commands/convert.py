@@ -204,7 +204,8 @@ def build_parser() -> Parser:
     add(
         "-q", "--quantize", action="store_true", help="quantize the language model only"
     )
-    add("--q-bits", type=int, default=4, help="bits per weight: 2, 3, 4, 6 or 8 (default: 4)")
+    help_ = "bits per weight: 2, 3, 4, 6 or 8 (default: 4)"
+    add("--q-bits", type=int, default=4, help=help_)
     add("--q-group-size", type=int, default=64, help="weights per scale (default: 64)")
     add("--actions-per-chunk", type=int, help="of an OpenVLA-OFT policy (default: 8)")
     add("--pictures", type=int, help="an OpenVLA-OFT policy looks at (default: 2)")

@@ -103,7 +103,7 @@ def train_adapter(
         raise InputError(f"distill {distill:g} is below 0; expected a weight from 0")
     mx.random.seed(schedule.seed)
     if dequantize:
-        _dequantize(model)
+        replace_quantized(model)
     teacher = copy.deepcopy(model) if distill else None  # weights are shared
     adapter.add_to(model)
     batches = Batches(model, processor, samples.items, tower_needs(plan))
@@ -117,7 +117,7 @@ def train_adapter(
         draw_losses(loop.losses, folder / "loss.png")
 
 
-def _dequantize(model) -> None:
+def replace_quantized(model) -> None:
     """Put the values of quantized weights in their place."""
     from mlx_lm.utils import dequantize_model
 
