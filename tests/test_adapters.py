@@ -15,6 +15,7 @@ from mlx_tokprune.pipeline import Scene, plan_for, run, tower_needs
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import divergence, unpruned_logits
+from mlx_tokprune.train.tune import lora
 from mlx_tokprune.train.tune.answers import AnswerLoss, answers, is_shared
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import read_samples
@@ -183,6 +184,22 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(
     for name in names:
         files = [(tmp_path / run / name).read_bytes() for run in ("whole", "parts")]
         assert files[0] == files[1]
+
+
+def test_the_teacher_stays_what_the_model_was(samples, tmp_path, monkeypatch):
+    def kept(*how):
+        made.append(how[-1])
+        return AnswerLoss(*how)
+
+    made, model = [], load("demo")
+    ids = mx.array([[1, 5, 9, 30]])
+    before = model[0](ids)
+    monkeypatch.setattr(lora, "AnswerLoss", kept)
+    asked = (model, samples, read_plan("norm:0.05"), "contiguous", Adapter(2), (2, 2))
+    folders = (tmp_path / "state", tmp_path / "out")
+    train_adapter(*asked, Schedule(2, 1e-2), *folders, distill=1.0)
+    assert mx.array_equal(made[0](ids), before)
+    assert mx.max(mx.abs(model[0](ids) - before)).item() > 0.01
 
 
 @pytest.mark.parametrize("bits", [2, 4])
