@@ -3,7 +3,13 @@
 import json
 from pathlib import Path
 
-from ..commands.options import add_budget, add_method, add_option, make_pruners
+from ..commands.options import (
+    add_budget,
+    add_method,
+    add_option,
+    describe_methods,
+    make_pruners,
+)
 from ..errors import InputError, Parser, command, nearest, printable
 from ..learned.scorers import SCORERS
 from ..pipeline import POSITIONS
@@ -36,7 +42,7 @@ def build_parser() -> Parser:
 
 def _add_lora(commands) -> None:
     help_ = "fine-tune the language model under pruning (LoRA or DoRA)"
-    parser = commands.add_parser("lora", help=help_)
+    parser = commands.add_parser("lora", help=help_, epilog=describe_methods())
     _add_training(parser, steps=300, rate=3e-4)
     add = parser.add_argument
     add_method(parser, "norm, a keep ratio of 0.25")
