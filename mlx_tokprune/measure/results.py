@@ -41,13 +41,15 @@ def make_rows(
 ) -> list[Row]:
     """The unpruned model, every method at every ratio or number of tokens, and plans.
 
-    Methods that choose their own count have one row. options: of each method.
+    Methods that choose their own count have one row, and scorers that learned one have
+    it besides. options: of each method.
     """
     rows = [Row("none", (Pruner("none"),))]
     for method in methods:
         known, own = get_method(method), (options or {}).get(method, {})
-        if known.counts_itself(own):
+        if known.counts_itself(own) or known.learned_count:
             rows.append(Row(f"{method} own count", (Pruner(method, options=own),)))
+        if known.counts_itself(own):
             continue
         rows += [
             Row(f"{method} {ratio:g}", (Pruner(method, ratio, options=own),))
