@@ -280,8 +280,8 @@ def test_needs_are_learned_by_cross_entropy(demo):
     goals = np.array(loss._needed(batch, "prompt"))
     for row, pair in enumerate(pair for asked in batch.asked for pair in asked):
         item = batch.samples[row // 3]
-        alone = loss._needed(batches.of([item], [[pair]]), "prompt")
-        assert goals[row].tolist() == alone[0].tolist()
+        every = loss._needed_of(batches.of([item], [item.pairs]))
+        assert goals[row].tolist() == every[item.pairs.index(pair)].tolist()
     scores = np.array(score(demo[0], scorer, batch, None), np.float64)
     right = 1 / (1 + np.exp(-np.where(goals > 0, scores, -scores)))
     assert count.item() == 6
