@@ -344,6 +344,7 @@ def test_every_command_takes_one_without_a_budget(tmp_path, monkeypatch, capsys)
     for row in found.values():
         least, most = row["kept_range"]
         assert 1 <= least <= row["kept"] <= most <= 64
+    capsys.readouterr()
     bench(["--model", "demo", *rows, "--runs", "1", "--output", "b.json"])
     assert "| s own count |" in capsys.readouterr().out
     report(["e.json", "--output", "r.html"])
