@@ -27,7 +27,8 @@ def _row(label: str, items, records: dict[int, dict]) -> dict:
     return {
         "label": label,
         "kept": sum(kept) / len(kept),
-        "kept_range": [min(kept), max(kept)],
+        "least": min(kept),
+        "most": max(kept),
         "flops": None if None in flops else sum(flops) / len(flops),
         "accuracy": _by_kind({n: r["accuracy"] for n, r in known.items()}, items),
         "agreement": _by_kind({n: r["agrees"] for n, r in mine.items()}, items),
@@ -94,9 +95,9 @@ def markdown(rows: list[dict]) -> str:
 
 def _kept(row: dict) -> str:
     """The mean, with the least and the most where questions differ."""
-    least, most = row.get("kept_range", (0, 0))
-    differ = least < most
-    return f"{row['kept']:.1f} ({least:g}-{most:g})" if differ else f"{row['kept']:.0f}"
+    kept = row["kept"]
+    least, most = row.get("least", kept), row.get("most", kept)
+    return f"{kept:.1f} ({least:g}-{most:g})" if least < most else f"{kept:.0f}"
 
 
 def _percent(share: dict) -> str:

@@ -75,11 +75,17 @@ def fingerprint(model) -> str:
 
 # Reading ----------------------------------------------------------------------------
 # The shape of a file: a type, a tuple of types, a dict of names, or a list of one
-# shape. `Optional(x)` also takes null, `Table(x)` is an object of any names.
+# shape. `Optional(x)` also takes null, `Table(x)` is an object of any names, and
+# `Newer(x)` may be missing: older files do not have it.
 
 
 @dataclass(frozen=True)
 class Optional:
+    of: object
+
+
+@dataclass(frozen=True)
+class Newer:
     of: object
 
 
@@ -146,6 +152,10 @@ def _object_mismatch(value, shape, where: str) -> str | None:
     fields = dict.fromkeys(value, shape.of) if isinstance(shape, Table) else shape
     for name, inner in fields.items():
         path = f"{where}.{name}" if where else name
+        if isinstance(inner, Newer):
+            if name not in value:
+                continue
+            inner = inner.of
         if name not in value:
             return f"{path} is missing"
         wrong = mismatch(value[name], inner, path)
