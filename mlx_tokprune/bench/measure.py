@@ -112,8 +112,13 @@ def make_rows(
             rows.append(Row(*case, "none", 1.0, positions, picture))
             for method in methods if size in pruned else ():
                 own = (options or {}).get(method, {})
-                itself = get_method(method).counts_itself(own)
-                for ratio in [None] if itself else [r for r in ratios if r < 1]:
+                known = get_method(method)
+                shares = [r for r in ratios if r < 1]
+                if known.counts_itself(own):
+                    shares = [None]
+                elif known.learned_count:
+                    shares = [None, *shares]
+                for ratio in shares:
                     rows.append(Row(*case, method, ratio, positions, picture, own))
             for text in plans if size in pruned else ():
                 names = [pruner.method for pruner in read_plan(text)]

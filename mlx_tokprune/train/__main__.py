@@ -11,7 +11,7 @@ from ..commands.options import (
     make_pruners,
 )
 from ..errors import InputError, Parser, command, nearest, printable
-from ..learned.scorers import SCORERS
+from ..learned import SCORERS, is_scorer, load_scorer
 from ..pipeline import POSITIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,10 +91,10 @@ def _add_prune(commands) -> None:
     parser = commands.add_parser("prune", help=help_)
     _add_training(parser, steps=300, rate=3e-3)
     add = parser.add_argument
-    help_ = f"{' or '.join(SCORERS)}: at the tower, or at the prompt"
+    help_ = f"{' or '.join(SCORERS)}, or the folder of one to begin with"
     add("--scorer", default="adaptive", help=f"{help_} (default: adaptive)")
     help_ = "between which each batch draws its own (default: 0.05 0.25)"
-    ratios = {"nargs": 2, "type": float, "default": (0.05, 0.25)}
+    ratios = {"nargs": 2, "type": float}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least comes down from all"
     add("--curriculum", type=float, default=0.0, help=help_)
@@ -102,6 +102,10 @@ def _add_prune(commands) -> None:
     add("--imitate", type=int, metavar="LAYER", help=help_)
     help_ = "imitate this power of each question's attention (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
+    help_ = "learn the count, too: the price of what is kept (with --within: 1)"
+    add("--sparsity", type=float, metavar="PRICE", help=help_)
+    help_ = "learn a count of FOLDER's best with which answers stay so near"
+    add("--within", type=float, metavar="NATS", help=help_)
     _add_distill(parser)
 
 
@@ -128,16 +132,25 @@ def _check_fonts() -> None:
 def _prune(args) -> None:
     from .tune.scorer import Lesson, train_scorer
 
-    if args.scorer not in SCORERS:
+    if args.scorer not in SCORERS and not is_scorer(args.scorer):
         raise InputError(
-            f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}."
-            + nearest(args.scorer, SCORERS)
+            f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}, or the "
+            f"folder of one.{nearest(args.scorer, SCORERS)}"
         )
-    alone = SCORERS[args.scorer].at == "prompt" and args.imitate is None
-    questions = 1 if alone else args.questions
-    names = ("curriculum", "distill", "imitate", "sharpen")
+    known = SCORERS.get(args.scorer) or load_scorer(args.scorer)
+    answers = args.imitate is None and args.within is None
+    questions = 1 if known.at == "prompt" and answers else args.questions
+    names = ("curriculum", "distill", "imitate", "sharpen", "sparsity", "within")
     how = {name: getattr(args, name) for name in names}
-    lesson = Lesson(args.steps, args.batch, questions, *args.keep_ratios, **how)
+    if args.keep_ratios:
+        how["least"], how["most"] = args.keep_ratios
+    lesson = Lesson(args.steps, args.batch, questions, **how)
+    drawn = args.curriculum or (args.keep_ratios and args.within is None)
+    if drawn and lesson.own_count:
+        raise InputError(
+            "how many tokens stay is learned; leave out --curriculum and, without "
+            "--within, --keep-ratios"
+        )
     samples, schedule, folder, output = _training(args)
     train_scorer(
         *(_load(args), args.scorer, samples, lesson, schedule, folder, output),
