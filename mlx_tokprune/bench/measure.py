@@ -23,6 +23,7 @@ from ..measure.machine import describe, measure_rates
 from ..measure.results import (
     MACHINE,
     NUMBER,
+    Newer,
     Optional,
     Table,
     fingerprint,
@@ -49,11 +50,13 @@ SHAPE = {
             **{"model": str, "image_size": int, "prompt": str, "method": str},
             **{"keep_ratio": Optional(NUMBER), "positions": str},
             **{"visual_tokens": int, "kept": int, "limit_ms": NUMBER},
+            "draft": Newer(str),
             "costs": {name: _COST for name in ("vision", "project", "prefill")},
             "samples": {
                 **{name: [NUMBER] for name in _TIMES},
                 "decode_tokens_per_second": [Optional(NUMBER)],
                 "stages_ms": [dict.fromkeys(STAGES, NUMBER)],
+                **dict.fromkeys(("calls", "tokens"), Newer([int])),
             },
         }
     ],
