@@ -3,8 +3,8 @@
 Shapes use B samples, N visual tokens in raster order, K kept tokens, C channels.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -68,6 +68,16 @@ class Features:
     def arrays(self) -> list[mx.array]:
         """All that is computed."""
         return [self.tokens, *self.extras.values()]
+
+    def each(self, change: Callable[[mx.array], mx.array]) -> "Features":
+        """The same with every array changed."""
+        extras = {name: change(array) for name, array in self.extras.items()}
+        return replace(self, tokens=change(self.tokens), extras=extras)
+
+    @property
+    def fixed(self) -> "Features":
+        """What a choice inside the language model is made from: it has no gradient."""
+        return self.each(mx.stop_gradient)
 
 
 @dataclass(frozen=True)

@@ -209,12 +209,17 @@ def encode(
     model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
 ) -> Features:
     """The tower's features of every picture, with the extras that the plan needs."""
-    wanted = [pruner.wants for pruner in plan if pruner.place == "tower"]
-    needs = tuple(dict.fromkeys(itertools.chain(*wanted)))
+    needs = tower_needs(plan)
     with clock.stage("vision") as done:
         features = model.encode(_pixels(scene), needs, scene.prompt)
         done += features.arrays()
     return features
+
+
+def tower_needs(plan: Plan) -> tuple[str, ...]:
+    """The extras of `Features` that a plan reads at the tower."""
+    wanted = [pruner.wants for pruner in plan if pruner.place == "tower"]
+    return tuple(dict.fromkeys(itertools.chain(*wanted)))
 
 
 def _pixels(scene: Scene) -> mx.array:
@@ -277,7 +282,7 @@ def choose(
     if pruner is None:
         return visual
     with clock.stage("prune") as done:
-        selection = pruner(_asked(model, scene, pruner, visual))
+        selection = pruner(_asked(model, scene, pruner, visual).fixed)
         embeddings = selection.apply(visual.embeddings)
         indices = mx.take_along_axis(visual.indices, selection.indices, axis=1)
         done += [embeddings, indices]

@@ -12,7 +12,8 @@ from .errors import InputError
 class Prompt:
     """Token ids of the text around pictures: one segment more than places of pictures.
 
-    Segments are tuples of numbers, or arrays (L,) in a compiled call.
+    Segments are tuples of numbers, arrays (L,) in a compiled call, or arrays (B, L)
+    where the samples of a scene are told different things.
     """
 
     segments: tuple[tuple[int, ...] | mx.array, ...]
@@ -23,8 +24,9 @@ class Prompt:
         return len(self.segments) - 1
 
     def arrays(self) -> list[mx.array]:
-        """Each segment as (1, L) int32."""
-        return [mx.array(ids, mx.int32)[None] for ids in self.segments]
+        """Each segment as (1 or B, L) int32."""
+        arrays = [mx.array(ids, mx.int32) for ids in self.segments]
+        return [ids if ids.ndim == 2 else ids[None] for ids in arrays]
 
 
 def place_pictures(text: str, pictures: int, image_token: str) -> str:

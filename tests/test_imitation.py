@@ -105,9 +105,9 @@ def test_few_tokens_imitate_what_each_alone_answers(demo, sharpen):
 
 
 def test_training_goes_on_from_a_scorer(tmp_path):
-    """After no step to speak of it is the one that was given, and says so."""
+    """After no step to speak of it is the one that was given; what was told is kept."""
     out = tmp_path / "more"
-    asked = ["prune", "--scorer", "asking", "--start", "demo-asking", "--imitate", "1"]
+    asked = ["prune", "--scorer", "demo-asking", "--imitate", "1", "--alone", "1"]
     asked += ["--pictures", "1", "--batch", "1", "--steps", "1", "--questions", "2"]
     train([*asked, "--learning-rate", "1e-9", "--output", str(out)])
     found, given = (
@@ -116,4 +116,4 @@ def test_training_goes_on_from_a_scorer(tmp_path):
     )
     np.testing.assert_allclose(found, given, atol=1e-6)
     about = json.loads((out / "scorer.json").read_text())["trained"]
-    assert about["start"] == "demo-asking"
+    assert (about["imitate"], about["alone"]) == (1, 1)

@@ -361,20 +361,12 @@ def test_a_scorer_is_trained_on_the_command_line(tmp_path):
         (["prune", "--imitate", "4", "--pictures", "1"], "expected 0 to 3"),
         (["prune", "--alone", "1", "--pictures", "1"], "a layer to imitate"),
         (
-            [
-                *("prune", "--scorer", "asking", "--start", "demo-adaptive"),
-                *("--pictures", "1", "--batch", "1", "--steps", "1"),
-            ],
-            "demo-adaptive is a scorer 'adaptive' {'channels': 512, 'width': 64}; "
-            "expected 'asking'",
-        ),
-        (
             ["prune", "--sharpen", "0", "--pictures", "1", "--steps", "1"],
             "sharpen 0 is outside (0, 16]",
         ),
         (
-            ["lora", "--method", "fastv", "--pictures", "1"],
-            "under pruning at the tower",
+            ["lora", "--method", "lightvla", "--pictures", "1"],
+            "decides itself how many",
         ),
         (["lora", "--rank", "0"], "rank and layers"),
         (["fuse", "--adapter-path", "nowhere"], "no adapter_config.json"),

@@ -23,6 +23,7 @@ from ..measure.machine import describe, measure_rates
 from ..measure.results import (
     MACHINE,
     NUMBER,
+    Newer,
     Optional,
     Table,
     fingerprint,
@@ -49,11 +50,13 @@ SHAPE = {
             **{"model": str, "image_size": int, "prompt": str, "method": str},
             **{"keep_ratio": Optional(NUMBER), "positions": str},
             **{"visual_tokens": int, "kept": int, "limit_ms": NUMBER},
+            "draft": Newer(str),
             "costs": {name: _COST for name in ("vision", "project", "prefill")},
             "samples": {
                 **{name: [NUMBER] for name in _TIMES},
                 "decode_tokens_per_second": [Optional(NUMBER)],
                 "stages_ms": [dict.fromkeys(STAGES, NUMBER)],
+                **dict.fromkeys(("calls", "tokens"), Newer([int])),
             },
         }
     ],
@@ -112,8 +115,13 @@ def make_rows(
             rows.append(Row(*case, "none", 1.0, positions, picture))
             for method in methods if size in pruned else ():
                 own = (options or {}).get(method, {})
-                itself = get_method(method).counts_itself(own)
-                for ratio in [None] if itself else [r for r in ratios if r < 1]:
+                known = get_method(method)
+                shares = [r for r in ratios if r < 1]
+                if known.counts_itself(own):
+                    shares = [None]
+                elif known.learned_count:
+                    shares = [None, *shares]
+                for ratio in shares:
                     rows.append(Row(*case, method, ratio, positions, picture, own))
             for text in plans if size in pruned else ():
                 names = [pruner.method for pruner in read_plan(text)]

@@ -41,6 +41,7 @@ INT8_WARNING = (
     "8 bits cost OpenVLA success: its paper saw 58.1 % of tasks done, against 71.3 % "
     "without quantization and 71.9 % with 4 bits (arXiv 2406.09246)"
 )
+BITS, GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)  # of weights, that MLX quantizes to
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -73,10 +74,10 @@ def convert(
     read; its tokenizer, licence and model card are copied. Returns the new folder.
     Raises `InputError` for a source that cannot be read or an existing target.
     """
-    if q_bits not in (4, 8) or q_group_size not in (32, 64, 128):
+    if q_bits not in BITS or q_group_size not in GROUPS:
         raise InputError(
             f"cannot quantize to {q_bits} bits in groups of {q_group_size}; expected "
-            "4 or 8 bits and groups of 32, 64 or 128"
+            "2, 3, 4, 6 or 8 bits and groups of 32, 64 or 128"
         )
     if dtype is not None and dtype not in DTYPES:
         raise InputError(
@@ -203,7 +204,8 @@ def build_parser() -> Parser:
     add(
         "-q", "--quantize", action="store_true", help="quantize the language model only"
     )
-    add("--q-bits", type=int, default=4, help="bits per weight: 4 or 8 (default: 4)")
+    help_ = "bits per weight: 2, 3, 4, 6 or 8 (default: 4)"
+    add("--q-bits", type=int, default=4, help=help_)
     add("--q-group-size", type=int, default=64, help="weights per scale (default: 64)")
     add("--actions-per-chunk", type=int, help="of an OpenVLA-OFT policy (default: 8)")
     add("--pictures", type=int, help="an OpenVLA-OFT policy looks at (default: 2)")

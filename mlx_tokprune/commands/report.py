@@ -23,6 +23,7 @@ from ..evaluate import table as evaluation_table
 from ..evaluate.data import Item, read_questions
 from ..files import check_apart, check_output, write_text
 from ..hub import is_local
+from ..learned import is_scorer
 from ..loading import load
 from ..measure.guest import Guest, GuestRow
 from ..measure.results import read_any
@@ -160,12 +161,12 @@ def picture_sections(
 
 
 def _check_methods(result: dict, methods: Sequence[str]) -> None:
-    """A file must not say whose code is imported: the user does."""
+    """A file must not say whose code is imported: the user does. A scorer has none."""
     for name in methods:
         get_method(name)
     for row in result["run"]["rows"]:
         for name in [described["method"] for described in _described(row)]:
-            if not is_registered(name):
+            if not is_registered(name) and not is_scorer(name):
                 raise InputError(
                     f"method {name!r} of the results is none that is known here; if it "
                     f"is yours, allow it with --method {name}"

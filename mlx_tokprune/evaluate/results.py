@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..measure import results
-from ..measure.results import MACHINE, NUMBER, Optional, Table
+from ..measure.results import MACHINE, NUMBER, Newer, Optional, Table
 
 SCHEMA = "mlx_tokprune.evaluate/1"
 _SHARE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
@@ -28,6 +28,7 @@ SHAPE = {
     "rows": [
         {
             **{"label": str, "kept": NUMBER, "flops": Optional(NUMBER)},
+            **{"least": Newer(NUMBER), "most": Newer(NUMBER)},
             **{"accuracy": Table(_SHARE), "agreement": Table(_SHARE)},
             **{"needed": Table(_SHARE), "divergence": _SHARE},
         }

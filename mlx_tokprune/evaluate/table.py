@@ -22,10 +22,13 @@ def _row(label: str, items, records: dict[int, dict]) -> dict:
     needed = {n: r["needed"] for n, r in mine.items() if r.get("needed") is not None}
     divergence = [record["divergence"] for record in mine.values()]
     flops = [record["flops"] for record in mine.values()]
+    kept = [record["kept"] for record in mine.values()]
     low, high = bootstrap(divergence, [items[number].picture for number in mine])
     return {
         "label": label,
-        "kept": sum(r["kept"] for r in mine.values()) / len(mine),
+        "kept": sum(kept) / len(kept),
+        "least": min(kept),
+        "most": max(kept),
         "flops": None if None in flops else sum(flops) / len(flops),
         "accuracy": _by_kind({n: r["accuracy"] for n, r in known.items()}, items),
         "agreement": _by_kind({n: r["agrees"] for n, r in mine.items()}, items),
@@ -78,7 +81,7 @@ def markdown(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         gflop = "" if row["flops"] is None else f"{row['flops'] / 1e9:.2f}"
-        cells = [row["label"], f"{row['kept']:.0f}", gflop]
+        cells = [row["label"], _kept(row), gflop]
         cells += [_percent(row["accuracy"]["all"])] if known else []
         cells += [
             _percent(row["agreement"]["all"]),
@@ -88,6 +91,13 @@ def markdown(rows: list[dict]) -> str:
         cells += [f"{100 * row['accuracy'][kind]['value']:.1f}" for kind in kinds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _kept(row: dict) -> str:
+    """The mean, with the least and the most where questions differ."""
+    kept = row["kept"]
+    least, most = row.get("least", kept), row.get("most", kept)
+    return f"{kept:.1f} ({least:g}-{most:g})" if least < most else f"{kept:.0f}"
 
 
 def _percent(share: dict) -> str:

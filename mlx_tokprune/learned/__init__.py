@@ -1,7 +1,7 @@
 """Scorers that learn which visual tokens to keep, and how they are kept on disk."""
 
-from .folder import is_scorer, load_scorer, save_scorer
-from .scorers import SCORERS, Adaptive, Asking, Constant, Inside
+from .folder import counts_itself, is_scorer, load_scorer, save_scorer
+from .scorers import SCORERS, Adaptive, Asking, Constant, Inside, untold
 
 __all__ = [
     "SCORERS",
@@ -9,7 +9,9 @@ __all__ = [
     "Asking",
     "Constant",
     "Inside",
+    "counts_itself",
     "is_scorer",
     "load_scorer",
     "save_scorer",
+    "untold",
 ]

@@ -13,6 +13,7 @@ from ..files import new_folder, object_of, read_json
 from .scorers import SCORERS
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
+BUDGET, OWN = "budget", "own"  # who says how many tokens stay
 # Of the demo model.
 EMBEDDED = {f"demo-{name}": FOLDER / name for name in ("adaptive", "inside", "asking")}
 
@@ -22,12 +23,29 @@ def is_scorer(folder: str | Path) -> bool:
     return (Path(EMBEDDED.get(str(folder), folder)) / CONFIG).is_file()
 
 
+def counts_itself(folder: str | Path) -> bool:
+    """Whether the scorer of a folder has a count of its own; `InputError`: damaged."""
+    folder = Path(EMBEDDED.get(str(folder), folder))
+    return _counts(read_json(folder / CONFIG), folder) == OWN
+
+
+def _counts(config: dict, folder: Path) -> str:
+    counts = config.get("counts", BUDGET)
+    if counts not in (BUDGET, OWN):
+        raise InputError(
+            f"{folder / CONFIG} says that {str(counts)[:40]!r} counts; expected "
+            f"{BUDGET} or {OWN}"
+        )
+    return counts
+
+
 def save_scorer(
     scorer: nn.Module, folder: str | Path, about: dict | None = None
 ) -> None:
     """Write a scorer to a new folder. about: how it was trained, for people."""
     kinds = {kind: name for name, kind in SCORERS.items()}
     config = {"scorer": kinds[type(scorer)], "settings": scorer.settings}
+    config |= {"counts": OWN} if scorer.own_count else {}
     config |= {"trained": about} if about else {}
     with new_folder(folder) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -50,6 +68,7 @@ def load_scorer(folder: str | Path) -> nn.Module:
         if not all(isinstance(n, int) and 0 < n < 1 << 14 for v in sizes for n in v):
             raise ValueError("its sizes are no whole numbers from 1 to 16383")
         scorer = SCORERS[kind](**settings)
+        scorer.own_count = _counts(config, folder) == OWN
         scorer.load_weights(str(folder / WEIGHTS))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} is no scorer that can be read ({error})") from None

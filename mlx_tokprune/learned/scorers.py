@@ -1,7 +1,9 @@
 """Scorers: small networks from `Features` to a score (B, N) for each visual token.
 
 A pruner keeps the highest; how many comes from outside, and scorers are told the share
-as the extra `budget` (B,). One scorer serves every budget.
+as the extra `budget` (B,). One scorer serves every budget. A scorer of which
+`own_count` is true learned which scores are above 0: those tokens stay, so the last
+layer's bias is its threshold, and it is told no budget.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from ..features import Features
 
 _FREQUENCIES = 4  # of a token's place, along each side
 _BUDGET_SINES = 256
+_UNTOLD = 0.5
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -76,6 +79,7 @@ class Adaptive(nn.Module):
 
     at = "tower"
     needs: ClassVar[tuple[str, ...]] = ()
+    own_count = False
 
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
@@ -119,6 +123,7 @@ class Inside(nn.Module):
 
     at = "tower"
     needs: ClassVar[tuple[str, ...]] = ("blocks",)
+    own_count = False
 
     def __init__(
         self, channels: int, sizes: Sequence[int], width: int = 48, heads: int = 4
@@ -161,6 +166,7 @@ class Asking(nn.Module):
 
     at = "prompt"
     needs: ClassVar[tuple[str, ...]] = ("text",)
+    own_count = False
 
     def __init__(self, channels: int, width: int = 96, depth: int = 2, heads: int = 4):
         super().__init__()
@@ -198,7 +204,16 @@ class Asking(nn.Module):
 def budget(features: Features) -> mx.array:
     """(B,) the share of tokens to keep; a half where nobody says."""
     share = features.extras.get("budget")
-    return mx.full((len(features.tokens),), 0.5) if share is None else share
+    return mx.full((len(features.tokens),), _UNTOLD) if share is None else share
+
+
+def untold(scorer: nn.Module, share: float) -> None:
+    """Have it score without a budget as it did when it was told this share."""
+    if isinstance(scorer, Constant):
+        return
+    first = scorer.budget if isinstance(scorer, Asking) else scorer.budget[0]
+    before, after = sines(mx.array([share, _UNTOLD]), _BUDGET_SINES, 1e-3)
+    first.bias = first.bias + first.weight @ (before - after)
 
 
 def told(layers: list[nn.Linear], features: Features) -> mx.array:

@@ -41,13 +41,15 @@ def make_rows(
 ) -> list[Row]:
     """The unpruned model, every method at every ratio or number of tokens, and plans.
 
-    Methods that choose their own count have one row. options: of each method.
+    Methods that choose their own count have one row, and scorers that learned one have
+    it besides. options: of each method.
     """
     rows = [Row("none", (Pruner("none"),))]
     for method in methods:
         known, own = get_method(method), (options or {}).get(method, {})
-        if known.counts_itself(own):
+        if known.counts_itself(own) or known.learned_count:
             rows.append(Row(f"{method} own count", (Pruner(method, options=own),)))
+        if known.counts_itself(own):
             continue
         rows += [
             Row(f"{method} {ratio:g}", (Pruner(method, ratio, options=own),))
@@ -73,11 +75,17 @@ def fingerprint(model) -> str:
 
 # Reading ----------------------------------------------------------------------------
 # The shape of a file: a type, a tuple of types, a dict of names, or a list of one
-# shape. `Optional(x)` also takes null, `Table(x)` is an object of any names.
+# shape. `Optional(x)` also takes null, `Table(x)` is an object of any names, and
+# `Newer(x)` may be missing: older files do not have it.
 
 
 @dataclass(frozen=True)
 class Optional:
+    of: object
+
+
+@dataclass(frozen=True)
+class Newer:
     of: object
 
 
@@ -144,6 +152,10 @@ def _object_mismatch(value, shape, where: str) -> str | None:
     fields = dict.fromkeys(value, shape.of) if isinstance(shape, Table) else shape
     for name, inner in fields.items():
         path = f"{where}.{name}" if where else name
+        if isinstance(inner, Newer):
+            if name not in value:
+                continue
+            inner = inner.of
         if name not in value:
             return f"{path} is missing"
         wrong = mismatch(value[name], inner, path)

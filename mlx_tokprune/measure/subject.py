@@ -62,6 +62,12 @@ class Counted:
         return sum(cost.flops for cost in self.costs.values())
 
 
+def _budgeted(pruner: Pruner) -> Pruner:
+    """A scorer's with a budget in the place of its own count."""
+    learned = pruner.has_own_count and pruner.scorer is not None
+    return dataclasses.replace(pruner, keep_tokens=1) if learned else pruner
+
+
 @dataclass(frozen=True)
 class _Subject:
     """A model under the name it has in the table."""
@@ -126,9 +132,10 @@ class _Subject:
     def _pruning(self, scene: Scene, plan: Plan, counts: Counts) -> Cost:
         """Of choosing; what is chosen in the language model is part of its prefill.
 
-        Nothing for methods that count for themselves: they look at the picture.
+        Nothing for methods that count for themselves: they look at the picture. But a
+        scorer takes what it takes, however many it keeps.
         """
-        early = [pruner for pruner in plan if pruner.place != "layer"]
+        early = [_budgeted(p) for p in plan if p.place != "layer"]
         if not early or any(pruner.has_own_count for pruner in early):
             return Cost()
         asked = tuple(text.shape for text in self.model.text(scene.prompt, scene.state))

@@ -401,7 +401,7 @@ class _State:
         where = mx.broadcast_to(self._where, (batch, self._where.shape[1]))
         visual = mx.take_along_axis(hidden, where[..., None], axis=1)
         extras = self._extras(pruner.wants, where)
-        selection = pruner(Features(visual, None, extras=extras))
+        selection = pruner(Features(visual, None, extras=extras).fixed)
         kept = mx.take_along_axis(where, selection.indices, axis=1)
         if selection.weights is not None:
             merged = selection.apply(visual)

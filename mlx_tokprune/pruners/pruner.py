@@ -62,6 +62,8 @@ class Pruner:
         if self.scorer is None and is_scorer(self.method):
             folder = str(self.method)
             object.__setattr__(self, "scorer", load_scorer(folder))
+        if known.name == "learned" and _own_count(self.scorer):
+            known = get_method("threshold")
         own = known.at if folder is None else self.scorer.at
         at = own if self.at is None else self.at
         if folder is not None and at != own:
@@ -275,9 +277,9 @@ def _check_extras(pruner: Pruner, features: Features) -> None:
         raise ValueError(f"{pruner.method} needs features with {missing}")
     if "grid" in pruner.needs and (features.grid is None or features.pictures > 1):
         raise InputError(
-            f"method {pruner.method!r} needs the whole grid of one picture, but another "
-            "pruner was there before, or there are several pictures; choose another "
-            "method, such as 'norm', or the tower"
+            f"method {pruner.method!r} needs the whole grid of one picture, but there "
+            "are several, or another pruner was there before; choose another method, "
+            "such as 'norm', or the tower"
         )
 
 
@@ -321,9 +323,13 @@ class _Same:
         return id(self.module)
 
 
+def _own_count(scorer: nn.Module | None) -> bool:
+    return getattr(scorer, "own_count", False)
+
+
 def _scored(features: Features, scorer: nn.Module, keep: int | None) -> Features:
     extras = dict(features.extras)
-    if keep is not None:
+    if keep is not None and not _own_count(scorer):
         share = mx.full((len(features.tokens),), keep / features.total)
         extras["budget"] = share
     extras["scores"] = scorer(replace(features, extras=extras))

@@ -23,7 +23,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from ..features import Selection
-from ..learned import is_scorer
+from ..learned import counts_itself, is_scorer
 
 Place = Literal["tower", "prompt"] | int
 Depths = tuple[float, ...]  # shares of a language model's depth, ascending
@@ -93,6 +93,11 @@ class Method:
         """Whether the method, given these options and no budget, cannot say a count."""
         either = self.counts != "budget" or self.counts_itself(options)
         return not either and self.name != "none"
+
+    @property
+    def learned_count(self) -> bool:
+        """Whether tables have a row of its own count besides those of budgets."""
+        return self.counts == "either" and "scores" in self.needs
 
     @functools.cached_property
     def can_compile(self) -> bool:
@@ -174,12 +179,12 @@ def in_ranges(**ranges: tuple[float, float]) -> OptionCheck:
 def get_method(name: str) -> Method:
     """The method of this name or alias, `package.module:function`, or a scorer's.
 
-    The folder of a trained scorer means the method `learned`. `InputError` lists the
-    known ones.
+    The folder of a trained scorer means the method `learned`, or `threshold` where it
+    learned a count, too. `InputError` lists the known ones.
     """
     if isinstance(name, str) and name not in _NAMES:
         if is_scorer(name):
-            return _METHODS["learned"]
+            return _METHODS["threshold" if counts_itself(name) else "learned"]
         _load_entry_points()
         if ":" in name and name not in _NAMES:
             return _imported(name)

@@ -106,3 +106,19 @@ def mean_similarity(features: Features, *, keep: int) -> Selection:
 def learned(features: Features, *, keep: int) -> Selection:
     """Keep the tokens that a scorer, which was trained for it, gives most."""
     return keep_highest(features.extras["scores"], keep)
+
+
+@register("threshold", needs=("scores",), counts="either")
+def threshold(features: Features, *, keep: int | None) -> Selection:
+    """Keep the tokens that a scorer, which learned how many, gives more than 0.
+
+    With a budget those that it gives most.
+    """
+    scores = features.extras["scores"]
+    return keep_marked(above(scores)) if keep is None else keep_highest(scores, keep)
+
+
+def above(scores: mx.array) -> mx.array:
+    """(B, N) bool: which scores are more than 0, the highest where none is."""
+    best = keep_highest(scores, 1).indices
+    return (scores > 0) | one_hot(best, scores.shape[1])

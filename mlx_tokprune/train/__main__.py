@@ -3,8 +3,15 @@
 import json
 from pathlib import Path
 
+from ..commands.options import (
+    add_budget,
+    add_method,
+    add_option,
+    describe_methods,
+    make_pruners,
+)
 from ..errors import InputError, Parser, command, nearest, printable
-from ..learned.scorers import SCORERS
+from ..learned import SCORERS, is_scorer, load_scorer
 from ..pipeline import POSITIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,17 +42,25 @@ def build_parser() -> Parser:
 
 def _add_lora(commands) -> None:
     help_ = "fine-tune the language model under pruning (LoRA or DoRA)"
-    parser = commands.add_parser("lora", help=help_)
+    parser = commands.add_parser("lora", help=help_, epilog=describe_methods())
     _add_training(parser, steps=300, rate=3e-4)
     add = parser.add_argument
-    add("--method", default="norm", help="that prunes at the tower (default: norm)")
-    add("--keep-ratio", type=float, default=0.25, help="(default: 0.25)")
-    add("--positions", choices=POSITIONS, default="original")
+    add_method(parser, "norm, a keep ratio of 0.25")
+    add_budget(parser)
+    add_option(parser)
     add("--rank", type=int, default=8)
     add("--scale", type=float, default=20.0, help="of the adapter (default: 20)")
     add("--layers", type=int, help="the last so many (default: all)")
     add("--dora", action="store_true", help="DoRA in place of LoRA")
     add("--projector", action="store_true", help="train the projector, too")
+    _add_distill(parser)
+    help_ = "train on the values of quantized weights: more memory, faster on a CPU"
+    add("--dequantize", action="store_true", help=help_)
+
+
+def _add_distill(parser) -> None:
+    help_ = "weight of the divergence from the unpruned answers (default: 0)"
+    parser.add_argument("--distill", type=float, default=0.0, help=help_)
 
 
 def _add_training(parser, steps: int, rate: float) -> None:
@@ -76,10 +91,10 @@ def _add_prune(commands) -> None:
     parser = commands.add_parser("prune", help=help_)
     _add_training(parser, steps=300, rate=3e-3)
     add = parser.add_argument
-    help_ = f"{' or '.join(SCORERS)}: at the tower, or at the prompt"
+    help_ = f"{' or '.join(SCORERS)}, or the folder of one to begin with"
     add("--scorer", default="adaptive", help=f"{help_} (default: adaptive)")
     help_ = "between which each batch draws its own (default: 0.05 0.25)"
-    ratios = {"nargs": 2, "type": float, "default": (0.05, 0.25)}
+    ratios = {"nargs": 2, "type": float}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least comes down from all"
     add("--curriculum", type=float, default=0.0, help=help_)
@@ -89,9 +104,11 @@ def _add_prune(commands) -> None:
     add("--alone", type=int, default=0, metavar="TOKENS", help=f"{help_} (default: 0)")
     help_ = "imitate this power of each question's attention (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
-    help_ = "weight of the divergence from the unpruned answers (default: 0)"
-    add("--distill", type=float, default=0.0, help=help_)
-    add("--start", metavar="SCORER", help="go on from this one of the same kind")
+    help_ = "learn the count, too: the price of what is kept (with --within: 1)"
+    add("--sparsity", type=float, metavar="PRICE", help=help_)
+    help_ = "learn a count of FOLDER's best with which answers stay so near"
+    add("--within", type=float, metavar="NATS", help=help_)
+    _add_distill(parser)
 
 
 @command
@@ -117,36 +134,57 @@ def _check_fonts() -> None:
 def _prune(args) -> None:
     from .tune.scorer import Lesson, train_scorer
 
-    if args.scorer not in SCORERS:
+    if args.scorer not in SCORERS and not is_scorer(args.scorer):
         raise InputError(
-            f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}."
-            + nearest(args.scorer, SCORERS)
+            f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}, or the "
+            f"folder of one.{nearest(args.scorer, SCORERS)}"
         )
-    one = SCORERS[args.scorer].at == "prompt" and args.imitate is None
-    questions = 1 if one else args.questions
-    names = ("curriculum", "distill", "imitate", "alone", "sharpen")
+    known = SCORERS.get(args.scorer) or load_scorer(args.scorer)
+    answers = args.imitate is None and args.within is None
+    questions = 1 if known.at == "prompt" and answers else args.questions
+    names = (
+        "curriculum",
+        "distill",
+        "imitate",
+        "alone",
+        "sharpen",
+        "sparsity",
+        "within",
+    )
     how = {name: getattr(args, name) for name in names}
-    lesson = Lesson(args.steps, args.batch, questions, *args.keep_ratios, **how)
+    if args.keep_ratios:
+        how["least"], how["most"] = args.keep_ratios
+    lesson = Lesson(args.steps, args.batch, questions, **how)
+    drawn = args.curriculum or (args.keep_ratios and args.within is None)
+    if drawn and lesson.own_count:
+        raise InputError(
+            "how many tokens stay is learned; leave out --curriculum and, without "
+            "--within, --keep-ratios"
+        )
     samples, schedule, folder, output = _training(args)
     train_scorer(
         *(_load(args), args.scorer, samples, lesson, schedule, folder, output),
         checkpoint=args.grad_checkpoint,
-        start=args.start,
     )
     print(f"wrote {output}")
 
 
 def _lora(args) -> None:
-    from ..pruners import Pruner
+    from ..pruners import get_method
     from .tune.lora import Adapter, train_adapter
 
-    pruner = Pruner(args.method, args.keep_ratio)
+    unset = not args.prune and args.keep_ratio is None and args.keep_tokens is None
+    if unset and get_method(args.method or "norm").counts != "own":
+        args.keep_ratio = 0.25
+    plan = make_pruners(args, "norm")
     adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)
     samples, schedule, folder, output = _training(args)
     train_adapter(
-        *(_load(args), samples, pruner, args.positions, adapter),
+        *(_load(args), samples, plan, args.positions, adapter),
         *((args.batch, args.questions), schedule, folder, output),
         checkpoint=args.grad_checkpoint,
+        distill=args.distill,
+        dequantize=args.dequantize,
     )
     print(f"wrote {output}")
 

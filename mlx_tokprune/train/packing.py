@@ -76,6 +76,20 @@ def answer_logits(
     return model.decoder.logits(read.hidden).reshape(batch, count, length, -1)
 
 
+def unpruned_logits(
+    model: FastVLM,
+    prefix: Sequence[int],
+    tokens: mx.array,
+    questions: Questions,
+    gate: mx.array | None = None,
+) -> mx.array:
+    """(B, Q, L, V) with every token of the tower (B, N, C), each at its place."""
+    visual, total = model.project(tokens), tokens.shape[1]
+    every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
+    asked = (questions, total, "original", gate)
+    return answer_logits(model, prefix, visual, every, *asked)
+
+
 def packed(
     model: FastVLM,
     prefix: Sequence[int],
@@ -133,6 +147,13 @@ def answer_losses(logits: mx.array, questions: Questions) -> tuple[mx.array, mx.
     """(B, Q, L) cross entropy of each token, and which of them are the answers'."""
     used = questions.targets != IGNORE
     return nn.losses.cross_entropy(logits, mx.maximum(questions.targets, 0)), used
+
+
+def divergence(whole: mx.array, logits: mx.array) -> mx.array:
+    """(..., V) twice -> (...): KL of the first distributions from these, in nats."""
+    known = whole - mx.logsumexp(whole, axis=-1, keepdims=True)
+    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return mx.sum(mx.exp(known) * (known - found), axis=-1)
 
 
 def answer_loss(logits: mx.array, questions: Questions) -> mx.array:

@@ -22,10 +22,10 @@ MOST_BYTES = 4 << 30  # of features that are kept
 class Batch:
     """B pictures with Q questions each.
 
-    samples: what was drawn. asked: which of their pairs. features: of the pictures,
-    before the projector. prefix: token ids before a picture. questions: prompts with
-    their answers. prompt: (B, Q, L) bool, where the tokens of `questions` are the
-    prompt's.
+    samples, asked: what was drawn, and each one's questions with their answers.
+    features: of the pictures, before the projector. prefix: token ids before a picture.
+    questions: prompts with their answers. prompt: (B, Q, L) bool, where the tokens of
+    `questions` are the prompt's.
     """
 
     samples: tuple[Sample, ...]
@@ -75,8 +75,8 @@ class Batches:
         prefix = rows[0][0][0]
         pairs = [[(before, answer) for _, before, answer in row] for row in rows]
         seen = self._features(items)
-        chosen = tuple(map(tuple, asked))
-        return Batch(tuple(items), chosen, seen, prefix, *padded(pairs))
+        known = tuple(items), tuple(map(tuple, asked))
+        return Batch(*known, seen, prefix, *padded(pairs))
 
     def _ids(self, question: str, answer: str) -> tuple[tuple, tuple, list[int]]:
         before, after = self._processor.prompt(question, 1).segments

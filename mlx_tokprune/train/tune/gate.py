@@ -13,6 +13,8 @@ closed gate is of any size there, and is `tamed`.
 
 import mlx.core as mx
 
+from ...pruners.saliency import above
+
 _USUAL = 0.9  # quantile of a sample's gradients that others come down to
 LEAKS = (1e-4, 1e-12)  # what a closed gate lets through, at first and then
 
@@ -27,6 +29,16 @@ def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.arra
     soft = mx.sigmoid((scores - (last + following) / 2) / temperature)
     order = mx.argsort(mx.argsort(-mx.stop_gradient(scores), axis=1), axis=1)
     hard = (order < keep).astype(soft.dtype)
+    return hard + soft - mx.stop_gradient(soft)
+
+
+def above_threshold(scores: mx.array, temperature: float) -> mx.array:
+    """(B, N) scores -> (B, N) gate: 1 above 0, and for the highest, else 0.
+
+    Its gradient is that of a sigmoid of the scores: the count is learned, too.
+    """
+    soft = mx.sigmoid(scores / temperature)
+    hard = mx.stop_gradient(above(scores).astype(soft.dtype))
     return hard + soft - mx.stop_gradient(soft)
 
 

@@ -5,23 +5,22 @@ The adapter is a folder in mlx-lm's format: `adapter_config.json` and
 too, lies beside them.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ...carried import carry, read_carried
 from ...errors import InputError
 from ...files import new_folder
 from ...loading import PROJECTOR, Opened, load, open_checkpoint, projector_of
-from ...pipeline import Scene, plan_for, prune
-from ...prompt import Prompt
-from ...pruners import Plan, Pruners
-from ..packing import answer_logits, answer_losses
+from ...pipeline import plan_for, tower_needs
+from ...pruners import Pruners
+from .answers import AnswerLoss, check_trainable
 from .batches import Batches
 from .data import Samples
 from .loop import Loop, Schedule, draw_losses, recomputed
@@ -76,26 +75,6 @@ class Adapter:
                 mx.save_safetensors(str(made / PROJECTOR), projector_of(model))
 
 
-class AnswerLoss:
-    """The language model's loss on answers about pruned pictures; a `LossOf`."""
-
-    def __init__(self, model, batches: Batches, plan: Plan, positions: str, sizes):
-        self._model, self._batches, self._plan = model, batches, plan
-        self._positions, self._sizes = positions, sizes
-
-    def __call__(self, module: nn.Module, seed: tuple[int, ...], step: int):
-        batch = self._batches.draw(seed, *self._sizes)
-        features = batch.features
-        # One sample of as many places as there are pictures: each by itself.
-        scene = Scene(None, Prompt(((),) * (len(features.tokens) + 1)))
-        visual = prune(self._model, scene, self._plan, features)
-        seen = (visual.embeddings, visual.indices)
-        asked = (batch.questions, features.total, self._positions)
-        logits = answer_logits(self._model, batch.prefix, *seen, *asked)
-        losses, used = answer_losses(logits, batch.questions)
-        return mx.sum(losses * used), mx.sum(used)
-
-
 def train_adapter(
     loaded: tuple,
     samples: Samples,
@@ -107,24 +86,28 @@ def train_adapter(
     folder: Path,
     output: Path,
     checkpoint: bool = False,
+    distill: float = 0.0,
+    dequantize: bool = False,
 ) -> None:
     """Train an adapter for a `(model, processor)` under pruning; write it to `output`.
 
     sizes: pictures of a batch, and questions about each. folder: keeps the state of the
-    training, which goes on from there. checkpoint: see `recomputed`.
+    training, which goes on from there. checkpoint: see `recomputed`. distill:
+    weight of the divergence from what the model answered before, with every token.
+    dequantize: train on the values of quantized weights, which are the same function.
     """
     model, processor = loaded
     plan = plan_for(model, pruners)
-    if any(pruner.place != "tower" or pruner.has_own_count for pruner in plan):
-        raise InputError(
-            "adapters are trained under pruning at the tower, with a budget; choose "
-            "another method, such as 'norm'"
-        )
+    check_trainable(plan)
+    if distill < 0:
+        raise InputError(f"distill {distill:g} is below 0; expected a weight from 0")
     mx.random.seed(schedule.seed)
+    if dequantize:
+        replace_quantized(model)
+    teacher = copy.deepcopy(model) if distill else None  # weights are shared
     adapter.add_to(model)
-    needs = tuple(name for pruner in plan for name in pruner.wants if name != "grid")
-    batches = Batches(model, processor, samples.items, needs)
-    loss = AnswerLoss(model, batches, plan, positions, sizes)
+    batches = Batches(model, processor, samples.items, tower_needs(plan))
+    loss = AnswerLoss(model, batches, plan, positions, sizes, distill, teacher)
     module = model if adapter.projector else model.language_model
     loop = Loop(module, loss, schedule, folder)
     with recomputed(model, checkpoint):
@@ -132,6 +115,19 @@ def train_adapter(
     if loop.is_first:
         adapter.save(model, output)
         draw_losses(loop.losses, folder / "loss.png")
+
+
+def replace_quantized(model) -> None:
+    """Put the values of quantized weights in their place."""
+    from mlx_lm.utils import dequantize_model
+
+    language = model.language_model
+    if not any(hasattr(module, "bits") for module in language.modules()):
+        raise InputError(
+            "the checkpoint has no quantized weights; leave out --dequantize"
+        )
+    dequantize_model(language)
+    mx.eval(language.parameters())
 
 
 def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Training a scorer on a model that stays as it is: which tokens answer the questions?
 
 The loss is the language model's on the answers, with every token there and a gate on
-those that are not kept; how many are kept is drawn anew for each batch.
+those that are not kept; how many are kept is drawn anew for each batch, or learned.
 """
 
 import dataclasses
@@ -15,15 +15,31 @@ import numpy as np
 
 from ...errors import InputError
 from ...features import Features
-from ...learned import SCORERS, load_scorer, save_scorer
+from ...learned import SCORERS, is_scorer, load_scorer, save_scorer, untold
 from ...pruners import count_kept
-from ..packing import Questions, answer_logits, answer_losses, packed
+from ..packing import (
+    IGNORE,
+    Questions,
+    answer_logits,
+    answer_losses,
+    divergence,
+    packed,
+    unpruned_logits,
+)
 from .batches import Batch, Batches
 from .data import Sample, Samples
-from .gate import LEAKS, log_gate, schedule, straight_through, tamed
+from .gate import (
+    LEAKS,
+    above_threshold,
+    log_gate,
+    schedule,
+    straight_through,
+    tamed,
+)
 from .loop import Loop, Schedule, draw_losses, recomputed
 
 _ALONE = 8  # tokens of a question that are tried alone
+_STEP = 1.5  # from a number of tokens that is tried to the next
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,12 @@ class Lesson:
     where a scorer has to know as much. alone: batches that keep at most so many tokens
     imitate how probable each token makes the answer when it is the only one. sharpen:
     the power of that attention, or that probability.
+    sparsity, within: either has the scorer learn its count, and no share is drawn.
+    sparsity: the price of keeping everything, in the loss of the answers. within: what
+    is learned is how many a question needs of the order of the scorer that is begun
+    with: the fewest with which an answer diverges from the unpruned one by at most so
+    many nats, between `least` and `most`. There `sparsity` is the price of keeping a
+    token that is not needed, that of missing one that is being 1.
     """
 
     steps: int
@@ -57,6 +79,8 @@ class Lesson:
     imitate: int | None = None
     alone: int = 0
     sharpen: float = 1.0
+    sparsity: float | None = None
+    within: float | None = None
 
     def __post_init__(self):
         if not 0 < self.least <= self.most <= 1:
@@ -71,6 +95,25 @@ class Lesson:
                 f"alone {self.alone}: expected a number of tokens from 0, and a layer "
                 "to imitate where more are kept"
             )
+        if self.imitate is not None and self.own_count:
+            raise InputError(
+                "imitating attention learns an order, sparsity and within a count; "
+                "expected one of them"
+            )
+        if self.sparsity is not None and not 0 < self.sparsity <= 1e6:
+            raise InputError(f"sparsity {self.sparsity:g} is outside (0, 1e6]")
+        if self.within is not None and not 0 < self.within <= 1e3:
+            raise InputError(f"within {self.within:g} is outside (0, 1000]")
+
+    @property
+    def own_count(self) -> bool:
+        """Whether how many tokens stay is learned, too."""
+        return self.sparsity is not None or self.within is not None
+
+    @property
+    def middle(self) -> float:
+        """The share that a scorer is told whose order is learned from."""
+        return (self.least * self.most) ** 0.5
 
     def keep(self, rng: np.random.Generator, step: int, total: int) -> int:
         """How many of `total` tokens this batch keeps, fewer than all."""
@@ -81,34 +124,52 @@ class Lesson:
 
 
 class ScorerLoss:
-    """The loss of a scorer on batches; a `LossOf` of the training loop."""
+    """The loss of a scorer on batches; a `LossOf` of the training loop.
 
-    def __init__(self, model, batches: Batches, lesson: Lesson):
+    order: the scorer whose order of the tokens is learned from, under `within`.
+    """
+
+    def __init__(self, model, batches: Batches, lesson: Lesson, order=None):
         self._model, self._batches, self._lesson = model, batches, lesson
-        self._goals: dict[tuple[Hashable, bool], mx.array] = {}
+        self._order = order
+        self._goals: dict[Hashable, mx.array] = {}  # of a picture, and what they are
 
     def __call__(self, scorer: nn.Module, seed: tuple[int, ...], step: int):
         lesson = self._lesson
         batch = self._batches.draw(seed, lesson.pictures, lesson.questions)
         rng = np.random.default_rng((*seed, 1))
-        keep = lesson.keep(rng, step, batch.features.total)
+        total = batch.features.total
+        keep = None if lesson.own_count else lesson.keep(rng, step, total)
         scores = score(self._model, scorer, batch, keep)
+        rows = mx.array(float(len(scores)))
+        if lesson.within is not None:
+            needed = self._needed(batch, scorer.at)
+            price = mx.where(needed > 0, 1, lesson.sparsity or 1)
+            losses = nn.losses.binary_cross_entropy(scores, needed, price)
+            return losses * rows, rows
         if lesson.imitate is not None:
             goal = self._goal(batch, scorer.at, keep <= lesson.alone)
             logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
-            return -mx.sum(goal * logs), mx.array(float(len(scores)))
-        visual = mx.stop_gradient(self._model.project(batch.features.tokens))
+            return -mx.sum(goal * logs), rows
+        known = (self._model, batch.prefix, batch.features.tokens, batch.questions)
         noise = schedule(lesson.noise, 0.0, step, lesson.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
-        warm, cold = lesson.temperature
-        gate = straight_through(scores, keep, schedule(warm, cold, step, lesson.steps))
+        temperature = schedule(*lesson.temperature, step, lesson.steps)
+        if keep is None:  # a logistic distribution's: scores stay where they are
+            scores = scores - noise * mx.random.gumbel(scores.shape)
+            gate = above_threshold(scores, temperature)
+        else:
+            gate = straight_through(scores, keep, temperature)
         leak = LEAKS[step >= lesson.leaky * lesson.steps]
-        logits = self._logits(batch, visual, log_gate(tamed(gate), leak))
+        logits = unpruned_logits(*known, log_gate(tamed(gate), leak))
         losses, used = answer_losses(logits, batch.questions)
         if lesson.distill:
-            whole = mx.stop_gradient(self._logits(batch, visual, None))
-            losses = losses + lesson.distill * _divergence(whole, logits)
-        return mx.sum(losses * used), mx.sum(used)
+            whole = mx.stop_gradient(unpruned_logits(*known))
+            losses = losses + lesson.distill * divergence(whole, logits)
+        loss, count = mx.sum(losses * used), mx.sum(used)
+        if lesson.sparsity is not None:
+            loss = loss + lesson.sparsity * mx.mean(gate) * count
+        return loss, count
 
     def _goal(self, batch: Batch, at: str, alone: bool) -> mx.array:
         """(B, N), the mean over a picture's questions, or (B * Q, N) of those asked."""
@@ -154,6 +215,50 @@ class ScorerLoss:
         goal = mx.put_along_axis(mx.zeros_like(attention), tried, shares, axis=1)
         return mx.stop_gradient(goal.reshape(*batch.prompt.shape[:2], total))
 
+    def _needed(self, batch: Batch, at: str) -> mx.array:
+        """(B, N) of pictures, (B * Q, N) of each with a question: 1 where needed."""
+        found = []
+        for item, asked in zip(batch.samples, batch.asked, strict=True):
+            if item.picture not in self._goals:
+                alone = self._batches.of([item], [item.pairs])
+                self._goals[item.picture] = self._needed_of(alone)
+            needs = self._goals[item.picture]
+            if at == "tower":
+                found.append(mx.max(needs, axis=0))
+            else:
+                found += [needs[item.pairs.index(pair)] for pair in asked]
+        return mx.stack(found)
+
+    def _needed_of(self, batch: Batch) -> mx.array:
+        """(Q, N) what each of the questions about one picture needs."""
+        visual, lesson = self._model.project(batch.features.tokens)[0], self._lesson
+        ids, targets = batch.questions.ids[0], batch.questions.targets[0]
+        total = batch.features.total
+        told = None if self._order.own_count else count_kept(total, lesson.middle)
+        scores = score(self._model, self._order, batch, told)
+        order = mx.argsort(-mx.broadcast_to(scores, (len(ids), total)), axis=1)
+
+        def logits(some: mx.array, keep: int) -> mx.array:
+            kept = mx.sort(order[some, :keep], axis=1)
+            asked = Questions(ids[some, None], targets[some, None])
+            given = (batch.prefix, visual[kept], kept, asked, total)
+            return answer_logits(self._model, *given)
+
+        left = np.arange(len(ids))
+        keep, most = (count_kept(total, s) for s in (lesson.least, lesson.most))
+        counts, whole = np.full(len(ids), most), logits(mx.array(left), total)
+        while left.size and keep < most:
+            some = mx.array(left)
+            gap = divergence(whole[some], logits(some, keep))
+            used = targets[some, None] != IGNORE
+            near = np.array(mx.sum(gap * used, axis=(1, 2)) <= lesson.within)
+            counts[left[near]], left = keep, left[~near]
+            keep = max(keep + 1, int(keep * _STEP))
+        needed = mx.argsort(order, axis=1) < mx.array(counts)[:, None]
+        needed = needed.astype(mx.float32)
+        mx.eval(needed)
+        return needed
+
     def _attention(self, batch: Batch) -> mx.array:
         """(B, Q, N) shares of what each question attends to, sharpened."""
         visual, seen = self._model.project(batch.features.tokens), []
@@ -176,12 +281,6 @@ class ScorerLoss:
         sharp = shares**self._lesson.sharpen
         return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
 
-    def _logits(self, batch: Batch, visual: mx.array, gate: mx.array | None):
-        total = batch.features.total
-        every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
-        asked = (batch.questions, total, "original", gate)
-        return answer_logits(self._model, batch.prefix, visual, every, *asked)
-
 
 def train_scorer(
     loaded: tuple,
@@ -192,12 +291,11 @@ def train_scorer(
     folder: Path,
     output: Path,
     checkpoint: bool = False,
-    start: str | None = None,
 ) -> nn.Module:
     """Train a scorer for a `(model, processor)` and write it to `output`.
 
     folder: keeps the state of the training, which goes on from there. checkpoint: see
-    `recomputed`. start: a scorer of this kind to go on from, by name or folder.
+    `recomputed`.
     """
     model, processor = loaded
     layers = len(model.decoder.layers)
@@ -207,24 +305,45 @@ def train_scorer(
         )
     model.freeze()
     mx.random.seed(schedule.seed)
-    scorer = scorer_for(model, kind)
-    if start is not None:
-        scorer = _started(start, scorer)
+    scorer, order = scorer_for(model, kind), None
+    if is_scorer(kind) and lesson.own_count:
+        order = load_scorer(kind)
+        if not scorer.own_count:
+            untold(scorer, lesson.middle)
+    elif lesson.within is not None:
+        raise InputError(
+            "within learns how many are needed of an order that is known; expected the "
+            f"folder of a trained scorer, not {kind!r}"
+        )
+    scorer.own_count = lesson.own_count
     needs = scorer.needs if scorer.at == "tower" else ()
     batches = Batches(model, processor, samples.items, needs)
-    loop = Loop(scorer, ScorerLoss(model, batches, lesson), schedule, folder)
+    loop = Loop(scorer, ScorerLoss(model, batches, lesson, order), schedule, folder)
     with recomputed(model, checkpoint):
         loop.run()
     if loop.is_first:
         trained = {**dataclasses.asdict(lesson), **dataclasses.asdict(schedule)}
-        trained |= {"start": start} if start else {}
         save_scorer(scorer, output, trained)
         draw_losses(loop.losses, folder / "loss.png")
     return scorer
 
 
 def scorer_for(model, kind: str) -> nn.Module:
-    """A new scorer for this model; `InputError` where it cannot have one."""
+    """A new scorer for this model, or that of a folder, whose weights it begins with.
+
+    `InputError` where the model cannot have one.
+    """
+    if is_scorer(kind):
+        scorer = load_scorer(kind)
+        (name,) = (n for n, made in SCORERS.items() if type(scorer) is made)
+        new = scorer_for(model, name)
+        for size in ("channels", "sizes"):
+            if scorer.settings.get(size) != new.settings.get(size):
+                raise InputError(
+                    f"the scorer of {kind} was trained for another model: its {size} "
+                    f"are {scorer.settings[size]}, not {new.settings[size]}"
+                )
+        return scorer
     made = SCORERS[kind]
     missing = [n for n in made.needs if n not in model.provides.get(made.at, ())]
     if missing:
@@ -238,28 +357,14 @@ def scorer_for(model, kind: str) -> nn.Module:
     return made(model.feature_size, *sizes)
 
 
-def _started(start: str, scorer: nn.Module) -> nn.Module:
-    """The scorer of `start`, which has to be of this new one's kind and size."""
-    found = load_scorer(start)
-    if type(found) is not type(scorer) or found.settings != scorer.settings:
-        names = {kind: name for name, kind in SCORERS.items()}
-        has, wanted = (f"{names[type(s)]!r} {s.settings}" for s in (found, scorer))
-        raise InputError(f"{start} is a scorer {has}; expected {wanted}")
-    return found
+def score(model, scorer: nn.Module, batch: Batch, keep: int | None) -> mx.array:
+    """What a scorer says: (B, N) of pictures, (B * Q, N) of each with a question.
 
-
-def _divergence(whole: mx.array, logits: mx.array) -> mx.array:
-    """(B, Q, L) KL of the unpruned distributions from these, in nats."""
-    known = whole - mx.logsumexp(whole, axis=-1, keepdims=True)
-    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return mx.sum(mx.exp(known) * (known - found), axis=-1)
-
-
-def score(model, scorer: nn.Module, batch: Batch, keep: int) -> mx.array:
-    """What a scorer says: (B, N) of pictures, (B * Q, N) of each with a question."""
-    features, share = batch.features, keep / batch.features.total
+    keep: the budget that it is told, `None` for one that has its own count.
+    """
+    features = batch.features
     if scorer.at == "tower":
-        extras = {"budget": mx.full((len(features.tokens),), share)} | features.extras
+        extras = _told(keep, features.total, len(features.tokens)) | features.extras
         return scorer(Features(features.tokens, features.grid, extras=extras))
     _, count, _ = batch.prompt.shape
     length = int(np.array(mx.max(mx.sum(batch.prompt, axis=-1))))
@@ -267,8 +372,12 @@ def score(model, scorer: nn.Module, batch: Batch, keep: int) -> mx.array:
     embeddings = mx.repeat(embeddings, count, axis=0)
     text = model.decoder.embed(batch.questions.ids[..., :length].flatten(0, 1))
     extras = {
-        "budget": mx.full((len(embeddings),), share),
+        **_told(keep, features.total, len(embeddings)),
         "text": mx.stop_gradient(text),
         "text_mask": batch.prompt[..., :length].flatten(0, 1),
     }
     return scorer(Features(embeddings, features.grid, extras=extras))
+
+
+def _told(keep: int | None, total: int, batch: int) -> dict[str, mx.array]:
+    return {} if keep is None else {"budget": mx.full((batch,), keep / total)}
