@@ -34,6 +34,7 @@ class Features:
         queries, text_keys (B, heads, N, d) and (B, heads, T, d): of visual tokens and
             of text in the language model's first layer, without rotary positions.
         scores_previous (B, N): what the last actions of an episode attended to.
+        action_previous (B, A): what a robot did last, in [-1, 1]; zeros at first.
         budget (B,): the share of tokens to keep, which a scorer is told.
         scores (B, N): what the pruner's scorer says.
 

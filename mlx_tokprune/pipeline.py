@@ -44,7 +44,8 @@ class Scene:
     pixels: (B * G * n, h, w, 3), for each sample and each of the G places of the prompt
     its n pictures after each other; `None` where their visual tokens are known. state:
     (B, p) normalised robot states, or `None`. attended: (B, N) how much the last
-    actions of an episode attended to each visual token, or `None`.
+    actions of an episode attended to each visual token, or `None`. acted: (B, A) what
+    each robot did last, in [-1, 1], zeros at first, or `None`.
     """
 
     pixels: mx.array | None
@@ -52,6 +53,7 @@ class Scene:
     batch: int = 1
     state: mx.array | None = None
     attended: mx.array | None = None
+    acted: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,8 @@ def _asked(
     if "scores_previous" in needs and scene.attended is not None:
         before = mx.take_along_axis(scene.attended, visual.indices, axis=1)
         extras["scores_previous"] = before
+    if "action_previous" in needs and scene.acted is not None:
+        extras["action_previous"] = scene.acted
     whole = visual.keep == visual.total
     grid = visual.grid if whole else None
     return Features(tokens, grid, visual.pictures if whole else 1, extras)

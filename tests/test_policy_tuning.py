@@ -240,7 +240,7 @@ def test_tasks_that_take_long_are_drawn_more_often(tmp_path, corridor):
         tasks = np.repeat(np.arange(9), [30 if n == slow else 10 for n in range(9)])
         frames = np.zeros((len(tasks), SIZE, SIZE, 3), np.uint8)
         zeros = np.zeros((len(tasks), 4))
-        episodes = demonstrations.Episodes(frames, zeros, tasks, zeros)
+        episodes = demonstrations.Episodes(frames, zeros, tasks, zeros, zeros)
         episodes.save(collector.data / f"corrections-{step:06d}")
     assert np.argmax(collector.shares(6)) == 3
     shares = collector.shares(7)

@@ -191,14 +191,43 @@ class Asking(nn.Module):
         x = self.token(tokens) + self.place(places(features)) + asked
         order = sines(mx.arange(text.shape[1]), width, 1e-2)
         y = self.text(text) + order + asked
+        joined = mx.concatenate([x, *self.besides(features), y], axis=1)
         mask = features.extras.get("text_mask")
         if mask is not None:  # in training, where questions are padded
-            seen = mx.ones(x.shape[:2], mx.bool_)
+            before = joined.shape[1] - text.shape[1]
+            seen = mx.ones((len(joined), before), mx.bool_)
             mask = mx.concatenate([seen, mask], axis=1)
-        joined = mx.concatenate([x, y], axis=1)
         for block in self.blocks:
             joined = block(joined, mask)
         return self.score(self.norm_out(joined[:, : x.shape[1]]))[..., 0]
+
+    def besides(self, features: Features) -> list[mx.array]:
+        """(B, n, width) tokens that are read, too."""
+        return []
+
+
+class Acting(Asking):
+    """`Asking` of a policy, which also reads what the robot did last, as one token.
+
+    actions: how many numbers an action has.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("text", "action_previous")
+
+    def __init__(
+        self,
+        channels: int,
+        actions: int,
+        width: int = 96,
+        depth: int = 2,
+        heads: int = 4,
+    ):
+        super().__init__(channels, width, depth, heads)
+        self.settings |= {"actions": actions}
+        self.action = nn.Linear(actions, width)
+
+    def besides(self, features: Features) -> list[mx.array]:
+        return [self.action(features.extras["action_previous"])[:, None]]
 
 
 def budget(features: Features) -> mx.array:
@@ -227,4 +256,5 @@ SCORERS: dict[str, type[nn.Module]] = {
     "inside": Inside,
     "constant": Constant,
     "asking": Asking,
+    "acting": Acting,
 }

@@ -260,9 +260,13 @@ class Acting(_Subject):
     lower_sizes = ()
 
     @property
+    def _actions(self) -> int:
+        """Numbers of an action."""
+        return len(self.processor.bounds("action", self.unnorm_key).low)
+
+    @property
     def head(self) -> Head:
-        size = len(self.processor.bounds("action", self.unnorm_key).low)
-        return head_of(self.model, self.processor, size)
+        return head_of(self.model, self.processor, self._actions)
 
     @property
     def rows(self) -> int:
@@ -282,7 +286,7 @@ class Acting(_Subject):
         states = None if state is None else [state]
         images = check_images(self.model, self._wanted(images))
         told = tell(self.model, self.processor, prompt, states, self.unnorm_key)
-        return observe(self.processor, [images], *told)
+        return observe(self.processor, [images], *told, mx.zeros((1, self._actions)))
 
     def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
         """Times of one action, fenced with `stages`; `tokens` does not matter."""

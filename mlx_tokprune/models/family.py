@@ -20,6 +20,11 @@ PROVIDES: Mapping[str, tuple[str, ...]] = {
     "prompt": ("grid", "text", "queries", "text_keys"),
     "layer": ("attention", "keys", "text", "text_attention"),
 }
+# Of policies, whose robot did something before.
+POLICY_PROVIDES: Mapping[str, tuple[str, ...]] = {
+    **PROVIDES,
+    "prompt": (*PROVIDES["prompt"], "action_previous"),
+}
 
 
 class Common:

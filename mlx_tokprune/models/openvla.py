@@ -24,7 +24,7 @@ from .checks import (
     is_number,
     is_size,
 )
-from .family import Common
+from .family import POLICY_PROVIDES, Common
 from .language import Decoder
 from .layers import gelu
 from .oft import ActionHead, OFTConfig, ProprioProjector
@@ -271,6 +271,7 @@ class OpenVLA(Common, nn.Module):
     """
 
     sees_parts = False
+    provides = POLICY_PROVIDES
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()

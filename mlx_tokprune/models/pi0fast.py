@@ -18,7 +18,7 @@ from ..features import Features
 from ..files import object_of
 from ..prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import Common
+from .family import POLICY_PROVIDES, Common
 from .language import Decoder
 from .vit import ViT, ViTConfig, check_tower
 
@@ -144,6 +144,7 @@ class Pi0Fast(Common, nn.Module):
 
     answers = "chunks"
     attends = "prefix"
+    provides = POLICY_PROVIDES
     sees_parts = False
     reads_prompt = False
     pictures = None  # as many as cameras are there

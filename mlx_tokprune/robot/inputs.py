@@ -14,6 +14,7 @@ from ..models.family import VisionModel
 from ..pipeline import Scene
 from ..processor import ActionProcessor
 from ..prompt import Prompt
+from ..pruners import Plan
 
 
 def check_acts(model: VisionModel, processor) -> None:
@@ -44,10 +45,22 @@ def observe(
     robots: Sequence[Sequence[Image.Image]],
     prompt: Prompt,
     state: mx.array | None = None,
+    acted: mx.array | None = None,
 ) -> Scene:
-    """What robots see, and what all of them are told."""
+    """What robots see, and what all of them are told. acted: that of `Scene`."""
     pixels = mx.array(processor.pixels([i for images in robots for i in images]))
-    return Scene(pixels, prompt, len(robots), state)
+    return Scene(pixels, prompt, len(robots), state, acted=acted)
+
+
+def check_scorers(plan: Plan, size: int) -> None:
+    """Raise `InputError` unless scorers read actions of `size` numbers, if any."""
+    for pruner in plan:
+        reads = getattr(pruner.scorer, "settings", {}).get("actions", size)
+        if reads != size:
+            raise InputError(
+                f"the scorer {pruner.folder} reads actions of {reads} numbers, and "
+                f"those of this policy have {size}; train one for it"
+            )
 
 
 def check_action(normalized: np.ndarray) -> np.ndarray:

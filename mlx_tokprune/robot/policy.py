@@ -32,6 +32,7 @@ from .inputs import (
     check_acts,
     check_first,
     check_images,
+    check_scorers,
     normalize_states,
     observe,
     tell,
@@ -50,7 +51,8 @@ class Policy:
     `None`. Each shape is compiled once, so that the second call of a shape (batch,
     length of the instruction, and for methods with a count of their own its multiple
     of 8) does not compile again. Nothing of one observation reaches the next, but for
-    drafts; weights are those of the first call of a shape.
+    drafts, methods that look back and scorers that read the last action (zeros in an
+    episode's first step); weights are those of the first call of a shape.
     `reset` between episodes forgets the tokens of past instructions.
     first: how many actions of a chunk are given back, those that are done before the
     policy looks again; `None` for all.
@@ -90,7 +92,9 @@ class Policy:
         check_first(model, first)
         self.first = first
         self._has_own_count = any(pruner.has_own_count for pruner in self.plan)
+        check_scorers(self.plan, len(self.bounds.low))
         self._looks_back = any("scores_previous" in p.wants for p in self.plan)
+        self._reads_action = any("action_previous" in p.wants for p in self.plan)
         alone = self._has_own_count or self._looks_back
         if draft and (alone or not self._head.decodes):
             raise InputError(
@@ -117,16 +121,17 @@ class Policy:
         self._prompt = functools.lru_cache(maxsize=16)(self.processor.prompt)
         self._last: mx.array | None = None
         self._attended: mx.array | None = None
+        self._acted: mx.array | None = None
         self._steps = 0
         if isinstance(self._drafts, Policy):
             self._drafts.reset()
 
     def keep_robots(self, rows: Sequence[int]) -> None:
         """Go on with these robots of the last batch: the episodes of others ended."""
-        if self._attended is not None:
-            self._attended = self._attended[mx.array(list(rows))]
-        if self._last is not None:
-            self._last = self._last[mx.array(list(rows))]
+        for name in ("_attended", "_acted", "_last"):
+            known = getattr(self, name)
+            if known is not None:
+                setattr(self, name, known[mx.array(list(rows))])
         if isinstance(self._drafts, Policy):
             self._drafts.keep_robots(rows)
 
@@ -162,7 +167,8 @@ class Policy:
         robots = [check_images(self.model, images) for images in batch]
         check_text(instruction, "the instruction")
         told = self._told(instruction, proprio, len(batch))
-        scene = observe(self.processor, robots, *told)
+        acted = self._action_before(len(batch)) if self._reads_action else None
+        scene = observe(self.processor, robots, *told, acted)
         self._seen = len(robots[0])
         self.calls = self._head.calls
         self.kept_each = []
@@ -176,6 +182,9 @@ class Policy:
             self.wrong = self._head.wrong(np.array(said[0]))
         self._said = said
         self._last = said if self._drafts else None
+        if self._reads_action:
+            last = normalized.reshape(len(batch), -1, len(self.bounds.low))
+            self._acted = mx.array(last[:, : self.first][:, -1].astype(np.float32))
         return self.bounds.to_units(normalized)[:, : self.first]
 
     def _told(
@@ -191,10 +200,10 @@ class Policy:
 
     def _one_after_the_other(self, batch, instruction: str, proprio) -> np.ndarray:
         """(B, chunk, A): each robot's state is a text of its own length."""
-        if self._drafts or self._looks_back:
+        if self._drafts or self._looks_back or self._reads_action:
             raise InputError(
-                "drafts and methods that look back know one robot of such a policy; "
-                "give each a Policy of its own"
+                "drafts, and methods that look back or read the last action, know one "
+                "robot of such a policy; give each a Policy of its own"
             )
         states = [None] * len(batch) if proprio is None else proprio
         if len(states) != len(batch):
@@ -247,11 +256,14 @@ class Policy:
 
     def _arrays(self, scene: Scene) -> tuple:
         state = () if scene.state is None else (scene.state,)
+        state += () if scene.acted is None else (scene.acted,)
         return (scene.pixels, *map(mx.array, scene.prompt.segments), *state)
 
-    def _scene(self, pixels, start, prompt, state=None) -> Scene:
+    def _scene(self, pixels, start, prompt, *more) -> Scene:
         batch = pixels.shape[0] // self._seen
-        return Scene(pixels, Prompt((start, prompt)), batch, state)
+        acted = more[-1] if self._reads_action else None
+        state = more[0] if len(more) > self._reads_action else None
+        return Scene(pixels, Prompt((start, prompt)), batch, state, acted=acted)
 
     def _act_on_pixels(self, *arrays) -> mx.array:
         scene = self._scene(*arrays)
@@ -260,14 +272,18 @@ class Policy:
         )
         return self._head.joined(parts)
 
+    def _action_before(self, batch: int) -> mx.array:
+        """(B, A) what each robot did last, in [-1, 1]; zeros in the first step."""
+        if self._acted is None:
+            return mx.zeros((batch, len(self.bounds.low)))
+        _check_robots(self._acted, batch)
+        return self._acted
+
     def _act_in_episode(self, batch: int, arrays: tuple) -> mx.array:
         """Every token at first, then also those that the last actions attended to."""
         before = self._attended
-        if before is not None and len(before) != batch:
-            raise InputError(
-                f"the episode has {len(before)} robots, not {batch}; say which go on "
-                "with keep_robots, or begin another with reset"
-            )
+        if before is not None:
+            _check_robots(before, batch)
         warm = before is None or self._steps < _WARM_UP
         if warm:
             said, attended = self._noted_warm_up(mx.zeros((batch, 0)), *arrays)
@@ -342,6 +358,15 @@ class Policy:
         selection = Selection(indices, mask=mask)
         return VisualTokens(
             *(embeddings, indices, selection, self._grid, self._seen, mask)
+        )
+
+
+def _check_robots(known: mx.array, batch: int) -> None:
+    """Raise `InputError` unless what is known of the last step is of as many robots."""
+    if len(known) != batch:
+        raise InputError(
+            f"the episode has {len(known)} robots, not {batch}; say which go on with "
+            "keep_robots, or begin another with reset"
         )
 
 

@@ -23,6 +23,7 @@ from .inputs import (
     check_action,
     check_acts,
     check_images,
+    check_scorers,
     observe,
     tell,
 )
@@ -82,13 +83,15 @@ def predict_action(
     bounds = processor.bounds("action", unnorm_key)
     head = head_of(model, processor, len(bounds.low))
     head.check(bounds)
+    size = len(bounds.low)
+    check_scorers(plan, size)
     states = None if proprio is None else [proprio]
     clock = Clock() if stages else NO_CLOCK
     end_streams_with_thread()
     start = time.perf_counter()
     with clock.stage("preprocess") as done:
         told = tell(model, processor, instruction, states, unnorm_key)
-        scene = observe(processor, [images], *told)
+        scene = observe(processor, [images], *told, mx.zeros((1, size)))
         done.append(scene.pixels)
     parts, visual = head.act(model, scene, plan, positions=positions, clock=clock)
     with clock.stage("prefill"):

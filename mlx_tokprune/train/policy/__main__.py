@@ -29,6 +29,7 @@ def build_parser() -> Parser:
     success.add_argument("--log", required=True, help="JSON lines, added to")
     _add_chunks(commands)
     _add_tune(commands)
+    _add_score(commands)
     table = commands.add_parser("table", help="the table of one or more logs")
     table.add_argument("logs", nargs="+")
     table.add_argument("--model", default="demo-policy")
@@ -73,6 +74,36 @@ def _add_tune(commands) -> None:
     add("--output", required=True, help="checkpoint folder to write")
 
 
+def _add_score(commands) -> None:
+    help_ = "train a scorer that reads the instruction and the last action, resuming"
+    parser = commands.add_parser("score", help=help_)
+    add = parser.add_argument
+    help_ = "folder of a policy of its shape (default: demo-policy)"
+    add("--model", default="demo-policy", help=help_)
+    help_ = "acting (default), or asking, which does not read the last action"
+    add("--scorer", default="acting", help=help_)
+    help_ = "of the policy, whose attention is imitated (default: the best)"
+    add("--layers", nargs="+", type=int, metavar="LAYER", help=help_)
+    help_ = "weight of the actions' loss through a gate, beside imitation (default: 0)"
+    add("--actions", type=float, default=0.0, metavar="WEIGHT", help=help_)
+    help_ = "between which each batch draws its own (default: 0.05 0.25)"
+    ratios = {"nargs": 2, "type": float, "default": (0.05, 0.25)}
+    add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
+    add("--steps", type=int, default=600, help="(default: 600)")
+    add("--batch", type=int, default=32, help="frames in a step (default: 32)")
+    add("--learning-rate", type=float, default=1e-3, help="(default: 1e-3)")
+    help_ = "episodes of each task (default: 24)"
+    add("--demonstrations", type=int, default=24, help=help_)
+    help_ = "others, to compare choices with (default: 4)"
+    add("--held-out", type=int, default=4, help=help_)
+    help_ = "episodes of each task in a round in which the policy acts (default: 6)"
+    add("--corrections", type=int, default=6, help=help_)
+    add("--rounds", type=int, default=2, help="of these (default: 2)")
+    add("--seed", type=int, default=0)
+    add("--folder", required=True, help="where training state is kept")
+    add("--output", required=True, help="folder of the scorer to write")
+
+
 def _add_chunks(commands) -> None:
     help_ = "train a small pi0-FAST that answers in chunks of actions, resuming"
     parser = commands.add_parser("chunks", help=help_)
@@ -104,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command != "chunks":  # needs it only where episodes are missing
         import_simulator()
     commands = {"run": _train, "tune": _tune, "chunks": _chunk, "success": _measure}
+    commands["score"] = _score
     commands[args.command](args)
 
 
@@ -132,6 +164,25 @@ def _tune(args) -> None:
     plan = Schedule(args.steps, args.learning_rate, seed=args.seed)
     tuner = Tuner(args.model, tuning, plan, Path(args.folder))
     tuner.run(Path(args.output), tuple(args.snapshots))
+    print(f"wrote {args.output}")
+
+
+def _score(args) -> None:
+    from ..tune.loop import Schedule
+    from .scoring import ScorerTrainer, Scoring, markdown
+
+    if Path(args.output).exists():
+        raise InputError(f"{args.output} already exists; choose a new folder")
+    names = [field.name for field in dataclasses.fields(Scoring)]
+    given = {n: v for n, v in vars(args).items() if n in names}
+    given["layers"] = tuple(args.layers) if args.layers else None
+    least, most = args.keep_ratios
+    scoring = Scoring(**given, least=least, most=most)
+    plan = Schedule(args.steps, args.learning_rate, seed=args.seed)
+    trainer = ScorerTrainer(args.model, scoring, plan, Path(args.folder))
+    found = trainer.run(Path(args.output))
+    print("nats from the actions with every token, on held-out frames, by keep ratio")
+    print(markdown(found))
     print(f"wrote {args.output}")
 
 

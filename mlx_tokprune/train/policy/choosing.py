@@ -32,6 +32,13 @@ def trimvla_gate(
     chosen, where a gate has hardly a gradient, and time is saved.
     """
     scores = trimvla_scores(policy, visual, batch)
+    return gate_of(scores, keep, noise, temperature)
+
+
+def gate_of(
+    scores: mx.array, keep: int, noise: float, temperature: float
+) -> tuple[mx.array, mx.array]:
+    """The same of any scores (B, N)."""
     scores = scores + noise * mx.random.gumbel(scores.shape)
     here = _first(scores, keep)
     scores = mx.take_along_axis(scores, here, axis=1)

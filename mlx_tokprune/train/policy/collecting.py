@@ -44,14 +44,17 @@ class Collector:
         self._lengths = np.array([len(p) for p in prompts], dtype=np.int32)
         self._prompts = np.array([p + [PAD] * (longest - len(p)) for p in prompts])
 
-    def demonstrate(self, count: int) -> None:
-        """`count` episodes of the expert in each task, unless they are there."""
+    def demonstrate(self, count: int, skip: int = 0) -> None:
+        """`count` episodes of the expert in each task, unless they are there.
+
+        skip: of the seeds, which others then have.
+        """
         for number, name in enumerate(TASKS):
             folder = self.data / f"demonstrations-{name}"
             if folder.exists():
                 continue
             first = DEMONSTRATION_SEEDS + 10_000 * number
-            seeds = range(first, first + count)
+            seeds = range(first + skip, first + skip + count)
             shown = tqdm(seeds, desc=name, unit="episode", disable=None)
             world = self._world(name)
             join([demonstrate(world, s, self.ahead) for s in shown]).save(folder)
@@ -129,6 +132,7 @@ class Collector:
             mx.array(self._prompts[tasks]),
             mx.array(self._lengths[tasks]),
             mx.array(action_classes(actions)),
+            before=mx.array(np.stack([episodes[i][0].before[n] for i, n in places])),
         )
 
     def pick(

@@ -13,25 +13,29 @@ from pathlib import Path
 
 import numpy as np
 
+from ...errors import InputError
 from .worlds import ACTION_DIM, HORIZON, TASKS, World
 
 DEMONSTRATION_SEEDS = 1_000_000  # first seed of the demonstrations
 CORRECTION_SEEDS = 2_000_000  # first seed of the corrections
-_ARRAYS = ("frames", "actions", "tasks", "states")
+_ARRAYS = ("frames", "actions", "tasks", "states", "before")
 
 
 @dataclass(frozen=True)
 class Episodes:
     """`frames (T,112,112,3)` uint8, `actions (T,4)` float32, `tasks (T,)` int32.
 
-    `tasks` indexes `list(TASKS)`. `states (T,4)` float32 are those of the hand. For
-    policies that answer in chunks `actions` are the expert's next ones, `(T,H,4)`.
+    `tasks` indexes `list(TASKS)`. `states (T,4)` float32 are those of the hand.
+    `before (T,4)` float32 is what the robot did before a frame, zeros at an episode's
+    first. For policies that answer in chunks `actions` are the expert's next ones,
+    `(T,H,4)`.
     """
 
     frames: np.ndarray
     actions: np.ndarray
     tasks: np.ndarray
     states: np.ndarray
+    before: np.ndarray
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -47,6 +51,12 @@ class Episodes:
     @classmethod
     def open(cls, folder: Path) -> "Episodes":
         """Maps the arrays of `folder` without reading them."""
+        for name in _ARRAYS:
+            if not (folder / f"{name}.npy").exists():
+                raise InputError(
+                    f"{folder} has no {name}.npy, so it was collected by an earlier "
+                    "version; choose another folder"
+                )
         return cls(
             *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
         )
@@ -78,12 +88,14 @@ def record(
     """
     world.reset(seed)
     frames, actions, states = [], [], []
+    done = [np.zeros(ACTION_DIM, np.float32)]
     for _ in range(HORIZON):
         frame, expert = world.frame(), world.expert()
         frames.append(frame)
         states.append(world.hand())
         actions.append(world.ahead(ahead) if ahead > 1 else expert)
-        if world.step(act(frame, expert)):
+        done.append(np.clip(np.asarray(act(frame, expert), np.float32), -1, 1))
+        if world.step(done[-1]):
             break
     task = list(TASKS).index(world.task.name)
     return Episodes(
@@ -91,6 +103,7 @@ def record(
         np.stack(actions),
         np.full(len(frames), task, dtype=np.int32),
         np.stack(states),
+        np.stack(done[: len(frames)]),
     )
 
 

@@ -7,7 +7,8 @@ projector, and a Llama whose last 256 tokens are action bins.
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -154,13 +155,14 @@ class Labelled:
     """B frames with the expert's actions.
 
     pixels: (B, S, S, 3) in [0, 1]. prompts: (B, P) ids, padded behind. lengths: (B,).
-    classes: (B, A) bins.
+    classes: (B, A) bins. before: (B, A) what each robot did last, where somebody knows.
     """
 
     pixels: mx.array
     prompts: mx.array
     lengths: mx.array
     classes: mx.array
+    before: mx.array | None = field(default=None, kw_only=True)
 
     @property
     def asked(self) -> mx.array:
@@ -192,7 +194,7 @@ def losses(policy: OpenVLA, batch: Batch) -> tuple[mx.array, mx.array]:
     kept = mx.take_along_axis(features, indices[..., None], axis=1)
     visual = policy.project(kept)
     sequence, rows = told(policy, visual, indices, features.shape[1], batch)
-    hidden, received = _forward(policy, sequence, rows)
+    hidden, received = read_and_attend(policy, sequence, rows)
     log_shares = action_log_shares(policy, hidden, rows)
     loss = -mx.mean(mx.sum(blurred(batch.classes) * log_shares, axis=-1))
     seen = received[..., 1 : 1 + batch.keep]
@@ -273,16 +275,22 @@ def _with_actions(batch: Labelled) -> mx.array:
     return mx.put_along_axis(whole, where, ids.astype(whole.dtype), axis=1)
 
 
-def _forward(policy: OpenVLA, sequence: Sequence, rows: mx.array):
-    """Hidden states, and the attention that tokens receive from `rows`.
+def read_and_attend(
+    policy: OpenVLA,
+    sequence: Sequence,
+    rows: mx.array,
+    layers: Iterable[int] | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Hidden states (B, T, D), and attention (B, T) that tokens receive from `rows`.
 
-    The mean of rows, heads and of all layers but the first, whose scores learn from it;
-    without gradient.
+    The mean of rows, heads and `layers`, without gradient; of all but the first when
+    `None`, whose scores learn from it.
     """
     decoder, received = policy.decoder, []
+    wanted = range(1, len(decoder.layers)) if layers is None else set(layers)
 
     def watch(number: int, hidden: mx.array) -> None:
-        if number:
+        if number in wanted:
             attended = decoder.attention_to(
                 number, mx.stop_gradient(hidden), rows, sequence.positions
             )

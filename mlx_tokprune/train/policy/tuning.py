@@ -151,7 +151,7 @@ class Tuner:
         if rng.random() >= self.tuning.whole:
             gate, here = self._gate(visual, batch, rng, step)
             visual = mx.take_along_axis(visual, here[..., None], axis=1)
-        log_shares = _act(policy, visual, here, total, batch, gate)
+        log_shares = act(policy, visual, here, total, batch, gate)
         return -mx.sum(self._target(batch) * log_shares, axis=-1)
 
     def _target(self, batch: Labelled) -> mx.array:
@@ -162,7 +162,7 @@ class Tuner:
         teacher = self._teacher
         visual = teacher.project(teacher.encode(batch.pixels).tokens)
         every = mx.broadcast_to(mx.arange(visual.shape[1]), visual.shape[:2])
-        known = _act(teacher, visual, every, visual.shape[1], batch)
+        known = act(teacher, visual, every, visual.shape[1], batch)
         return share * mx.stop_gradient(mx.exp(known)) + (1 - share) * target
 
     def _gate(
@@ -203,7 +203,7 @@ class Tuner:
         return Policy(self.policy, build_processor(), pruner=pruner, compile=False)
 
 
-def _act(policy: OpenVLA, visual, here, total: int, batch: Labelled, gate=None):
+def act(policy: OpenVLA, visual, here, total: int, batch: Labelled, gate=None):
     """(B, A, 255) log shares of bins, from tokens `here` (B, M) of `total`."""
     sequence, rows = told(policy, visual, here, total, batch, gate)
     read = policy.decoder.read(sequence, rows=sequence.embeddings.shape[1])
