@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,7 @@ from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.robot.inputs import normalize_states, observe
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.policy import __main__ as program
-from mlx_tokprune.train.policy import demonstrations, scoring, student
+from mlx_tokprune.train.policy import demonstrations, scoring, student, success
 from mlx_tokprune.train.policy.choosing import gate_of
 from mlx_tokprune.train.policy.worlds import SIZE
 from mlx_tokprune.train.tune.gate import log_gate
@@ -414,6 +415,27 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, corridor):  # noqa: F
         assert one == other
     with pytest.raises(InputError, match="other settings"):
         trainer(tmp_path / "parts", steps=4, actions=0.5)
+
+
+def test_another_scorer_in_its_folder_is_measured_again(
+    tmp_path,
+    demo_policy,
+    corridor,  # noqa: F811
+    monkeypatch,
+):
+    monkeypatch.setattr(success, "World", Corridor)
+    monkeypatch.setattr(success, "HORIZON", 2)
+    folder, log = str(tmp_path / "scorer"), tmp_path / "log.jsonl"
+    for number, lines in ((0, 1), (0, 1), (1, 2)):
+        if number or not log.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            mx.random.seed(number)
+            save_scorer(Acting(192, 4, 16), folder)
+        rows = success.rows([folder], [0.1], [f"{folder} 0.1"])
+        success.measure(*demo_policy, 1, ["hammer"], rows, log)
+        said = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len(said) == lines
+        assert {line["kept"] for line in said} == {6.0}
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ class Row:
     pruner: Pruner
     positions: str = DEFAULT_POSITIONS
 
+    @property
+    def scorer(self) -> str | None:
+        """The fingerprint of its pruner's scorer, where it has one."""
+        scorer = self.pruner.scorer
+        return None if scorer is None else fingerprint(scorer)
+
 
 def rows(
     methods: Iterable[str] | None = None,
@@ -80,23 +86,25 @@ def measure(
 ) -> None:
     """Run `episodes` of each task for each row, a line of JSON in `log` for each.
 
-    Lines of the same weights and as many episodes are not measured again. first: how
-    many actions of a chunk are done before the policy looks again.
+    Lines of the same weights, a scorer's included, and as many episodes are not
+    measured again. first: how many actions of a chunk are done before the policy looks
+    again.
     """
     weights, asked = fingerprint(model), (episodes, first)
     done = {
-        (line["row"], line["task"])
+        (line["row"], line["task"], line.get("scorer"))
         for line in read_log(log)
         if line["weights"] == weights
         and (len(line["success"]), line.get("first")) == asked
     }
     for task in tasks:
-        todo = [row for row in chosen if (row.label, task) not in done]
+        todo = [r for r in chosen if (r.label, task, r.scorer) not in done]
         worlds = [World(task) for _ in range(episodes)] if todo else []
         for row in tqdm(todo, desc=task, unit="row", disable=None):
             result = _run(model, processor, worlds, row, first)
             line = {"row": row.label, "task": task, "weights": weights, **result}
             line |= {} if first is None else {"first": first}
+            line |= {} if row.scorer is None else {"scorer": row.scorer}
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
