@@ -21,6 +21,7 @@ from mlx_tokprune.learned import Acting, load_scorer, save_scorer
 from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, choose, look
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
+from mlx_tokprune.pruners.saliency import keep_highest
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.robot.inputs import normalize_states, observe
 from mlx_tokprune.train.__main__ import main as train
@@ -102,6 +103,9 @@ def test_the_last_action_changes_what_is_kept(demo_policy, frames):
     first = policy([frames[0]], TOLD)
     alone = predict_action(model, processor, [frames[0]], TOLD, pruner=pruner)
     np.testing.assert_array_equal(first, alone.values)
+    for number, same in ((0.0, True), (-1.0, False)):
+        here = chosen(demo_policy, pruner, [[frames[0]]], [[number] * 4])
+        assert (alone.visual.left() == here) == same
     kept = [chosen(demo_policy, pruner, [[frames[1]]], [[0.0] * 4])]
     for sign in (1, -1):
         policy._acted = before = mx.full((1, 4), sign * 0.9)
@@ -294,7 +298,7 @@ def test_the_goal_is_what_the_action_tokens_attend_to(tmp_path):
 
 @pytest.mark.parametrize("actions", [0.0, 0.5, 1.0])
 def test_the_scorer_alone_learns(tmp_path, actions, monkeypatch):
-    made, batch = trainer(tmp_path, actions=actions), with_actions(4)
+    made, batch = trainer(tmp_path, actions=actions, noise=0.0), with_actions(4)
     monkeypatch.setattr(made.collector, "draw", lambda *_: batch)
     made.scoring = dataclasses.replace(made.scoring, batch=4)
 
@@ -302,7 +306,15 @@ def test_the_scorer_alone_learns(tmp_path, actions, monkeypatch):
         mx.random.seed(0)
         return made._loss(made.scorer, (0,), 0)[0]
 
-    before = loss().item()
+    before, visual = loss().item(), made._visual(batch)
+    keep = made.scoring.keep(np.random.default_rng((0,)), 64)
+    scores = made.scores(batch, visual, keep)
+    logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
+    imitated = -mx.sum(made._goal(batch, visual, (1, 2)) * logs)
+    here = keep_highest(scores, keep).indices
+    off = mx.sum(made._divergence(batch, visual, made._known(batch, visual), here))
+    expected = (1 - actions) * imitated + actions * off
+    np.testing.assert_allclose(before, expected.item(), rtol=1e-3)
     _, found = nn.value_and_grad(made.scorer, loss)()
     sizes = {n: mx.max(mx.abs(g)).item() for n, g in tree_flatten(found)}
     assert all(sizes[n] > 0 for n in ("action.weight", "place.weight", "text.weight"))
