@@ -72,3 +72,25 @@ def test_layers_computed_again_change_nothing(tmp_path, tiny, what):
         found.append(mx.load(str(output / file)))
     for name, array in found[0].items():
         np.testing.assert_allclose(array, found[1][name], atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["prune", "lora"])
+def test_a_folder_goes_on_with_the_same_training_only(tmp_path, capsys, what):
+    first = write(tmp_path, {"answer": "x"})
+    asked = [what, "--steps", "1", "--batch", "1", "--folder", str(tmp_path / "state")]
+
+    def go(model=TINY, data=first, *more):
+        output = str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+        train(
+            [*asked, "--model", str(model), "--data", data, "--output", output, *more]
+        )
+
+    go()
+    go()
+    (tmp_path / "more").mkdir()
+    other = write(tmp_path / "more", {"answer": "y"})
+    flags = ["--keep-ratios", "0.1", "0.2"] if what == "prune" else ["--rank", "4"]
+    for changed in (("demo", first), (TINY, other), (TINY, first, *flags)):
+        with pytest.raises(SystemExit):
+            go(*changed)
+        assert "holds a training with other settings" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from ...files import write_text
 from ...loading import open_checkpoint
 from ...pruners import Pruner
 from ...robot.policy import Policy
-from ..tune.loop import Loop, Schedule, draw_losses
+from ..tune.loop import Loop, Schedule, check_same, draw_losses
 from .collecting import Collector
 from .demonstrations import Episodes
 from .pi0fast import (
@@ -39,7 +39,7 @@ from .pi0fast import (
     warm_start,
     write_checkpoint,
 )
-from .tuning import check_same, open_policy
+from .tuning import open_policy
 from .worlds import TASKS
 
 FIRST = HORIZON // 2  # actions that are done before looking again

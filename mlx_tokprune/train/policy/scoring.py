@@ -20,7 +20,7 @@ from ...pruners import Pruner, count_kept
 from ...pruners.saliency import keep_highest
 from ...robot.policy import Policy
 from ..tune.gate import log_gate, schedule, tamed
-from ..tune.loop import Loop, Schedule, draw_losses
+from ..tune.loop import Loop, Schedule, check_same, draw_losses
 from .choosing import gate_of
 from .collecting import Collector
 from .student import (
@@ -31,7 +31,7 @@ from .student import (
     told,
     trimvla_scores,
 )
-from .tuning import act, check_same, open_policy
+from .tuning import act, open_policy
 from .worlds import ACTION_DIM
 
 KINDS = ("acting", "asking")

@@ -6,7 +6,6 @@ did from all of them, where the pruned policy itself gets to.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +15,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ...errors import InputError
-from ...files import write_text
 from ...loading import open_checkpoint
 from ...models.openvla import OpenVLA
 from ...pruners import Pruner, count_kept
 from ...robot.policy import Policy
 from ..tune.gate import log_gate, schedule, tamed
-from ..tune.loop import Loop, Schedule, draw_losses
+from ..tune.loop import Loop, Schedule, check_same, draw_losses
 from ..tune.lora import Adapter, fused_modules
 from .choosing import METHODS, lightvla_gate, trimvla_gate
 from .collecting import Collector
@@ -239,14 +237,3 @@ def _thaw(policy: OpenVLA, rank: int, tower: bool) -> None:
     first = policy.layers[0].self_attn
     first.q_proj.freeze()
     first.k_proj.freeze()
-
-
-def check_same(file: Path, settings: dict) -> None:
-    """A folder holds one training: other settings are refused."""
-    settings = json.loads(json.dumps(settings))
-    if file.exists() and json.loads(file.read_text()) != settings:
-        raise InputError(
-            f"{file.parent} holds a training with other settings; choose another "
-            "folder, or give those it was started with"
-        )
-    write_text(file, json.dumps(settings))

@@ -1,6 +1,7 @@
 """What is learned from: questions and answers about pictures, read or generated."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from PIL import Image
 
 from ...errors import InputError
 from ...image import load_image
+from ...measure.results import fingerprint
 from ...testbed import scenes as testbed
 from ..recipe import TRAINING
 from ..scenes import CANVAS, Scene, ask_many, render, sample_scene
+from .loop import check_same
 
 MOST_LINES = 1 << 22
 _DEMO_SEED = (TRAINING, 777)  # no other training's, and none of the held-out pictures'
@@ -43,6 +46,18 @@ class Samples:
 
     items: tuple[Sample, ...]
     skipped: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """What tells these questions from others."""
+        asked = [(item.picture, item.pairs) for item in self.items]
+        return hashlib.blake2b(repr(asked).encode(), digest_size=16).hexdigest()
+
+
+def check_started(folder: Path, model, samples: Samples, settings: dict) -> None:
+    """A folder is gone on from with the same model, questions and settings only."""
+    known = {"model": fingerprint(model), "questions": samples.digest, **settings}
+    check_same(folder / "settings.json", known)
 
 
 def read_samples(source: str, pictures: int) -> Samples:

@@ -181,6 +181,18 @@ def recomputed(model, wanted: bool) -> Iterator[None]:
         kind.__call__ = call
 
 
+def check_same(file: Path, settings: dict) -> None:
+    """A folder holds one training: other settings are refused."""
+    settings = json.loads(json.dumps(settings))
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise InputError(
+            f"{file.parent} holds a training with other settings; choose another "
+            "folder, or give those it was started with"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(settings))
+
+
 def draw_losses(losses: list[float], file: Path, what: str = "the answers") -> None:
     """The loss of each step and a running mean, as a PNG, where there is matplotlib."""
     try:

@@ -22,7 +22,7 @@ from ...pipeline import plan_for, tower_needs
 from ...pruners import Pruners
 from .answers import AnswerLoss, check_trainable
 from .batches import Batches
-from .data import Samples
+from .data import Samples, check_started
 from .loop import Loop, Schedule, draw_losses, recomputed
 
 
@@ -101,6 +101,9 @@ def train_adapter(
     check_trainable(plan)
     if distill < 0:
         raise InputError(f"distill {distill:g} is below 0; expected a weight from 0")
+    settings = {**dataclasses.asdict(adapter), "plan": [repr(p) for p in plan]}
+    settings |= {"positions": positions, "sizes": sizes, "distill": distill}
+    check_started(folder, model, samples, settings | {"dequantize": dequantize})
     mx.random.seed(schedule.seed)
     if dequantize:
         replace_quantized(model)

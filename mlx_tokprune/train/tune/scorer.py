@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import InputError
 from ...features import Features
 from ...learned import SCORERS, is_scorer, load_scorer, save_scorer, untold
+from ...measure.results import fingerprint
 from ...pruners import count_kept
 from ..packing import (
     IGNORE,
@@ -27,7 +28,7 @@ from ..packing import (
     unpruned_logits,
 )
 from .batches import Batch, Batches
-from .data import Sample, Samples
+from .data import Sample, Samples, check_started
 from .gate import (
     LEAKS,
     above_threshold,
@@ -316,6 +317,8 @@ def train_scorer(
             f"folder of a trained scorer, not {kind!r}"
         )
     scorer.own_count = lesson.own_count
+    settings = {"scorer": fingerprint(scorer), **dataclasses.asdict(lesson)}
+    check_started(folder, model, samples, settings)
     needs = scorer.needs if scorer.at == "tower" else ()
     batches = Batches(model, processor, samples.items, needs)
     loop = Loop(scorer, ScorerLoss(model, batches, lesson, order), schedule, folder)
