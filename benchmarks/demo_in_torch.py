@@ -77,10 +77,10 @@ class Steps(torch.utils.data.Dataset):
         ids, targets, _ = recipe.padded_arrays(recipe.pairs_of(rows, *about))
         return {"ids": ids, "targets": targets}
 
-    def judged(self, stage: Stage, pictures: int) -> tuple[dict, list[list]]:
+    def judged(self, pictures: int, canvas: int, most: int) -> tuple[dict, list[list]]:
         """Pictures that nothing trains on, and a question of each kind about each."""
         seed = recipe.TRAINING, _JUDGED
-        drawn = recipe.draw_scenes(seed, pictures, stage.canvas, stage.most)
+        drawn = recipe.draw_scenes(seed, pictures, canvas, most)
         rng = np.random.default_rng((*seed, 1))
         rows = [[ask(rng, scene, kind) for kind in KINDS] for scene in drawn.scenes]
         return self.arrays(drawn) | self.questions(rows), rows
@@ -247,18 +247,15 @@ class Run:
 
     # Judging ------------------------------------------------------------------------
 
-    def _judged(self, stage: Stage) -> tuple[dict, list[list]]:
-        batch, rows = self.steps.judged(stage, self.args.judged)
+    def _judged(self, canvas: int, most: int) -> tuple[dict, list[list]]:
+        batch, rows = self.steps.judged(self.args.judged, canvas, most)
         return on(self.device, batch), rows
 
     @torch.no_grad()
     def judge(self, stage: Stage) -> None:
         """Says what is right, in percent, of pictures that nothing trains on."""
-        (batch, rows), student, training = (
-            self.judged(stage),
-            self.student,
-            self.student.training,
-        )
+        batch, rows = self.judged(stage.canvas, stage.most)
+        student, training = self.student, self.student.training
         student.eval()
         with self.precision():
             oracle = stage.loss == "language"
@@ -380,6 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in needed.get(args.command, ()):
         if not (args.folder / name).is_file():
             parser.error(f"{args.folder} has no {name}; run prepare first")
+    if args.command == "finish" and not args.weights.is_file():
+        parser.error(f"{args.weights} does not exist; expected train's weights.npz")
     if args.command == "train":
         if not (args.minutes > 0 and args.scale > 0 and args.judged > 0):
             parser.error("minutes, scale and judged are numbers above 0")

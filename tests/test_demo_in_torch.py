@@ -19,8 +19,9 @@ from test_train import SMALL
 from mlx_tokprune.hub import EMBEDDED
 from mlx_tokprune.train import stages as recipe
 from mlx_tokprune.train.batches import as_batch
+from mlx_tokprune.train.export import torch_name
 from mlx_tokprune.train.recipe import STAGES, Trainer, optimizer_of
-from mlx_tokprune.train.student import Student
+from mlx_tokprune.train.student import DEMO_CONFIG, Student
 
 torch = pytest.importorskip("torch", reason="torch is in the parity extra")
 SEED = 5
@@ -120,11 +121,46 @@ def test_losses_and_gradients_are_those_of_mlx(twin_of, prepared, name):
         other = theirs.get(dotted, np.zeros_like(ours))
         scale = max(np.abs(ours).max(), 1e-3 * norm)
         assert np.abs(other - ours).max() < 2e-3 * scale, dotted
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = student.eval()(stage.loss, batch)
+    student.zero_grad()
+    rough.backward()
+    smooth = student(stage.loss, batch)
+    assert rough.item() == pytest.approx(smooth.item(), rel=0.03)
+    assert all(
+        w.grad.isfinite().all() for w in student.all.values() if w.grad is not None
+    )
     if stage.loss == "tower":  # running statistics moved alike
         arrays = student.arrays()
         for dotted, ours in tree_flatten(trainer.student.parameters()):
             if "running" in dotted:
                 np.testing.assert_allclose(arrays[dotted], ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_shipped_model_answers_in_torch(twin_of, tmp_path):
+    """What is judged in training: nearly everything is right, and nothing on black."""
+    model, processor = mlx_tokprune.load("demo")
+    ids = processor.tokenizer.encode
+    told = {"suffix": model.prompt_suffix, "prefix": ids(model.prompt_prefix)}
+    (told["end"],) = ids("<|im_end|>")
+    (tmp_path / "told.json").write_text(json.dumps(told | {"config": DEMO_CONFIG}))
+    tokenizer = (EMBEDDED["demo"] / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer)
+    batch, rows = twin_of[0].Steps(tmp_path, list(STAGES)).judged(6, 512, 5)
+    stored, weights = mx.load(str(EMBEDDED["demo"] / "model.safetensors")), {}
+    for name, _ in tree_flatten(Student().vlm.parameters()):
+        array = torch.from_numpy(np.array(stored[torch_name(name)]))
+        weights[f"vlm.{name}"] = twin_of[1].to_mlx(name, array)
+    student = twin_of[1].Student(weights, DEMO_CONFIG, told["prefix"]).eval()
+    batch, shares = twin_of[0].on("cpu", batch), []
+    for pixels in (batch["pixels"], 0 * batch["pixels"]):
+        with torch.no_grad():
+            visual = student.project(student.see(pixels)[0])
+            about = twin_of[1].every(visual), visual.shape[1], batch["ids"]
+            logits = student.answer_logits(visual, *about)
+        shares.append(twin_of[0].answers_right(logits, batch, rows)["all"])
+    assert shares[0] > 0.85
+    assert shares[1] < 0.6
 
 
 def test_steps_of_the_optimizer_are_those_of_mlx(twin_of):
