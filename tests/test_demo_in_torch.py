@@ -240,6 +240,30 @@ def test_a_stage_whose_time_is_over_makes_room(twin_of, prepared, monkeypatch):
     assert len(drawn) <= 4 * len(STAGES)
 
 
+def test_a_stopped_training_leaves_weights(twin_of, prepared, monkeypatch):
+    _, folder = prepared
+    short = (dataclasses.replace(STAGES[0], steps=3, batch=2),)
+    monkeypatch.setattr(twin_of[0], "STAGES", short)
+    monkeypatch.setattr(twin_of[0], "_EVERY", (0.0, 0.0))
+    asked = ["train", "--folder", str(folder), "--output", str(folder / "out")]
+    run, judged = twin_of[0].Run(twin_of[0].build_parser().parse_args(asked)), []
+    run.args.workers = 0
+
+    def stop(stage):
+        judged.append(run.student.arrays())
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+
+    run.judge = stop
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    saved = np.load(folder / "out" / "weights.npz")
+    assert {n: a.shape for n, a in saved.items()} == {
+        n: a.shape for n, a in np.load(folder / "start.npz").items()
+    }
+    assert all(np.array_equal(saved[n], a) for n, a in judged[0].items())
+
+
 def test_what_is_missing_is_said(twin_of, tmp_path, capsys):
     asked = ["--folder", str(tmp_path), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
