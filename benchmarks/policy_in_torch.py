@@ -251,8 +251,9 @@ class Run(chunks.Run):
         torch.manual_seed(0)
         self.rng = np.random.default_rng(0)
         self.workers = workers or chunks.Workers(self.tasks, 1, 1)
+        until = time.time() + 20 * args.minutes  # a third of the time
         for end in self.workers.ends:
-            end.send(("demonstrate", math.inf, plan["demonstrations"]))
+            end.send(("demonstrate", until, plan["demonstrations"]))
         prompts = list(self.told["prompts"].values())
         longest = max(map(len, prompts))
         padded = [p + [self.told["pad"]] * (longest - len(p)) for p in prompts]
