@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import no_mlx  # noqa: F401
 import numpy as np
 
 KEEP, SHARES = (64, 40, 24, 16, 8), (0.4, 0.2, 0.18, 0.12, 0.1)
@@ -204,16 +205,19 @@ def rotate(x, cosine, sine):
 # Worlds -------------------------------------------------------------------------------
 
 
-def work(connection, task: str) -> None:
-    """A process with the worlds of one task, which does what it is told."""
+def work(connection, task: str, horizon: int, first: int) -> None:
+    """A process with the worlds of one task, which does what it is told.
+
+    horizon: actions of a label. first: of a chunk, how many are done.
+    """
     os.environ |= {"MUJOCO_GL": "egl", "OMP_NUM_THREADS": "1"}
     try:
-        _work(connection, task)
+        _work(connection, task, horizon, first)
     except Exception:
         connection.send(traceback.format_exc())
 
 
-def _work(connection, task: str) -> None:
+def _work(connection, task: str, horizon: int, first: int) -> None:
     from mlx_tokprune.train.policy.demonstrations import demonstrate, join
     from mlx_tokprune.train.policy.worlds import HORIZON as STEPS
     from mlx_tokprune.train.policy.worlds import TASKS, World
@@ -225,10 +229,10 @@ def _work(connection, task: str) -> None:
     while (asked := connection.recv()) is not None:
         what, *about = asked
         if what == "demonstrate":
-            (until,), parts = about, []
-            while time.time() < until:
+            (until, most), parts = about, []
+            while time.time() < until and len(parts) < most:
                 seed = SEEDS[0] + 10_000 * index + len(parts)
-                parts.append(demonstrate(worlds[0], seed, HORIZON))
+                parts.append(demonstrate(worlds[0], seed, horizon))
             joined = join(parts)
             names = ("frames", "actions", "states")
             connection.send((len(parts), *(getattr(joined, n) for n in names)))
@@ -244,20 +248,21 @@ def _work(connection, task: str) -> None:
             connection.send(tuple(map(np.stack, zip(*seen, strict=True))))
         elif what == "act":
             chunks, mixed, seed = about
-            rng, going, steps = np.random.default_rng(seed), [], steps + FIRST
-            for world, first, chunk in zip(live, seen, chunks, strict=True):
-                for number in range(FIRST):
+            rng, going, steps = np.random.default_rng(seed), [], steps + first
+            for world, begin, chunk in zip(live, seen, chunks, strict=True):
+                for number in range(first):
                     expert = world.expert()
                     if labels:
                         frame, hand = (
-                            first if not number else (world.frame(), world.hand())
+                            begin if not number else (world.frame(), world.hand())
                         )
-                        found.append((frame, world.ahead(HORIZON), hand))
+                        label = expert if horizon == 1 else world.ahead(horizon)
+                        found.append((frame, label, hand))
                     if world.step(expert if rng.random() < mixed else chunk[number]):
                         break
                 won += world.success
                 going += [] if world.success else [world]
-            live = going if steps < STEPS - 1 else []
+            live = going if steps < STEPS else []
             connection.send(len(live))
         elif what == "end":
             arrays = map(np.stack, zip(*found, strict=True)) if found else ()
@@ -267,11 +272,12 @@ def _work(connection, task: str) -> None:
 class Workers:
     """A process for each task."""
 
-    def __init__(self, tasks: list[str]):
+    def __init__(self, tasks: list[str], horizon: int = HORIZON, first: int = FIRST):
         context, self.tasks, self.ends = multiprocessing.get_context("spawn"), tasks, []
         for task in tasks:
             mine, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, task), daemon=True)
+            about = theirs, task, horizon, first
+            process = context.Process(target=work, args=about, daemon=True)
             process.start()
             self.ends.append(mine)
         for number, task in enumerate(tasks):
@@ -312,7 +318,7 @@ class Run:
         self.workers = Workers(self.tasks)
         until = time.time() + args.demonstrate
         for end in self.workers.ends:
-            end.send(("demonstrate", until))
+            end.send(("demonstrate", until, math.inf))
         self.say("worlds are there")
         self.told = dict(np.load(args.folder / "told.npz"))
         self.code = FastCode.read(
@@ -393,16 +399,21 @@ class Run:
         """Moved by up to 3 pixels, and other colours."""
         import torch
 
+        pixels, shape = self.moved(frames).float(), (len(frames), 1, 1, 3)
+        gain = 1 + 0.04 * torch.randn(shape, device=self.device)
+        added = 4 * torch.randn(shape, device=self.device)
+        return (pixels * gain + added).clamp(0, 255) / 255
+
+    def moved(self, frames):
+        """By up to 3 pixels; the edge is repeated."""
+        import torch
+
         count, device = len(frames), self.device
         order = torch.arange(frames.shape[1], device=device)
         by = torch.randint(-3, 4, (2, count, 1), device=device)
         rows, columns = (order + by).clamp(0, frames.shape[1] - 1)
         one = torch.arange(count, device=device)[:, None, None]
-        pixels = frames[one, rows[:, :, None], columns[:, None]].float()
-        shape = (count, 1, 1, 3)
-        gain = 1 + 0.04 * torch.randn(shape, device=device)
-        added = 4 * torch.randn(shape, device=device)
-        return (pixels * gain + added).clamp(0, 255) / 255
+        return frames[one, rows[:, :, None], columns[:, None]]
 
     def train(self) -> None:
         import torch

@@ -3,27 +3,14 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
-from ..image import preprocess
-from .scenes import (
-    KINDS,
-    Question,
-    Scene,
-    ask_many,
-    cell_labels,
-    fine_labels,
-    render,
-    sample_scene,
-)
+from .scenes import Question, Scene
+from .stages import SceneArrays, draw_scenes
 
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """B scenes: pixels (B, S, S, 3), labels (B, N), fine labels (B, H, W), questions.
-
-    Parts that the stage does not use are `None`.
-    """
+    """`SceneArrays` in MLX."""
 
     scenes: list[Scene]
     cells: dict[str, mx.array]
@@ -32,28 +19,17 @@ class SceneBatch:
     questions: list[list[Question]] | None = None
 
 
-def make_batch(
-    seed: tuple[int, ...],
-    size: int,
-    canvas: int,
-    most: int,
-    pictures: bool = True,
-    questions: int = 0,
-    kinds: tuple[str, ...] = KINDS,
-) -> SceneBatch:
-    """`size` scenes with at most `most` things, `questions` of `kinds` about each."""
-    rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng, canvas, most) for _ in range(size)]
-    pixels = fine = asked = None
-    if pictures:
-        pixels = mx.array(preprocess([render(rng, s) for s in scenes], canvas))
-        fine = _stack([fine_labels(s) for s in scenes])
-    if questions:
-        asked = [ask_many(rng, s, questions, kinds) for s in scenes]
-    cells = _stack([cell_labels(s) for s in scenes])
-    return SceneBatch(scenes, cells, pixels, fine, asked)
+def as_batch(drawn: SceneArrays) -> SceneBatch:
+    """What was drawn, in MLX."""
+
+    def arrays(labels):
+        return labels and {name: mx.array(array) for name, array in labels.items()}
+
+    pixels = None if drawn.pixels is None else mx.array(drawn.pixels)
+    cells, fine = arrays(drawn.cells), arrays(drawn.fine)
+    return SceneBatch(drawn.scenes, cells, pixels, fine, drawn.questions)
 
 
-def _stack(labels: list[dict[str, np.ndarray]]) -> dict[str, mx.array]:
-    stacked = {k: np.stack([row[k] for row in labels]) for k in labels[0]}
-    return {k: mx.array(v.astype(np.int32)) for k, v in stacked.items()}
+def make_batch(*about, **more) -> SceneBatch:
+    """Of `draw_scenes`."""
+    return as_batch(draw_scenes(*about, **more))

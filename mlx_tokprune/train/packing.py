@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..models.fastvlm import FastVLM
 from ..models.language import Sequence as Tokens
 from .scenes import Question
-
-IGNORE = -100
+from .stages import IGNORE, Pair, padded_arrays, pairs_of, question_mask
 
 
 @dataclass(frozen=True)
@@ -30,40 +28,20 @@ class Questions:
     targets: mx.array
 
 
-# Token ids of a question, and of its answer.
-Pair = tuple[Sequence[int], Sequence[int]]
-
-
 def padded(rows: Sequence[Sequence[Pair | None]]) -> tuple[Questions, mx.array]:
     """A row of questions for each picture, and where ids (B, Q, L) are the prompt's.
 
     `None` leaves a gap.
     """
-    length = max(len(p) + len(a) for row in rows for p, a in filter(None, row))
-    ids = np.zeros((len(rows), len(rows[0]), length), np.int32)
-    targets, prompts = np.full_like(ids, IGNORE), np.zeros(ids.shape, bool)
-    for i, row in enumerate(rows):
-        for j, pair in enumerate(row):
-            if pair is not None:
-                prompt, answer = pair
-                tokens = [*prompt, *answer]
-                ids[i, j, : len(tokens)] = tokens
-                prompts[i, j, : len(prompt)] = True
-                targets[i, j, len(prompt) - 1 : len(tokens) - 1] = answer
-    return Questions(mx.array(ids), mx.array(targets)), mx.array(prompts)
+    ids, targets, prompts = map(mx.array, padded_arrays(rows))
+    return Questions(ids, targets), prompts
 
 
 def pack(
     rows: Sequence[Sequence[Question | None]], encode, suffix: str, end: int
 ) -> Questions:
     """`Questions` from a row of questions for each picture; `None` leaves a gap."""
-
-    def pair(asked: Question | None) -> Pair | None:
-        if asked is None:
-            return None
-        return encode(f"\n{asked.prompt}{suffix}"), [*encode(asked.answer), end]
-
-    return padded([[pair(asked) for asked in row] for row in rows])[0]
+    return padded(pairs_of(rows, encode, suffix, end))[0]
 
 
 def answer_logits(
@@ -126,21 +104,11 @@ def packed(
         ],
         axis=1,
     )
-    mask = _mask(start, kept, count, length, alone)[None]
+    mask = mx.array(question_mask(start + kept, count, length, alone))[None]
     if gate is not None:
         more = mx.pad(gate, [(0, 0), (start, mask.shape[-1] - start - kept)])
         mask = mx.where(mask, more[:, None].astype(hidden.dtype), -mx.inf)
     return Tokens(hidden, values, after + length, mask, (slice(start, start + kept),))
-
-
-def _mask(start: int, kept: int, count: int, length: int, alone: bool) -> mx.array:
-    """(T, T) bool: causal, and only within a question or towards what is shared."""
-    numbers = np.arange(1, count + 1)
-    visual = numbers if alone else np.zeros(kept, int)
-    group = np.concatenate([np.zeros(start, int), visual, np.repeat(numbers, length)])
-    causal = np.tril(np.ones((len(group), len(group)), bool))
-    own = group[:, None] == group[None]
-    return mx.array(causal & (own | (group[None] == 0)))
 
 
 def answer_losses(logits: mx.array, questions: Questions) -> tuple[mx.array, mx.array]:

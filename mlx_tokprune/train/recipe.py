@@ -10,7 +10,6 @@ goes on where it was.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,46 +19,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from .batches import SceneBatch, make_batch
+from .batches import SceneBatch, as_batch
 from .packing import answer_logits, answer_loss, pack
-from .scenes import CANVAS, CELL, KINDS
+from .scenes import CANVAS, CELL
+from .stages import KEPT, STAGES, TRAINING, Stage, choices_of, draw_step
 from .student import Student
 from .tokens import build_tokenizer, encoder
 
-QUESTIONS = 8  # about each picture
-TRAINING = 1  # first number of every training seed
 _SAVE_EVERY = 200
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the recipe: which loss, how long, and on what."""
-
-    name: str
-    loss: str
-    steps: int
-    batch: int
-    learning_rate: float
-    canvas: int = CANVAS
-    most: int = 5
-    kinds: tuple[str, ...] = ()  # of questions, in turn
-
-    @property
-    def questions(self) -> int:
-        return QUESTIONS if self.kinds else 0
-
-
-_COMPARE = ("where",) * 5 + ("count", "color", "read")
-_MIXED = ("color", "where", "shape", "where", "count", "where", "count", "read")
-STAGES = (
-    Stage("tower", "tower", 8000, 16, 2e-3, canvas=256, most=2),
-    Stage("language", "language", 7000, 16, 1e-3, kinds=KINDS),
-    Stage("comparisons", "language", 1750, 16, 1e-3, kinds=_COMPARE),
-    Stage("all questions", "language", 2200, 16, 8e-4, kinds=_MIXED),
-    Stage("full pictures", "tower", 1500, 8, 1e-3),
-    Stage("projector", "align", 250, 16, 3e-3),
-    Stage("together", "joint", 1900, 8, 3e-4, kinds=_MIXED),
-)
 
 
 class Trainer:
@@ -94,7 +61,7 @@ class Trainer:
 
     def language_loss(self, batch: SceneBatch, stage: Stage) -> mx.array:
         visual = self.student.oracle(batch.cells)
-        keep = int(self._rng.choice([8, 8, 16, 16, 32, 64]))
+        keep = int(self._rng.choice(KEPT))
         # Things always stay; which empty cells stay is drawn.
         scores = 2.0 * (batch.cells["shape"] > 0) + mx.random.uniform(
             shape=batch.cells["shape"].shape
@@ -164,18 +131,7 @@ class Trainer:
 
     def _run_stage(self, number: int, stage: Stage, first: int) -> None:
         self._freeze(stage)
-        schedule = optim.join_schedules(
-            [
-                optim.linear_schedule(
-                    0, stage.learning_rate, max(1, stage.steps // 40)
-                ),
-                optim.cosine_decay(
-                    stage.learning_rate, stage.steps, 0.03 * stage.learning_rate
-                ),
-            ],
-            [max(1, stage.steps // 40)],
-        )
-        optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
+        optimizer = optimizer_of(stage)
         if first:
             optimizer.state = tree_unflatten(
                 list(mx.load(str(self.folder / "optimizer.safetensors")).items())
@@ -189,16 +145,8 @@ class Trainer:
         bar = tqdm(range(first, stage.steps), desc=stage.name, disable=None)
         for step in bar:
             mx.random.seed(number * 1_000_003 + step)
-            self._rng = np.random.default_rng((TRAINING, number, step, 1))
-            batch = make_batch(
-                (TRAINING, number, step),
-                stage.batch,
-                stage.canvas,
-                stage.most,
-                stage.loss != "language",
-                stage.questions,
-                stage.kinds,
-            )
+            self._rng = choices_of(number, step)
+            batch = as_batch(draw_step(stage, number, step))
             value, gradients = gradient(self.student, batch)
             gradients, _ = optim.clip_grad_norm(gradients, 1.0)
             optimizer.update(self.student, gradients)
@@ -234,6 +182,15 @@ class Trainer:
         partial = self.folder / "state.partial.json"
         partial.write_text(json.dumps(state))
         partial.replace(self.folder / "state.json")
+
+
+def optimizer_of(stage: Stage) -> optim.AdamW:
+    """Warm-up, then a cosine down to 3 % of the learning rate."""
+    rate, warm_up = stage.learning_rate, stage.warm_up
+    rise = optim.linear_schedule(0, rate, warm_up)
+    fall = optim.cosine_decay(rate, stage.steps, 0.03 * rate)
+    schedule = optim.join_schedules([rise, fall], [warm_up])
+    return optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
 
 
 def _masked_mean(values: mx.array, mask: mx.array) -> mx.array:

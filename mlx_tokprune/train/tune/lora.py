@@ -6,6 +6,7 @@ too, lies beside them.
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
