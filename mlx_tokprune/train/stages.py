@@ -172,7 +172,7 @@ def question_mask(
 ) -> np.ndarray:
     """(T, T) bool: causal, and only within a question or towards what is shared.
 
-    single: the last of the shared tokens are one for each question, which alone sees it.
+    single: the last shared tokens are one for each question, which alone sees it.
     """
     numbers = np.arange(1, count + 1)
     own = numbers if single else numbers[:0]

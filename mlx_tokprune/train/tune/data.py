@@ -56,7 +56,7 @@ class Samples:
 
 def check_started(folder: Path, model, samples: Samples, settings: dict) -> None:
     """A folder is gone on from with the same model, questions and settings only."""
-    known = {"model": fingerprint(model), "questions": samples.digest, **settings}
+    known = {**settings, "model": fingerprint(model), "data": samples.digest}
     check_same(folder / "settings.json", known)
 
 
