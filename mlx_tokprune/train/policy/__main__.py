@@ -153,32 +153,37 @@ def _train(args) -> None:
     print(f"wrote {args.output}")
 
 
-def _tune(args) -> None:
+def _given(args, kind: type) -> dict:
+    """What the flags say of the fields of these settings."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _schedule(args):
+    """How long is trained, once there is a place for what comes out."""
     from ..tune.loop import Schedule
-    from .tuning import Tuner, Tuning
 
     if Path(args.output).exists():
         raise InputError(f"{args.output} already exists; choose a new folder")
-    names = [field.name for field in dataclasses.fields(Tuning)]
-    tuning = Tuning(**{n: v for n, v in vars(args).items() if n in names})
-    plan = Schedule(args.steps, args.learning_rate, seed=args.seed)
+    return Schedule(args.steps, args.learning_rate, seed=args.seed)
+
+
+def _tune(args) -> None:
+    from .tuning import Tuner, Tuning
+
+    plan, tuning = _schedule(args), Tuning(**_given(args, Tuning))
     tuner = Tuner(args.model, tuning, plan, Path(args.folder))
     tuner.run(Path(args.output), tuple(args.snapshots))
     print(f"wrote {args.output}")
 
 
 def _score(args) -> None:
-    from ..tune.loop import Schedule
     from .scoring import ScorerTrainer, Scoring, markdown
 
-    if Path(args.output).exists():
-        raise InputError(f"{args.output} already exists; choose a new folder")
-    names = [field.name for field in dataclasses.fields(Scoring)]
-    given = {n: v for n, v in vars(args).items() if n in names}
+    plan, given = _schedule(args), _given(args, Scoring)
     given["layers"] = tuple(args.layers) if args.layers else None
     least, most = args.keep_ratios
     scoring = Scoring(**given, least=least, most=most)
-    plan = Schedule(args.steps, args.learning_rate, seed=args.seed)
     trainer = ScorerTrainer(args.model, scoring, plan, Path(args.folder))
     found = trainer.run(Path(args.output))
     print("nats from the actions with every token, on held-out frames, by keep ratio")
@@ -187,14 +192,9 @@ def _score(args) -> None:
 
 
 def _chunk(args) -> None:
-    from ..tune.loop import Schedule
     from .chunking import Chunker, Chunking
 
-    if Path(args.output).exists():
-        raise InputError(f"{args.output} already exists; choose a new folder")
-    names = [field.name for field in dataclasses.fields(Chunking)]
-    chunking = Chunking(**{n: v for n, v in vars(args).items() if n in names})
-    schedule = Schedule(args.steps, args.learning_rate, seed=args.seed)
+    schedule, chunking = _schedule(args), Chunking(**_given(args, Chunking))
     Chunker(chunking, schedule, Path(args.folder)).run(Path(args.output))
     print(f"wrote {args.output}")
 

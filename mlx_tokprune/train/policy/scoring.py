@@ -21,6 +21,7 @@ from ...pruners.saliency import keep_highest
 from ...robot.policy import Policy
 from ..tune.gate import log_gate, schedule, tamed
 from ..tune.loop import Loop, Schedule, check_same, draw_losses
+from ..tune.shares import check_shares, draw_count
 from .choosing import gate_of
 from .collecting import Collector
 from .student import (
@@ -74,11 +75,7 @@ class Scoring:
                 f"scorer {self.scorer!r} is not trained here; expected "
                 f"{' or '.join(KINDS)}.{nearest(self.scorer, KINDS)}"
             )
-        if not 0 < self.least <= self.most < 1:
-            raise InputError(
-                f"keep ratios {self.least:g} to {self.most:g} are out of order; "
-                "expected two in (0, 1), the smaller first"
-            )
+        check_shares(self.least, self.most)
         if not 0 <= self.actions <= 1:
             raise InputError(f"actions {self.actions:g} is outside [0, 1]")
         counts = ("batch", "demonstrations", "held_out", "corrections", "rounds")
@@ -87,8 +84,7 @@ class Scoring:
 
     def keep(self, rng: np.random.Generator, total: int) -> int:
         """How many of `total` tokens stay, fewer than all."""
-        share = np.exp(rng.uniform(np.log(self.least), np.log(self.most)))
-        return min(count_kept(total, float(share)), total - 1)
+        return draw_count(rng, self.least, self.most, total)
 
     def rounds_of(self, steps: int) -> tuple[int, ...]:
         """The steps before which the policy acts."""

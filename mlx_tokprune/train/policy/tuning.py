@@ -17,11 +17,12 @@ from mlx.utils import tree_flatten
 from ...errors import InputError
 from ...loading import open_checkpoint
 from ...models.openvla import OpenVLA
-from ...pruners import Pruner, count_kept
+from ...pruners import Pruner
 from ...robot.policy import Policy
 from ..tune.gate import log_gate, schedule, tamed
 from ..tune.loop import Loop, Schedule, check_same, draw_losses
 from ..tune.lora import Adapter, fused_modules
+from ..tune.shares import draw_count
 from .choosing import METHODS, lightvla_gate, trimvla_gate
 from .collecting import Collector
 from .student import (
@@ -81,9 +82,8 @@ class Tuning:
 
     def keep(self, rng: np.random.Generator, total: int) -> int:
         """How many of `total` tokens stay, evenly in the logarithm; fewer than all."""
-        least, most = (np.log(times * self.keep_ratio) for times in _RANGE)
-        share = min(1.0, float(np.exp(rng.uniform(least, most))))
-        return min(count_kept(total, share), total - 1)
+        least, most = (times * self.keep_ratio for times in _RANGE)
+        return draw_count(rng, least, most, total)
 
     def rounds_of(self, steps: int) -> tuple[int, ...]:
         """The steps before which the policy is corrected."""

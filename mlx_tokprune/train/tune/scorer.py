@@ -38,6 +38,7 @@ from .gate import (
     tamed,
 )
 from .loop import Loop, Schedule, draw_losses, recomputed
+from .shares import check_shares, draw_count
 
 _ALONE = 8  # tokens of a question that are tried alone
 _STEP = 1.5  # from a number of tokens that is tried to the next
@@ -84,11 +85,7 @@ class Lesson:
     within: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.least <= self.most <= 1:
-            raise InputError(
-                f"keep ratios {self.least:g} to {self.most:g} are out of order; "
-                "expected two in (0, 1], the smaller first"
-            )
+        check_shares(self.least, self.most)
         if not 0 < self.sharpen <= 16:
             raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
         if self.alone < 0 or (self.alone and self.imitate is None):
@@ -120,8 +117,7 @@ class Lesson:
         """How many of `total` tokens this batch keeps, fewer than all."""
         least = schedule(1.0, self.least, step, round(self.curriculum * self.steps))
         least = min(least, self.most) if self.curriculum else self.least
-        share = np.exp(rng.uniform(np.log(least), np.log(self.most)))
-        return min(count_kept(total, float(share)), total - 1)
+        return draw_count(rng, least, self.most, total)
 
 
 class ScorerLoss:
