@@ -228,7 +228,7 @@ def test_an_adapter_trained_on_the_values_of_quantized_weights(tmp_path, bits):
         (["--prune", "trimvla"], "method 'trimvla' decides itself how many"),
         (["--prune", "prumerge"], "method 'prumerge' decides itself how many"),
         (["--method", "attention", "--at", "9"], "cannot prune after layer 9 of 4"),
-        (["--method", "norm", "--distill", "-1"], "distill -1 is below 0"),
+        (["--method", "norm", "--distill", "-1"], "distill -1 is outside"),
         (["--dequantize"], "no quantized weights"),
     ],
 )

@@ -117,7 +117,7 @@ def test_first_logits_and_actions_that_are_no_numbers():
     model, processor = load(TINY)
     norm = model.language_model.model.norm
     norm.weight = norm.weight * float("nan")
-    with pytest.raises(InputError, match="first logits are not finite"):
+    with pytest.raises(InputError, match="logits are not finite"):
         generate(model, processor, [TINY / "image_0.png"], "hi")
     policy, processor = load(TINY_POLICY)
     norm = policy.language_model.model.norm

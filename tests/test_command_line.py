@@ -22,6 +22,7 @@ FIELDS = {
     "stages_ms",
     "ttft_ms",
     "decode_tokens_per_second",
+    "calls",
     "peak_memory_mb",
     "method",
     "keep",

@@ -7,10 +7,13 @@ import pytest
 from conftest import TINY
 
 import mlx.core as mx  # isort: skip
+import mlx.nn as nn  # isort: skip
 
 from mlx_tokprune import InputError, Pruner, load
+from mlx_tokprune.pipeline import plan_for
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.tune.data import read_samples
+from mlx_tokprune.train.tune.loop import Loop, Schedule
 
 PICTURE = str(TINY / "image_0.png")
 
@@ -94,3 +97,60 @@ def test_a_folder_goes_on_with_the_same_training_only(tmp_path, capsys, what):
         with pytest.raises(SystemExit):
             go(*changed)
         assert "holds a training with other settings" in capsys.readouterr().err
+
+
+def test_a_training_that_was_refused_leaves_nothing_in_the_way(tmp_path, capsys):
+    asked = ["lora", "--data", write(tmp_path, {"answer": "x"}), "--steps", "1"]
+    asked += ["--batch", "1", "--model", str(TINY), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        train([*asked, "--dequantize"])
+    assert "no quantized weights" in capsys.readouterr().err
+    train(asked)
+
+
+def test_another_scorer_is_another_training(tmp_path, capsys):
+    asked = ["lora", "--data", write(tmp_path, {"answer": "x"}), "--steps", "1"]
+    asked += ["--batch", "1", "--folder", str(tmp_path / "state")]
+    asked += ["--keep-ratio", "0.2"]
+    train([*asked, "--method", "demo-adaptive", "--output", str(tmp_path / "a")])
+    with pytest.raises(SystemExit):
+        train([*asked, "--method", "demo-inside", "--output", str(tmp_path / "b")])
+    assert "with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "flags"),
+    [
+        ("prune", ["--distill", "nan"]),
+        ("prune", ["--distill", "-1"]),
+        ("prune", ["--curriculum", "7"]),
+        ("lora", ["--distill", "nan"]),
+        ("lora", ["--scale", "nan"]),
+        ("lora", ["--method", "trimvla"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, capsys, what, flags):
+    asked = [what, "--data", write(tmp_path, {"answer": "x"}), "--steps", "1"]
+    asked += ["--model", str(TINY), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        train([*asked, *flags])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_a_training(tmp_path):
+    module = nn.Linear(2, 2)
+
+    def loss(module, seed, step):
+        return mx.sum(module(mx.full((1, 2), mx.inf))), mx.array(1.0)
+
+    with pytest.raises(InputError, match="the loss of step 0 is not finite"):
+        Loop(module, loss, Schedule(2, 1e-3), tmp_path).run()
+    assert not (tmp_path / "state.json").exists()
+
+
+def test_a_scorer_of_another_model_is_refused(tiny):
+    for name, size in (("demo-adaptive", 512), ("demo-asking", 192)):
+        with pytest.raises(InputError, match=f"its channels are {size}, not"):
+            plan_for(tiny[0], Pruner(name, 0.5))

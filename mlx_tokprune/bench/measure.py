@@ -32,7 +32,7 @@ from ..measure.results import (
 )
 from ..measure.subject import Asked, Subject
 from ..pipeline import DEFAULT_POSITIONS, plan_for
-from ..pruners import Plan, Pruner, get_method, read_plan
+from ..pruners import Plan, Pruner, as_plan, get_method, read_plan
 from ..pruners.registry import Options
 from ..timing import STAGES
 
@@ -177,6 +177,7 @@ class Benchmark:
             "rows": [_described(row) for row in self.rows],
             "weights": {n: fingerprint(s.model) for n, s in self.subjects.items()},
             "pictures": [_hash(image) for image in self.images],
+            "scorers": self._scorers(),
             "drafts": {name: _drafter(drafts) for name, drafts in self.drafts.items()},
         }
         if not self.file.exists():
@@ -194,6 +195,15 @@ class Benchmark:
                 "choose another file, or give the options it was started with"
             )
         return result
+
+    def _scorers(self) -> list[str]:
+        """What tells the scorers of the rows apart, and of the drafts' pruners."""
+        plans = [
+            *(row.pruners for row in self.rows),
+            *map(_pruners, self.drafts.values()),
+        ]
+        found = (p.scorer for plan in plans for p in plan if p.scorer is not None)
+        return sorted({fingerprint(scorer) for scorer in found})
 
     def run(self, runs: int) -> dict:
         """Measures until every row has `runs` samples."""
@@ -256,6 +266,10 @@ class Benchmark:
 
     def _save(self) -> None:
         write_text(self.file, json.dumps(self.result, indent=1) + "\n")
+
+
+def _pruners(drafts: Drafts) -> Plan:
+    return as_plan(getattr(drafts, "pruner", None))
 
 
 def _drafter(drafts: Drafts) -> list[str]:

@@ -19,8 +19,9 @@ NOTE = (
     f"is marked {_NOISE}, as noise; faster: unpruned TTFT over this one. Kept: visual "
     "tokens, mean over the language model's layers. Limit: FLOPs over the measured "
     "matmul rate or weights over the measured bandwidth, whichever is larger, ms. "
-    "Stages are fenced, ms. Calls: of the language model, the prompt's, too, and "
-    "tokens in each that follows. Cache: keys and values of the prompt. "
+    "Stages are fenced, ms. Calls: of this language model, not of one that "
+    "drafts, the prompt's, too, and tokens in each that follows. Cache: keys and "
+    "values of the prompt. "
     "* Project and prefill alone, what some published tables call TTFT; not a TTFT."
 )
 

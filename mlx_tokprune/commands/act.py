@@ -109,14 +109,16 @@ def main(argv: list[str] | None = None) -> None:
     mx.reset_peak_memory()
     asked = {"pruner": plan, "positions": args.positions}
     asked["unnorm_key"] = args.unnorm_key
+    policy = None
+    if args.runs:  # refuse a draft before acting
+        how = {"draft": _draft(args, drafting), "first": args.first}
+        policy = Policy(model, processor, **how, **asked)
     action = predict_action(
         *(model, processor, images, instruction),
         **{"proprio": args.proprio, "stages": args.stages, **asked},
     )
     peak, rate, calls = mx.get_peak_memory() / 1e6, None, None
-    if args.runs:
-        how = {"draft": _draft(args, drafting), "first": args.first}
-        policy = Policy(model, processor, **how, **asked)
+    if policy is not None:
         rate = _actions_per_second(policy, images, instruction, args.proprio, args.runs)
         calls = policy.calls
     visual = action.visual

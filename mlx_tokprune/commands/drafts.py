@@ -27,7 +27,8 @@ def draft_plan(args) -> Plan | None:
         raise InputError("--draft and --draft-model both draft; give one of them")
     if args.draft_prune and not (args.draft_model or args.draft == "self"):
         raise InputError(
-            "--draft-prune prunes what a model drafts from; say --draft-model, too"
+            "--draft-prune prunes what a model drafts from; say --draft-model, too, "
+            "or, of a model that answers, --draft self"
         )
     return read_plans(args.draft_prune, {}) if args.draft_prune else None
 

@@ -98,7 +98,8 @@ class Pruner:
             )
         if ("scores" in known.needs) != (self.scorer is not None):
             raise InputError(
-                f"method {self.method!r} chooses by a scorer; give one"
+                f"method {self.method!r} chooses by a scorer; say its folder as the "
+                "method, or give one"
                 if self.scorer is None
                 else f"method {self.method!r} reads no scores; leave out the scorer, "
                 "or choose 'learned'"

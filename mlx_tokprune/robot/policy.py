@@ -390,7 +390,8 @@ def _check_draft(policy: Policy, draft) -> None:
         )
     elif draft not in (False, True) and not chunks:
         raise InputError(
-            f"only the answers of pi0-FAST are drafted {draft!r}; expected True"
+            f"only the answers of pi0-FAST are drafted {draft!r}; expected True "
+            "(--draft last)"
         )
 
 

@@ -174,7 +174,7 @@ def _lora(args) -> None:
     from .tune.lora import Adapter, train_adapter
 
     unset = not args.prune and args.keep_ratio is None and args.keep_tokens is None
-    if unset and get_method(args.method or "norm").counts != "own":
+    if unset and get_method(args.method or "norm").counts == "budget":
         args.keep_ratio = 0.25
     plan = make_pruners(args, "norm")
     adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)

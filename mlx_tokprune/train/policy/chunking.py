@@ -21,7 +21,7 @@ from ...files import write_text
 from ...loading import open_checkpoint
 from ...pruners import Pruner
 from ...robot.policy import Policy
-from ..tune.loop import Loop, Schedule, check_same, draw_losses
+from ..tune.loop import Loop, Schedule, draw_losses
 from .collecting import Collector
 from .demonstrations import Episodes
 from .pi0fast import (
@@ -39,7 +39,7 @@ from .pi0fast import (
     warm_start,
     write_checkpoint,
 )
-from .tuning import open_policy
+from .tuning import check_started, open_policy
 from .worlds import TASKS
 
 FIRST = HORIZON // 2  # actions that are done before looking again
@@ -84,11 +84,10 @@ class Chunker:
     """Trains a policy; its state, and the episodes, are kept in `folder`."""
 
     def __init__(self, chunking: Chunking, schedule: Schedule, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        check_same(folder / "chunking.json", dataclasses.asdict(chunking))
         self.chunking, self.schedule, self.folder = chunking, schedule, folder
         self.collector = Collector(folder, HORIZON)
         self._teacher = open_policy(chunking.teacher)
+        check_started(folder, chunking, self._teacher)
         self._teacher.freeze()
         mx.random.seed(schedule.seed)
         self.policy = build_policy()

@@ -20,7 +20,7 @@ from ...pruners import Pruner, count_kept
 from ...pruners.saliency import keep_highest
 from ...robot.policy import Policy
 from ..tune.gate import log_gate, schedule, tamed
-from ..tune.loop import Loop, Schedule, check_same, draw_losses
+from ..tune.loop import Loop, Schedule, draw_losses
 from ..tune.shares import check_shares, draw_count
 from .choosing import gate_of
 from .collecting import Collector
@@ -32,7 +32,7 @@ from .student import (
     told,
     trimvla_scores,
 )
-from .tuning import act, open_policy
+from .tuning import act, check_started, open_policy
 from .worlds import ACTION_DIM
 
 KINDS = ("acting", "asking")
@@ -97,12 +97,11 @@ class ScorerTrainer:
     def __init__(
         self, model: str | Path, scoring: Scoring, plan: Schedule, folder: Path
     ):
-        folder.mkdir(parents=True, exist_ok=True)
-        check_same(folder / "scoring.json", dataclasses.asdict(scoring))
         self.scoring, self.plan, self.folder = scoring, plan, folder
         self.collector = Collector(folder)
         self.held_out = Collector(folder / "held-out")
         self.policy = open_policy(model)
+        check_started(folder, scoring, self.policy)
         self.policy.freeze()
         self.layers = scoring.layers
         depth = len(self.policy.decoder.layers)

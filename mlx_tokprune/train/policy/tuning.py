@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from ...errors import InputError
 from ...loading import open_checkpoint
+from ...measure.results import fingerprint
 from ...models.openvla import OpenVLA
 from ...pruners import Pruner
 from ...robot.policy import Policy
@@ -94,10 +95,9 @@ class Tuner:
     """Tunes a policy; its state, and the episodes, are kept in `folder`."""
 
     def __init__(self, model: str | Path, tuning: Tuning, plan: Schedule, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        check_same(folder / "tuning.json", dataclasses.asdict(tuning))
         self.tuning, self.plan, self.folder = tuning, plan, folder
         self.collector, self.policy = Collector(folder), open_policy(model)
+        check_started(folder, tuning, self.policy)
         self._teacher = open_policy(model) if tuning.distill else self.policy
         self._teacher.freeze()
         mx.random.seed(plan.seed)
@@ -206,6 +206,12 @@ def act(policy: OpenVLA, visual, here, total: int, batch: Labelled, gate=None):
     sequence, rows = told(policy, visual, here, total, batch, gate)
     read = policy.decoder.read(sequence, rows=sequence.embeddings.shape[1])
     return action_log_shares(policy, read.hidden, rows)
+
+
+def check_started(folder: Path, settings, policy: OpenVLA) -> None:
+    """A folder is gone on from by the same training of the same policy only."""
+    known = {"trains": type(settings).__name__, "model": fingerprint(policy)}
+    check_same(folder / "settings.json", known | dataclasses.asdict(settings))
 
 
 def open_policy(model: str | Path) -> OpenVLA:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,7 +120,13 @@ class Loop:
         gradients, _ = optim.clip_grad_norm(gradients, schedule.clip)
         self._optimizer.update(self.module, gradients)
         mx.eval(self.module.trainable_parameters(), self._optimizer.state)
-        return (total / count).item(), count.item()
+        loss = (total / count).item()
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss of step {step} is not finite; choose a lower learning rate, "
+                "or look for damaged data"
+            )
+        return loss, count.item()
 
     # What is kept -------------------------------------------------------------------
 
@@ -182,9 +189,10 @@ def recomputed(model, wanted: bool) -> Iterator[None]:
 
 
 def check_same(file: Path, settings: dict) -> None:
-    """A folder holds one training: other settings are refused."""
-    settings = json.loads(json.dumps(settings))
-    if file.exists() and json.loads(file.read_text()) != settings:
+    """A folder holds one training: other settings are refused once it has begun."""
+    settings, folder = json.loads(json.dumps(settings)), file.parent
+    begun = (folder / "state.json").exists() or any(folder.glob("episodes/*/*"))
+    if begun and file.exists() and json.loads(file.read_text()) != settings:
         raise InputError(
             f"{file.parent} holds a training with other settings; choose another "
             "folder, or give those it was started with"

@@ -19,8 +19,9 @@ from ...carried import carry, read_carried
 from ...errors import InputError
 from ...files import new_folder
 from ...loading import PROJECTOR, Opened, load, open_checkpoint, projector_of
+from ...measure.results import fingerprint
 from ...pipeline import plan_for, tower_needs
-from ...pruners import Pruners
+from ...pruners import Pruner, Pruners
 from .answers import AnswerLoss, check_trainable
 from .batches import Batches
 from .data import Samples, check_started
@@ -41,7 +42,7 @@ class Adapter:
     projector: bool = False
 
     def __post_init__(self):
-        if self.rank < 1 or (self.layers or 1) < 1 or self.scale <= 0:
+        if self.rank < 1 or (self.layers or 1) < 1 or not 0 < self.scale <= 1e6:
             raise InputError("rank and layers are whole numbers from 1, scale above 0")
 
     def add_to(self, model) -> None:
@@ -100,11 +101,10 @@ def train_adapter(
     model, processor = loaded
     plan = plan_for(model, pruners)
     check_trainable(plan)
-    if distill < 0:
-        raise InputError(f"distill {distill:g} is below 0; expected a weight from 0")
-    settings = {**dataclasses.asdict(adapter), "plan": [repr(p) for p in plan]}
+    if not 0 <= distill <= 1e6:
+        raise InputError(f"distill {distill:g} is outside [0, 1e6]")
+    settings = {**dataclasses.asdict(adapter), "plan": [_told(p) for p in plan]}
     settings |= {"positions": positions, "sizes": sizes, "distill": distill}
-    check_started(folder, model, samples, settings | {"dequantize": dequantize})
     mx.random.seed(schedule.seed)
     if dequantize:
         replace_quantized(model)
@@ -113,12 +113,19 @@ def train_adapter(
     batches = Batches(model, processor, samples.items, tower_needs(plan))
     loss = AnswerLoss(model, batches, plan, positions, sizes, distill, teacher)
     module = model if adapter.projector else model.language_model
+    check_started(folder, model, samples, settings | {"dequantize": dequantize})
     loop = Loop(module, loss, schedule, folder)
     with recomputed(model, checkpoint):
         loop.run()
     if loop.is_first:
         adapter.save(model, output)
         draw_losses(loop.losses, folder / "loss.png")
+
+
+def _told(pruner: Pruner) -> list[str]:
+    """What tells a pruner apart, the weights of its scorer among it."""
+    scorer = [fingerprint(pruner.scorer)] if pruner.scorer is not None else []
+    return [repr(pruner), *scorer]
 
 
 def replace_quantized(model) -> None:

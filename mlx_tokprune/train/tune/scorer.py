@@ -17,7 +17,8 @@ from ...errors import InputError
 from ...features import Features
 from ...learned import SCORERS, is_scorer, load_scorer, save_scorer, untold
 from ...measure.results import fingerprint
-from ...pruners import count_kept
+from ...pipeline import plan_for
+from ...pruners import Pruner, count_kept
 from ..packing import (
     IGNORE,
     Questions,
@@ -86,6 +87,10 @@ class Lesson:
 
     def __post_init__(self):
         check_shares(self.least, self.most)
+        if not 0 <= self.curriculum <= 1:
+            raise InputError(f"curriculum {self.curriculum:g} is outside [0, 1]")
+        if not 0 <= self.distill <= 1e6:
+            raise InputError(f"distill {self.distill:g} is outside [0, 1e6]")
         if not 0 < self.sharpen <= 16:
             raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
         if self.alone < 0 or (self.alone and self.imitate is None):
@@ -334,14 +339,7 @@ def scorer_for(model, kind: str) -> nn.Module:
     """
     if is_scorer(kind):
         scorer = load_scorer(kind)
-        (name,) = (n for n, made in SCORERS.items() if type(scorer) is made)
-        new = scorer_for(model, name)
-        for size in ("channels", "sizes"):
-            if scorer.settings.get(size) != new.settings.get(size):
-                raise InputError(
-                    f"the scorer of {kind} was trained for another model: its {size} "
-                    f"are {scorer.settings[size]}, not {new.settings[size]}"
-                )
+        plan_for(model, Pruner(kind, 0.5))
         return scorer
     made = SCORERS[kind]
     missing = [n for n in made.needs if n not in model.provides.get(made.at, ())]
