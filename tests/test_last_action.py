@@ -28,6 +28,7 @@ from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.policy import __main__ as program
 from mlx_tokprune.train.policy import demonstrations, scoring, student, success
 from mlx_tokprune.train.policy.choosing import gate_of
+from mlx_tokprune.train.policy.tuning import Tuner, Tuning
 from mlx_tokprune.train.policy.worlds import SIZE
 from mlx_tokprune.train.tune.gate import log_gate
 from mlx_tokprune.train.tune.loop import Schedule
@@ -212,11 +213,13 @@ def test_others_refuse_it_in_a_sentence(tmp_path, demo, tiny_policy, capsys):
     asked = (*demo, [PICTURES[0].path], PICTURES[0].question)
     with pytest.raises(InputError, match="needs action_previous, which this model"):
         generate(*asked, pruner=pruner)
+    save_scorer(Acting(96, 4), f"{folder}-narrow")
+    narrow = Pruner(f"{folder}-narrow", 0.25)
     words = "reads actions of 4 numbers, and those of this policy have 7"
     for use in (
-        lambda: Policy(*tiny_policy, pruner=pruner),
+        lambda: Policy(*tiny_policy, pruner=narrow),
         lambda: predict_action(
-            *tiny_policy, [TINY_POLICY / "image_0.png"], TOLD, pruner=pruner
+            *tiny_policy, [TINY_POLICY / "image_0.png"], TOLD, pruner=narrow
         ),
     ):
         with pytest.raises(InputError, match=words):
@@ -238,6 +241,13 @@ def trainer(folder, steps=2, **how):
     settings = scoring.Scoring(**{**SMALL, "layers": (1, 2), **how})
     plan = Schedule(steps, 1e-3, save_every=1)
     return scoring.ScorerTrainer("demo-policy", settings, plan, folder)
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path):
+    trainer(tmp_path)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="other settings"):
+        Tuner("demo-policy", Tuning(), Schedule(2, 1e-3, save_every=1), tmp_path)
 
 
 def with_actions(size: int) -> student.Labelled:

@@ -315,6 +315,8 @@ def test_a_stopped_tuning_goes_on_where_it_was(tmp_path, corridor):
 
 def test_other_settings_in_a_folder_are_refused(tmp_path):
     tuner(tmp_path)
+    tuner(tmp_path, noise=0.5)  # nothing was learned yet
+    (tmp_path / "state.json").write_text("{}")
     with pytest.raises(InputError, match="other settings"):
         tuner(tmp_path, noise=0.75)
 

@@ -229,7 +229,7 @@ def test_a_scorer_chooses_by_its_weights_of_today():
         assert np.array_equal(found[-1], np.sort(best, axis=1))
         assert scorer.weight is weight  # nothing of the compiled call is left in it
     assert not np.array_equal(*found)
-    with pytest.raises(InputError, match="chooses by a scorer; give one"):
+    with pytest.raises(InputError, match="chooses by a scorer; say its folder"):
         Pruner("learned", 0.25)
     with pytest.raises(InputError, match="reads no scores"):
         Pruner("norm", 0.25, scorer=scorer)
