@@ -18,6 +18,8 @@ FLAGS = {
     "report": ("--output",),
     "generate": ("--overlay",),
     "act": ("--overlay",),
+    "attach": ("--mlx-path",),
+    **dict.fromkeys(("prune", "lora", "fuse"), ("--output",)),
 }
 NAMES = ("", ".", "..", "/", "/dev/full", "/dev/null", "nowhere/x", "/proc/x", "/dev/x")
 NAMES += ("x" * 300, "a\nb", "\udcff", "\x1b[2J", "/dev/null/x", "-")
