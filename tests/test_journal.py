@@ -89,3 +89,17 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert done.returncode == 1
     assert "a worker was lost" in done.stderr
     assert not lost.exists()
+
+
+def test_a_line_whose_rows_do_not_know_the_same_is_asked_again(tmp_path):
+    figures = {"answer": "a", "agrees": True, "divergence": 0.0, "kept": 4}
+    figures |= {"flops": 1.0, "accuracy": 1.0, "needed": 0.5}
+    header = {"rows": [{"label": "none"}, {"label": "norm"}]}
+    for name in ("accuracy", "needed"):
+        rows = {"none": figures, "norm": {**figures, name: None}}
+        file = tmp_path / name
+        for lines in (rows, {**rows, "norm": figures}):
+            texts = [header, {"item": 0, "rows": lines}]
+            file.write_text("\n".join(map(json.dumps, texts)))
+            known = Journal(file, header).records
+            assert len(known) == (lines["norm"] is figures)

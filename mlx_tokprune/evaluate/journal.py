@@ -60,7 +60,13 @@ def _is_answer(line: dict | None, labels: list[str]) -> bool:
         isinstance(rows, dict)
         and list(rows) == labels
         and not any(mismatch(row, ANSWER, "") for row in rows.values())
+        and all(_alike(rows, name) for name in ("accuracy", "needed"))
     )
+
+
+def _alike(rows: dict, name: str) -> bool:
+    """Whether all rows know something, or none."""
+    return len({row.get(name) is None for row in rows.values()}) <= 1
 
 
 def answer_all(
