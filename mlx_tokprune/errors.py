@@ -62,6 +62,12 @@ class Parser(argparse.ArgumentParser):
             r"-(\d+\.?|\.\d)\d*(e[-+]?\d+)?$", re.I
         )
 
+    def _get_values(self, action, arg_strings):
+        # Python 3.11 makes an empty list of `--name=--`.
+        if action.nargs is None and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "expected one value, not '--'")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
 

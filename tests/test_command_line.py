@@ -217,3 +217,11 @@ def test_help(command, capsys):
     assert stop.value.code == 0
     name = command.__name__.rpartition(".")[2]
     assert f"usage: mlx_tokprune.{name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--model=--", "--prompt=--"])
+def test_two_dashes_are_no_value(capsys, flag):
+    with pytest.raises(SystemExit) as stopped:
+        main([flag])
+    assert stopped.value.code == 2
+    assert "expected one value" in capsys.readouterr().err

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from mlx_tokprune import load
 from mlx_tokprune.evaluate import data
 from mlx_tokprune.evaluate.gather import Workers
@@ -103,3 +105,13 @@ def test_a_line_whose_rows_do_not_know_the_same_is_asked_again(tmp_path):
             file.write_text("\n".join(map(json.dumps, texts)))
             known = Journal(file, header).records
             assert len(known) == (lines["norm"] is figures)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, 100])
+def test_a_share_above_one_is_asked_again(tmp_path, share):
+    figures = {"answer": "a", "agrees": True, "divergence": 0.0, "kept": 4}
+    figures |= {"flops": 1.0, "accuracy": 1.0, "needed": share}
+    header = {"rows": [{"label": "none"}]}
+    texts = [header, {"item": 0, "rows": {"none": figures}}]
+    (tmp_path / "j").write_text("\n".join(map(json.dumps, texts)))
+    assert not Journal(tmp_path / "j", header).records

@@ -60,13 +60,15 @@ def _is_answer(line: dict | None, labels: list[str]) -> bool:
         isinstance(rows, dict)
         and list(rows) == labels
         and not any(mismatch(row, ANSWER, "") for row in rows.values())
-        and all(_alike(rows, name) for name in ("accuracy", "needed"))
+        and all(_shares(rows, name) for name in ("accuracy", "needed"))
     )
 
 
-def _alike(rows: dict, name: str) -> bool:
-    """Whether all rows know something, or none."""
-    return len({row.get(name) is None for row in rows.values()}) <= 1
+def _shares(rows: dict, name: str) -> bool:
+    """Whether all rows have a share, or none."""
+    found = [row.get(name) for row in rows.values()]
+    known = [share for share in found if share is not None]
+    return len(known) in (0, len(found)) and all(0 <= share <= 1 for share in known)
 
 
 def answer_all(
