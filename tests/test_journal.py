@@ -107,7 +107,7 @@ def test_a_line_whose_rows_do_not_know_the_same_is_asked_again(tmp_path):
             assert len(known) == (lines["norm"] is figures)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, 100])
+@pytest.mark.parametrize("share", [-0.1, 1.5, 100, {}, "x", True])
 def test_a_share_above_one_is_asked_again(tmp_path, share):
     figures = {"answer": "a", "agrees": True, "divergence": 0.0, "kept": 4}
     figures |= {"flops": 1.0, "accuracy": 1.0, "needed": share}

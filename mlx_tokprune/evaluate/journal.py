@@ -68,7 +68,8 @@ def _shares(rows: dict, name: str) -> bool:
     """Whether all rows have a share, or none."""
     found = [row.get(name) for row in rows.values()]
     known = [share for share in found if share is not None]
-    return len(known) in (0, len(found)) and all(0 <= share <= 1 for share in known)
+    shares = all(type(share) in (int, float) and 0 <= share <= 1 for share in known)
+    return len(known) in (0, len(found)) and shares
 
 
 def answer_all(
