@@ -1,5 +1,6 @@
 """Drafts of answers: the same tokens, or the same chances, in fewer calls."""
 
+import importlib
 import json
 
 import mlx.core as mx
@@ -136,6 +137,20 @@ def test_a_quantized_cache(demo, monkeypatch):
         found, calls = answer(demo, draft, **how)
         assert found == expected
         assert calls < LENGTH
+
+
+def test_a_cache_is_quantized_once_it_is_long_enough(tiny, monkeypatch):
+    module = importlib.import_module("mlx_lm.generate")
+    lengths = []
+    monkeypatch.setattr(
+        module,
+        "maybe_quantize_kv_cache",
+        lambda cache, **how: lengths.append(cache[0].inner.offset),
+    )
+    _, calls = answer(tiny, NgramDrafts())
+    assert len(lengths) == calls  # before the first and after each that decodes
+    assert lengths == sorted(lengths)
+    assert lengths[-1] >= lengths[0] + LENGTH - 1
 
 
 # Chance -----------------------------------------------------------------------------
