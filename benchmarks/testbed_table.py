@@ -81,10 +81,8 @@ def paired(results: Sequence[list[dict]], against: str) -> str:
     for label in dict.fromkeys(label for key in asked for label in scores[key]):
         ratio = label.partition(" ")[2]
         beside = f"{against} {ratio}" if ratio else against
-        mine = [scores[key].get(label) for key in asked]
+        mine = [scores[key][label] for key in asked]
         others = [scores[key].get(beside) for key in asked]
-        if None in mine:
-            continue
         cells = [f"{100 * sum(mine) / len(mine):.1f}", ""]
         if None not in others and beside != label:
             more = [one - other for one, other in zip(mine, others, strict=True)]
