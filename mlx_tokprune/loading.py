@@ -21,6 +21,7 @@ from .errors import InputError
 from .fast import FastCode
 from .files import object_of, read_json
 from .hub import resolve
+from .learned import signs_of
 from .models import fastvlm, openvla, pi0fast, resnet_vlm
 from .models.family import VisionModel
 from .pipeline import plan_for
@@ -121,11 +122,11 @@ def load(
 ) -> tuple[VisionModel, AnyProcessor]:
     """Load a checkpoint, converted or original: `demo`, a folder, or one of the hub.
 
-    dtype: of float weights; `default_dtype()` when `None`. lazy: leave weights on the
-    disk until something needs them. adapter_path: the folder of an adapter in mlx-lm's
-    format, LoRA or DoRA, for the language model. A model that answers comes with a
-    `Processor`, a policy with an `ActionProcessor`, or for chunks of actions in code
-    with a `ChunkProcessor`. Pruners that the checkpoint carries
+    dtype: of float weights; `default_dtype()` when `None`. lazy: leave most weights on
+    the disk until something needs them. adapter_path: the folder of an adapter in
+    mlx-lm's format, LoRA or DoRA, for the language model. A model that answers comes
+    with a `Processor`, a policy with an `ActionProcessor`, or for chunks of actions in
+    code with a `ChunkProcessor`. Pruners that the checkpoint carries
     prune wherever none is given. Raises `InputError` when the folder
     cannot be used, or a weight is not finite.
     """
@@ -141,6 +142,7 @@ def load(
     if config.get("quantization"):
         _quantize(model, config["quantization"], weights)
     model.load_weights(list(weights.items()))
+    model.signs = signs_of(model)  # before an adapter gives weights other names
     if adapter_path is not None:
         _add_adapter(model, Path(adapter_path))
     model.carried = read_carried(config, checkpoint.folder)

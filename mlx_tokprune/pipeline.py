@@ -13,14 +13,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import InputError
 from .features import Features, Selection
-from .learned import SCORERS
+from .learned import check_fits
 from .models.family import VisionModel
 from .models.language import PREFILL_STEP, Read, Sequence
 from .prompt import Prompt
@@ -412,7 +411,9 @@ def plan_for(model: VisionModel, pruners: Pruners) -> Plan:
                 f"model does not have at {pruner.at!r}; choose another, such as "
                 f"{fitting[0]!r}, or another place"
             )
-        _check_scorer(model, pruner)
+        if pruner.scorer is not None:
+            name = pruner.folder or pruner.method
+            check_fits(pruner.scorer, model, pruner.place, name)
     layers = [pruner for pruner in plan if pruner.place == "layer"]
     for pruner in layers:
         _check_layer(pruner, len(model.decoder.layers))
@@ -424,23 +425,6 @@ def plan_for(model: VisionModel, pruners: Pruners) -> Plan:
             "one; give it a budget, or leave out the place"
         )
     return plan
-
-
-def _check_scorer(model: VisionModel, pruner: Pruner) -> None:
-    """Raise `InputError` for a trained scorer of tokens of another size."""
-    if type(pruner.scorer) not in SCORERS.values():
-        return
-    given: Any = pruner.scorer
-    tower = pruner.place == "tower"
-    width = model.feature_size if tower else model.args.text["hidden_size"]
-    own = {"channels": width, "sizes": list(getattr(model, "block_sizes", ()))}
-    for size, number in own.items():
-        found = given.settings.get(size, number)
-        if found != number:
-            raise InputError(
-                f"the scorer of {pruner.folder or pruner.method} was trained for "
-                f"another model: its {size} are {found}, not {number}"
-            )
 
 
 def _check_layer(pruner: Pruner, layers: int) -> None:

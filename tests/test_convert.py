@@ -494,3 +494,13 @@ def test_unknown_places_are_refused(tmp_path):
 def test_quantization_options_are_checked(checkpoint, tmp_path, options):
     with pytest.raises(InputError, match="expected 2, 3, 4, 6 or 8 bits and groups of"):
         convert(str(checkpoint), str(tmp_path / "q"), quantize=True, **options)
+
+
+@pytest.mark.parametrize("option", [["--q-bits", "8"], ["--q-group-size", "32"]])
+def test_bits_without_quantizing_are_refused(checkpoint, tmp_path, capsys, option):
+    paths = ["--hf-path", str(checkpoint), "--mlx-path", str(tmp_path / "mlx")]
+    with pytest.raises(SystemExit) as stop:
+        main([*paths, *option])
+    assert stop.value.code == 2
+    assert "are said of -q; add -q" in capsys.readouterr().err
+    assert not (tmp_path / "mlx").exists()

@@ -1,6 +1,7 @@
 """What `train` reads and writes: lines as `evaluate` reads them, and adapters."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -154,3 +155,12 @@ def test_a_scorer_of_another_model_is_refused(tiny):
     for name, size in (("demo-adaptive", 512), ("demo-asking", 192)):
         with pytest.raises(InputError, match=f"its channels are {size}, not"):
             plan_for(tiny[0], Pruner(name, 0.5))
+
+
+def test_another_picture_under_the_same_name_is_other_data(tmp_path):
+    picture = tmp_path / "own.png"
+    shutil.copy(TINY / "image_0.png", picture)
+    lines = write(tmp_path, {"image": str(picture), "answer": "a cat"})
+    first, again = (read_samples(lines, 1).digest for _ in range(2))
+    shutil.copy(TINY / "image_1.png", picture)
+    assert first == again != read_samples(lines, 1).digest

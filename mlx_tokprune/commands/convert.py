@@ -205,8 +205,8 @@ def build_parser() -> Parser:
         "-q", "--quantize", action="store_true", help="quantize the language model only"
     )
     help_ = "bits per weight: 2, 3, 4, 6 or 8 (default: 4)"
-    add("--q-bits", type=int, default=4, help=help_)
-    add("--q-group-size", type=int, default=64, help="weights per scale (default: 64)")
+    add("--q-bits", type=int, help=help_)
+    add("--q-group-size", type=int, help="weights per scale (default: 64)")
     add("--actions-per-chunk", type=int, help="of an OpenVLA-OFT policy (default: 8)")
     add("--pictures", type=int, help="an OpenVLA-OFT policy looks at (default: 2)")
     help_ = "of an OpenVLA-OFT policy (default: auto, merge unless the weights hold it)"
@@ -225,5 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     pruner = read_plans(plans, options) if plans else None
     if options and pruner is None:
         raise InputError("--option is for what --prune names; say that, too")
-    target = convert(**asked, pruner=pruner)
+    sizes = {name: asked.pop(name) for name in ("q_bits", "q_group_size")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if sizes and not asked["quantize"]:
+        raise InputError("--q-bits and --q-group-size are said of -q; add -q")
+    target = convert(**asked, **sizes, pruner=pruner)
     print(f"wrote {target}")

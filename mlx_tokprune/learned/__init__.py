@@ -1,5 +1,6 @@
 """Scorers that learn which visual tokens to keep, and how they are kept on disk."""
 
+from .fitting import check_fits, same_model, signs_of
 from .folder import counts_itself, is_scorer, load_scorer, save_scorer
 from .scorers import SCORERS, Acting, Adaptive, Asking, Constant, Inside, untold
 
@@ -10,9 +11,12 @@ __all__ = [
     "Asking",
     "Constant",
     "Inside",
+    "check_fits",
     "counts_itself",
     "is_scorer",
     "load_scorer",
+    "same_model",
     "save_scorer",
+    "signs_of",
     "untold",
 ]

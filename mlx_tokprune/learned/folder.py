@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from ..demo import FOLDER
 from ..errors import InputError, nearest
 from ..files import new_folder, object_of, read_json
+from .fitting import read_signs
 from .scorers import SCORERS
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
@@ -46,6 +47,7 @@ def save_scorer(
     kinds = {kind: name for name, kind in SCORERS.items()}
     config = {"scorer": kinds[type(scorer)], "settings": scorer.settings}
     config |= {"counts": OWN} if scorer.own_count else {}
+    config |= {"model": scorer.model_signs} if scorer.model_signs else {}
     config |= {"trained": about} if about else {}
     with new_folder(folder) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -69,6 +71,7 @@ def load_scorer(folder: str | Path) -> nn.Module:
             raise ValueError("its sizes are no whole numbers from 1 to 16383")
         scorer = SCORERS[kind](**settings)
         scorer.own_count = _counts(config, folder) == OWN
+        scorer.model_signs = read_signs(config.get("model"))
         scorer.load_weights(str(folder / WEIGHTS))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} is no scorer that can be read ({error})") from None

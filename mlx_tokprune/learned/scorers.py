@@ -3,7 +3,8 @@
 A pruner keeps the highest; how many comes from outside, and scorers are told the share
 as the extra `budget` (B,). One scorer serves every budget. A scorer of which
 `own_count` is true learned which scores are above 0: those tokens stay, so the last
-layer's bias is its threshold, and it is told no budget.
+layer's bias is its threshold, and it is told no budget. `model_signs` tells the model
+that it was trained for from others (`fitting.py`).
 """
 
 import dataclasses
@@ -80,6 +81,7 @@ class Adaptive(nn.Module):
     at = "tower"
     needs: ClassVar[tuple[str, ...]] = ()
     own_count = False
+    model_signs: str | None = None
 
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
@@ -124,6 +126,7 @@ class Inside(nn.Module):
     at = "tower"
     needs: ClassVar[tuple[str, ...]] = ("blocks",)
     own_count = False
+    model_signs: str | None = None
 
     def __init__(
         self, channels: int, sizes: Sequence[int], width: int = 48, heads: int = 4
@@ -167,6 +170,7 @@ class Asking(nn.Module):
     at = "prompt"
     needs: ClassVar[tuple[str, ...]] = ("text",)
     own_count = False
+    model_signs: str | None = None
 
     def __init__(self, channels: int, width: int = 96, depth: int = 2, heads: int = 4):
         super().__init__()

@@ -33,6 +33,7 @@ class Common:
     gap = 0
     cameras: tuple[str, ...] = ()
     provides = PROVIDES
+    signs: str | None = None
     language_model: Any
     _decoder: Decoder
 
@@ -100,7 +101,8 @@ class VisionModel(Protocol):
     attends: "causal", "full" or "prefix" (full, and causal for what is answered). gap:
     positions that stay free between prompt and answer. args: what its config says.
     action_head: of a model that answers in slots. language_model: mlx-lm's. carried:
-    pruners of its checkpoint, which prune unless others are given.
+    pruners of its checkpoint, which prune unless others are given. signs: what tells
+    its weights from another model's (`learned/fitting.py`), once they were loaded.
     """
 
     answers: Literal["text", "bins", "slots", "chunks"]
@@ -118,6 +120,7 @@ class VisionModel(Protocol):
     action_head: Any
     language_model: Any
     carried: tuple
+    signs: str | None
 
     @property
     def decoder(self) -> Decoder: ...

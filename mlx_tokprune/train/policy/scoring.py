@@ -114,6 +114,7 @@ class ScorerTrainer:
         channels = self.policy.args.text["hidden_size"]
         size = (ACTION_DIM,) if scoring.scorer == "acting" else ()
         self.scorer = SCORERS[scoring.scorer](channels, *size)
+        self.scorer.model_signs = self.policy.signs
         self._loop = Loop(self.scorer, self._loss, plan, folder)
         self._episodes: list = []
         self._shares: np.ndarray | None = None

@@ -49,9 +49,13 @@ class Samples:
 
     @property
     def digest(self) -> str:
-        """What tells these questions from others."""
-        asked = [(item.picture, item.pairs) for item in self.items]
-        return hashlib.blake2b(repr(asked).encode(), digest_size=16).hexdigest()
+        """What tells these questions, and files of pictures, from others."""
+        found = hashlib.blake2b(digest_size=16)
+        for item in self.items:
+            found.update(repr((item.picture, item.pairs)).encode())
+            if item.draw is None:
+                found.update(Path(str(item.picture)).read_bytes())
+        return found.hexdigest()
 
 
 def check_started(folder: Path, model, samples: Samples, settings: dict) -> None:

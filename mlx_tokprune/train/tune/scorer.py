@@ -317,7 +317,7 @@ def train_scorer(
             "within learns how many are needed of an order that is known; expected the "
             f"folder of a trained scorer, not {kind!r}"
         )
-    scorer.own_count = lesson.own_count
+    scorer.own_count, scorer.model_signs = lesson.own_count, model.signs
     settings = {"scorer": fingerprint(scorer), **dataclasses.asdict(lesson)}
     check_started(folder, model, samples, settings)
     needs = scorer.needs if scorer.at == "tower" else ()
