@@ -571,7 +571,7 @@ def prepare(args) -> None:
     low, high = map(np.array, json.loads((state / "bounds.json").read_text()))
     code = pi0fast.read_code(state / "fast")
     processor = pi0fast.build_processor(code, Bounds(low, high, np.ones(4, bool)))
-    told = [pi0fast.ids_of_prompt(t.instruction, np.zeros(4)) for t in TASKS.values()]
+    told = [pi0fast.prompt_ids(t.instruction, np.zeros(4)) for t in TASKS.values()]
     words = processor.tokenizer
     middle, longest = words.known["128"], max(map(len, told))
     np.savez(

@@ -1,15 +1,15 @@
-"""Train the demo model on one GPU: a PyTorch twin of `mlx_tokprune.train run`.
+"""Train the demo model by a PyTorch twin of `mlx_tokprune.train run`.
 
     script=benchmarks/demo_in_torch.py
     python $script prepare --folder FOLDER
     python $script train --folder FOLDER --output OUT --minutes 10
     python $script finish --folder FOLDER --weights OUT/weights.npz --output CHECKPOINT
 
-`prepare` and `finish` need MLX. `train` needs torch, tokenizers, Pillow and matplotlib,
-and nothing of MLX. Stages, pictures, questions, losses (`torch_vlm.py`) and optimizer
-are those of `mlx_tokprune/train/recipe.py`. A stage ends with its steps, or when its
-part of the time is over: the learning rate follows what comes first, and time that is
-left goes to later stages. OUT/weights.npz is written as it goes.
+All need torch; `prepare` and `finish` need MLX, too, and `train` tokenizers, Pillow and
+matplotlib, but nothing of MLX. Stages, pictures, questions, losses (`torch_vlm.py`) and
+optimizer are those of `mlx_tokprune/train/recipe.py`. A stage ends with its steps, or
+when its part of the time is over: the learning rate follows what comes first, and time
+that is left goes to later stages. OUT/weights.npz is written as it goes.
 """
 
 import argparse

@@ -24,7 +24,8 @@ import numpy as np
 
 from mlx_tokprune.features import Features
 from mlx_tokprune.measure.intervals import of_share
-from mlx_tokprune.pipeline import Scene, plan_for, prune
+from mlx_tokprune.pipeline import Scene, prune
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.train.accuracy import held_out

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx_tokprune
 from mlx_tokprune.measure.cost import Cost, count, launches_compiled
-from mlx_tokprune.models.language import Sequence
+from mlx_tokprune.models.language import TokenSequence
 
 import mlx.core as mx  # isort: skip
 
@@ -25,7 +25,7 @@ def our_stages(folder: Path) -> dict:
     model, _ = mlx_tokprune.load(folder)
 
     def prefill(embeddings):
-        sequence = Sequence(embeddings, None, embeddings.shape[1])
+        sequence = TokenSequence(embeddings, None, embeddings.shape[1])
         read = model.decoder.read(sequence, model.decoder.make_cache())
         return model.decoder.logits(read.hidden)
 

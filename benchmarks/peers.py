@@ -614,7 +614,7 @@ def _summary(values: list[float]) -> dict | None:
 def describe_machine() -> dict:
     import mlx.core as mx
 
-    from mlx_tokprune.commands import device_name
+    from mlx_tokprune.measure.machine import device_name
 
     affinity = getattr(os, "sched_getaffinity", None)
     return {

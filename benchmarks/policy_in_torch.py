@@ -381,7 +381,7 @@ def prepare(args) -> None:
     from mlx.utils import tree_flatten
 
     from mlx_tokprune.train.policy import student
-    from mlx_tokprune.train.policy.cloning import Plan
+    from mlx_tokprune.train.policy.cloning import Cloning
     from mlx_tokprune.train.policy.worlds import TASKS
 
     mx.random.seed(0)
@@ -390,7 +390,7 @@ def prepare(args) -> None:
     np.savez(args.folder / "start.npz", **{n: np.array(a) for n, a in weights.items()})
     prompts = {n: student.prompt_ids(task.instruction) for n, task in TASKS.items()}
     told = {"config": student.CONFIG, "preprocessor": student.PREPROCESSOR}
-    told |= {"plan": dataclasses.asdict(Plan()), "prompts": prompts}
+    told |= {"plan": dataclasses.asdict(Cloning()), "prompts": prompts}
     told |= {"words": student.TEXT_TOKENS, "bins": student.BINS}
     told |= {"start": student.START, "pad": student.PAD}
     (args.folder / "told.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -74,7 +74,7 @@ def inside(model, pruner: Pruner, total: int) -> Callable:
         extras = {
             name: model.decoder.attention_to(1, hidden, mx.array(asking))[..., where]
             for name, asking in rows.items()
-            if name in pruner.wants
+            if name in pruner.reads
         }
         if "attention" in extras:
             extras["attention"] = extras["attention"][:, 0]

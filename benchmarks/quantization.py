@@ -25,7 +25,8 @@ from mlx_tokprune.demo import FOLDER, PICTURES
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.image import load_image
 from mlx_tokprune.measure.subject import subject_of
-from mlx_tokprune.pipeline import plan_for, run
+from mlx_tokprune.pipeline import run
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.pruners import read_plan
 
 PLANS = ("norm:0.25", "demo-adaptive:0.11")

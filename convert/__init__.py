@@ -1,16 +1,13 @@
 """Convert a checkpoint once: `convert(hf_path, mlx_path, ...)`.
 
-Here is what checkpoints look like: folders, files, and the names of each family. What
-converts one is `commands/convert.py`, which also asks the models.
+This folder is the package `mlx_tokprune.convert` (`pyproject.toml` says so), though it
+lies beside `mlx_tokprune/`. Here is what checkpoints look like: folders, files, and the
+names of each family. What converts one is `commands/convert.py`, which also asks the
+models.
 """
+
+from ..doors import door
 
 __all__ = ["build_parser", "convert", "main"]
 
-
-def __getattr__(name: str):
-    """`convert` and its command, once somebody asks: they stand above this folder."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ..commands import convert as command
-
-    return getattr(command, name)
+__getattr__ = door(__name__, "convert", (*__all__,))

@@ -37,7 +37,7 @@ class Bounds:
             scaled = 2 * (values - self.low) / (self.high - self.low + 1e-8) - 1
         return np.clip(np.where(self.mask, scaled, values), -1, 1)
 
-    def normalized(self, values: np.ndarray) -> np.ndarray:
+    def from_units_unclipped(self, values: np.ndarray) -> np.ndarray:
         """(..., A) in robot units -> float32, not clipped, as lerobot does it."""
         low, high = self.low.astype(np.float32), self.high.astype(np.float32)
         width, values = high - low, np.asarray(values, np.float32)
@@ -68,9 +68,9 @@ class Deviations:
 
     def from_units(self, values: np.ndarray) -> np.ndarray:
         """(..., A) in robot units -> normalised, clipped to [-1, 1]."""
-        return np.clip(self.normalized(values), -1, 1)
+        return np.clip(self.from_units_unclipped(values), -1, 1)
 
-    def normalized(self, values: np.ndarray) -> np.ndarray:
+    def from_units_unclipped(self, values: np.ndarray) -> np.ndarray:
         """(..., A) in robot units -> float32, not clipped, as lerobot does it."""
         mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
         with np.errstate(over="ignore"):

@@ -27,6 +27,7 @@ class Features:
             finer grid, all that is in the token's cell.
         keys (B, N, d): of the tower's last attention block, or of the last layer before
             the place without rotary positions, heads joined.
+        text_mask (B, T): in training, where texts of a batch end; false is padding.
         text (B, T, D): the prompt after the visual tokens, in the space of the tokens:
             embeddings, or in the language model hidden states.
         text_attention (B, T, N): in the language model, from each of these to the
@@ -77,7 +78,7 @@ class Features:
 
     @property
     def fixed(self) -> "Features":
-        """What a choice inside the language model is made from: it has no gradient."""
+        """What a choice by the language model is made from: it has no gradient."""
         return self.each(mx.stop_gradient)
 
 

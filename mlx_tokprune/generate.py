@@ -4,17 +4,11 @@ The command is `commands/generate.py`; nothing of it is imported until it is ask
 """
 
 from .answer.stream import generate, stream_generate
+from .doors import door
 
 __all__ = ["generate", "stream_generate"]
 
-
-def __getattr__(name: str):
-    if name not in ("build_parser", "main"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .commands import generate as command
-
-    return getattr(command, name)
-
+__getattr__ = door(__name__, "generate")
 
 if __name__ == "__main__":
     from .commands.generate import main

@@ -24,7 +24,7 @@ from .hub import resolve
 from .learned import signs_of
 from .models import fastvlm, openvla, pi0fast, resnet_vlm
 from .models.family import VisionModel
-from .pipeline import plan_for
+from .planning import plan_for
 from .processor import ActionProcessor, Processor
 from .pruners import Pruners
 from .threads import end_streams_with_thread

@@ -2,35 +2,29 @@
 
 The only place that knows models, pruners and prompts together. Everything that
 answers, acts, measures, exports or trains calls `run`, or one of the steps it is made
-of. All of it is lazy, but for the chunks of a long prompt, methods that choose their
-own count, and what a clock fences.
+of; but training makes sequences of its own where it packs questions behind one picture
+or gates tokens (`train/packing.py`, `train/policy`). All of it is lazy, but for the
+chunks of a long prompt, methods that choose their own count, and what a clock fences.
 """
 
-import contextlib
 import dataclasses
 import itertools
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import InputError
 from .features import Features, Selection
-from .learned import check_fits
 from .models.family import VisionModel
-from .models.language import PREFILL_STEP, Read, Sequence
+from .models.language import PREFILL_STEP, Read, TokenSequence
+from .processor import Processor
 from .prompt import Prompt
 from .pruners import (
     Place,
     Plan,
     Pruner,
-    Pruners,
-    as_plan,
-    get_method,
-    list_pruners,
 )
 from .timing import NO_CLOCK, NoClock
 
@@ -160,14 +154,15 @@ def run(
     cache: list | None = None,
     known: int = 0,
     step: int = PREFILL_STEP,
-    note: int | None = None,
+    attention_of: int | None = None,
     clock: NoClock = NO_CLOCK,
 ) -> tuple[Read, VisualTokens]:
     """From a scene to what the language model makes of it.
 
     vision: looks in the place of the model's tower. after: (B, L) token ids read behind
     the prompt. rows: how many of the prompt's last tokens are answered for; all of
-    `after` are, besides. cache, known, step, note: as `Decoder.read` takes them.
+    `after` are, besides. cache, known, step, attention_of: as `Decoder.read` takes
+    them.
     """
     visual = (vision or look)(model, scene, plan, clock)
     if visual.mask is not None and any(pruner.place != "tower" for pruner in plan):
@@ -189,13 +184,19 @@ def run(
             plan=layers,
             known=known,
             step=step,
-            note=note,
+            attention_of=attention_of,
         )
         done.append(read.hidden)
     later = tuple((layer, selection.indices) for layer, selection in read.choices)
     choices = visual.choices + later
     visual = dataclasses.replace(visual, choices=choices, attended=read.attended)
     return read, visual
+
+
+def ask(processor: Processor, images: Sequence, text: str) -> Scene:
+    """Decoded pictures and a question about them."""
+    pixels = mx.array(processor.pixels(images))
+    return Scene(pixels, processor.prompt(text, len(images)))
 
 
 # The steps --------------------------------------------------------------------------
@@ -221,8 +222,8 @@ def encode(
 
 def tower_needs(plan: Plan) -> tuple[str, ...]:
     """The extras of `Features` that a plan reads at the tower."""
-    wanted = [pruner.wants for pruner in plan if pruner.place == "tower"]
-    return tuple(dict.fromkeys(itertools.chain(*wanted)))
+    read = [pruner.reads for pruner in plan if pruner.place == "tower"]
+    return tuple(dict.fromkeys(itertools.chain(*read)))
 
 
 def _pixels(scene: Scene) -> mx.array:
@@ -304,20 +305,20 @@ def _asked(
     model: VisionModel, scene: Scene, pruner: Pruner, visual: VisualTokens
 ) -> Features:
     """Visual tokens at the language model's input, and the prompt behind them."""
-    tokens, needs, extras = visual.embeddings, pruner.wants, {}
+    tokens, reads, extras = visual.embeddings, pruner.reads, {}
     text = model.text(scene.prompt, scene.state)[-1].astype(tokens.dtype)
-    if "text" in needs:
+    if "text" in reads:
         shape = (tokens.shape[0], *text.shape[1:])
         extras["text"] = mx.broadcast_to(text, shape)
-    if "queries" in needs or "text_keys" in needs:
+    if "queries" in reads or "text_keys" in reads:
         prepared = pruner.prepare(tokens), pruner.prepare(text)
         queries, keys = model.decoder.queries_and_keys(*prepared)
         keys = mx.broadcast_to(keys, (tokens.shape[0], *keys.shape[1:]))
         extras |= {"queries": queries, "text_keys": keys}
-    if "scores_previous" in needs and scene.attended is not None:
+    if "scores_previous" in reads and scene.attended is not None:
         before = mx.take_along_axis(scene.attended, visual.indices, axis=1)
         extras["scores_previous"] = before
-    if "action_previous" in needs and scene.acted is not None:
+    if "action_previous" in reads and scene.acted is not None:
         extras["action_previous"] = scene.acted
     whole = visual.keep == visual.total
     grid = visual.grid if whole else None
@@ -330,7 +331,7 @@ def assemble(
     visual: VisualTokens,
     plan: Plan = (),
     positions: str = DEFAULT_POSITIONS,
-) -> Sequence:
+) -> TokenSequence:
     """Texts and visual tokens in one sequence.
 
     positions: `original` as if no visual token had been dropped, or `contiguous`.
@@ -367,13 +368,13 @@ def assemble(
     if positions == "original" and (length < start or seen is not None or drops):
         found = mx.concatenate([p.astype(mx.int32) for p in places], axis=1)
         found = found[0] if batch == 1 else found
-        return Sequence(embeddings, found, start + gap, mask, tuple(slices))
+        return TokenSequence(embeddings, found, start + gap, mask, tuple(slices))
     if seen is None:
-        return Sequence(embeddings, None, length + gap, mask, tuple(slices))
+        return TokenSequence(embeddings, None, length + gap, mask, tuple(slices))
     # Padding takes no place: only what each sample kept is counted.
     counted = mx.cumsum(seen.astype(mx.int32), axis=1)
     ends = counted[:, -1] + gap
-    return Sequence(embeddings, counted - 1, ends, mask, tuple(slices))
+    return TokenSequence(embeddings, counted - 1, ends, mask, tuple(slices))
 
 
 def _visible(seen: mx.array, attends: str) -> mx.array:
@@ -383,86 +384,8 @@ def _visible(seen: mx.array, attends: str) -> mx.array:
     return mask & mx.tri(length, length, 0, mx.bool_) if attends == "causal" else mask
 
 
-# Plans ------------------------------------------------------------------------------
-
-
 def _at(plan: Plan, place: str) -> Pruner | None:
     return next((pruner for pruner in plan if pruner.place == place), None)
-
-
-def given_or_carried(model: VisionModel, pruners: Pruners) -> Plan:
-    """These pruners, those that the model's checkpoint carries when `None`."""
-    return as_plan(model.carried if pruners is None else pruners)
-
-
-def plan_for(model: VisionModel, pruners: Pruners) -> Plan:
-    """What one pruner, several or none do in this model, in the order of their places.
-
-    Raises `InputError` unless it has what each needs at its place.
-    """
-    plan = as_plan(given_or_carried(model, pruners), len(model.decoder.layers))
-    for pruner in plan:
-        provided = model.provides.get(pruner.place, ())
-        missing = [name for name in pruner.needs if name not in provided]
-        if missing:
-            fitting = [name for name in list_pruners() if _fits(name, provided)]
-            raise InputError(
-                f"method {pruner.method!r} needs {', '.join(missing)}, which this "
-                f"model does not have at {pruner.at!r}; choose another, such as "
-                f"{fitting[0]!r}, or another place"
-            )
-        if pruner.scorer is not None:
-            name = pruner.folder or pruner.method
-            check_fits(pruner.scorer, model, pruner.place, name)
-    layers = [pruner for pruner in plan if pruner.place == "layer"]
-    for pruner in layers:
-        _check_layer(pruner, len(model.decoder.layers))
-    own = [pruner for pruner in plan if pruner.has_own_count]
-    if layers and own:
-        raise InputError(
-            f"method {own[0].method!r} decides itself how many visual tokens to keep, "
-            "which cannot be done for a pruner inside the language model, nor before "
-            "one; give it a budget, or leave out the place"
-        )
-    return plan
-
-
-def _check_layer(pruner: Pruner, layers: int) -> None:
-    if not isinstance(pruner.at, int) or pruner.at >= layers:
-        raise InputError(
-            f"cannot prune after layer {pruner.at} of {layers}; expected 1 to "
-            f"{layers - 1}"
-        )
-
-
-def _fits(method: str, provided: tuple[str, ...]) -> bool:
-    known = get_method(method)
-    return method != "none" and all(name in provided for name in known.needs)
-
-
-def check_memory(model: VisionModel, side: int, pictures: int = 1) -> None:
-    """Raise `InputError` for pictures whose encoding would not fit into memory."""
-    free, needed = _free_memory(), pictures * model.memory_of(side)
-    if not free or needed <= free:
-        return
-    sizes = range(model.stride, side, model.stride)
-    fitting = [size for size in sizes if pictures * model.memory_of(size) <= free]
-    raise InputError(
-        f"{pictures} picture{'s' * (pictures > 1)} of {side} px would take about "
-        f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB can be had; the largest that "
-        f"fit have {max(fitting, default=model.stride)} px"
-    )
-
-
-def _free_memory() -> int:
-    """Bytes that can be had, 0 where nobody says."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def check_positions(positions: str) -> None:

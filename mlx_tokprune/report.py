@@ -1,13 +1,8 @@
-"""The door of the command `commands/report.py`."""
+"""The HTML page of results: the door of the command, `commands/report.py`."""
 
+from .doors import door
 
-def __getattr__(name: str):
-    if name not in ("build_parser", "main"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .commands import report as command
-
-    return getattr(command, name)
-
+__getattr__ = door(__name__, "report")
 
 if __name__ == "__main__":
     from .commands.report import main

@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from .models.language import Decoder, LayerCache, greedy
+from .models.language import Decoder, greedy
+from .models.positions import LayerCache
 
 _LONGEST_MATCH = 3  # tokens by which a place in what was said before is told
 

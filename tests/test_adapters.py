@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 
 from mlx_tokprune import load
 from mlx_tokprune.convert import convert
-from mlx_tokprune.pipeline import Scene, plan_for, run, tower_needs
+from mlx_tokprune.pipeline import Scene, run, tower_needs
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import divergence, unpruned_logits

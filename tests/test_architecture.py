@@ -1,6 +1,7 @@
 """Imports only go down, and models and pruners do not know each other."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ PACKAGE = "mlx_tokprune"
 
 # Lower floors first; a module may import from its own floor or lower ones.
 FLOORS = (
-    ("errors", "blas"),
+    ("errors", "blas", "doors"),
     (
         "files",
         "features",
@@ -28,6 +29,7 @@ FLOORS = (
     ("learned",),
     ("convert", "models", "pruners", "overlay", "processor", "chunks"),
     ("carried", "testbed"),
+    ("limits", "planning"),
     ("loading", "pipeline"),
     ("speculative",),
     ("answer", "robot", "adapters"),
@@ -101,6 +103,19 @@ def test_imports_only_go_down(name):
         if name.endswith("__main__") and imported.startswith(("commands", *DOORS)):
             continue
         assert floor(imported) <= floor(name), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
+def test_scripts_import_what_there_is(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not _ours(node.module or ""):
+                continue
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                there = hasattr(module, alias.name)
+                whole = f"{node.module}.{alias.name}"
+                assert there or importlib.util.find_spec(whole), f"{path}: {whole}"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlx_tokprune import load, predict_action, stream_generate, timing
 from mlx_tokprune.answer import stream
-from mlx_tokprune.bench import measure, plots, table
+from mlx_tokprune.bench import benchmark, plots, table
 from mlx_tokprune.bench.__main__ import main
 from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
@@ -112,7 +112,7 @@ def known_rates():
     """Measuring them takes seconds; `whole_bench` has real ones."""
     with pytest.MonkeyPatch.context() as patch:
         rates = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
-        patch.setattr(measure, "measure_rates", lambda: rates)
+        patch.setattr(benchmark, "measure_rates", lambda: rates)
         yield
 
 
@@ -120,15 +120,15 @@ def known_rates():
 def bench(tmp_path, tiny):
     def make(file="bench.json", ratios=(1.0, 0.5), tokens=2):
         subject = subject_of("tiny", *tiny)
-        rows = measure.make_rows([subject], ["norm"], ratios, [], ["Hi"], "original")
+        rows = benchmark.make_cases([subject], ["norm"], ratios, [], ["Hi"], "original")
         images = [load_image(TINY / "image_0.png")]
-        return measure.Benchmark(tmp_path / file, [subject], rows, images, tokens)
+        return benchmark.Benchmark(tmp_path / file, [subject], rows, images, tokens)
 
     return make
 
 
 def read_bench(file) -> dict:
-    return read_result(file, measure.SCHEMA, measure.SHAPE)
+    return read_result(file, benchmark.SCHEMA, benchmark.SHAPE)
 
 
 def counts(result: dict) -> list[int]:
@@ -137,7 +137,7 @@ def counts(result: dict) -> list[int]:
 
 def test_a_stopped_run_goes_on_and_loses_nothing(bench, monkeypatch):
     started = bench()
-    run_once, calls = measure.run_once, []
+    run_once, calls = benchmark.run_once, []
 
     def fail_in_the_third_round(*args):
         calls.append(args)
@@ -145,7 +145,7 @@ def test_a_stopped_run_goes_on_and_loses_nothing(bench, monkeypatch):
             raise KeyboardInterrupt
         return run_once(*args)
 
-    monkeypatch.setattr(measure, "run_once", fail_in_the_third_round)
+    monkeypatch.setattr(benchmark, "run_once", fail_in_the_third_round)
     with pytest.raises(KeyboardInterrupt):
         started.run(4)
     monkeypatch.undo()
@@ -240,7 +240,7 @@ def test_the_command_measures_sizes_too(tmp_path, capsys):
     assert "| 256 | norm 0.5 | 8/16 |" in out
     assert "| 512 | none | 64/64 |" in out
     result = json.loads(output.read_text())
-    assert result["schema"] == measure.SCHEMA
+    assert result["schema"] == benchmark.SCHEMA
     assert {"device", "versions", "commit", "power"} <= result["machine"].keys()
 
 
@@ -248,13 +248,13 @@ def test_every_picture_is_timed_alone(tmp_path, monkeypatch):
     """Those of a folder, too."""
     for picture in PICTURES:
         shutil.copy(picture.path, tmp_path)
-    seen, run = [], measure.run_once
+    seen, run = [], benchmark.run_once
 
     def watched(subject, asked, tokens):
         seen.append([np.asarray(image).mean() for image in asked.images])
         return run(subject, asked, tokens)
 
-    monkeypatch.setattr(measure, "run_once", watched)
+    monkeypatch.setattr(benchmark, "run_once", watched)
     output, one = tmp_path / "b.json", TINY / "image_0.png"
     options = ["--model", str(TINY), "--methods", "norm", "--keep-ratios", "0.5"]
     options += ["--image", str(one), "--image", str(tmp_path), "--runs", "1"]
@@ -379,7 +379,7 @@ def test_policies_are_measured_too(oft_folder, tmp_path, capsys):
 
 
 def test_lower_resolutions_are_rows_of_every_table(bench):
-    sizes = {(row.image_size, row.method) for row in bench().rows}
+    sizes = {(row.image_size, row.method) for row in bench().cases}
     assert sizes == {(256, "none"), (512, "none"), (512, "norm")}
 
 
@@ -397,4 +397,4 @@ def test_a_pruner_of_one_s_own_can_be_measured(tiny):
         images = [load_image(TINY / "image_0.png")]
         plan = as_plan(Pruner("every_other", 0.5))
         asked = Asked(images, "Hi", plan, "original")
-        assert measure.run_once(subject, asked, 2)["ttft_ms"] > 0
+        assert benchmark.run_once(subject, asked, 2)["ttft_ms"] > 0

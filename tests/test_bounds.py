@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, TINY_POLICY, copy_policy
 
-from mlx_tokprune import InputError, Policy, generate, load, pipeline, predict_action
+from mlx_tokprune import InputError, Policy, generate, limits, load, predict_action
 from mlx_tokprune.commands.convert import convert
 from mlx_tokprune.commands.generate import main as command
 from mlx_tokprune.commands.report import main as report
@@ -47,12 +47,12 @@ def test_memory_is_predicted_from_above(demo, side):
 
 def test_pictures_beyond_memory_are_refused(monkeypatch, capsys, demo):
     free = demo[0].memory_of(1024)
-    monkeypatch.setattr(pipeline, "_free_memory", lambda: free)
+    monkeypatch.setattr(limits, "_free_memory", lambda: free)
     said = error_of(command, ["--image-size", 2048], capsys)
     assert "the largest that fit have 1024 px" in said
     picture = load_image(PICTURES[0].path)
     generate(*demo, [picture] * 3, QUESTION, max_tokens=1)
-    monkeypatch.setattr(pipeline, "_free_memory", lambda: demo[0].memory_of(512) * 2)
+    monkeypatch.setattr(limits, "_free_memory", lambda: demo[0].memory_of(512) * 2)
     with pytest.raises(InputError, match="3 pictures of 512 px"):
         generate(*demo, [picture] * 3, QUESTION)
 

@@ -248,7 +248,7 @@ def test_equal_tokens_are_chosen_as_in_mlx(tmp_path, method):
     options = Options(projector=False, image=False, precision="float32")
     export_package(model, [pruner], path, options)
     pixels = mx.zeros((1, 4, 4, 3)).at[0, 1:3].add(0.5).at[0, 2, 1].add(0.25)
-    features = model.encode(pixels, pruner.wants)
+    features = model.encode(pixels, pruner.reads)
     selection = pruner(features)
     found = Package(path).predict({"images": np.array(pixels).transpose(0, 3, 1, 2)})
     expected = selection.apply(features.tokens)

@@ -7,10 +7,11 @@ import pytest
 from conftest import TINY_CHUNKS
 from PIL import Image
 
-from mlx_tokprune import Policy, Pruner, pipeline
+from mlx_tokprune import Policy, Pruner
 from mlx_tokprune.act import main
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.robot.inputs import check_images, observe, tell
 from mlx_tokprune.robot.speculative import draft_chunk
@@ -51,7 +52,7 @@ class Case:
         images = check_images(self.model, [IMAGES[0], IMAGES[2]])
         self.scene = observe(processor, [images], *told)
         self.head = head_of(self.model, processor, 3)
-        self.plan = pipeline.plan_for(self.model, plan)
+        self.plan = plan_for(self.model, plan)
         self.how = {"positions": positions}
         about = (self.model, self.scene, self.plan)
         parts, _ = self.head.act(*about, **self.how)

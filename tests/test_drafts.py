@@ -17,7 +17,7 @@ from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.demo import POLICY_FRAME
 from mlx_tokprune.generate import main
 from mlx_tokprune.image import load_image
-from mlx_tokprune.models.language import LayerCache
+from mlx_tokprune.models.positions import LayerCache
 from mlx_tokprune.pipeline import Scene, choose, run
 from mlx_tokprune.speculative import Draft, ReadingAlong, Repeating, Sampling
 

@@ -10,8 +10,9 @@ from conftest import TINY_POLICY
 from mlx_tokprune import InputError, Policy, Pruner, predict_action
 from mlx_tokprune.demo import POLICY_FRAME
 from mlx_tokprune.image import load_image
-from mlx_tokprune.models.language import At, LayerCache
-from mlx_tokprune.pipeline import assemble, choose, look, plan_for, run
+from mlx_tokprune.models.positions import At, LayerCache
+from mlx_tokprune.pipeline import assemble, choose, look, run
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.robot.inputs import observe
@@ -76,18 +77,18 @@ def by_hand(model, sequence, number: int, asking, own_key: bool) -> np.ndarray:
     return np.array(rows)
 
 
-@pytest.mark.parametrize("note", [1, 2])
+@pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize(
     "text", ["norm:1", "norm:0.5@tower+divprune:0.5@prompt", "norm:0.5@3"]
 )
-def test_tokens_note_what_they_attend_to(demo_policy, frames, note, text):
+def test_tokens_note_what_they_attend_to(demo_policy, frames, layer, text):
     """The prompt's last token, and each that is decoded, before it sees itself."""
     model, processor = demo_policy
     scene = scene_of(processor, [[frames[1]]])
     plan, head = plan_for(model, read_plan(text)), head_of(model, processor, 4)
-    parts, visual = head.act(model, scene, plan, note=note)
+    parts, visual = head.act(model, scene, plan, attention_of=layer)
     ids = head.joined(parts)
-    read, seen = run(model, scene, plan, note=note)
+    read, seen = run(model, scene, plan, attention_of=layer)
     first = np.array(read.attended)
     assert read.attended.shape == (1, 1, seen.keep)
     np.testing.assert_array_equal(np.array(seen.attended), first)
@@ -101,8 +102,8 @@ def test_tokens_note_what_they_attend_to(demo_policy, frames, note, text):
     where = np.arange(sequence.visual[0].start, sequence.visual[0].stop)
     expected = np.concatenate(
         [
-            by_hand(model, sequence, note, [prompt - 1], own_key=True),
-            by_hand(model, sequence, note, range(prompt, prompt + 3), own_key=False),
+            by_hand(model, sequence, layer, [prompt - 1], own_key=True),
+            by_hand(model, sequence, layer, range(prompt, prompt + 3), own_key=False),
         ]
     )[:, where]
     assert visual.attended.shape == (1, 4, len(where))
@@ -148,7 +149,7 @@ def test_slots_note_what_they_attend_to(oft_policy, oft_pictures):
     model, processor = oft_policy
     state = mx.array([[0.1, -0.4, 0.9, 0.0, 0.3]])
     scene = scene_of(processor, [oft_pictures], state)
-    _, visual = head_of(model, processor, 7).act(model, scene, (), note=1)
+    _, visual = head_of(model, processor, 7).act(model, scene, (), attention_of=1)
     sequence = assemble(model, scene, look(model, scene, ()))
     length = sequence.embeddings.shape[1]
     expected = by_hand(model, sequence, 1, range(length - 23, length), own_key=True)
@@ -204,7 +205,7 @@ def test_the_first_attended_is_the_mean_over_an_action(demo_policy, frames):
     model, processor = demo_policy
     scene, head = scene_of(processor, [[frames[0]]]), head_of(model, processor, 4)
     found = attended_of(demo_policy, frames[0])
-    _, visual = head.act(model, scene, (), note=2)
+    _, visual = head.act(model, scene, (), attention_of=2)
     expected = mx.mean(visual.attended, axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
     inside = [VLAPRUNER, Pruner("norm", 0.5, at=1)]

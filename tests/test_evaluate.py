@@ -16,7 +16,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import data, read_result, table
 from mlx_tokprune.evaluate.__main__ import main
 from mlx_tokprune.evaluate.actions import accuracy as action_accuracy
-from mlx_tokprune.evaluate.measure import Answer, Evaluator, _Asked
+from mlx_tokprune.evaluate.evaluator import Answer, Evaluator, _Asked
 from mlx_tokprune.evaluate.words import accuracy
 from mlx_tokprune.measure.results import Row, make_rows
 from mlx_tokprune.measure.subject import Asked, Counted, subject_of

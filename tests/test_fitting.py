@@ -20,7 +20,7 @@ from mlx_tokprune.learned import (
     signs_of,
 )
 from mlx_tokprune.learned.fitting import _warn_of
-from mlx_tokprune.pipeline import plan_for
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.train.__main__ import main as train
 
 DEMO_SCORERS = ("demo-adaptive", "demo-inside", "demo-asking")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_tokprune import InputError
 from mlx_tokprune.actions import choose_statistics, read_bounds
-from mlx_tokprune.bench.measure import read_bench
+from mlx_tokprune.bench.benchmark import read_bench
 from mlx_tokprune.convert.checkpoint import read_header
 from mlx_tokprune.evaluate.data import read_questions
 from mlx_tokprune.evaluate.journal import Journal

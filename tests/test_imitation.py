@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_tokprune.learned import Adaptive, load_scorer
-from mlx_tokprune.models.language import Sequence
+from mlx_tokprune.models.language import TokenSequence
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import read_samples
@@ -61,7 +61,7 @@ def alone_by_hand(model, batch, row: int, tried: list[int]) -> np.ndarray:
         places = [*range(start), start + number]
         places += [start + total + place for place in range(len(ids))]
         hidden = mx.concatenate([before, one, after], axis=1)
-        sequence = Sequence(hidden, mx.array(places), places[-1] + 1)
+        sequence = TokenSequence(hidden, mx.array(places), places[-1] + 1)
         read = model.decoder.read(sequence, rows=len(ids))
         logs = nn.log_softmax(model.decoder.logits(read.hidden)[0], axis=-1)
         logs = [logs[i, t].item() for i, t in enumerate(targets) if t >= 0]

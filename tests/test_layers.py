@@ -15,8 +15,9 @@ from mlx_tokprune import (
 )
 from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.image import load_image
-from mlx_tokprune.models.language import LayerCache
-from mlx_tokprune.pipeline import Scene, assemble, look, plan_for, run
+from mlx_tokprune.models.positions import LayerCache
+from mlx_tokprune.pipeline import Scene, assemble, look, run
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.pruners.registry import temporary
 from mlx_tokprune.robot.heads import head_of

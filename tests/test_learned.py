@@ -24,12 +24,12 @@ from mlx_tokprune.learned import (
     load_scorer,
     save_scorer,
 )
-from mlx_tokprune.pipeline import plan_for
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import answer_logits
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import Sample, read_samples
-from mlx_tokprune.train.tune.gate import log_gate, schedule, straight_through, tamed
+from mlx_tokprune.train.tune.gate import annealed, log_gate, straight_through, tamed
 from mlx_tokprune.train.tune.loop import Loop, Schedule
 from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score, scorer_for
 
@@ -95,11 +95,11 @@ def test_large_gradients_come_down_to_those_of_their_sample():
 
 
 def test_schedules_at_their_ends():
-    assert schedule(1.0, 0.3, 0, 10) == 1.0
+    assert annealed(1.0, 0.3, 0, 10) == 1.0
     assert (
-        schedule(1.0, 0.3, 10, 10) == schedule(1.0, 0.3, 99, 10) == pytest.approx(0.3)
+        annealed(1.0, 0.3, 10, 10) == annealed(1.0, 0.3, 99, 10) == pytest.approx(0.3)
     )
-    assert schedule(0.5, 0.0, 5, 10) == 0.25
+    assert annealed(0.5, 0.0, 5, 10) == 0.25
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "inside", "asking"])

@@ -16,7 +16,7 @@ from mlx_tokprune.models.fastvithd import (
     drop_layer_scales,
     fold,
 )
-from mlx_tokprune.models.language import At, PositionedRoPE, Sequence
+from mlx_tokprune.models.language import At, PositionedRoPE, TokenSequence
 from mlx_tokprune.models.layers import plain_operations
 
 SMALL = VisionConfig(
@@ -287,15 +287,15 @@ def test_a_sequence_is_read_in_chunks_at_its_positions(tiny, where, step):
     """And what follows stands behind its end, whatever the cache holds."""
     decoder, ids = tiny[0].decoder, mx.array([[5, 9, 70, 8, 3], [4, 4, 60, 7, 2]])
     after = mx.array([[11, 12, 13], [21, 22, 23]])
-    sequence = Sequence(decoder.embed(ids), mx.array(where), 12)
+    sequence = TokenSequence(decoder.embed(ids), mx.array(where), 12)
     whole = decoder.read(sequence, rows=5).hidden
     read = decoder.read(sequence, decoder.make_cache(), rows=2, step=step)
     assert difference(read.hidden, whole[:, -2:]) < 1e-5
     for row, places in enumerate(np.broadcast_to(where, (2, 5))):
-        alone = Sequence(sequence.embeddings[row : row + 1], mx.array(places), 12)
+        alone = TokenSequence(sequence.embeddings[row : row + 1], mx.array(places), 12)
         assert difference(decoder.read(alone, rows=5).hidden, whole[row]) < 1e-5
-    plain = Sequence(sequence.embeddings, None, 5)
-    counted = Sequence(sequence.embeddings, mx.arange(5), 5)
+    plain = TokenSequence(sequence.embeddings, None, 5)
+    counted = TokenSequence(sequence.embeddings, mx.arange(5), 5)
     plain, counted = (decoder.read(s, rows=5).hidden for s in (plain, counted))
     assert difference(counted, plain) < 1e-5
     assert difference(whole, plain) > 1e-2
@@ -307,7 +307,7 @@ def test_a_sequence_is_read_in_chunks_at_its_positions(tiny, where, step):
 
 def test_chunks_see_each_other_without_a_cache(tiny):
     decoder = tiny[0].decoder
-    sequence = Sequence(decoder.embed(mx.array([[5, 9, 70, 8, 3]])), None, 5)
+    sequence = TokenSequence(decoder.embed(mx.array([[5, 9, 70, 8, 3]])), None, 5)
     whole, chunked = decoder.read(sequence), decoder.read(sequence, step=2)
     assert difference(chunked.hidden, whole.hidden) < 1e-5
     assert chunked.cache == []

@@ -12,7 +12,7 @@ from mlx_tokprune import Policy, Pruner, load, pipeline
 from mlx_tokprune.act import main, predict_action
 from mlx_tokprune.convert import convert
 from mlx_tokprune.image import load_image
-from mlx_tokprune.models.language import Sequence
+from mlx_tokprune.models.language import TokenSequence
 from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.robot.inputs import observe
@@ -42,7 +42,7 @@ def scene_of(processor) -> pipeline.Scene:
     return observe(processor, [[load_image(PICTURE)]], processor.prompt(INSTRUCTION))
 
 
-def see(model, scene, *pruners) -> tuple[pipeline.VisualTokens, Sequence]:
+def see(model, scene, *pruners) -> tuple[pipeline.VisualTokens, TokenSequence]:
     """The visual tokens that are kept, and the sequence at original positions."""
     plan = as_plan(pruners)
     visual = pipeline.look(model, scene, plan)
@@ -50,7 +50,7 @@ def see(model, scene, *pruners) -> tuple[pipeline.VisualTokens, Sequence]:
     return visual, pipeline.assemble(model, scene, visual, plan)
 
 
-def states(model, sequence: Sequence) -> mx.array:
+def states(model, sequence: TokenSequence) -> mx.array:
     """(B, T, D) of every token."""
     rows = sequence.embeddings.shape[1]
     return model.decoder.read(sequence, rows=rows).hidden

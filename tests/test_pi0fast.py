@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY_CHUNKS
 
-from mlx_tokprune import Policy, Pruner, load, pipeline
+from mlx_tokprune import Policy, Pruner, load, pipeline, planning
 from mlx_tokprune.act import main, predict_action
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.errors import InputError
@@ -50,7 +50,7 @@ def relative(a, b) -> float:
 
 
 def read(model, scene, plan=(), rows=1, **how):
-    plan = pipeline.plan_for(model, plan)
+    plan = planning.plan_for(model, plan)
     return pipeline.run(model, scene, plan, rows=rows, **how)
 
 
@@ -216,7 +216,7 @@ def test_pruned_equals_masked_at_original_positions(tiny_chunks, plan):
 def test_decoding_equals_reading_prompt_and_answer_at_once(tiny_chunks, plan, dialect):
     model, processor = with_dialect(tiny_chunks, dialect)
     scene, head = scene_of(tiny_chunks, "02"), head_of(model, processor, 3)
-    plan = pipeline.plan_for(model, plan)
+    plan = planning.plan_for(model, plan)
     said = head.joined(head.act(model, scene, plan)[0])
     assert said.shape[1] > 3
     whole, _ = pipeline.run(model, scene, plan, after=said[:, :-1])
@@ -228,7 +228,7 @@ def test_two_robots_answer_as_each_does_alone(tiny_chunks):
     """The one that ends first goes on with zeros, as lerobot's does."""
     model, processor = tiny_chunks
     scene, head = two_robots(tiny_chunks), head_of(model, processor, 3)
-    plan = pipeline.plan_for(model, Pruner("norm", 0.5))
+    plan = planning.plan_for(model, Pruner("norm", 0.5))
     together = np.array(head.joined(head.act(model, scene, plan)[0]))
     lengths = []
     for row, said in enumerate(together):

@@ -21,7 +21,8 @@ from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.image import load_image
 from mlx_tokprune.measure.subject import Asked, subject_of
-from mlx_tokprune.pipeline import plan_for, run
+from mlx_tokprune.pipeline import run
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.pruners import as_plan, count_tokens, read_plan, registry
 
 QUESTION = PICTURES[0].question

@@ -51,7 +51,7 @@ def batch_of(processor, keep: int, scored: bool) -> pi0fast.Batch:
     rng, tasks = np.random.default_rng(0), list(TASKS.values())[-3:]
     states = rng.uniform(-1.1, 1.1, (3, 4))
     prompts = [
-        pi0fast.ids_of_prompt(task.instruction, state)
+        pi0fast.prompt_ids(task.instruction, state)
         for task, state in zip(tasks, states, strict=True)
     ]
     lengths, longest = list(map(len, prompts)), max(map(len, prompts))
@@ -150,7 +150,7 @@ def test_it_begins_as_the_demo_policy(learned):
     random = mx.random.normal((1, 30, 192)) * mx.std(first)
     both = []
     for model in (policy, teacher):
-        sequence = pi0fast.Sequence(random, None, 30)
+        sequence = pi0fast.TokenSequence(random, None, 30)
         both.append(np.array(model.decoder.read(sequence, rows=30).hidden).ravel())
     assert np.corrcoef(*both)[0, 1] > 0.999
     pixels = mx.random.uniform(shape=(1, SIZE, SIZE, 3))
@@ -177,7 +177,7 @@ def test_the_checkpoint_is_what_was_trained(learned, tmp_path):
     for task in TASKS.values():
         state = random.uniform(-1.2, 1.2, 4)
         _, ids = loaded.prompt(task.instruction, state).segments
-        assert list(ids) == pi0fast.ids_of_prompt(task.instruction, state)
+        assert list(ids) == pi0fast.prompt_ids(task.instruction, state)
         assert ids == processor.prompt(task.instruction, state).segments[-1]
         assert pi0fast.UNK not in ids
     for chunk in draw_chunks(20):

@@ -29,7 +29,7 @@ from mlx_tokprune.train.policy import (
 from mlx_tokprune.train.policy.demonstrations import Episodes, demonstrate, join
 from mlx_tokprune.train.policy.worlds import SIZE, TASKS
 
-PLAN = cloning.Plan(
+PLAN = cloning.Cloning(
     demonstrations=2,
     steps=6,
     batch=4,
@@ -363,7 +363,7 @@ def test_every_method_and_control_has_its_rows():
 
 
 def test_seeds_of_judging_are_never_those_of_training():
-    most = cloning.Plan()
+    most = cloning.Cloning()
     tasks = len(TASKS)
     shown = demonstrations.DEMONSTRATION_SEEDS
     last = shown + 10_000 * (tasks - 1) + most.demonstrations

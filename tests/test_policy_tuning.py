@@ -231,7 +231,11 @@ def test_how_many_stay():
     assert (min(kept), max(kept)) == (3, 15)
     wide = tuning.Tuning(keep_ratio=0.9)
     assert max(wide.keep(rng, 64) for _ in range(99)) == 63
-    assert settings.rounds_of(800) == (0, 400)
+
+
+def test_rounds_are_spread_from_the_first_step_on():
+    assert collecting.rounds_of(2, 800) == (0, 400)
+    assert collecting.rounds_of(3, 10) == (0, 3, 6)
 
 
 def test_tasks_that_take_long_are_drawn_more_often(tmp_path, corridor):

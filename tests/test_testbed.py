@@ -18,11 +18,12 @@ from mlx_tokprune import InputError, Pruner, generate, load
 from mlx_tokprune.convert.families import identify
 from mlx_tokprune.evaluate import data
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.evaluate.measure import describe_run
+from mlx_tokprune.evaluate.evaluator import describe_run
 from mlx_tokprune.evaluate.table import most_common
 from mlx_tokprune.hub import resolve
 from mlx_tokprune.models import resnet, resnet_vlm
-from mlx_tokprune.pipeline import Scene, plan_for, prune
+from mlx_tokprune.pipeline import Scene, prune
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.testbed import assemble, parts, scenes, things
 from mlx_tokprune.train.__main__ import main as train

@@ -19,7 +19,7 @@ from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.generate import main as generate
 from mlx_tokprune.learned import Adaptive, Asking, load_scorer, save_scorer, untold
-from mlx_tokprune.pipeline import plan_for
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.pruners.saliency import above
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import answer_logits

@@ -11,7 +11,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip
 
 from mlx_tokprune import InputError, Pruner, load
-from mlx_tokprune.pipeline import plan_for
+from mlx_tokprune.planning import plan_for
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.tune.data import read_samples
 from mlx_tokprune.train.tune.loop import Loop, Schedule

@@ -14,7 +14,7 @@ from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.generate import main as command
 from mlx_tokprune.image import load_image
-from mlx_tokprune.models.language import At, LayerCache
+from mlx_tokprune.models.positions import At, LayerCache
 from mlx_tokprune.pipeline import assemble, look, run
 from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.timing import NoClock

@@ -17,7 +17,7 @@ from ..features import Features
 from ..pruners import Pruner
 from .attention import Watch
 from .families import Family, media_of
-from .look import Look
+from .look import PixelLook
 from .positions import Positions
 from .prompts import (
     SENT,
@@ -69,7 +69,7 @@ class Hooks:
         pruner: Pruner,
         family: Family,
         positions: str | None,
-        look: Look | None = None,
+        look: PixelLook | None = None,
         watch: Watch | None = None,
     ):
         self.model, self.pruner, self.family = model, pruner, family

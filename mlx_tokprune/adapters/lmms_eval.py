@@ -15,7 +15,8 @@ from ..answer.memory import Memory
 from ..answer.stream import check_answers, decoded, stream_generate
 from ..errors import InputError
 from ..loading import load
-from ..pipeline import DEFAULT_POSITIONS, Scene, check_positions, plan_for, run
+from ..pipeline import DEFAULT_POSITIONS, ask, check_positions, run
+from ..planning import plan_for
 from ..pruners import Plan, Pruner, as_plan, get_method, read_place, read_plan
 from ..pruners.registry import Options
 from . import RUNTIMES
@@ -191,11 +192,10 @@ class OwnRuntime:
     ) -> tuple[float, bool]:
         """Mean of -log p of the tokens of `continuation`; whether they are greedy's."""
         images, tokenizer = decoded(pictures), self.processor.tokenizer
-        prompt = self.processor.prompt(text, len(images))
         ids = tokenizer.encode(continuation, add_special_tokens=False)
         if not ids:
             raise InputError("a continuation is empty; expected words to be judged")
-        scene = Scene(mx.array(self.processor.pixels(images)), prompt)
+        scene = ask(self.processor, images, text)
         after = mx.array([ids[:-1]], mx.int32)
         read, _ = run(
             self.model, scene, self.plan, positions=self.positions, after=after

@@ -17,7 +17,7 @@ _KINDS = {  # of media: the names of the ids of placeholders, and of pixels
 
 
 @dataclass(frozen=True)
-class Look:
+class PixelLook:
     """Looks at the pixels of Qwen's processors.
 
     scales: (C,) by kind, what makes their values differ as pixels in [0, 1] do.

@@ -20,7 +20,7 @@ from ..pruners import Pruner, list_pruners
 from . import attention, towers
 from .families import FAMILIES, Family
 from .hooks import Hooks, Kept
-from .look import Look
+from .look import PixelLook
 from .pixels import Pixels, RepeatPruner, TemporalPruner, scales, split
 from .prompts import (
     SENT,
@@ -110,7 +110,7 @@ def attach(
         )
     family, chosen, pixels = check_known(_name_of(model), pruner, positions)
     _check_seams(model)
-    look = Look(pixels, model.config, scales(processor)) if pixels else None
+    look = PixelLook(pixels, model.config, scales(processor)) if pixels else None
     seen, watch = _of_tower(chosen), None
     if seen and family.tower:
         watch = attention.Watch(model, family.tower, seen)
@@ -246,7 +246,7 @@ def provided_by(family: Family) -> tuple[str, ...]:
 
 
 def _of_tower(pruner: Pruner) -> list[str]:
-    return [name for name in pruner.wants if name in attention.PROVIDES]
+    return [name for name in pruner.reads if name in attention.PROVIDES]
 
 
 def _fits(method: str, provided: tuple[str, ...]) -> bool:

@@ -15,7 +15,8 @@ from PIL import Image
 from ..errors import InputError
 from ..models.family import VisionModel
 from ..models.language import Read
-from ..pipeline import Scene, VisualTokens, choose, plan_for, run
+from ..pipeline import Scene, VisualTokens, ask, choose, run
+from ..planning import plan_for
 from ..processor import Processor
 from ..prompt import Prompt
 from ..pruners import Plan, Pruner, Pruners, as_plan
@@ -105,10 +106,9 @@ class ModelDrafts:
 
     def begin(self, begun: Begun) -> Drafter:
         model, settings = self.model, begun.settings
-        prompt = self.processor.prompt(begun.text, len(begun.images))
         read, _ = run(
             model,
-            Scene(mx.array(self.processor.pixels(begun.images)), prompt),
+            ask(self.processor, begun.images, begun.text),
             plan_for(model, self.pruner),
             positions=settings.positions,
             cache=model.decoder.make_cache(),

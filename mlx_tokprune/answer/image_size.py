@@ -7,11 +7,10 @@ machine and a line is drawn through them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 from PIL import Image
 
 from ..errors import InputError
-from ..pipeline import Scene, run
+from ..pipeline import ask, run
 from ..processor import Processor
 from ..pruners import Plan
 from ..timing import Clock
@@ -87,9 +86,8 @@ def _measure(model, processor: Processor, images, text, plan: Plan, positions) -
     for _ in range(2):
         clock = Clock()
         with clock.stage("preprocess") as done:
-            pixels = mx.array(processor.pixels(images))
-            scene = Scene(pixels, processor.prompt(text, len(images)))
-            done.append(pixels)
+            scene = ask(processor, images, text)
+            done.append(scene.pixels)
         cache = model.decoder.make_cache()
         how = {"positions": positions, "cache": cache, "clock": clock}
         read, _ = run(model, scene, plan, **how)

@@ -18,8 +18,10 @@ from PIL import Image
 
 from ..errors import InputError
 from ..image import load_image
+from ..limits import check_memory
 from ..models.family import VisionModel
-from ..pipeline import Scene, VisualTokens, check_memory, plan_for, run
+from ..pipeline import Scene, VisualTokens, run
+from ..planning import plan_for
 from ..processor import Processor
 from ..pruners import Plan, Pruners, as_plan
 from ..speculative import speculate
@@ -33,7 +35,7 @@ log = logging.getLogger("mlx_tokprune")
 
 
 class Vision(Protocol):
-    """What looks in place of a model's tower: a `Temporal`, or a Core ML package.
+    """A `Look` that users give: a `Temporal`, or a Core ML package.
 
     plan: the pruners that it brings along.
     """
@@ -86,13 +88,13 @@ class _Question:
 
 
 class _Opening(NamedTuple):
-    """A question that has been read. known: tokens of it that a memory knew.
+    """A question that has been read. reused: tokens of it that a memory knew.
 
     remember: makes the memory remember it, after the clock.
     """
 
     begun: Begun
-    known: int
+    reused: int
     remember: Callable[[], None]
 
 
@@ -191,7 +193,7 @@ def _answer(asked: _Question) -> Iterator[Response]:
         token = int(np.array(sampler(logits))[0])
     ttft = (time.perf_counter() - start) * 1e3
     _check(token if mx.isfinite(logits[0, token]).item() else -1)
-    log.debug("first token after %.1f ms, %d tokens known", ttft, reused)
+    log.debug("first token after %.1f ms, %d tokens reused", ttft, reused)
     remember()
     first = time.perf_counter()
     detokenizer = tokenizer.detokenizer

@@ -21,9 +21,10 @@ from ..hub import resolve
 from ..image import list_pictures, load_image
 from ..loading import load
 from ..measure.subject import Subject, default_methods, subject_of
-from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
+from ..pipeline import DEFAULT_POSITIONS, POSITIONS
+from ..planning import plan_for
 from ..pruners import get_method, read_plan
-from .measure import Benchmark, make_rows
+from .benchmark import Benchmark, make_cases
 from .plots import Accuracy, draw_all
 from .table import markdown
 
@@ -91,16 +92,16 @@ def main(argv: list[str] | None = None) -> None:
     images = _images(args, example.path)
     prompts = args.prompt or [example.question]
     drafts = _drafts(args, subject)
-    rows = make_rows(
+    cases = make_cases(
         *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
         *(args.positions, len(images), options, args.plans, list(drafts)),
     )
-    for one, row in itertools.product(subjects, rows):  # refuse any before measuring
-        plan = plan_for(one.model, row.pruners)
-        if row.draft:
-            drafts[row.draft].check(one.model, one.processor, plan)
+    for one, case in itertools.product(subjects, cases):  # refuse any before measuring
+        plan = plan_for(one.model, case.pruners)
+        if case.draft:
+            drafts[case.draft].check(one.model, one.processor, plan)
     output, asked = Path(args.output), (images, args.tokens, drafts)
-    result = Benchmark(output, subjects, rows, *asked).run(args.runs)
+    result = Benchmark(output, subjects, cases, *asked).run(args.runs)
     print(markdown(result))
     print(f"\nwrote {output}")
     if args.plots:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import import_matplotlib
 from ..files import replacing
 from ..timing import STAGES
-from .measure import median
+from .benchmark import median
 from .table import describe, label, stage
 
 Accuracy = dict[tuple[str, int], float]  # by label and input size

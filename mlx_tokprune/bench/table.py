@@ -3,7 +3,7 @@
 import statistics
 
 from ..errors import printable
-from .measure import is_base, median
+from .benchmark import is_base, median
 
 _NOISE = "~"  # before a saving above its ceiling
 

@@ -14,7 +14,7 @@ from ..errors import InputError, Parser, command
 from ..image import center_crop, load_image
 from ..loading import load
 from ..measure.machine import device_name
-from ..pipeline import given_or_carried
+from ..planning import given_or_carried
 from ..pruners import Plan
 from ..robot.inputs import check_first, check_images
 from ..robot.policy import Policy

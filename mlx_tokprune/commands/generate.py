@@ -23,7 +23,8 @@ from ..image import list_pictures, load_image
 from ..loading import load
 from ..measure.machine import device_name
 from ..models.language import PREFILL_STEP
-from ..pipeline import VisualTokens, given_or_carried
+from ..pipeline import VisualTokens
+from ..planning import given_or_carried
 from ..processor import PADDINGS
 from ..pruners import Plan
 from .drafts import add_answer_drafts, make_drafts

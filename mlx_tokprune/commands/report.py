@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..bench import benchmark as bench
 from ..bench import guest as bench_guest
-from ..bench import measure as bench
 from ..bench import plots
 from ..bench import table as bench_table
 from ..errors import InputError, Parser, command, import_matplotlib
@@ -29,7 +29,8 @@ from ..measure.guest import Guest, GuestRow
 from ..measure.results import read_any
 from ..measure.subject import Subject, subject_of
 from ..overlay import draw_overlay
-from ..pipeline import plan_for, run
+from ..pipeline import run
+from ..planning import plan_for
 from ..pruners import Pruner, Pruners, get_method, is_registered
 from .options import draw_choices
 

@@ -23,7 +23,7 @@ from ..errors import InputError, nearest
 from ..features import Features, Selection, keep_rows
 from ..files import new_folder
 from ..loading import check_finite
-from ..pipeline import plan_for
+from ..planning import plan_for
 from ..pruners import Pruner, get_method
 from .capture import Graph, capture
 from .describe import Function, describe
@@ -274,7 +274,7 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
     """Nothing is evaluated but a choice that does not depend on the picture."""
 
     def encode(pixels):
-        return model.encode(pixels, pruner.wants).arrays()
+        return model.encode(pixels, pruner.reads).arrays()
 
     def prune(*arrays):
         tokens, *extras = arrays
@@ -286,7 +286,7 @@ def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
         return [model.project(tokens) if projector else tokens]
 
     pixels = mx.zeros((1, model.image_size, model.image_size, 3))
-    features = model.encode(pixels, pruner.wants)
+    features = model.encode(pixels, pruner.reads)
     grid, names, seen = features.grid, list(features.extras), features.arrays()
     total = grid[0] * grid[1]
     if not pruner.keeps_all and pruner.count(total) == total:

@@ -22,13 +22,14 @@ from ..loading import load, open_checkpoint
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of
-from ..pipeline import DEFAULT_POSITIONS, POSITIONS, plan_for
+from ..pipeline import DEFAULT_POSITIONS, POSITIONS
+from ..planning import plan_for
 from ..processor import PADDINGS
 from ..pruners import get_method, read_plan
 from .data import DESCRIBE, Questions, blinded, read_questions
+from .evaluator import Evaluator, describe_run
 from .gather import Workers, launch
 from .journal import Journal, answer_all
-from .measure import Evaluator, describe_run
 from .recommend import recommend, sentence
 from .results import SCHEMA
 from .table import draw, markdown, most_common, summarize

@@ -1,4 +1,4 @@
-"""The same for policies: actions under pruning beside the unpruned and the right ones.
+"""Judging policies: actions under pruning beside the unpruned and the right ones.
 
 One action at a time, so it is no measure of success: small mistakes add up in a closed
 loop, or are made good. `mlx_tokprune.train.policy success` measures that.

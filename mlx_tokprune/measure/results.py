@@ -46,22 +46,26 @@ def make_rows(
     """
     rows = [Row("none", (Pruner("none"),))]
     for method in methods:
-        known, own = get_method(method), (options or {}).get(method, {})
-        if known.counts_itself(own) or known.learned_count:
-            rows.append(Row(f"{method} own count", (Pruner(method, options=own),)))
-        if known.counts_itself(own):
-            continue
-        rows += [
-            Row(f"{method} {ratio:g}", (Pruner(method, ratio, options=own),))
-            for ratio in ratios
-            if ratio < 1
-        ]
-        rows += [
-            Row(f"{method} {n} tokens", (Pruner(method, keep_tokens=n, options=own),))
-            for n in counts
-        ]
+        own = (options or {}).get(method, {})
+        for ratio in budgets(method, ratios, own):
+            budget = "own count" if ratio is None else f"{ratio:g}"
+            pruner = Pruner(method, ratio, options=own)
+            rows.append(Row(f"{method} {budget}", (pruner,)))
+        for number in () if get_method(method).counts_itself(own) else counts:
+            pruner = Pruner(method, keep_tokens=number, options=own)
+            rows.append(Row(f"{method} {number} tokens", (pruner,)))
     rows += [Row(label, plan) for label, plan in (plans or {}).items()]
     return list({row.label: row for row in rows}.values())
+
+
+def budgets(
+    method: str, ratios: Iterable[float], options: Options
+) -> list[float | None]:
+    """The keep ratios of a method's rows; `None` where its own count says."""
+    known, shares = get_method(method), [ratio for ratio in ratios if ratio < 1]
+    if known.counts_itself(options):
+        return [None]
+    return [None, *shares] if known.learned_count else shares
 
 
 def fingerprint(model) -> str:

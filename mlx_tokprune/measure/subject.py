@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -12,9 +12,10 @@ from ..answer.drafts import Drafts
 from ..answer.stream import stream_generate
 from ..errors import InputError
 from ..features import Selection
+from ..limits import check_memory
 from ..models.family import VisionModel
-from ..models.language import Sequence
-from ..pipeline import Scene, VisualTokens, check_memory, choose, encode, look
+from ..models.language import TokenSequence
+from ..pipeline import Scene, VisualTokens, ask, choose, encode, look
 from ..processor import ActionProcessor, Processor
 from ..pruners import (
     Counts,
@@ -39,7 +40,7 @@ class Asked:
     drafts: what drafts an answer.
     """
 
-    images: Many
+    images: Sequence
     prompt: str
     plan: Plan
     positions: str
@@ -81,7 +82,7 @@ class _Subject:
     def image_size(self) -> int:
         return self.processor.image_size
 
-    def total(self, images: Many) -> int:
+    def total(self, images: Sequence) -> int:
         """Visual tokens of a picture before pruning."""
         _, height, width, _ = self.processor.pixels(images[:1]).shape
         return (height // self.model.stride) * (width // self.model.stride)
@@ -125,7 +126,7 @@ class _Subject:
             seen = dataclasses.replace(scene, pixels=pixels)
             return encode(self.model, seen, plan).arrays()
 
-        needs = tuple(p.wants for p in plan if p.place == "tower")
+        needs = tuple(p.reads for p in plan if p.place == "tower")
         key = ("vision", scene.pixels.shape, needs)
         return self._once(key, count, encoded, scene.pixels)
 
@@ -172,16 +173,18 @@ class _Subject:
     def _project(self, tokens: mx.array) -> Cost:
         return count(self.model.project, tokens)
 
-    def _blank(self, batch: int, texts: list[int], kept: int) -> Sequence:
+    def _blank(self, batch: int, texts: list[int], kept: int) -> TokenSequence:
         """A sequence of these lengths."""
         slices, length = [], texts[0]
         for text in texts[1:]:
             slices.append(slice(length, length + kept))
             length += kept + text
         size = (batch, length, self.model.args.text["hidden_size"])
-        return Sequence(mx.zeros(size), None, length, self.model.attends, tuple(slices))
+        return TokenSequence(
+            mx.zeros(size), None, length, self.model.attends, tuple(slices)
+        )
 
-    def _prefill(self, sequence: Sequence, plan: Plan) -> tuple[Cost, int]:
+    def _prefill(self, sequence: TokenSequence, plan: Plan) -> tuple[Cost, int]:
         """Of reading a sequence, and the bytes of its keys and values."""
         decoder, cache = self.model.decoder, self.model.decoder.make_cache()
         layers = [pruner for pruner in plan if pruner.place == "layer"]
@@ -224,9 +227,8 @@ class Answering(_Subject):
         check_memory(self.model, size)
         return dataclasses.replace(self, processor=self.processor.at(size, padding))
 
-    def scene(self, images: Many, prompt: str) -> Scene:
-        pixels = mx.array(self.processor.pixels(images))
-        return Scene(pixels, self.processor.prompt(prompt, len(images)))
+    def scene(self, images: Sequence, prompt: str) -> Scene:
+        return ask(self.processor, images, prompt)
 
     def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
         """Times of an answer of at most `tokens`; fenced with `stages`."""
@@ -281,7 +283,7 @@ class Acting(_Subject):
             )
         return self
 
-    def scene(self, images: Many, prompt: str) -> Scene:
+    def scene(self, images: Sequence, prompt: str) -> Scene:
         state = self._state
         states = None if state is None else [state]
         images = check_images(self.model, self._wanted(images))
@@ -310,7 +312,7 @@ class Acting(_Subject):
             "stages_ms": action.stages_ms,
         }
 
-    def _wanted(self, images: Many) -> list:
+    def _wanted(self, images: Sequence) -> list:
         return [images[0]] * (self.model.pictures or len(self.model.cameras))
 
     @property

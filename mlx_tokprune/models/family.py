@@ -48,6 +48,15 @@ class Common:
     def memory_of(self, side: int) -> int:
         return 0  # their pictures have one size
 
+    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
+        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
+        return self.language_model(inputs, cache, input_embeddings)
+
+    @staticmethod
+    def quant_predicate(path: str, module: nn.Module) -> bool:
+        """Only the language model is quantized; towers and projector stay float."""
+        return path.startswith("language_model.") and hasattr(module, "to_quantized")
+
 
 class Chat(Common):
     """What models have alike that answer in words, in ChatML.
@@ -76,15 +85,6 @@ class Chat(Common):
     def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
         """(1, L, D) for each text around the pictures."""
         return [self.decoder.embed(ids) for ids in prompt.arrays()]
-
-    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
-        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
-        return self.language_model(inputs, cache, input_embeddings)
-
-    @staticmethod
-    def quant_predicate(path: str, module: nn.Module) -> bool:
-        """Only the language model is quantized; towers and projector stay float."""
-        return path.startswith("language_model.") and hasattr(module, "to_quantized")
 
 
 class VisionModel(Protocol):

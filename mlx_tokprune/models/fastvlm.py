@@ -154,8 +154,8 @@ class FastVLM(Chat, nn.Module):
         prompt: Prompt | None = None,
     ) -> Features:
         """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector."""
-        dtype = self.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv
-        return self.vision_tower(pixels.astype(dtype.weight.dtype), needs)
+        first = self.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv
+        return self.vision_tower(pixels.astype(first.weight.dtype), needs)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """MLX-layout tensors -> what the inference form holds. Idempotent.

@@ -8,8 +8,7 @@ model serves several threads and interleaved answers.
 """
 
 import dataclasses
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,20 +24,20 @@ PREFILL_STEP = 2048  # tokens of a prompt that are read at once, as in mlx-lm
 class Choice(Protocol):
     """What the decoder knows of a pruner: the layer after which it chooses, and how.
 
-    wants: the extras of `Features` that it reads.
+    reads: the extras of `Features`.
     """
 
     @property
     def at(self) -> Any: ...
 
     @property
-    def wants(self) -> tuple[str, ...]: ...
+    def reads(self) -> tuple[str, ...]: ...
 
     def __call__(self, features: Features) -> Selection: ...
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """What goes into the language model: T tokens of B samples.
 
     embeddings: (B, T, D). positions: (T,) or (B, T) int32, `None` where tokens are
@@ -53,7 +52,7 @@ class Sequence:
     mask: mx.array | str = "causal"
     visual: tuple[slice, ...] = ()
 
-    def extended(self, embeddings: mx.array) -> "Sequence":
+    def extended(self, embeddings: mx.array) -> "TokenSequence":
         """With tokens (B, L, D) behind, which see what is before them.
 
         Raises `ValueError` where tokens of the sequence see those that follow.
@@ -135,7 +134,7 @@ class Decoder:
         return make_prompt_cache(self._model)
 
     def cache_of(
-        self, layers: Many[tuple[mx.array, mx.array]], shifts: Many
+        self, layers: Sequence[tuple[mx.array, mx.array]], shifts: Sequence
     ) -> list[LayerCache]:
         """A cache of each layer's keys and values (B, H, S, d), and its shift."""
         cache = self.make_cache()
@@ -145,15 +144,15 @@ class Decoder:
 
     def read(
         self,
-        sequence: Sequence,
+        sequence: TokenSequence,
         cache: list | None = None,
         *,
         rows: int = 1,
-        plan: Many[Choice] = (),
+        plan: Sequence[Choice] = (),
         known: int = 0,
         step: int = PREFILL_STEP,
         watch: Callable[[int, mx.array], None] | None = None,
-        note: int | None = None,
+        attention_of: int | None = None,
     ) -> Read:
         """Read a sequence; lazy, but for the chunks of a long one.
 
@@ -162,15 +161,15 @@ class Decoder:
         whose `at` are layers, in order: after layer k the visual tokens that it does
         not choose are gone. known: tokens that the cache holds already. step: tokens
         read at once. watch: called with the number of each layer and what goes into
-        it; note: the number of the layer whose attention is kept. Both only where
-        nothing is known or chunked.
+        it; attention_of: the number of the layer whose attention is kept. Both
+        only where nothing is known or chunked.
 
         mlx-lm would read the weights twice, for the prompt and for its last token.
         """
-        state = _State(self, sequence, cache, rows, known, step, watch, note)
+        state = _State(self, sequence, cache, rows, known, step, watch, attention_of)
         choices = []
         for pruner in plan:
-            state.advance(pruner.at, notes_input=True)
+            state.advance(pruner.at, keeps_input=True)
             choices.append((pruner.at, state.drop(pruner)))
         hidden = state.finish()
         return Read(hidden, state.followers(), tuple(choices), state.attended)
@@ -285,10 +284,10 @@ class _State:
     """A sequence on its way through the layers."""
 
     def __init__(
-        self, decoder: Decoder, sequence, cache, rows, known, step, watch, note
+        self, decoder: Decoder, sequence, cache, rows, known, step, watch, attention_of
     ):
         self._decoder, self._rows, self._watch = decoder, rows, watch
-        self._note_at, self.attended = note, None
+        self._attention_of, self.attended = attention_of, None
         self._cache = cache or [None] * len(decoder.layers)
         self._known = known
         # Without a cache, or where tokens see what follows, nothing can be cut.
@@ -324,16 +323,16 @@ class _State:
             return self._mask[:, None, start:stop, :stop]
         return "causal" if self._mask == "causal" else None
 
-    def _note(self, number: int) -> None:
+    def _remember(self, number: int) -> None:
         """What tokens after the sequence need to know of this layer."""
         self._shifts.append(self._end - self._length)
         mask = self._mask
         self._seen.append(mask[:, -1, :] if isinstance(mask, mx.array) else None)
 
-    def advance(self, stop: int, notes_input: bool = False) -> None:
+    def advance(self, stop: int, keeps_input: bool = False) -> None:
         """All tokens through the layers before `stop`, a chunk after the other.
 
-        notes_input: keep what goes into the last of them, which `drop` looks at.
+        keeps_input: keep what goes into the last of them, which `drop` looks at.
         """
         layers, parts, before = self._decoder.layers, [], []
         for start, end in self._chunks() if stop > self._done else ():
@@ -341,12 +340,12 @@ class _State:
                 mx.eval(parts, _states(self._cache[self._done : stop]))
             hidden = self._hidden[:, start - self._known : end - self._known]
             for number in range(self._done, stop):
-                if notes_input and number == stop - 1:
+                if keeps_input and number == stop - 1:
                     before.append(hidden)
                 hidden = self._layer(layers, number, hidden, start, end)
             parts.append(hidden)
         for number in range(self._done, stop):
-            self._note(number)
+            self._remember(number)
         self._done = max(self._done, stop)
         self._hidden = mx.concatenate(parts, axis=1) if parts else self._hidden
         self._before = mx.concatenate(before, axis=1) if before else self._before
@@ -360,7 +359,7 @@ class _State:
         """Before a layer: what goes into it, for whoever asked."""
         if self._watch:
             self._watch(number, hidden)
-        if number != self._note_at:
+        if number != self._attention_of:
             return
         asking = mx.arange(self._length - self._rows, self._length)[None]
         asking = mx.broadcast_to(asking, (len(hidden), self._rows))
@@ -375,7 +374,7 @@ class _State:
         last = len(self._decoder.layers) - 1
         self.advance(last)
         hidden = self._last(self._decoder.layers[last], last)
-        self._note(last)
+        self._remember(last)
         return self._decoder.norm(hidden[:, -self._rows :])
 
     def _last(self, layer, number: int) -> mx.array:
@@ -400,7 +399,7 @@ class _State:
         batch = hidden.shape[0]
         where = mx.broadcast_to(self._where, (batch, self._where.shape[1]))
         visual = mx.take_along_axis(hidden, where[..., None], axis=1)
-        extras = self._extras(pruner.wants, where)
+        extras = self._extras(pruner.reads, where)
         selection = pruner(Features(visual, None, extras=extras).fixed)
         kept = mx.take_along_axis(where, selection.indices, axis=1)
         if selection.weights is not None:

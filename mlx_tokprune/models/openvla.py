@@ -364,10 +364,6 @@ class OpenVLA(Common, nn.Module):
             last = mx.concatenate([token, last], axis=1)
         return [*before, last]
 
-    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
-        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
-        return self.language_model(inputs, cache, input_embeddings)
-
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """MLX-layout tensors -> what the inference form holds. Idempotent."""
         skipped = []
@@ -375,8 +371,3 @@ class OpenVLA(Common, nn.Module):
             prefix = f"vision_backbone.{name}"
             skipped += [f"{prefix}.norm.", f"{prefix}.blocks.{tower.depth - 1}."]
         return {k: v for k, v in weights.items() if not k.startswith(tuple(skipped))}
-
-    @staticmethod
-    def quant_predicate(path: str, module: nn.Module) -> bool:
-        """Only the language model is quantized; towers and projector stay float."""
-        return path.startswith("language_model.") and hasattr(module, "to_quantized")

@@ -208,11 +208,6 @@ class Pi0Fast(Common, nn.Module):
         """MLX-layout tensors -> what the inference form holds: the same."""
         return weights
 
-    @staticmethod
-    def quant_predicate(path: str, module: nn.Module) -> bool:
-        """Only the language model is quantized; tower and projector stay float."""
-        return path.startswith("language_model.") and hasattr(module, "to_quantized")
-
 
 def _gemma(text: Mapping[str, Any]) -> nn.Module:
     """mlx-lm's Gemma. Its GELU is exact, PaliGemma's by tanh, as Gemma 2's."""

@@ -162,7 +162,7 @@ class Pruner:
         return tuple(dict.fromkeys((*own, *getattr(self.scorer, "needs", ()))))
 
     @property
-    def wants(self) -> tuple[str, ...]:
+    def reads(self) -> tuple[str, ...]:
         """The same, with what is read only where there is any."""
         if self.keeps_all:
             return ()
@@ -179,7 +179,7 @@ class Pruner:
     @property
     def prepare(self) -> Callable[[mx.array], mx.array]:
         """What is done to what the first layer makes queries and keys of."""
-        return get_method(self.method).prepare or (lambda x: x)
+        return self._known.prepare or (lambda x: x)
 
     @property
     def keeps_all(self) -> bool:
@@ -224,43 +224,39 @@ class Pruner:
 
     def __call__(self, features: Features) -> Selection:
         selection = self._select(features)
+        if not self._known.is_own:
+            selection = _inside(selection, features.total, self.method)
         given, kept = features.total, selection.keep
         log.debug("%s at %s: %d -> %d tokens", self.method, self.at, given, kept)
         return selection
 
     def _select(self, features: Features) -> Selection:
-        selection = self._selected(features)
-        if self._known.is_own:
-            return selection
-        return _inside(selection, features.total, self.method)
-
-    def _selected(self, features: Features) -> Selection:
         keep = None if self.has_own_count else self.count(features.total)
         if keep == features.total:
             return get_method("none").function(features, keep=keep)
         _check_extras(self, features)
-        method, options = get_method(self.method), tuple(sorted(self.options.items()))
+        method, options = self._known, tuple(sorted(self.options.items()))
         if keep is None or not method.can_compile:
-            return self._choose(features, keep)
+            return self._run(features, keep)
         shape = (features.grid, features.pictures)
         scorer = None if self.scorer is None else _Same(self.scorer)
         chosen = _compiled(method, keep, shape, options, scorer)(
             features.tokens,
             {
                 name: features.extras[name]
-                for name in self.wants
+                for name in self.reads
                 if name in features.extras
             },
             {} if self.scorer is None else self.scorer.parameters(),
         )
         return Selection(**chosen)
 
-    def _choose(self, features: Features, keep: int | None) -> Selection:
-        method = get_method(self.method)
+    def _run(self, features: Features, keep: int | None) -> Selection:
+        method = self._known
         if self.scorer is not None:
             features = _scored(features, self.scorer, keep)
         seed = {"seed": int(self.seed)} if method.seeded else {}
-        return _chosen(method.function(features, keep=keep, **seed, **self.options))
+        return _checked(method.function(features, keep=keep, **seed, **self.options))
 
 
 def _check_place(at) -> None:
@@ -284,7 +280,7 @@ def _check_extras(pruner: Pruner, features: Features) -> None:
         )
 
 
-def _chosen(selection) -> Selection:
+def _checked(selection) -> Selection:
     """What a method returned; `InputError` unless it chose something."""
     if not isinstance(selection, Selection) or not selection.keep:
         raise InputError(
@@ -364,6 +360,6 @@ def _compiled(
             with _parameters(scorer.module, parameters):
                 features = _scored(features, scorer.module, keep)
         chosen = method.function(features, keep=keep, **dict(options))
-        return _chosen(chosen).arrays()
+        return _checked(chosen).arrays()
 
     return mx.compile(arrays)

@@ -2,7 +2,8 @@
 
 What a method of another place does there is `Pruner(method, ratio, at=k)`; these are
 those that people know by a name. A budget is that of each place: a ratio of what is
-left there. Mean tokens over the layers are what to compare them at.
+left there. Mean tokens over the layers are what to compare them at. What they read is
+made by `models/language.py`, which also drops what they do not choose.
 """
 
 import mlx.core as mx
@@ -32,7 +33,7 @@ def pyramiddrop(features: Features, *, keep: int) -> Selection:
 
 @register("sparsevlm", needs=("text", "text_attention"), at=(2 / 32, 6 / 32, 15 / 32))
 def sparsevlm(features: Features, *, keep: int) -> Selection:
-    """Keep the tokens that the prompt's raters attend to, after three layers.
+    """Keep the tokens that the prompt's raters attend to, at three of the layers.
 
     Raters are the tokens of the prompt that the picture is like at least the mean: by
     the softmax of products over the prompt, mean over visual tokens. The score of a

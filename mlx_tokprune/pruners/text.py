@@ -1,4 +1,4 @@
-"""Pruners that look at the prompt: which visual tokens does it ask for?
+"""Pruners of policies: which visual tokens does the instruction ask for?
 
 They run at the language model's input, on projected tokens, so they cost a projection
 of every token. Those with a count of their own may keep another number in each sample.

@@ -17,10 +17,22 @@ from ..actions import Scale
 from ..chunks import ChunkProcessor
 from ..errors import InputError
 from ..models.family import VisionModel
-from ..models.language import greedy
+from ..models.language import Read, greedy
 from ..pipeline import Scene, VisualTokens, run
 from ..processor import ActionProcessor
 from ..pruners import Plan
+
+
+def _watching(model: VisionModel, read: Read, layer, visual: slice, found: list):
+    """What puts into `found` what tokens attend to in a layer, of `visual` there."""
+
+    def watch(number: int, hidden: mx.array) -> None:
+        if number == layer:
+            part = read.cache[number]
+            seen = model.decoder.attention_to_cache(number, hidden, part)
+            found.append(seen[..., visual])
+
+    return watch
 
 
 @dataclass(frozen=True)
@@ -47,23 +59,22 @@ class Bins:
         model: VisionModel,
         scene: Scene,
         plan: Plan,
-        note: int | None = None,
+        attention_of: int | None = None,
         **how,
     ) -> tuple[list[mx.array], VisualTokens]:
         """Tokens (B,), each depending on the one before; `how` is that of `run`.
 
-        note: the layer in which all of them note what they attend to.
+        attention_of: the layer in which it is kept what all of them attend to.
         """
         cache, decoder = model.decoder.make_cache(), model.decoder
-        read, visual = run(model, scene, plan, cache=cache, note=note, **how)
+        read, visual = run(
+            model, scene, plan, cache=cache, attention_of=attention_of, **how
+        )
         hidden, said, attended = read.hidden, [], []
         start = len(scene.prompt.segments[0])
 
-        def watch(number: int, hidden: mx.array) -> None:
-            if number == note:
-                seen = decoder.attention_to_cache(number, hidden, read.cache[number])
-                attended.append(seen[..., start : start + visual.keep])
-
+        where = slice(start, start + visual.keep)
+        watch = _watching(model, read, attention_of, where, attended)
         while True:
             token, known = greedy(decoder.logits(hidden)[:, -1])
             said.append(known)
@@ -179,27 +190,24 @@ class Chunks:
         model: VisionModel,
         scene: Scene,
         plan: Plan,
-        note: int | None = None,
+        attention_of: int | None = None,
         **how,
     ) -> tuple[list, VisualTokens]:
         """The first tokens (B,), lazily, and what gives the others, for `joined`.
 
-        note: the layer in which all of them note what they attend to, which decodes
-        the whole answer at once. `how` is that of `run`.
+        attention_of: the layer in which it is kept what all of them attend to, which
+        decodes the whole answer at once. `how` is that of `run`.
         """
         cache = model.decoder.make_cache()
-        read, visual = run(model, scene, plan, cache=cache, note=note, **how)
+        read, visual = run(
+            model, scene, plan, cache=cache, attention_of=attention_of, **how
+        )
         attended: list[mx.array] = []
         token, known = greedy(model.decoder.logits(read.hidden)[:, -1])
 
-        def watch(number: int, hidden: mx.array) -> None:
-            if number == note:
-                part = read.cache[number]
-                seen = model.decoder.attention_to_cache(number, hidden, part)
-                attended.append(seen[..., : visual.keep])
-
+        watch = _watching(model, read, attention_of, slice(visual.keep), attended)
         rest = self._follow(model, token, known, read.cache, watch)
-        if note is None or visual.attended is None:
+        if attention_of is None or visual.attended is None:
             return [known, rest], visual
         rest = list(rest)
         joined = mx.concatenate([visual.attended, *attended], axis=1)

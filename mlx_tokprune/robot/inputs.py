@@ -1,7 +1,7 @@
 """What is given to a policy, checked: pictures, states, data sets, pruners."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -73,12 +73,21 @@ def check_action(normalized: np.ndarray) -> np.ndarray:
 
 
 def tell(
-    model: VisionModel, processor, instruction: str, proprio, unnorm_key
+    model: VisionModel,
+    processor,
+    instruction: str,
+    proprio,
+    unnorm_key,
+    robots: int = 1,
+    prompt: Callable[[str], Prompt] | None = None,
 ) -> tuple[Prompt, mx.array | None]:
-    """What a robot is told, and its state beside it, unless it is told that, too."""
-    state = normalize_states(model, processor, proprio, unnorm_key, 1)
+    """What robots are told, and their states beside it, unless one is told that, too.
+
+    prompt: in the place of the processor's, such as one that remembers.
+    """
+    state = normalize_states(model, processor, proprio, unnorm_key, robots)
     if model.answers != "chunks":
-        return processor.prompt(instruction), state
+        return (prompt or processor.prompt)(instruction), state
     return processor.prompt(instruction, np.zeros(0) if state is None else state), None
 
 
@@ -173,5 +182,5 @@ def normalize_states(model, processor, proprio, unnorm_key, robots: int):
             f"reads {wanted}"
         )
     if model.answers == "chunks":
-        return bounds.normalized(state[0])
+        return bounds.from_units_unclipped(state[0])
     return mx.array(bounds.from_units(state).astype(np.float32))

@@ -19,9 +19,9 @@ from ..pipeline import (
     check_positions,
     choose,
     encode,
-    plan_for,
     prune,
 )
+from ..planning import plan_for
 from ..processor import ActionProcessor
 from ..prompt import Prompt, check_text
 from ..pruners import Pruners, count_tokens
@@ -33,7 +33,6 @@ from .inputs import (
     check_first,
     check_images,
     check_scorers,
-    normalize_states,
     observe,
     tell,
 )
@@ -93,8 +92,8 @@ class Policy:
         self.first = first
         self._has_own_count = any(pruner.has_own_count for pruner in self.plan)
         check_scorers(self.plan, len(self.bounds.low))
-        self._looks_back = any("scores_previous" in p.wants for p in self.plan)
-        self._reads_action = any("action_previous" in p.wants for p in self.plan)
+        self._looks_back = any("scores_previous" in p.reads for p in self.plan)
+        self._reads_action = any("action_previous" in p.reads for p in self.plan)
         alone = self._has_own_count or self._looks_back
         if draft and (alone or not self._head.decodes):
             raise InputError(
@@ -166,7 +165,8 @@ class Policy:
         end_streams_with_thread()
         robots = [check_images(self.model, images) for images in batch]
         check_text(instruction, "the instruction")
-        told = self._told(instruction, proprio, len(batch))
+        about = (instruction, proprio, self.unnorm_key, len(batch), self._prompt)
+        told = tell(self.model, self.processor, *about)
         acted = self._action_before(len(batch)) if self._reads_action else None
         scene = observe(self.processor, robots, *told, acted)
         self._seen = len(robots[0])
@@ -186,17 +186,6 @@ class Policy:
             last = normalized.reshape(len(batch), -1, len(self.bounds.low))
             self._acted = mx.array(last[:, : self.first][:, -1].astype(np.float32))
         return self.bounds.to_units(normalized)[:, : self.first]
-
-    def _told(
-        self, instruction: str, proprio, robots: int
-    ) -> tuple[Prompt, mx.array | None]:
-        if self.model.answers == "chunks":
-            about = (instruction, proprio, self.unnorm_key)
-            return tell(self.model, self.processor, *about)
-        state = normalize_states(
-            self.model, self.processor, proprio, self.unnorm_key, robots
-        )
-        return self._prompt(instruction), state
 
     def _one_after_the_other(self, batch, instruction: str, proprio) -> np.ndarray:
         """(B, chunk, A): each robot's state is a text of its own length."""
@@ -304,9 +293,9 @@ class Policy:
             scene = dataclasses.replace(scene, attended=before)
         inside = [pruner.at for pruner in plan if isinstance(pruner.at, int)]
         layers = len(self.model.decoder.layers)
-        note = min([layers // 2, *(at - 1 for at in inside)])
+        layer = min([layers // 2, *(at - 1 for at in inside)])
         parts, visual = self._head.act(
-            self.model, scene, plan, note=note, positions=self.positions
+            self.model, scene, plan, attention_of=layer, positions=self.positions
         )
         if visual.attended is None:
             raise ValueError("the head noted no attention")

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..chunks import ChunkProcessor
 from ..models.family import VisionModel
-from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_positions, plan_for
+from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_positions
+from ..planning import plan_for
 from ..processor import ActionProcessor
 from ..pruners import Pruners
 from ..threads import end_streams_with_thread

@@ -16,7 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.family import VisionModel
-from ..models.language import LayerCache, greedy
+from ..models.language import greedy
+from ..models.positions import LayerCache
 from ..pipeline import Scene, run
 from ..pruners import Plan
 from ..speculative import Draft, Sampling, agreed, continued, trim, verify

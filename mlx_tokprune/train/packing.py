@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.fastvlm import FastVLM
-from ..models.language import Sequence as Tokens
+from ..models.language import TokenSequence
 from .scenes import Question
 from .stages import IGNORE, Pair, padded_arrays, pairs_of, question_mask
 
@@ -78,7 +78,7 @@ def packed(
     positions: str = "original",
     gate: mx.array | None = None,
     alone: bool = False,
-) -> Tokens:
+) -> TokenSequence:
     """The prefix, a picture, and all its questions.
 
     visual: (B, K, D) tokens `indices` (B, K) of `total`. gate: (B, K), added to every
@@ -108,7 +108,9 @@ def packed(
     if gate is not None:
         more = mx.pad(gate, [(0, 0), (start, mask.shape[-1] - start - kept)])
         mask = mx.where(mask, more[:, None].astype(hidden.dtype), -mx.inf)
-    return Tokens(hidden, values, after + length, mask, (slice(start, start + kept),))
+    return TokenSequence(
+        hidden, values, after + length, mask, (slice(start, start + kept),)
+    )
 
 
 def answer_losses(logits: mx.array, questions: Questions) -> tuple[mx.array, mx.array]:

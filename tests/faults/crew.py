@@ -134,10 +134,10 @@ def _set_up() -> None:
 
 def _know_rates(base: Path) -> None:
     """What the machine can do takes seconds to measure and is known by now."""
-    from mlx_tokprune.bench import measure
+    from mlx_tokprune.bench import benchmark
 
     rates = json.loads((base / "b.json").read_text())["rates"]
-    measure.measure_rates = lambda: dict(rates)
+    benchmark.measure_rates = lambda: dict(rates)
 
 
 def _serve(pipe: Connection, folder: Path, base: Path) -> None:

@@ -14,7 +14,9 @@ def build_parser() -> Parser:
     run = commands.add_parser("run", help="train, resuming what is in the folder")
     run.add_argument("--folder", required=True, help="where training state is kept")
     run.add_argument("--output", required=True, help="checkpoint folder to write")
-    run.add_argument("--scale", type=float, default=1.0, help="of the plan (default 1)")
+    run.add_argument(
+        "--scale", type=float, default=1.0, help="of the steps and episodes (default 1)"
+    )
     success = commands.add_parser("success", help="measure in closed loop")
     success.add_argument("--model", default="demo-policy")
     success.add_argument("--episodes", type=int, default=25, help="of each task")
@@ -140,14 +142,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(args) -> None:
-    from .cloning import Plan, Trainer
+    from .cloning import Cloning, Trainer
     from .student import write_checkpoint
 
     if Path(args.output).exists():
         raise InputError(f"{args.output} already exists; choose a new folder")
     if not args.scale > 0:
         raise InputError(f"scale {args.scale:g} is out of range; expected > 0")
-    trainer = Trainer(Path(args.folder), Plan().scaled(args.scale))
+    trainer = Trainer(Path(args.folder), Cloning().scaled(args.scale))
     trainer.run()
     write_checkpoint(trainer.averaged(), Path(args.output))
     print(f"wrote {args.output}")
@@ -171,8 +173,8 @@ def _schedule(args):
 def _tune(args) -> None:
     from .tuning import Tuner, Tuning
 
-    plan, tuning = _schedule(args), Tuning(**_given(args, Tuning))
-    tuner = Tuner(args.model, tuning, plan, Path(args.folder))
+    schedule, tuning = _schedule(args), Tuning(**_given(args, Tuning))
+    tuner = Tuner(args.model, tuning, schedule, Path(args.folder))
     tuner.run(Path(args.output), tuple(args.snapshots))
     print(f"wrote {args.output}")
 
@@ -180,11 +182,11 @@ def _tune(args) -> None:
 def _score(args) -> None:
     from .scoring import ScorerTrainer, Scoring, markdown
 
-    plan, given = _schedule(args), _given(args, Scoring)
+    schedule, given = _schedule(args), _given(args, Scoring)
     given["layers"] = tuple(args.layers) if args.layers else None
     least, most = args.keep_ratios
     scoring = Scoring(**given, least=least, most=most)
-    trainer = ScorerTrainer(args.model, scoring, plan, Path(args.folder))
+    trainer = ScorerTrainer(args.model, scoring, schedule, Path(args.folder))
     found = trainer.run(Path(args.output))
     print("nats from the actions with every token, on held-out frames, by keep ratio")
     print(markdown(found))

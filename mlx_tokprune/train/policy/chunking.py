@@ -31,10 +31,10 @@ from .pi0fast import (
     Batch,
     build_policy,
     build_processor,
-    ids_of_prompt,
     learn_code,
     losses,
     misaligned,
+    prompt_ids,
     read_code,
     warm_start,
     write_checkpoint,
@@ -158,9 +158,10 @@ class Chunker:
 
     def _prompts(self, tasks, states, rng) -> tuple[mx.array, mx.array]:
         """(B, P) ids, padded behind, and their lengths (B,)."""
-        states = self.bounds.normalized(states) + rng.normal(0, _JITTER, states.shape)
+        states = self.bounds.from_units_unclipped(states)
+        states = states + rng.normal(0, _JITTER, states.shape)
         prompts = [
-            ids_of_prompt(list(TASKS.values())[task].instruction, state)
+            prompt_ids(list(TASKS.values())[task].instruction, state)
             for task, state in zip(tasks, states, strict=True)
         ]
         lengths = [len(ids) for ids in prompts]
@@ -174,11 +175,9 @@ class Chunker:
     def _correct(self, step: int) -> None:
         """Before a step: a round of DAgger, where it is due."""
         chunking, collector = self.chunking, self.collector
-        if step not in chunking.rounds_of(self.schedule.steps):
-            return
-        if not collector.has_corrections(step):
+        if step in chunking.rounds_of(self.schedule.steps):
             collector.correct(step, chunking.corrections, chunking.mixed, self._actor)
-        self._load(step)
+            self._load(step)
 
     def _load(self, step: int) -> None:
         self._episodes = self.collector.load(step)

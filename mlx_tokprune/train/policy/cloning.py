@@ -29,7 +29,7 @@ _SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cloning:
     """How much of everything. The expert acts in `mixed` of the steps of a round."""
 
     demonstrations: int = 140  # episodes of each task
@@ -43,8 +43,8 @@ class Plan:
     mixed: float = 0.1
     scores_weight: float = 0.1
 
-    def scaled(self, scale: float) -> "Plan":
-        """The same plan in small, to try it."""
+    def scaled(self, scale: float) -> "Cloning":
+        """The same in small, to try it."""
 
         def of(value: int) -> int:
             return max(1, int(value * scale))
@@ -62,27 +62,27 @@ class Plan:
 class Trainer:
     """Trains a policy in `folder`, which also holds the episodes."""
 
-    def __init__(self, folder: Path, plan: Plan):
-        self.folder, self.plan = folder, plan
+    def __init__(self, folder: Path, cloning: Cloning):
+        self.folder, self.cloning = folder, cloning
         self.collector = Collector(folder)
         mx.random.seed(0)
         self.policy = build_policy()
         self.average = dict(tree_flatten(self.policy.parameters()))
         self.optimizer = optim.AdamW(
-            plan.learning_rate, betas=[0.9, 0.98], weight_decay=plan.weight_decay
+            cloning.learning_rate, betas=[0.9, 0.98], weight_decay=cloning.weight_decay
         )
         self.step = 0
         self._restore()
 
     def run(self) -> None:
-        """Goes on from what the folder holds to the end of the plan."""
-        plan, collector = self.plan, self.collector
-        collector.demonstrate(plan.demonstrations)
+        """Goes on from what the folder holds to the end of the steps."""
+        cloning, collector = self.cloning, self.collector
+        collector.demonstrate(cloning.demonstrations)
         update, episodes = self._updater(), collector.load(self.step)
-        steps = range(self.step, plan.steps)
+        steps = range(self.step, cloning.steps)
         for step in tqdm(steps, desc="cloning", unit="step", disable=None):
-            past = step - plan.first_round
-            if past >= 0 and past % plan.round_every == 0:
+            past = step - cloning.first_round
+            if past >= 0 and past % cloning.round_every == 0:
                 self._correct(step)
                 episodes = collector.load(step)
             self.optimizer.learning_rate = self._rate(step)
@@ -90,7 +90,7 @@ class Trainer:
             mx.eval(self.policy.parameters(), self.optimizer.state)
             self._follow(step)
             self.step = step + 1
-            if self.step % _SAVE_EVERY == 0 or self.step == plan.steps:
+            if self.step % _SAVE_EVERY == 0 or self.step == cloning.steps:
                 self._save()
 
     def averaged(self) -> dict[str, mx.array]:
@@ -100,7 +100,7 @@ class Trainer:
     # Learning -----------------------------------------------------------------------
 
     def _updater(self):
-        weight = self.plan.scores_weight
+        weight = self.cloning.scores_weight
 
         def total(batch: Batch) -> mx.array:
             loss, off = losses(self.policy, batch)
@@ -118,9 +118,9 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         """Warm-up, then half a cosine to nothing."""
-        done = step / self.plan.steps
+        done = step / self.cloning.steps
         warm = min(1.0, (step + 1) / 300)
-        return self.plan.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+        return self.cloning.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
 
     def _follow(self, step: int) -> None:
         """Moves the average towards the weights."""
@@ -134,7 +134,7 @@ class Trainer:
 
     def _draw(self, step: int, episodes: list[tuple[Episodes, list]]) -> Batch:
         rng = np.random.default_rng((1, step))
-        size = self.plan.batch
+        size = self.cloning.batch
         shown = self.collector.draw(rng, size, episodes)
         keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
         return Batch(
@@ -146,11 +146,9 @@ class Trainer:
 
     def _correct(self, step: int) -> None:
         """A round of DAgger with the averaged weights and several budgets."""
-        if self.collector.has_corrections(step):
-            return
-        plan, weights = self.plan, tree_flatten(self.policy.parameters())
+        cloning, weights = self.cloning, tree_flatten(self.policy.parameters())
         self.policy.update(tree_unflatten(list(self.average.items())))
-        self.collector.correct(step, plan.corrections, plan.mixed, self._actor)
+        self.collector.correct(step, cloning.corrections, cloning.mixed, self._actor)
         self.policy.update(tree_unflatten(weights))
 
     def _actor(self, rng: np.random.Generator, seed: int) -> Policy:

@@ -59,14 +59,13 @@ class Collector:
             world = self._world(name)
             join([demonstrate(world, s, self.ahead) for s in shown]).save(folder)
 
-    def has_corrections(self, step: int) -> bool:
-        return (self.data / _corrections(step)).exists()
-
     def correct(self, step: int, count: int, mixed: float, actor: Actor) -> None:
-        """A round of DAgger: `count` episodes in each task.
+        """A round of DAgger: `count` episodes in each task, unless they are there.
 
         The expert acts in `mixed` of the steps.
         """
+        if (self.data / _corrections(step)).exists():
+            return
         parts = []
         for number, name in enumerate(TASKS):
             first = CORRECTION_SEEDS + 1_000_000 * number + step * 16
@@ -166,6 +165,11 @@ class Collector:
 def told(policy: Policy, world: World) -> tuple:
     """The robot's state, for policies that read it."""
     return (world.hand(),) if policy.model.args.state_size else ()
+
+
+def rounds_of(rounds: int, steps: int) -> tuple[int, ...]:
+    """The steps before which there is a round, the first before any."""
+    return tuple(steps * number // rounds for number in range(rounds))
 
 
 def _corrections(step: int) -> str:

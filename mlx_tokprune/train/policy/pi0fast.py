@@ -23,7 +23,7 @@ from ...chunks import ChunkProcessor
 from ...convert.checkpoint import write_config
 from ...fast import FastCode, code_text
 from ...files import new_folder, read_json
-from ...models.language import Sequence
+from ...models.language import TokenSequence
 from ...models.openvla import OpenVLA
 from ...models.pi0fast import ModelArgs, Pi0Fast
 from ...prompt import state_prompt
@@ -65,7 +65,7 @@ def vocabulary() -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens)}
 
 
-class Words:
+class WordTokenizer:
     """The policy's tokenizer without the tokenizers package."""
 
     bos_token_id, eos_token_id = BOS, EOS
@@ -101,12 +101,12 @@ def build_tokenizer():
 @functools.cache
 def _around_state(instruction: str) -> tuple[list[int], list[int]]:
     """The ids of a prompt before and after the bins of the state."""
-    words = Words()
+    words = WordTokenizer()
     before, after = state_prompt(instruction, [], False).split(";")
     return words.encode(before), [*words.encode(";" + after, False), BOS]
 
 
-def ids_of_prompt(instruction: str, state: np.ndarray) -> list[int]:
+def prompt_ids(instruction: str, state: np.ndarray) -> list[int]:
     """What the processor's `prompt` gives; state: (p,) in [-1, 1]."""
     before, after = _around_state(instruction)
     bins = np.clip(np.floor((state + 1) * 128), -1, 255).astype(int)
@@ -194,7 +194,7 @@ def _is_layer_norm(name: str) -> bool:
 
 def build_processor(code: FastCode, bounds: Bounds) -> ChunkProcessor:
     """What `load` would give for the policy's checkpoint."""
-    words = Words()
+    words = WordTokenizer()
     low, high = bounds.low.tolist(), bounds.high.tolist()
     stats = {"lerobot": {"proprio": {"min": low, "max": high}}}
     sizes = (HORIZON, ACTION_DIM, 0, words.vocab_size, 64)
@@ -309,7 +309,7 @@ def losses(policy: Pi0Fast, batch: Batch) -> tuple[mx.array, mx.array, mx.array]
 
 def told(
     policy: Pi0Fast, visual: mx.array, indices: mx.array, total: int, batch: Batch
-) -> tuple[Sequence, mx.array]:
+) -> tuple[TokenSequence, mx.array]:
     """Pictures, prompts and answers in one sequence, and the rows that answer.
 
     visual: (B, K, D) tokens `indices` (B, K) of `total`. Rows: (B, T).
@@ -325,7 +325,7 @@ def told(
     rows = kept + batch.lengths[:, None] - 1 + mx.arange(batch.answers.shape[1])
     end = total + ids.shape[1]
     mask = mx.broadcast_to(mask, (count, length, length))
-    return Sequence(embeddings, positions, end, mask), rows
+    return TokenSequence(embeddings, positions, end, mask), rows
 
 
 def _with_answers(batch: Batch) -> mx.array:
@@ -350,7 +350,9 @@ def _choose(policy: Pi0Fast, visual: mx.array, batch: Batch) -> mx.array:
     return mx.sort(order, axis=1)
 
 
-def _read(policy: Pi0Fast, sequence: Sequence, rows: mx.array, visual, batch: Batch):
+def _read(
+    policy: Pi0Fast, sequence: TokenSequence, rows: mx.array, visual, batch: Batch
+):
     """(B, L, D) hidden states, and how far scores are from what is attended to.
 
     That is the mean of answers, heads and of all layers but the first, whose queries

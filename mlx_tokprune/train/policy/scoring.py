@@ -19,11 +19,11 @@ from ...learned import SCORERS, save_scorer
 from ...pruners import Pruner, count_kept
 from ...pruners.saliency import keep_highest
 from ...robot.policy import Policy
-from ..tune.gate import log_gate, schedule, tamed
+from ..tune.gate import annealed, log_gate, tamed
 from ..tune.loop import Loop, Schedule, draw_losses
 from ..tune.shares import check_shares, draw_count
 from .choosing import gate_of
-from .collecting import Collector
+from .collecting import Collector, rounds_of
 from .student import (
     Labelled,
     action_log_shares,
@@ -86,18 +86,14 @@ class Scoring:
         """How many of `total` tokens stay, fewer than all."""
         return draw_count(rng, self.least, self.most, total)
 
-    def rounds_of(self, steps: int) -> tuple[int, ...]:
-        """The steps before which the policy acts."""
-        return tuple(steps * number // self.rounds for number in range(self.rounds))
-
 
 class ScorerTrainer:
     """Trains a scorer; its state, and the episodes, are kept in `folder`."""
 
     def __init__(
-        self, model: str | Path, scoring: Scoring, plan: Schedule, folder: Path
+        self, model: str | Path, scoring: Scoring, schedule: Schedule, folder: Path
     ):
-        self.scoring, self.plan, self.folder = scoring, plan, folder
+        self.scoring, self.schedule, self.folder = scoring, schedule, folder
         self.collector = Collector(folder)
         self.held_out = Collector(folder / "held-out")
         self.policy = open_policy(model)
@@ -110,12 +106,12 @@ class ScorerTrainer:
                 raise InputError(
                     f"there is no layer {layer} to imitate; expected 0 to {depth - 1}"
                 )
-        mx.random.seed(plan.seed)
+        mx.random.seed(schedule.seed)
         channels = self.policy.args.text["hidden_size"]
         size = (ACTION_DIM,) if scoring.scorer == "acting" else ()
         self.scorer = SCORERS[scoring.scorer](channels, *size)
         self.scorer.model_signs = self.policy.signs
-        self._loop = Loop(self.scorer, self._loss, plan, folder)
+        self._loop = Loop(self.scorer, self._loss, schedule, folder)
         self._episodes: list = []
         self._shares: np.ndarray | None = None
 
@@ -130,7 +126,7 @@ class ScorerTrainer:
         self._load(loop.begin)
         loop.run(self._act)
         found = self.compare([self.layers])
-        about = dataclasses.asdict(scoring) | dataclasses.asdict(self.plan)
+        about = dataclasses.asdict(scoring) | dataclasses.asdict(self.schedule)
         about |= {"layers": self.layers, "held_out_divergence": found}
         save_scorer(self.scorer, output, about)
         draw_losses(loop.losses, self.folder / "loss.png", "the attention")
@@ -206,9 +202,9 @@ class ScorerTrainer:
             imitated = -mx.sum(self._goal(batch, visual, self.layers) * logs, axis=1)
             losses = losses + (1 - scoring.actions) * imitated
         if scoring.actions:
-            steps = self.plan.steps
-            noise = schedule(scoring.noise, 0.0, step, steps)
-            how = (noise, schedule(*scoring.temperature, step, steps))
+            steps = self.schedule.steps
+            noise = annealed(scoring.noise, 0.0, step, steps)
+            how = (noise, annealed(*scoring.temperature, step, steps))
             gate, here = gate_of(scores, keep, *how)
             known, gate = self._known(batch, visual), log_gate(tamed(gate))
             off = self._divergence(batch, visual, known, here, gate)
@@ -238,12 +234,10 @@ class ScorerTrainer:
     def _act(self, step: int) -> None:
         """Before a step: a round of episodes of the policy, where it is due."""
         scoring, collector = self.scoring, self.collector
-        if step not in scoring.rounds_of(self.plan.steps):
-            return
-        if not collector.has_corrections(step):
+        if step in rounds_of(scoring.rounds, self.schedule.steps):
             actor = self._actor if step else self._whole_actor
             collector.correct(step, scoring.corrections, scoring.mixed, actor)
-        self._load(step)
+            self._load(step)
 
     def _load(self, step: int) -> None:
         self._episodes = self.collector.load(step)

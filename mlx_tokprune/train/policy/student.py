@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ...convert.checkpoint import write_config
 from ...files import new_folder
-from ...models.language import Sequence
+from ...models.language import TokenSequence
 from ...models.openvla import ModelArgs, OpenVLA
 from ...processor import ActionProcessor
 from ...prompt import action_prompt
@@ -97,10 +97,10 @@ def vocabulary() -> dict[str, int]:
 
 def prompt_ids(instruction: str) -> list[int]:
     """The ids that follow the pictures, as the tokenizer gives them."""
-    return [*Words().encode(action_prompt(instruction)), EMPTY]
+    return [*WordTokenizer().encode(action_prompt(instruction)), EMPTY]
 
 
-class Words:
+class WordTokenizer:
     """The demo policy's tokenizer without the tokenizers package."""
 
     bos_token_id = START
@@ -113,7 +113,13 @@ class Words:
 def build_processor() -> ActionProcessor:
     """What `load` would give for the demo policy's checkpoint."""
     return ActionProcessor(
-        Words(), SIZE, TEXT_TOKENS + BINS, BINS, EMPTY, 256, CONFIG["norm_stats"]
+        WordTokenizer(),
+        SIZE,
+        TEXT_TOKENS + BINS,
+        BINS,
+        EMPTY,
+        256,
+        CONFIG["norm_stats"],
     )
 
 
@@ -123,7 +129,7 @@ def action_classes(actions: np.ndarray) -> np.ndarray:
     return np.clip(np.digitize(np.clip(actions, -1, 1), edges) - 1, 0, BINS - 2)
 
 
-def action_ids(classes: np.ndarray) -> np.ndarray:
+def action_ids(classes):
     """Bins -> token ids: the last tokens of the vocabulary, in reverse."""
     return TEXT_TOKENS + BINS - 1 - classes
 
@@ -213,7 +219,7 @@ def told(
     total: int,
     batch: Labelled,
     gate: mx.array | None = None,
-) -> tuple[Sequence, mx.array]:
+) -> tuple[TokenSequence, mx.array]:
     """Pictures, prompts and actions in one sequence, and the rows that tell actions.
 
     visual: (B, K, D) tokens `indices` (B, K) of `total`. gate: (B, K), added to every
@@ -232,7 +238,7 @@ def told(
         mask = mx.where(mx.tri(length, dtype=mx.bool_), added, -mx.inf)
     rows = kept + batch.lengths[:, None] + mx.arange(ACTION_DIM)
     end = 1 + total + ids.shape[1]
-    return Sequence(embeddings, positions, end, mask), rows
+    return TokenSequence(embeddings, positions, end, mask), rows
 
 
 def action_log_shares(policy: OpenVLA, hidden: mx.array, rows: mx.array) -> mx.array:
@@ -268,7 +274,7 @@ def _choose(policy: OpenVLA, features: mx.array, batch: Batch) -> mx.array:
 
 def _with_actions(batch: Labelled) -> mx.array:
     """(B, P + A - 1): each prompt, followed at once by its first actions."""
-    ids = TEXT_TOKENS + BINS - 1 - batch.classes[:, : ACTION_DIM - 1]
+    ids = action_ids(batch.classes[:, : ACTION_DIM - 1])
     room = mx.full((len(ids), ACTION_DIM - 1), PAD)
     whole = mx.concatenate([batch.prompts, room], axis=1)
     where = batch.lengths[:, None] + mx.arange(ACTION_DIM - 1)
@@ -277,7 +283,7 @@ def _with_actions(batch: Labelled) -> mx.array:
 
 def read_and_attend(
     policy: OpenVLA,
-    sequence: Sequence,
+    sequence: TokenSequence,
     rows: mx.array,
     layers: Iterable[int] | None = None,
 ) -> tuple[mx.array, mx.array]:

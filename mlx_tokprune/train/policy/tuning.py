@@ -20,12 +20,12 @@ from ...measure.results import fingerprint
 from ...models.openvla import OpenVLA
 from ...pruners import Pruner
 from ...robot.policy import Policy
-from ..tune.gate import log_gate, schedule, tamed
+from ..tune.gate import annealed, log_gate, tamed
 from ..tune.loop import Loop, Schedule, check_same, draw_losses
 from ..tune.lora import Adapter, fused_modules
 from ..tune.shares import draw_count
 from .choosing import METHODS, lightvla_gate, trimvla_gate
-from .collecting import Collector
+from .collecting import Collector, rounds_of
 from .student import (
     Labelled,
     action_log_shares,
@@ -86,23 +86,21 @@ class Tuning:
         least, most = (times * self.keep_ratio for times in _RANGE)
         return draw_count(rng, least, most, total)
 
-    def rounds_of(self, steps: int) -> tuple[int, ...]:
-        """The steps before which the policy is corrected."""
-        return tuple(steps * number // self.rounds for number in range(self.rounds))
-
 
 class Tuner:
     """Tunes a policy; its state, and the episodes, are kept in `folder`."""
 
-    def __init__(self, model: str | Path, tuning: Tuning, plan: Schedule, folder: Path):
-        self.tuning, self.plan, self.folder = tuning, plan, folder
+    def __init__(
+        self, model: str | Path, tuning: Tuning, schedule: Schedule, folder: Path
+    ):
+        self.tuning, self.schedule, self.folder = tuning, schedule, folder
         self.collector, self.policy = Collector(folder), open_policy(model)
         check_started(folder, tuning, self.policy)
         self._teacher = open_policy(model) if tuning.distill else self.policy
         self._teacher.freeze()
-        mx.random.seed(plan.seed)
+        mx.random.seed(schedule.seed)
         _thaw(self.policy, tuning.rank, tuning.tower)
-        self._loop = Loop(self.policy, self._loss, plan, folder)
+        self._loop = Loop(self.policy, self._loss, schedule, folder)
         self._episodes: list = []
         self._shares: np.ndarray | None = None
 
@@ -167,9 +165,9 @@ class Tuner:
         self, visual: mx.array, batch: Labelled, rng: np.random.Generator, step: int
     ) -> tuple[mx.array, mx.array]:
         """What is added to scores of tokens (B, M), and which of all they are."""
-        tuning, steps = self.tuning, self.plan.steps
-        noise = schedule(tuning.noise, 0.0, step, steps)
-        how = (noise, schedule(*tuning.temperature, step, steps))
+        tuning, steps = self.tuning, self.schedule.steps
+        noise = annealed(tuning.noise, 0.0, step, steps)
+        how = (noise, annealed(*tuning.temperature, step, steps))
         if tuning.method == "trimvla":
             keep = tuning.keep(rng, visual.shape[1])
             gate, here = trimvla_gate(self.policy, visual, batch, keep, *how)
@@ -183,11 +181,9 @@ class Tuner:
     def _correct(self, step: int) -> None:
         """Before a step: a round of DAgger with the pruned policy, where it is due."""
         tuning, collector = self.tuning, self.collector
-        if step not in tuning.rounds_of(self.plan.steps):
-            return
-        if not collector.has_corrections(step):
+        if step in rounds_of(tuning.rounds, self.schedule.steps):
             collector.correct(step, tuning.corrections, tuning.mixed, self._actor)
-        self._load(step)
+            self._load(step)
 
     def _load(self, step: int) -> None:
         self._episodes = self.collector.load(step)

@@ -44,7 +44,7 @@ def is_shared(plan: Plan) -> bool:
     """Whether questions about one picture can share a sequence under this plan."""
 
     def asks(pruner) -> bool:
-        return pruner.place == "prompt" and bool(_ASKED & set(pruner.wants))
+        return pruner.place == "prompt" and bool(_ASKED & set(pruner.reads))
 
     return not any(pruner.place == "layer" or asks(pruner) for pruner in plan)
 

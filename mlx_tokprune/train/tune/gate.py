@@ -60,6 +60,6 @@ def _tame(primals, cotangent, output):
     return cotangent / (size + usual + 1e-9)
 
 
-def schedule(start: float, end: float, step: int, steps: int) -> float:
+def annealed(start: float, end: float, step: int, steps: int) -> float:
     """From `start` to `end` in a straight line; `end` from `steps` on."""
     return start + (end - start) * min(1.0, step / max(1, steps))

@@ -20,7 +20,8 @@ from ...errors import InputError
 from ...files import new_folder
 from ...loading import PROJECTOR, Opened, load, open_checkpoint, projector_of
 from ...measure.results import fingerprint
-from ...pipeline import plan_for, tower_needs
+from ...pipeline import tower_needs
+from ...planning import plan_for
 from ...pruners import Pruner, Pruners
 from .answers import AnswerLoss, check_trainable
 from .batches import Batches

@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...features import Features
 from ...learned import SCORERS, is_scorer, load_scorer, save_scorer, untold
 from ...measure.results import fingerprint
-from ...pipeline import plan_for
+from ...planning import plan_for
 from ...pruners import Pruner, count_kept
 from ..packing import (
     IGNORE,
@@ -33,8 +33,8 @@ from .data import Sample, Samples, check_started
 from .gate import (
     LEAKS,
     above_threshold,
+    annealed,
     log_gate,
-    schedule,
     straight_through,
     tamed,
 )
@@ -120,7 +120,7 @@ class Lesson:
 
     def keep(self, rng: np.random.Generator, step: int, total: int) -> int:
         """How many of `total` tokens this batch keeps, fewer than all."""
-        least = schedule(1.0, self.least, step, round(self.curriculum * self.steps))
+        least = annealed(1.0, self.least, step, round(self.curriculum * self.steps))
         least = min(least, self.most) if self.curriculum else self.least
         return draw_count(rng, least, self.most, total)
 
@@ -154,9 +154,9 @@ class ScorerLoss:
             logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
             return -mx.sum(goal * logs), rows
         known = (self._model, batch.prefix, batch.features.tokens, batch.questions)
-        noise = schedule(lesson.noise, 0.0, step, lesson.steps)
+        noise = annealed(lesson.noise, 0.0, step, lesson.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
-        temperature = schedule(*lesson.temperature, step, lesson.steps)
+        temperature = annealed(*lesson.temperature, step, lesson.steps)
         if keep is None:  # a logistic distribution's: scores stay where they are
             scores = scores - noise * mx.random.gumbel(scores.shape)
             gate = above_threshold(scores, temperature)

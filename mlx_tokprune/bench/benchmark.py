@@ -26,13 +26,15 @@ from ..measure.results import (
     Newer,
     Optional,
     Table,
+    budgets,
     fingerprint,
     mismatch,
     read_result,
 )
 from ..measure.subject import Asked, Subject
-from ..pipeline import DEFAULT_POSITIONS, plan_for
-from ..pruners import Plan, Pruner, as_plan, get_method, read_plan
+from ..pipeline import DEFAULT_POSITIONS
+from ..planning import plan_for
+from ..pruners import Plan, Pruner, as_plan, read_plan
 from ..pruners.registry import Options
 from ..timing import STAGES
 
@@ -64,7 +66,7 @@ SHAPE = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Case:
     """What is measured: everything but the machine.
 
     method: or a plan as it is written. keep_ratio: `None` where that says how many
@@ -90,7 +92,7 @@ class Row:
         return (Pruner(self.method, self.keep_ratio, options=self.options),)
 
 
-def make_rows(
+def make_cases(
     subjects: Sequence[Subject],
     methods: Sequence[str],
     ratios: Sequence[float],
@@ -101,34 +103,29 @@ def make_rows(
     options: Mapping[str, Options] | None = None,
     plans: Sequence[str] = (),
     drafts: Sequence[str] = (),
-) -> list[Row]:
+) -> list[Case]:
     """Every combination of methods and ratios, and plans, in sizes besides the own.
 
     Unpruned rows are always there: of each size, and of lower ones than the model's.
     All are measured without a draft, and with each of `drafts`.
     """
-    rows, everything = [], (subjects, prompts, range(pictures))
+    found, everything = [], (subjects, prompts, range(pictures))
     for subject, prompt, picture in itertools.product(*everything):
         pruned = {subject.image_size, *sizes}
         for size in sorted({*pruned, *subject.lower_sizes}):
-            case = (subject.name, size, prompt)
-            rows.append(Row(*case, "none", 1.0, positions, picture))
+            about = (subject.name, size, prompt)
+            found.append(Case(*about, "none", 1.0, positions, picture))
             for method in methods if size in pruned else ():
                 own = (options or {}).get(method, {})
-                known = get_method(method)
-                shares = [r for r in ratios if r < 1]
-                if known.counts_itself(own):
-                    shares = [None]
-                elif known.learned_count:
-                    shares = [None, *shares]
-                for ratio in shares:
-                    rows.append(Row(*case, method, ratio, positions, picture, own))
+                for ratio in budgets(method, ratios, own):
+                    case = Case(*about, method, ratio, positions, picture, own)
+                    found.append(case)
             for text in plans if size in pruned else ():
                 names = [pruner.method for pruner in read_plan(text)]
                 own = {k: v for n in names for k, v in (options or {})[n].items()}
-                rows.append(Row(*case, text, None, positions, picture, own))
-    both = itertools.product(rows, (None, *drafts))
-    return [replace(row, draft=draft) for row, draft in both]
+                found.append(Case(*about, text, None, positions, picture, own))
+    both = itertools.product(found, (None, *drafts))
+    return [replace(case, draft=draft) for case, draft in both]
 
 
 # Measuring --------------------------------------------------------------------------
@@ -161,12 +158,12 @@ class Benchmark:
         self,
         file: Path,
         subjects: Sequence[Subject],
-        rows: Sequence[Row],
+        cases: Sequence[Case],
         images: list,
         tokens: int,
         drafts: Mapping[str, Drafts] | None = None,
     ):
-        self.file, self.rows, self.images, self.tokens = file, rows, images, tokens
+        self.file, self.cases, self.images, self.tokens = file, cases, images, tokens
         self.drafts = drafts or {}
         self.subjects = {subject.name: subject for subject in subjects}
         self.result = self._opened()
@@ -174,7 +171,7 @@ class Benchmark:
     def _opened(self) -> dict:
         options = {
             "tokens": self.tokens,
-            "rows": [_described(row) for row in self.rows],
+            "rows": [_described(case) for case in self.cases],
             "weights": {n: fingerprint(s.model) for n, s in self.subjects.items()},
             "pictures": [_hash(image) for image in self.images],
             "scorers": self._scorers(),
@@ -199,7 +196,7 @@ class Benchmark:
     def _scorers(self) -> list[str]:
         """What tells the scorers of the rows apart, and of the drafts' pruners."""
         plans = [
-            *(row.pruners for row in self.rows),
+            *(case.pruners for case in self.cases),
             *map(_pruners, self.drafts.values()),
         ]
         found = (p.scorer for plan in plans for p in plan if p.scorer is not None)
@@ -208,10 +205,10 @@ class Benchmark:
     def run(self, runs: int) -> dict:
         """Measures until every row has `runs` samples."""
         if not self.result["rows"]:
-            self.result["rows"] = [self._prepared(row) for row in self._shown()]
+            self.result["rows"] = [self._prepared(case) for case in self._shown()]
             self._save()
         done = len(self.result["rows"][0]["samples"]["ttft_ms"])
-        todo = max(0, runs - done) * len(self.rows)
+        todo = max(0, runs - done) * len(self.cases)
         if todo and done:
             self._warm_up()
         with tqdm(total=todo, desc="measuring", unit="row", disable=None) as progress:
@@ -219,25 +216,26 @@ class Benchmark:
                 self._round(number, progress)
         return self.result
 
-    def _shown(self) -> Iterator[Row]:
-        return iter(tqdm(self.rows, desc="warming up", unit="row", disable=None))
+    def _shown(self) -> Iterator[Case]:
+        return iter(tqdm(self.cases, desc="warming up", unit="row", disable=None))
 
-    def _measured(self, row: Row) -> dict:
-        return run_once(*self._of(row), self.tokens)
+    def _measured(self, case: Case) -> dict:
+        return run_once(*self._of(case), self.tokens)
 
-    def _of(self, row: Row) -> tuple:
-        subject = self.subjects[row.model].at(row.image_size)
-        images, plan = [self.images[row.picture]], plan_for(subject.model, row.pruners)
-        drafts = self.drafts[row.draft] if row.draft else None
-        return subject, Asked(images, row.prompt, plan, row.positions, drafts)
+    def _of(self, case: Case) -> tuple:
+        subject = self.subjects[case.model].at(case.image_size)
+        images = [self.images[case.picture]]
+        plan = plan_for(subject.model, case.pruners)
+        drafts = self.drafts[case.draft] if case.draft else None
+        return subject, Asked(images, case.prompt, plan, case.positions, drafts)
 
-    def _prepared(self, row: Row) -> dict:
+    def _prepared(self, case: Case) -> dict:
         """What is known before measuring; runs the row once to warm it up."""
-        subject, asked = self._of(row)
+        subject, asked = self._of(case)
         counted = subject.count(asked)
-        self._measured(row)
+        self._measured(case)
         return {
-            **_described(row),
+            **_described(case),
             "visual_tokens": counted.tokens.total,
             "kept": round(counted.tokens.left),
             "mean_kept": counted.tokens.mean,
@@ -248,16 +246,16 @@ class Benchmark:
         }
 
     def _warm_up(self) -> None:
-        for row in self._shown():
-            self._measured(row)
+        for case in self._shown():
+            self._measured(case)
 
     def _round(self, number: int, progress) -> None:
         """Every row once, each round beginning with another."""
-        order = list(range(len(self.rows)))
+        order = list(range(len(self.cases)))
         first = number % len(order)
         samples = {}
         for index in order[first:] + order[:first]:
-            samples[index] = self._measured(self.rows[index])
+            samples[index] = self._measured(self.cases[index])
             progress.update()
         for index, sample in samples.items():
             for name, value in sample.items():
@@ -282,9 +280,9 @@ def _hash(image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
 
-def _described(row: Row) -> dict:
+def _described(case: Case) -> dict:
     """As JSON; what every row has alike is left out."""
-    fields = dict(vars(row)) | {"options": dict(row.options)}
+    fields = dict(vars(case)) | {"options": dict(case.options)}
     plain = {"picture": 0, "options": {}, "draft": None}
     return {k: v for k, v in fields.items() if k not in plain or v != plain[k]}
 

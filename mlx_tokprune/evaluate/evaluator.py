@@ -12,7 +12,8 @@ from ..answer.settings import Settings
 from ..features import Features
 from ..measure.results import Row, fingerprint
 from ..measure.subject import Subject
-from ..pipeline import Scene, VisualTokens, encode, plan_for, prune, run
+from ..pipeline import Scene, VisualTokens, encode, prune, run
+from ..planning import plan_for
 from ..pruners import Plan
 from .actions import Actions
 from .data import Item
