@@ -142,7 +142,7 @@ def load(
     if config.get("quantization"):
         _quantize(model, config["quantization"], weights)
     model.load_weights(list(weights.items()))
-    model.signs = signs_of(model)  # before an adapter gives weights other names
+    model.signs = signs_of(model)
     if adapter_path is not None:
         _add_adapter(model, Path(adapter_path))
     model.carried = read_carried(config, checkpoint.folder)

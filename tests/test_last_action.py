@@ -409,6 +409,7 @@ def test_score_writes_a_scorer(tmp_path, corridor, monkeypatch, capsys):  # noqa
     frame = np.zeros((SIZE, SIZE, 3), np.uint8)
     pruner = Pruner(str(tmp_path / "scorer"), 0.1)
     policy = Policy(*load("demo-policy"), pruner=pruner)
+    assert about["model"] == policy.model.signs
     assert policy([frame], "open the drawer").shape == (4,)
     assert policy.kept == 6
     with pytest.raises(SystemExit):
