@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import InputError, nearest
 from ...features import Features
 from ...learned import SCORERS, save_scorer
+from ...loading import load
 from ...pruners import Pruner, count_kept
 from ...pruners.saliency import keep_highest
 from ...robot.policy import Policy
@@ -110,7 +111,7 @@ class ScorerTrainer:
         channels = self.policy.args.text["hidden_size"]
         size = (ACTION_DIM,) if scoring.scorer == "acting" else ()
         self.scorer = SCORERS[scoring.scorer](channels, *size)
-        self.scorer.model_signs = self.policy.signs
+        self.scorer.model_signs = load(model, lazy=True)[0].signs
         self._loop = Loop(self.scorer, self._loss, schedule, folder)
         self._episodes: list = []
         self._shares: np.ndarray | None = None
