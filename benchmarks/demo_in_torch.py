@@ -29,7 +29,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mlx_tokprune.train import stages as recipe
-from mlx_tokprune.train.scenes import CANVAS, KINDS, ask
+from mlx_tokprune.train.questions import KINDS, ask
+from mlx_tokprune.train.scenes import CANVAS
 from mlx_tokprune.train.stages import STAGES, Stage
 
 _JUDGED = 1_000_000  # second number of the seeds of pictures that nothing trains on

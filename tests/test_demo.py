@@ -21,7 +21,7 @@ from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.train.__main__ import main as train_main
 from mlx_tokprune.train.accuracy import held_out, measure
 from mlx_tokprune.train.packing import IGNORE, answer_logits, pack
-from mlx_tokprune.train.scenes import KINDS
+from mlx_tokprune.train.questions import KINDS
 
 
 def test_the_demo_answers_and_draws(tmp_path, capsys):

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tokprune
 from mlx_tokprune.hub import EMBEDDED
-from mlx_tokprune.train import scenes
+from mlx_tokprune.train import questions, scenes
 from mlx_tokprune.train.accuracy import HELD_OUT
 from mlx_tokprune.train.batches import make_batch
 from mlx_tokprune.train.export import export
@@ -38,13 +38,13 @@ def test_a_seed_is_a_scene():
     assert HELD_OUT != TRAINING
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", questions.KINDS)
 def test_answers_follow_from_the_scene(kind):
     rng = np.random.default_rng(0)
     asked = 0
     for _ in range(200):
         scene = scenes.sample_scene(rng)
-        question = scenes.ask(rng, scene, kind)
+        question = questions.ask(rng, scene, kind)
         if question is not None:
             asked += 1
             assert question.answer == truth(scene, question.prompt)

@@ -18,7 +18,8 @@ from ..prompt import Prompt
 from ..pruners import Pruner, as_plan, list_pruners
 from .batches import make_batch
 from .packing import answer_logits, exact_matches, pack
-from .scenes import CANVAS, KINDS, Question, ask
+from .questions import KINDS, Question, ask
+from .scenes import CANVAS
 
 HELD_OUT = 9  # first number of every held-out seed; training uses 1
 RATIOS = (1.0, 0.5, 0.25, 0.11)

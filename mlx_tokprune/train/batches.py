@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .scenes import Question, Scene
+from .questions import Question
+from .scenes import Scene
 from .stages import SceneArrays, draw_scenes
 
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..models.fastvlm import FastVLM
 from ..models.language import TokenSequence
-from .scenes import Question
+from .questions import Question
 from .stages import IGNORE, Pair, padded_arrays, pairs_of, question_mask
 
 

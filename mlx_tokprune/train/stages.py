@@ -10,17 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..image import preprocess
-from .scenes import (
-    CANVAS,
-    KINDS,
-    Question,
-    Scene,
-    ask_many,
-    cell_labels,
-    fine_labels,
-    render,
-    sample_scene,
-)
+from .questions import KINDS, Question, ask_many
+from .scenes import CANVAS, Scene, cell_labels, fine_labels, render, sample_scene
 
 QUESTIONS = 8  # about each picture
 TRAINING = 1  # first number of every training seed

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers  # isort: skip
 
 from ..models.fastvlm import FastVLM
-from .scenes import WORDS, ask_many, sample_scene
+from .questions import ask_many
+from .scenes import WORDS, sample_scene
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Words with the space before them, single digits, punctuation, white space.

@@ -14,8 +14,9 @@ from ...errors import InputError
 from ...image import load_image
 from ...measure.results import fingerprint
 from ...testbed import scenes as testbed
+from ..questions import ask_many
 from ..recipe import TRAINING
-from ..scenes import CANVAS, Scene, ask_many, render, sample_scene
+from ..scenes import CANVAS, Scene, render, sample_scene
 from .loop import check_same
 
 MOST_LINES = 1 << 22
