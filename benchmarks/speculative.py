@@ -32,7 +32,7 @@ import numpy as np
 from mlx_tokprune import Policy, Pruner
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.robot.inputs import check_images, observe, tell
-from mlx_tokprune.train.policy.collecting import told
+from mlx_tokprune.train.policy.collecting import state_of
 from mlx_tokprune.train.policy.success import TEST_SEEDS
 from mlx_tokprune.train.policy.worlds import HORIZON, TASKS, World
 
@@ -93,7 +93,7 @@ def act(watched: dict, tasks: list[str], episodes: int) -> tuple[int, list[int]]
             done = 0
             while done < HORIZON and not world.success:
                 asked = ([world.frame()], TASKS[task].instruction)
-                asked += told(watched[False].policy, world)
+                asked += state_of(watched[False].policy, world)
                 order = list(watched)[:: 1 if done % 2 else -1]
                 found = {draft: watched[draft](*asked) for draft in order}
                 actions = found[False]

@@ -31,6 +31,8 @@ Weights = dict[str, mx.array]
 # Bytes of each safetensors type that MLX reads.
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+# What arrays that are made here are called there.
+TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)

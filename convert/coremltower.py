@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import object_of, read_json
-from .checkpoint import Checkpoint, Tensor
+from .checkpoint import TYPES, Checkpoint, Tensor
 
 TOWER = "vision_tower.vision_model"
 _PROJECTOR = "multi_modal_projector."
@@ -31,7 +31,6 @@ _NORM_EPS = 1e-5  # of the batch norms that were folded
 _FLOATS = {10: np.dtype("<f2"), 11: np.dtype("<f4")}  # by the number of their type
 _STORED = {1: np.dtype("<f2"), 2: np.dtype("<f4")}  # the same in the file of weights
 _MARK = 0xDEADBEEF
-_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
 def is_app(checkpoint: Checkpoint) -> bool:
@@ -56,7 +55,7 @@ def add_tower(checkpoint: Checkpoint) -> Checkpoint:
         if not name.startswith(_PROJECTOR)
     }
     for name, array in extra.items():
-        tensors[name] = Tensor(checkpoint.folder, _TYPES[array.dtype], array.shape)
+        tensors[name] = Tensor(checkpoint.folder, TYPES[array.dtype], array.shape)
     return Checkpoint(checkpoint.folder, checkpoint.config, tensors, extra)
 
 
@@ -83,7 +82,7 @@ def _projector(checkpoint: Checkpoint) -> dict[str, mx.array]:
             del parts["scales"], parts["biases"]
         found |= {f"mm_projector.{number}.{part}": a for part, a in parts.items()}
     for name, array in found.items():
-        if array.dtype not in _TYPES:
+        if array.dtype not in TYPES:
             raise InputError(
                 f"tensor {name} of {checkpoint.folder} is no float; {_INSTEAD}"
             )

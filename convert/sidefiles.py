@@ -10,13 +10,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import InputError
-from .checkpoint import Checkpoint, Tensor
+from .checkpoint import TYPES, Checkpoint, Tensor
 
 _FILE = re.compile(
     r"(action_head|proprio_projector|vision_backbone|noisy_action_projector)"
     r"--.*checkpoint\.pt$"
 )
-_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
 def find_side_files(folder: Path) -> dict[str, Path]:
@@ -62,7 +61,7 @@ def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
         # The FiLM backbone replaces the one in the shards.
         tensors = {n: t for n, t in tensors.items() if not _is_tower(n)}
     for name, array in extra.items():
-        tensors[name] = Tensor(checkpoint.folder, _TYPES[array.dtype], array.shape)
+        tensors[name] = Tensor(checkpoint.folder, TYPES[array.dtype], array.shape)
     folder, base = checkpoint.folder, checkpoint.base
     return Checkpoint(folder, checkpoint.config, tensors, extra, base)
 

@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         panels.append((drawn, pruner.method))
         print(f"{pruner.method}: {len(kept[0])} of {visual.total} tokens; {answer}")
     sheet = side_by_side(panels)
+    kind = "PNG" if args.output.lower().endswith(".png") else "JPEG"
     with replacing(args.output) as file:
-        sheet.save(file, "PNG" if args.output.endswith(".png") else "JPEG", quality=88)
+        sheet.save(file, kind, quality=88)
     print(f"drawn to {args.output}")
 
 

@@ -36,6 +36,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             os.remove(partial)
 
 
+def read_lines(text: str) -> list[tuple[int, str]]:
+    """Lines of JSON with their numbers, from 1, but for blank ones.
+
+    Only a line feed ends one: JSON's texts may hold what Unicode calls a line's end.
+    """
+    lines = enumerate(text.split("\n"), 1)
+    return [(number, line) for number, line in lines if line.strip()]
+
+
 def check_output(path: str | Path) -> None:
     """Raise `InputError` unless a file can be written there, in place of a file."""
     check_name(path)

@@ -214,14 +214,14 @@ def write_headers(folder: Path, tensors: dict, config: dict, shards: int = 2) ->
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
     """Core ML packages of the demo model by method and options, written once."""
-    from mlx_tokprune.coreml.export import Options, export_package
+    from mlx_tokprune.coreml.export import ExportOptions, export_package
     from mlx_tokprune.hub import EMBEDDED
 
     folder, made = tmp_path_factory.mktemp("packages"), {}
     model, _ = mlx_tokprune.load("demo", mx.float32)
 
     def package(method: str, ratios=(0.5,), options=None) -> Path:
-        options = options or Options(precision="float32")
+        options = options or ExportOptions(precision="float32")
         key = (method, ratios, options)
         if key not in made:
             made[key] = folder / f"{len(made)}.mlpackage"

@@ -217,9 +217,9 @@ def test_what_is_saved_is_compared_within_a_round():
 
 def test_pictures_of_a_benchmark(bench, tmp_path):
     result = bench().run(1)
-    drawn = plots.draw_all(
-        result, tmp_path / "plots", {("none", 512): 1.0, ("norm 0.5", 512): 0.9}
-    )
+    about = result["options"]["weights"]["tiny"], "original"
+    known = {(*about, "none", 512): 1.0, (*about, "norm 0.5", 512): 0.9}
+    drawn = plots.draw_all(result, tmp_path / "plots", known)
     assert [path.stem for path in drawn] == [
         "ttft_by_stage",
         "ttft_by_tokens",
@@ -398,3 +398,14 @@ def test_a_pruner_of_one_s_own_can_be_measured(tiny):
         plan = as_plan(Pruner("every_other", 0.5))
         asked = Asked(images, "Hi", plan, "original")
         assert benchmark.run_once(subject, asked, 2)["ttft_ms"] > 0
+
+
+@pytest.mark.parametrize("more", [[], ["--plots", "plots"]])
+def test_accuracy_is_read_before_anything_is_timed(tmp_path, capsys, more):
+    asked = ["--accuracy", str(tmp_path / "nowhere.json"), *more]
+    with pytest.raises(SystemExit) as stop:
+        main([*asked, "--output", str(tmp_path / "b.json")])
+    assert stop.value.code == 2
+    said = "is no JSON file" if more else "say --plots FOLDER"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "b.json").exists()

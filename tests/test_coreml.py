@@ -16,7 +16,7 @@ from conftest import COREMLTOOLS_WARNINGS, needs_coremltools
 import mlx_tokprune
 from mlx_tokprune import Pruner
 from mlx_tokprune.coreml.describe import read_functions
-from mlx_tokprune.coreml.export import Options, export_package
+from mlx_tokprune.coreml.export import ExportOptions, export_package
 from mlx_tokprune.coreml.plan import compute_plan, format_plan
 from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.image import load_image
@@ -30,7 +30,7 @@ import coremltools  # noqa: E402
 from mil import Package  # noqa: E402
 
 pytestmark = COREMLTOOLS_WARNINGS
-FLOAT32 = Options(precision="float32")
+FLOAT32 = ExportOptions(precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_float16_is_close_and_chooses_in_float32(demo, packages):
     model, processor = demo
     pixels = pixels_of(processor)
     visual = see(model, mx.array(pixels), Pruner("similarity", keep_ratio=0.5))
-    package = Package(packages("similarity", options=Options()))
+    package = Package(packages("similarity", options=ExportOptions()))
     found = run(package, pixels)
     assert found["image_features"].dtype == np.float32
     assert found["kept_indices"].tolist() == visual.selection.indices.tolist()
@@ -160,10 +160,10 @@ def test_compressed_weights(demo, packages, compress, target, least):
     model, processor = demo
     pixels = pixels_of(processor)
     visual = see(model, mx.array(pixels), Pruner("spatial", keep_ratio=0.5))
-    path = packages("spatial", options=Options(compress=compress, target=target))
+    path = packages("spatial", options=ExportOptions(compress=compress, target=target))
     found = run(path, pixels)
     assert decibels(found["image_features"], visual.embeddings) > least
-    share = weights(path) / weights(packages("spatial", options=Options()))
+    share = weights(path) / weights(packages("spatial", options=ExportOptions()))
     assert share < {"8bit": 0.55, "6bit": 0.45, "4bit": 0.32}[compress]
 
 
@@ -191,7 +191,7 @@ def test_functions_share_weights(demo, packages):
 
 def test_older_targets_get_a_package_each(demo, tmp_path):
     pruners = [Pruner("norm", keep_tokens=number) for number in (32, 16)]
-    options = Options(target="macOS13")
+    options = ExportOptions(target="macOS13")
     made = export_package(demo[0], pruners, tmp_path / "v.mlpackage", options)
     names = ["v-tokens_32.mlpackage", "v-tokens_16.mlpackage", "v-unpruned.mlpackage"]
     assert [path.name for path in made] == names
@@ -203,7 +203,7 @@ def test_older_targets_get_a_package_each(demo, tmp_path):
 
 def test_input_and_output_as_in_apples_app(demo, packages):
     model, processor = demo
-    options = Options(projector=False, image=False, precision="float32")
+    options = ExportOptions(projector=False, image=False, precision="float32")
     pixels = pixels_of(processor)
     features = model.encode(mx.array(pixels))
     selection = Pruner("norm", keep_ratio=0.5)(features)
@@ -245,7 +245,7 @@ def test_equal_tokens_are_chosen_as_in_mlx(tmp_path, method):
     """Padding makes equal tokens; which of them stays must not depend on the device."""
     model, path = Equal(), tmp_path / "p.mlpackage"
     pruner = Pruner(method, keep_tokens=7, at="tower")
-    options = Options(projector=False, image=False, precision="float32")
+    options = ExportOptions(projector=False, image=False, precision="float32")
     export_package(model, [pruner], path, options)
     pixels = mx.zeros((1, 4, 4, 3)).at[0, 1:3].add(0.5).at[0, 2, 1].add(0.25)
     features = model.encode(pixels, pruner.reads)
@@ -302,7 +302,7 @@ def test_a_package_describes_itself(demo, packages, tmp_path):
     (source / "LICENSE").write_text("The code.")
     (source / "LICENSE_MODEL").write_text("Only on Sundays.")
     path = tmp_path / "p.mlpackage"
-    export_package(demo[0], [Pruner("none")], path, Options(), source)
+    export_package(demo[0], [Pruner("none")], path, ExportOptions(), source)
     about = Package(path).spec.description.metadata
     assert about.license == "The code.\n\nOnly on Sundays."
     assert "source" in about.shortDescription
@@ -326,7 +326,7 @@ def compare_with_core_ml(demo, packages, method, units):
     pixels = pixels_of(processor)
     visual = see(model, mx.array(pixels), Pruner(method, keep_ratio=0.5))
     package = coremltools.models.MLModel(
-        str(packages(method, options=Options())),
+        str(packages(method, options=ExportOptions())),
         compute_units=coremltools.ComputeUnit[units],
     )
     found = package.predict({"image": load_image(PICTURES[0].path)})

@@ -13,7 +13,7 @@ import mlx_tokprune
 from mlx_tokprune import Pruner
 from mlx_tokprune.coreml import __main__ as cli
 from mlx_tokprune.coreml import export, lower
-from mlx_tokprune.coreml.export import Options, export_package
+from mlx_tokprune.coreml.export import ExportOptions, export_package
 from mlx_tokprune.errors import InputError
 
 needs_coremltools()
@@ -127,7 +127,7 @@ def test_python_callers_get_a_sentence_too(demo, tmp_path):
     with pytest.raises(InputError, match=r"bfloat16; load it with dtype=mx.float32"):
         export_package(half, [Pruner("none")], path)
     with pytest.raises(InputError, match="unknown compression ''"):
-        Options(compress="")
+        ExportOptions(compress="")
     assert not os.listdir(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,7 @@ import mlx_tokprune
 from mlx_tokprune import generate
 from mlx_tokprune.coreml import vision
 from mlx_tokprune.coreml.describe import read_functions
-from mlx_tokprune.coreml.export import Options
+from mlx_tokprune.coreml.export import ExportOptions
 from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.generate import main as generate_command
@@ -56,7 +57,7 @@ def core_ml(monkeypatch):
 @pytest.mark.parametrize("apple", [False, True])
 def test_generate_with_a_package(core_ml, packages, capsys, apple):
     if apple:
-        options = Options(projector=False, image=False, precision="float32")
+        options = ExportOptions(projector=False, image=False, precision="float32")
         path, ratio = packages("norm", options=options), 0.5
     else:
         path, ratio = packages("norm", (0.5, 0.25, 0.125)), 0.25
@@ -123,3 +124,13 @@ def test_a_damaged_package_is_refused(core_ml, packages, tmp_path):
     about["mlx_tokprune"] = '[{"name": "main"}]'
     with pytest.raises(InputError, match="another version of mlx_tokprune"):
         read_functions(spec, "it")
+
+
+def test_the_ratio_that_an_error_names_is_found():
+    """A number of tokens is a share of many digits; people read six of them."""
+    share = 33 / 256
+    made = [SimpleNamespace(share=share), SimpleNamespace(share=0.5)]
+    for asked in (share, 0.128906, None):
+        assert vision._choose(made, asked, "package") is made[0]
+    with pytest.raises(InputError, match=r"it has 0\.128906, 0\.5"):
+        vision._choose(made, 0.1289, "package")

@@ -17,6 +17,7 @@ from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.train.policy import __main__ as program
 from mlx_tokprune.train.policy import (
+    chunking,
     collecting,
     demonstrations,
     pi0fast,
@@ -26,6 +27,7 @@ from mlx_tokprune.train.policy import (
     tuning,
 )
 from mlx_tokprune.train.policy.worlds import SIZE, TASKS
+from mlx_tokprune.train.tune.loop import Schedule
 
 BOUNDS = Bounds(-np.ones(4), np.ones(4), np.ones(4, bool))
 
@@ -320,3 +322,16 @@ def test_the_command_trains_corrects_and_goes_on(corridor, tmp_path, capsys):
     success.measure(model, processor, 2, ["hammer"], rows[:1], log, 8)
     assert len(log.read_text().splitlines()) == 4
     assert json.loads(log.read_text().splitlines()[-1])["first"] == 8
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"demonstrations": 0}, "whole numbers from 1"),
+        ({"mixed": 2}, "mixed a share"),
+        ({"start": "demo-policy"}, "demo-policy has not the shape of a policy of"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, how, message):
+    with pytest.raises(InputError, match=message):
+        chunking.Chunker(chunking.Chunking(**how), Schedule(1, 1e-3), tmp_path)

@@ -383,7 +383,7 @@ def test_intervals_are_wilson_s(right, total, low, high):
     assert found == pytest.approx((low, high), abs=2e-4)
 
 
-def test_the_table_and_the_picture_for_people(tmp_path):
+def test_the_table_and_the_picture_for_people(tmp_path, monkeypatch):
     lines = [
         {"row": "none", "task": "hammer", "success": [True] * 3 + [False], "kept": 64},
         {"row": "norm 0.5", "task": "hammer", "success": [False] * 4, "kept": 32},
@@ -394,6 +394,12 @@ def test_the_table_and_the_picture_for_people(tmp_path):
     assert "TTFT" not in table.markdown(lines, {})
     spread = [{**lines[0], "least": 3, "most": 9, "kept": 5.6, "row": "lightvla"}]
     assert "| lightvla | 6 (3-9) |" in table.markdown(spread, {})
+    learned = {**lines[1], "row": "./a-scorer 0.1", "kept": 6}
+    drawn = []
+    monkeypatch.setattr(table, "_line", lambda axes, *about: drawn.append(about))
+    table.draw([learned], tmp_path / "success.png")  # without the unpruned row
+    assert drawn == [([(6.0, 0, 4)], "./a-scorer")]
+    monkeypatch.undo()
     table.draw(lines, tmp_path / "success.png")
     with Image.open(tmp_path / "success.png") as picture:
         assert picture.width > picture.height > 300
@@ -426,6 +432,8 @@ def test_success_by_the_steps_of_a_tuning(tmp_path, capsys):
         (["run", "--folder", "f", "--output", "o", "--scale", "0"], "out of range"),
         (["run", "--folder", "f", "--output", "."], "already exists"),
         (["table", "nowhere.jsonl"], "does not exist"),
+        (["table", __file__], "line 1 of"),
+        (["table", __file__, "--plot", "no/such/place.png"], "does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence(monkeypatch, capsys, options, message):
@@ -446,7 +454,19 @@ def test_without_metaworld_the_extra_is_named(monkeypatch):
 
 def test_a_log_is_lines_of_json(tmp_path):
     file = tmp_path / "log"
-    file.write_text(json.dumps({"row": "none", "task": "hammer"}) + "\n")
-    assert table.read_log(file)[0]["row"] == "none"
+    line = {"row": "none", "task": "hammer", "success": [True], "kept": 64}
+    file.write_text(json.dumps(line) + "\n")
+    assert table.read_log(file) == [line]
     assert table.read_log(tmp_path / "nothing") == []
     assert math.isclose(sum(wilson(1, 2)), 1)
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path, corridor):
+    cloning.Trainer(tmp_path, PLAN).run()
+    with pytest.raises(InputError, match="other settings"):
+        cloning.Trainer(tmp_path, cloning.Cloning())
+    assert cloning.Trainer(tmp_path, PLAN).step == PLAN.steps
+
+
+def test_a_table_s_times_are_of_policies_with_a_state_too():
+    assert program._time_saved("demo-pi0", 1).keys() >= {"norm 0.5", "trimvla 0.1"}

@@ -4,11 +4,12 @@ import copy
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mlx_tokprune.bench import guest
+from mlx_tokprune.bench import guest, plots
 from mlx_tokprune.bench import table as bench_table
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.commands import options, report
@@ -188,3 +189,42 @@ def paths(value, start: tuple = ()):
     for key in several(value) if several else ():
         yield (*start, key)
         yield from paths(value[key], (*start, key))
+
+
+def asked_of_demo(tmp_path, *options) -> str:
+    few = ["--pictures", "1", "--methods", "norm", "--keep-ratios", "0.5"]
+    file = tmp_path / "e.json"
+    evaluate([*few, *options, "--output", str(file)])
+    return str(file)
+
+
+def test_black_pictures_are_shown_black(tmp_path):
+    file, page = asked_of_demo(tmp_path, "--blind"), tmp_path / "page.html"
+    main([file, "--output", str(page)])
+    assert "<figure>" in page.read_text()
+
+
+def test_pictures_of_other_weights_are_refused(tmp_path, capsys):
+    file, page = Path(asked_of_demo(tmp_path)), tmp_path / "page.html"
+    result = json.loads(file.read_text())
+    result["run"]["weights"] = "0" * 16
+    file.write_text(json.dumps(result))
+    with pytest.raises(SystemExit):
+        main([str(file), "--output", str(page)])
+    assert "has other weights here" in capsys.readouterr().err
+    main([str(file), "--output", str(page), "--pictures", "0"])
+    assert "<figure>" not in page.read_text()
+
+
+def test_accuracy_is_of_the_weights_that_were_timed(results, tmp_path):
+    answers = json.loads((results / "e.json").read_text())
+    speeds = json.loads((results / "b.json").read_text())
+    known = accuracies(answers)
+    weights = speeds["options"]["weights"]["demo"]
+    assert (weights, "original", "norm 0.25", 512) in known
+    assert all(key[0] == weights for key in known)
+    answers["run"]["weights"] = "other"
+    drawn = plots.draw_all(speeds, tmp_path, accuracies(answers))
+    assert [path.name for path in drawn] == ["ttft_by_stage.png", "ttft_by_tokens.png"]
+    assert len(plots.draw_all(speeds, tmp_path, known)) == 3
+    assert set(plots._known(speeds, known)) == {"none", "norm", "similarity"}

@@ -8,8 +8,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_tokprune
+from mlx_tokprune.errors import InputError
 from mlx_tokprune.hub import EMBEDDED
 from mlx_tokprune.train import questions, scenes
+from mlx_tokprune.train.__main__ import main
 from mlx_tokprune.train.accuracy import HELD_OUT
 from mlx_tokprune.train.batches import make_batch
 from mlx_tokprune.train.export import export
@@ -198,3 +200,25 @@ def test_learning_lowers_the_loss(tmp_path, tokenizer_file):
         mx.eval(run.student.parameters(), optimizer.state)
         losses.append(value.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_folder_of_other_stages_is_refused(tmp_path):
+    Trainer(tmp_path, [], student=Student(SMALL))._save({"stage": 0, "step": 1}, None)
+    with pytest.raises(InputError, match="other settings"):
+        Trainer(tmp_path, STAGES, student=Student(SMALL))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "demo-policy"], "answers in actions, not in words"),
+        (["--output", "no/such/place.json"], "does not exist"),
+    ],
+)
+def test_accuracy_refuses_first(capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["accuracy", *options])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

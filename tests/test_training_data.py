@@ -11,6 +11,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip
 
 from mlx_tokprune import InputError, Pruner, load
+from mlx_tokprune.evaluate.data import read_questions
 from mlx_tokprune.planning import plan_for
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.tune.data import read_samples
@@ -164,3 +165,39 @@ def test_another_picture_under_the_same_name_is_other_data(tmp_path):
     first, again = (read_samples(lines, 1).digest for _ in range(2))
     shutil.copy(TINY / "image_1.png", picture)
     assert first == again != read_samples(lines, 1).digest
+
+
+@pytest.mark.parametrize("reader", ["train", "evaluate"])
+def test_only_a_line_feed_ends_a_line(tmp_path, reader):
+    """JSON's texts may hold U+2028; a mark of the byte order is none of the text."""
+    line = {"image": PICTURE, "question": "x\u2028y\x85z", "answer": "a"}
+    texts = ["", json.dumps(line, ensure_ascii=False), "{"]
+    (tmp_path / "l.jsonl").write_text("\n".join(texts), encoding="utf-8-sig")
+    read = {"train": read_samples, "evaluate": lambda f, n: read_questions(f, n, None)}
+    found = read[reader](str(tmp_path / "l.jsonl"), 1)
+    (item,) = found.items
+    asked = item.pairs[0][0] if reader == "train" else item.question
+    assert asked == line["question"]
+    assert [number for number, _ in found.skipped] == [3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["prune", "--sharpen", "2"], "sharpen is of the attention"),
+        (["prune", "--distill", "1", "--imitate", "1"], "expected one of them"),
+        (["prune", "--scorer", "asking", "--questions", "4"], "leave out --questions"),
+        (["lora", "--layers", "0"], "whole numbers from 1"),
+    ],
+)
+def test_options_are_not_ignored(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        train([*options, "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_can_be_trained_without_pruning(tmp_path):
+    told = ["--method", "none", "--steps", "1", "--batch", "2", "--pictures", "2"]
+    train(["lora", *told, "--output", str(tmp_path / "adapter")])
+    assert (tmp_path / "adapter" / "adapters.safetensors").exists()

@@ -16,7 +16,7 @@ from ..carried import carry, read_carried
 from ..errors import InputError
 from ..files import new_folder, read_json
 from ..hub import is_local, resolve
-from .mlx_vlm import Pruners, attach, check_known, import_mlx_vlm
+from .mlx_vlm import Attachable, attach, check_known, import_mlx_vlm
 from .pixels import Pixels, split
 
 MODEL_FILE, SETTINGS = "tokprune_model.py", "tokprune.json"
@@ -31,7 +31,7 @@ globals().update(prune_when_loaded(__file__))
 def write_folder(
     source: str | Path,
     target: str | Path,
-    pruner: Pruners,
+    pruner: Attachable,
     positions: str | None = None,
 ) -> Path:
     """Write `target`, which is `source` (a folder or hub id) with a pruner attached.

@@ -34,7 +34,7 @@ _FIELDS = {  # of what `get_input_embeddings` gives
     "rope_deltas",
 }
 Known = Pruner | TemporalPruner | RepeatPruner
-Pruners = Known | Sequence[Known]
+Attachable = Known | Sequence[Known]
 
 
 class Handle:
@@ -80,7 +80,7 @@ class Handle:
 def attach(
     model,
     processor,
-    pruner: Pruners,
+    pruner: Attachable,
     positions: str | None = None,
 ) -> Handle:
     """Have a loaded mlx-vlm model prune the visual tokens of every prompt.
@@ -158,7 +158,7 @@ def load_mlx_vlm(name: str, adapter_path: str | None = None) -> tuple:
 
 
 def check_known(
-    name: str, pruners: Pruners, positions: str | None = None
+    name: str, pruners: Attachable, positions: str | None = None
 ) -> tuple[Family, Pruner, Pixels]:
     """What is known of a family by its name, its pruner of tokens, and of pixels."""
     if positions is not None:

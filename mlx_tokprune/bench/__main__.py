@@ -59,7 +59,8 @@ def build_parser() -> Parser:
     add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
     add("--tokens", type=int, default=16, help="generated in each run (default: 16)")
     add("--runs", type=int, default=5, help="of each row (default: 5)")
-    add("--output", default="bench.json", help="result file; resumed when it is there")
+    help_ = "result file; resumed when it is there, but for mlx-vlm's runtime"
+    add("--output", default="bench.json", help=help_)
     add("--plots", help="draw pictures to this folder")
     help_ = "results of mlx_tokprune.evaluate, for the Pareto plot"
     add("--accuracy", nargs="+", default=[], metavar="FILE", help=help_)
@@ -105,8 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown(result))
     print(f"\nwrote {output}")
     if args.plots:
-        for path in draw_all(result, Path(args.plots), _accuracy(args.accuracy)):
+        drawn = draw_all(result, Path(args.plots), _accuracy(args.accuracy))
+        for path in drawn:
             print(f"wrote {path}")
+        if args.accuracy and not any(path.name == "pareto.png" for path in drawn):
+            print("no accuracy is of these weights, rows and positions: no Pareto plot")
 
 
 def _drafts(args, subject: Subject) -> dict[str, Drafts]:
@@ -178,6 +182,9 @@ def _check(args) -> None:
     if args.plots:
         check_name(args.plots)
         import_matplotlib()
+    if args.accuracy and not args.plots:
+        raise InputError("--accuracy is for the Pareto plot; say --plots FOLDER, too")
+    _accuracy(args.accuracy)
 
 
 def _accuracy(files: list[str]) -> Accuracy:

@@ -10,7 +10,7 @@ from ..timing import STAGES
 from .benchmark import median
 from .table import describe, label, stage
 
-Accuracy = dict[tuple[str, int], float]  # by label and input size
+Accuracy = dict[tuple, float]  # by weights, positions, label and input size
 
 
 def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
@@ -26,10 +26,10 @@ def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
         _save(folder / "ttft_by_stage.png", result, _draw_stages),
         _save(folder / "ttft_by_tokens.png", result, _draw_tokens),
     ]
-    if accuracy:
+    if known := _known(result, accuracy):
 
         def draw(figure, shown):
-            _draw_pareto(figure, shown, accuracy)
+            _draw_pareto(figure, known)
 
         drawn.append(_save(folder / "pareto.png", result, draw))
     return drawn
@@ -126,16 +126,22 @@ def _draw_line(axes, rows: list[dict], name: str) -> None:
     axes.errorbar(kept, middle, [below, above], **bars)
 
 
-def _draw_pareto(figure, result: dict, accuracy: Accuracy) -> None:
-    """Accuracy against TTFT, for rows whose accuracy is known."""
-    axes = figure.subplots()
+def _known(result: dict, accuracy: Accuracy) -> dict[str, list]:
+    """TTFT, accuracy and row, by method, of rows whose accuracy is known."""
     methods: dict[str, list] = {}
     for row in result["rows"]:
-        key = (label(row), row["image_size"])
+        weights = result["options"].get("weights", {}).get(row["model"])
+        key = (weights, row["positions"], label(row), row["image_size"])
         if key in accuracy:
             ttft = median(row["samples"]["ttft_ms"])
             point = (ttft, 100 * accuracy[key], row)
             methods.setdefault(row["method"], []).append(point)
+    return methods
+
+
+def _draw_pareto(figure, methods: dict[str, list]) -> None:
+    """Accuracy against TTFT."""
+    axes = figure.subplots()
     for method, points in methods.items():
         points.sort(key=lambda point: point[0])
         xs, ys, _ = zip(*points, strict=True)

@@ -20,13 +20,13 @@ from ..bench import table as bench_table
 from ..errors import InputError, Parser, command, import_matplotlib
 from ..evaluate import results as evaluation
 from ..evaluate import table as evaluation_table
-from ..evaluate.data import Item, read_questions
+from ..evaluate.data import Item, blinded, read_questions
 from ..files import check_apart, check_output, write_text
 from ..hub import is_local
 from ..learned import is_scorer
 from ..loading import load
 from ..measure.guest import Guest, GuestRow
-from ..measure.results import read_any
+from ..measure.results import fingerprint, read_any
 from ..measure.subject import Subject, subject_of
 from ..overlay import draw_overlay
 from ..pipeline import run
@@ -178,6 +178,7 @@ def _items(result: dict) -> dict[tuple[str, str], Item]:
     names = {answer["picture"] for answer in result["answers"]}
     asked = result["answers"][0]["question"] if result["answers"] else None
     found = read_questions(result["data"], max(1, len(names)), asked)
+    found = blinded(found) if result["run"].get("blind") else found
     return {(item.picture, item.question): item for item in found.items}
 
 
@@ -187,7 +188,12 @@ def _drawing(name: str, result: dict) -> Callable[..., Image.Image]:
     if run.get("runtime") == "mlx-vlm":
         guest = Guest(name, None if run["positions"] == "original" else "contiguous")
         return lambda *asked: _guest_overlay(guest, *asked)
-    subject = subject_of(name, *load(name))
+    subject = subject_of(name, *load(name, adapter_path=run.get("adapter")))
+    if fingerprint(subject.model) != run["weights"]:
+        raise InputError(
+            f"{name} has other weights here than those that were measured, or another "
+            "precision; --pictures 0 leaves pictures out"
+        )
     subject = subject.at(result["image_size"], run.get("padding"))
 
     def draw(image: Image.Image, text: str, row: dict) -> Image.Image:
@@ -233,7 +239,8 @@ def _overlay(
     model, plan = subject.model, plan_for(subject.model, pruners)
     scene = subject.scene([image], text)
     _, visual = run(model, scene, plan, positions=positions)
-    return draw_choices([image], visual, padded=subject.kind == "answering")
+    padded = subject.kind == "answering" or subject.processor.pads
+    return draw_choices([image], visual, padded=padded)
 
 
 def _guest_overlay(

@@ -13,7 +13,7 @@ from ..errors import InputError, Parser, command
 from ..hub import resolve
 from ..pruners import Pruner, get_method
 from .describe import Function
-from .export import COMPRESSIONS, PRECISIONS, TARGETS, Options, export_package
+from .export import COMPRESSIONS, PRECISIONS, TARGETS, ExportOptions, export_package
 from .plan import check_platform, compute_plan, format_plan
 
 DEFAULT_METHOD = "norm"
@@ -65,7 +65,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
-    options = Options(
+    options = ExportOptions(
         projector=args.projector,
         image=args.input == "image",
         target=args.target,
@@ -113,7 +113,9 @@ def _pruners(args) -> list[Pruner]:
     return [Pruner(method, **how, **budget) for budget in budgets]
 
 
-def format_package(path: Path, functions: list[Function], options: Options) -> str:
+def format_package(
+    path: Path, functions: list[Function], options: ExportOptions
+) -> str:
     """What was written, for people."""
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     several = len(functions) > 1

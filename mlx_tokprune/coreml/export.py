@@ -42,7 +42,7 @@ _LANGUAGE = "language_model"
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How a package is written.
 
     projector: whether the features go through it. image: whether the input is an RGB
@@ -106,7 +106,7 @@ def export_package(
     model,
     pruners: Sequence[Pruner],
     output: str | Path,
-    options: Options | None = None,
+    options: ExportOptions | None = None,
     source: str | Path | None = None,
     name: str | None = None,
 ) -> dict[Path, list[Function]]:
@@ -118,7 +118,7 @@ def export_package(
     folder, for its licence; name: what the package says the model is, by default that
     folder's. Raises `InputError` for what cannot be exported, or when `output` exists.
     """
-    options, output = options or Options(), Path(output)
+    options, output = options or ExportOptions(), Path(output)
     pruners = [pruners] if isinstance(pruners, Pruner) else list(pruners)
     if not pruners:
         raise InputError("no pruner was given; expected at least one, such as norm 0.5")
@@ -207,7 +207,7 @@ def _exported(model) -> list[tuple[str, mx.array]]:
     return tree_flatten(parts)
 
 
-def _write(model, pruners, folder: Path, options: Options, bar) -> list[Function]:
+def _write(model, pruners, folder: Path, options: ExportOptions, bar) -> list[Function]:
     """Fill `folder` as a package."""
     ct, functions = load_coremltools(), []
     work = folder / "work"
@@ -234,7 +234,7 @@ def _write(model, pruners, folder: Path, options: Options, bar) -> list[Function
     return functions
 
 
-def _describe(folder: Path, functions, options: Options, source, name) -> None:
+def _describe(folder: Path, functions, options: ExportOptions, source, name) -> None:
     (file,) = folder.glob("Data/*/*.mlmodel")
     spec = load_coremltools().utils.load_spec(str(file))
     describe(
@@ -317,7 +317,7 @@ def _arrays(selection: Selection) -> list[mx.array]:
     return [array for array in found if array is not None]
 
 
-def _convert(model, pruner: Pruner, options: Options):
+def _convert(model, pruner: Pruner, options: ExportOptions):
     """(what the function does, its coremltools model)."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil import mil
@@ -381,7 +381,7 @@ def _body(mb, parts: _Parts, image) -> list:
     return [mb.identity(x=var, name=name) for name, var in outputs.items()]
 
 
-def _precision(ct, options: Options):
+def _precision(ct, options: ExportOptions):
     if options.precision == "float32":
         return ct.precision.FLOAT32
     return ct.transform.FP16ComputePrecision(

@@ -124,7 +124,8 @@ def check_manifest(package: Path) -> None:
 
 def _choose(functions: list[Function], keep_ratio: float | None, path) -> Function:
     for function in functions:
-        if keep_ratio in (None, function.share):
+        # As people read it in the message below.
+        if keep_ratio is None or f"{keep_ratio:g}" == f"{function.share:g}":
             return function
     known = ", ".join(f"{function.share:g}" for function in functions)
     raise InputError(

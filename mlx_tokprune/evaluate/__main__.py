@@ -1,5 +1,6 @@
 """Accuracy, agreement and divergence of pruned answers, on your questions or ours."""
 
+import glob
 import json
 import sys
 from pathlib import Path
@@ -128,7 +129,7 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
 def _begin(args, name: str, questions: Questions) -> tuple:
     """What answers, what makes two runs the same, and what can be asked."""
     subject = subject_of(name, *load(name, adapter_path=args.adapter_path))
-    subject = subject.at(args.image_size or subject.image_size, args.padding)
+    subject = _resized(subject, args)
     rows, settings = _rows(args, subject, questions), _settings(args)
     header = describe_run(
         subject.model,
@@ -137,10 +138,18 @@ def _begin(args, name: str, questions: Questions) -> tuple:
         positions=settings.positions,
         max_tokens=args.max_tokens,
         kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size if args.kv_bits else None,
         image_size=subject.image_size,
         padding=args.padding,
+        blind=args.blind,
+        adapter=args.adapter_path,
     )
     return Evaluator(subject, rows, settings), header, questions
+
+
+def _resized(subject: Subject, args) -> Subject:
+    size = subject.image_size if args.image_size is None else args.image_size
+    return subject.at(size, args.padding)
 
 
 def _begin_guest(args, name: str, questions: Questions) -> tuple:
@@ -243,7 +252,8 @@ def _journal_file(output: str, workers: Workers) -> Path:
 def _remove_journals(output: str, workers: Workers) -> None:
     """Those of this machine; the result holds all that is in them."""
     place = Path(output).absolute()
-    for file in place.parent.glob(f"{place.name}.*-of-{workers.size}.jsonl"):
+    name = glob.escape(place.name)
+    for file in place.parent.glob(f"{name}.*-of-{workers.size}.jsonl"):
         file.unlink()
 
 

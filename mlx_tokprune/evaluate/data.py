@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import InputError
+from ..files import read_lines
 from ..image import list_pictures, load_image
 
 DESCRIBE = "Describe the image."
@@ -109,12 +110,10 @@ def _lines(file: Path) -> Questions:
     items: dict[tuple, Item] = {}
     skipped, first = [], {}
     try:
-        lines = file.read_text().splitlines()
+        lines = read_lines(file.read_text(encoding="utf-8-sig"))
     except ValueError:
         raise InputError(f"{file} is no UTF-8 text; expected lines of JSON") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
             item = _item(line, file.parent)
         except InputError as error:
@@ -167,17 +166,12 @@ def _item(line: str, folder: Path) -> Item:
 
 def _demo(pictures: int) -> Iterator[Item]:
     """The held-out pictures of the demo model's training, which knows the answers."""
-    try:
-        import matplotlib  # noqa: F401  (its fonts draw the signs)
-    except ImportError:
-        raise InputError(
-            "the demo's pictures are drawn with fonts of matplotlib; "
-            "pip install 'mlx-tokprune[train]'"
-        ) from None
     import numpy as np
 
     from ..train.accuracy import held_out
+    from ..train.scenes import check_fonts
 
+    check_fonts()
     number = 0
     for pixels, asked in held_out(pictures):
         for picture, questions in zip(np.array(pixels), asked, strict=True):

@@ -158,7 +158,8 @@ def describe_run(model, items: Sequence[Item], rows: Sequence[Row], **options) -
         if item.is_file and item.picture not in seen:
             seen.add(item.picture)
             asked.update(Path(item.picture).read_bytes())
-        asked.update(repr((item.picture, item.question, item.answers)).encode())
+        about = (item.picture, item.question, item.answers, item.kind, item.needed)
+        asked.update(repr(about).encode())
     return {
         "schema": SCHEMA,
         "weights": fingerprint(model),

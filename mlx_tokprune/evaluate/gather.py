@@ -39,8 +39,8 @@ def launch(arguments: Sequence[str], workers: int, output: str) -> None:
     subprocess.run(command, env=limits | dict(os.environ))
     if _version(output) == before:
         print(
-            f"error: a worker was lost, so {output} was not written; what was answered "
-            "is kept, and the same command goes on from there",
+            f"error: a worker refused, as it says above, or was lost, so {output} was "
+            "not written; what was answered is kept for the same command",
             file=sys.stderr,
         )
         raise SystemExit(1)

@@ -61,10 +61,11 @@ def _alike(rows: list[dict], name: str) -> bool:
     return len(kinds) == 1 and ("all" in min(kinds) or not min(kinds))
 
 
-def accuracies(result: dict) -> dict[tuple[str, int], float]:
-    """Accuracy over all questions, by label and input size."""
+def accuracies(result: dict) -> dict[tuple, float]:
+    """Accuracy over all questions, by weights, positions, label and input size."""
+    about = result["run"]["weights"], result["run"]["positions"]
     return {
-        (row["label"], result["image_size"]): row["accuracy"]["all"]["value"]
+        (*about, row["label"], result["image_size"]): row["accuracy"]["all"]["value"]
         for row in result["rows"]
         if row["accuracy"]
     }

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import import_matplotlib
+from ..errors import import_matplotlib, printable
 from ..files import replacing
 from ..measure.intervals import bootstrap, of_share
 from .data import Item
@@ -75,9 +75,10 @@ def most_common(items: Sequence[Item]) -> float | None:
 def markdown(rows: list[dict]) -> str:
     """The table for people, shares in percent with 95 % intervals."""
     kinds = [k for k in rows[0]["accuracy"] if k != "all"]
+    named = [printable(kind).replace("|", "/") for kind in kinds]
     known, needed = bool(rows[0]["accuracy"]), bool(rows[0]["needed"])
     head = ["method", "kept", "GFLOP", *(["accuracy"] if known else []), "agreement"]
-    head += ["KL, nats", *(["needed kept"] if needed else []), *kinds]
+    head += ["KL, nats", *(["needed kept"] if needed else []), *named]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         gflop = "" if row["flops"] is None else f"{row['flops'] / 1e9:.2f}"

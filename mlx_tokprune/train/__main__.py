@@ -11,9 +11,12 @@ from ..commands.options import (
     make_pruners,
 )
 from ..errors import InputError, Parser, command, nearest, printable
+from ..files import check_output, write_text
 from ..learned import SCORERS, is_scorer, load_scorer
 from ..pipeline import POSITIONS
+from .scenes import check_fonts
 
+_QUESTIONS = 5  # about each picture in a step
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -73,7 +76,7 @@ def _add_training(parser, steps: int, rate: float) -> None:
     add("--steps", type=int, default=steps, help=f"(default: {steps})")
     add("--batch", type=int, default=32, help="pictures in a step (default: 32)")
     help_ = "about each of them in a step (default: 5)"
-    add("--questions", type=int, default=5, help=help_)
+    add("--questions", type=int, help=help_)
     add("--learning-rate", type=float, default=rate, help=f"(default: {rate:g})")
     add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
     add("--seed", type=int, default=0)
@@ -115,20 +118,10 @@ def _add_prune(commands) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if getattr(args, "data", "demo") == "demo" and args.command != "fuse":
-        _check_fonts()
+        check_fonts()
     commands = {"run": _train, "accuracy": _measure, "prune": _prune}
     commands |= {"lora": _lora, "fuse": _fuse}
     commands[args.command](args)
-
-
-def _check_fonts() -> None:
-    try:
-        import matplotlib  # noqa: F401  (its fonts draw the signs)
-    except ImportError:
-        raise InputError(
-            "the fonts of the generated pictures come with matplotlib; "
-            "pip install 'mlx-tokprune[train]'"
-        ) from None
 
 
 def _prune(args) -> None:
@@ -141,7 +134,13 @@ def _prune(args) -> None:
         )
     known = SCORERS.get(args.scorer) or load_scorer(args.scorer)
     answers = args.imitate is None and args.within is None
-    questions = 1 if known.at == "prompt" and answers else args.questions
+    alone = known.at == "prompt" and answers
+    if alone and (args.questions or 1) > 1:
+        raise InputError(
+            "a scorer at the prompt learns from the answers with one question about "
+            "each picture; leave out --questions, or say --imitate LAYER"
+        )
+    questions = 1 if alone else args.questions or _QUESTIONS
     names = (
         "curriculum",
         "distill",
@@ -174,14 +173,14 @@ def _lora(args) -> None:
     from .tune.lora import Adapter, train_adapter
 
     unset = not args.prune and args.keep_ratio is None and args.keep_tokens is None
-    if unset and get_method(args.method or "norm").counts == "budget":
+    if unset and get_method(args.method or "norm").lacks_budget({}):
         args.keep_ratio = 0.25
     plan = make_pruners(args, "norm")
     adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)
     samples, schedule, folder, output = _training(args)
     train_adapter(
         *(_load(args), samples, plan, args.positions, adapter),
-        *((args.batch, args.questions), schedule, folder, output),
+        *((args.batch, args.questions or _QUESTIONS), schedule, folder, output),
         checkpoint=args.grad_checkpoint,
         distill=args.distill,
         dequantize=args.dequantize,
@@ -209,7 +208,8 @@ def _training(args) -> tuple:
     from .tune.data import read_samples
     from .tune.loop import Schedule
 
-    if min(args.pictures, args.batch, args.questions) < 1:
+    questions = _QUESTIONS if args.questions is None else args.questions
+    if min(args.pictures, args.batch, questions) < 1:
         raise InputError("pictures, batch and questions are whole numbers from 1")
     output = Path(args.output)
     if output.exists():
@@ -244,19 +244,23 @@ def _train(args) -> None:
 
 
 def _measure(args) -> None:
+    from ..answer.stream import check_answers
     from ..loading import load
     from .accuracy import markdown, measure
 
     if args.pictures < 1:
         raise InputError(f"cannot measure on {args.pictures} pictures; the least is 1")
+    if args.output:
+        check_output(args.output)
     model, processor = load(args.model)
+    check_answers(model)
     table = measure(model, processor, args.pictures, positions=args.positions)
     print(
         f"{args.pictures} held-out pictures, {args.positions} positions, exact match %"
     )
     print(markdown(table))
     if args.output:
-        Path(args.output).write_text(json.dumps(table, indent=2) + "\n")
+        write_text(args.output, json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

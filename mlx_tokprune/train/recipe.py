@@ -7,6 +7,7 @@ left out at random. Every batch has its own seed, so a run that is stopped
 goes on where it was.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .scenes import CANVAS, CELL
 from .stages import KEPT, STAGES, TRAINING, Stage, choices_of, draw_step
 from .student import Student
 from .tokens import build_tokenizer, encoder
+from .tune.loop import check_same
 
 _SAVE_EVERY = 200
 
@@ -37,7 +39,8 @@ class Trainer:
         self.stages = stages
         mx.random.seed(0)
         self.student = student or Student()
-        folder.mkdir(parents=True, exist_ok=True)
+        steps = [dataclasses.asdict(stage) for stage in stages]
+        check_same(folder / "settings.json", {"stages": steps})
         self.tokenizer = build_tokenizer(folder / "tokenizer.json")
         self.encode = encoder(self.tokenizer)
         self.end = self.tokenizer.token_to_id("<|im_end|>")

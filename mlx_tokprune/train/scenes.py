@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from ..errors import InputError
+
 COLORS = {
     "red": (214, 40, 40),
     "orange": (245, 130, 20),
@@ -105,6 +107,17 @@ class _Layout:
         self.cells.add(cell)
         self.boxes.append(box)
         return True
+
+
+def check_fonts() -> None:
+    """Raise `InputError` unless the fonts that signs are drawn with are there."""
+    try:
+        import matplotlib  # noqa: F401  (brings them)
+    except ImportError:
+        raise InputError(
+            "the fonts of the generated pictures come with matplotlib; "
+            "pip install 'mlx-tokprune[train]'"
+        ) from None
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,7 +4,8 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from ...errors import InputError, Parser, command, nearest
+from ...errors import InputError, Parser, command, import_matplotlib, nearest
+from ...files import check_output
 from .worlds import TASKS, import_simulator
 
 
@@ -223,6 +224,9 @@ def _measure(args) -> None:
 def _print_table(args) -> None:
     from .table import by_step, draw, draw_by_step, markdown, read_log
 
+    if args.plot:
+        check_output(args.plot)
+        import_matplotlib()
     found = []
     for log in map(Path, args.logs):
         if not log.exists():
@@ -245,7 +249,7 @@ def _print_table(args) -> None:
 
 def _time_saved(folder: str, runs: int) -> dict[str, float]:
     """The share of TTFT that each row saves, medians of interleaved warm runs."""
-    from ...demo import POLICY_FRAME
+    from ...demo import POLICY_FRAME, POLICY_STATE
     from ...image import load_image
     from ...loading import load
     from ...robot.predict import predict_action
@@ -258,6 +262,7 @@ def _time_saved(folder: str, runs: int) -> dict[str, float]:
     for number in range(runs + 2):
         for row in chosen:
             options = {"pruner": row.pruner, "positions": row.positions}
+            options |= {"proprio": POLICY_STATE} if model.args.state_size else {}
             action = predict_action(model, processor, [image], asked, **options)
             if number >= 2:
                 times[row.label].append(action.ttft_ms)

@@ -16,9 +16,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ...actions import Bounds
+from ...errors import InputError
 from ...fast import FastCode
 from ...files import write_text
-from ...loading import open_checkpoint
 from ...pruners import Pruner
 from ...robot.policy import Policy
 from ..tune.loop import Loop, Schedule, draw_losses
@@ -39,7 +39,7 @@ from .pi0fast import (
     warm_start,
     write_checkpoint,
 )
-from .tuning import check_started, open_policy
+from .tuning import check_started, load_as_demo, open_policy
 from .worlds import TASKS
 
 FIRST = HORIZON // 2  # actions that are done before looking again
@@ -71,6 +71,13 @@ class Chunking:
     mixed: float = 0.1
     scores_weight: float = 0.1
 
+    def __post_init__(self):
+        counts = ("batch", "demonstrations", "corrections")
+        if any(getattr(self, name) < 1 for name in counts):
+            raise InputError(f"{', '.join(counts)} are whole numbers from 1")
+        if min(self.align, self.rounds) < 0 or not 0 <= self.mixed <= 1:
+            raise InputError("align and rounds are whole numbers from 0, mixed a share")
+
     def rounds_of(self, steps: int) -> tuple[int, ...]:
         """The steps before which the policy is corrected."""
         whole = self.rounds + 1
@@ -92,7 +99,7 @@ class Chunker:
         mx.random.seed(schedule.seed)
         self.policy = build_policy()
         if chunking.start:
-            self.policy.load_weights(_weights_of(chunking.start))
+            load_as_demo(self.policy, chunking.start, "a policy of `chunks`")
         else:
             warm_start(self.policy, self._teacher)
         self._loop = Loop(self.policy, self._loss, schedule, folder)
@@ -199,9 +206,3 @@ class Chunker:
         # What is no answer yet is padded, and corrected.
         relaxed = dataclasses.replace(self.processor, strict=False)
         return Policy(self.policy, relaxed, **how)
-
-
-def _weights_of(start: str) -> list[tuple[str, mx.array]]:
-    family, checkpoint, _ = open_checkpoint(start)
-    weights = family.to_mlx_layout(checkpoint.load())
-    return [(name, array.astype(mx.float32)) for name, array in weights.items()]

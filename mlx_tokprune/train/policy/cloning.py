@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ...pruners import Pruner
 from ...robot.policy import Policy
+from ..tune.loop import check_same
 from .collecting import Collector
 from .demonstrations import Episodes
 from .student import Batch, build_policy, build_processor, losses
@@ -65,6 +66,7 @@ class Trainer:
     def __init__(self, folder: Path, cloning: Cloning):
         self.folder, self.cloning = folder, cloning
         self.collector = Collector(folder)
+        check_same(folder / "settings.json", dataclasses.asdict(cloning))
         mx.random.seed(0)
         self.policy = build_policy()
         self.average = dict(tree_flatten(self.policy.parameters()))

@@ -79,7 +79,7 @@ class Collector:
 
         def act(frame: np.ndarray, expert: np.ndarray) -> np.ndarray:
             if not planned:  # of a chunk, what is done before looking again
-                asked = ([frame], TASKS[name].instruction, *told(policy, world))
+                asked = ([frame], TASKS[name].instruction, *state_of(policy, world))
                 planned.extend(np.atleast_2d(policy(*asked)))
             action = planned.pop(0)
             return expert if rng.random() < mixed else action
@@ -162,7 +162,7 @@ class Collector:
         return frames, tasks, places
 
 
-def told(policy: Policy, world: World) -> tuple:
+def state_of(policy: Policy, world: World) -> tuple:
     """The robot's state, for policies that read it."""
     return (world.hand(),) if policy.model.args.state_size else ()
 

@@ -18,7 +18,7 @@ from ...measure.results import fingerprint
 from ...pipeline import DEFAULT_POSITIONS
 from ...pruners import Pruner, get_method, list_pruners
 from ...robot.policy import Policy
-from .collecting import told
+from .collecting import state_of
 from .table import read_log
 from .worlds import ACTION_DIM, HORIZON, TASKS, World
 
@@ -183,7 +183,7 @@ def _one_each(policies: list[Policy], see: Callable, instruction: str):
 
     def act(live: list[World]):
         actions = [
-            policy([see(world)], instruction, *told(policy, world))
+            policy([see(world)], instruction, *state_of(policy, world))
             for policy, world in zip(policies, live, strict=True)
         ]
         return np.stack(actions), [policy.kept for policy in policies]

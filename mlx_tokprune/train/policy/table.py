@@ -6,17 +6,31 @@ from pathlib import Path
 
 import numpy as np
 
+from ...errors import InputError
 from ...measure.intervals import wilson
 from .worlds import TASKS
 
-_AT_BUDGET = re.compile(r"(\w+) ([\d.]+)")  # the label of a method's row
+_KEYS = {"row", "task", "success", "kept"}
+_AT_BUDGET = re.compile(r"(\S+) ([\d.]+)")  # the label of a method's row
 
 
 def read_log(log: Path) -> list[dict]:
     """What was measured so far."""
     if not log.exists():
         return []
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    lines = []
+    for number, line in enumerate(log.read_text(errors="replace").splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            known = isinstance(lines[-1], dict) and _KEYS <= lines[-1].keys()
+        except (ValueError, RecursionError):
+            known = False
+        if not known:
+            raise InputError(
+                f"line {number} of {log} is none of `success`; if that was stopped "
+                "while it wrote, remove the line"
+            )
+    return lines
 
 
 def _overall(lines: list[dict]) -> dict[str, tuple[float, int, int]]:
@@ -77,7 +91,8 @@ def draw(lines: list[dict], file: Path) -> None:
     curves: dict[str, list] = {}
     for label, point in rows.items():
         if match := _AT_BUDGET.fullmatch(label):
-            curves.setdefault(match[1], [rows["none"]]).append(point)
+            whole = [rows["none"]] if "none" in rows else []
+            curves.setdefault(match[1], whole).append(point)
         elif label.endswith("own count"):
             kept, won, total = point
             axes.plot(kept, 100 * won / total, "*", ms=13, label=label)

@@ -212,14 +212,22 @@ def check_started(folder: Path, settings, policy: OpenVLA) -> None:
 
 def open_policy(model: str | Path) -> OpenVLA:
     """A policy of the demo policy's shape with the weights of a checkpoint."""
+    policy = build_policy()
+    load_as_demo(policy, model, "demo-policy")
+    return policy
+
+
+def load_as_demo(policy: nn.Module, model: str | Path, kind: str) -> None:
+    """The weights of a checkpoint, in float32, for a policy that has every tensor.
+
+    `InputError` unless they are those of such a policy, which `kind` names.
+    """
     family, checkpoint, _ = open_checkpoint(model)
     weights = family.to_mlx_layout(checkpoint.load())
-    policy = build_policy()
     try:
         policy.load_weights([(n, a.astype(mx.float32)) for n, a in weights.items()])
     except ValueError:
-        raise InputError(f"{model} has not the shape of demo-policy") from None
-    return policy
+        raise InputError(f"{model} has not the shape of {kind}") from None
 
 
 def _thaw(policy: OpenVLA, rank: int, tower: bool) -> None:

@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from ...errors import InputError
+from ...files import read_lines
 from ...image import load_image
 from ...measure.results import fingerprint
 from ...testbed import scenes as testbed
@@ -62,6 +65,8 @@ class Samples:
 def check_started(folder: Path, model, samples: Samples, settings: dict) -> None:
     """A folder is gone on from with the same model, questions and settings only."""
     known = {**settings, "model": fingerprint(model), "data": samples.digest}
+    processes = mx.distributed.init().size()  # each draws a batch
+    known |= {"processes": processes} if processes > 1 else {}
     check_same(folder / "settings.json", known)
 
 
@@ -84,7 +89,7 @@ def read_samples(source: str, pictures: int) -> Samples:
         )
     found: dict[str, list[tuple[str, str]]] = {}
     skipped = []
-    for number, entry in enumerate(_entries(path), 1):
+    for number, entry in _entries(path):
         try:
             picture, pairs = _parsed(entry, path.parent)
         except (ValueError, InputError) as error:
@@ -98,16 +103,15 @@ def read_samples(source: str, pictures: int) -> Samples:
     return Samples(items, tuple(skipped))
 
 
-def _entries(path: Path) -> list:
-    """Lines, or the entries of one JSON list; what is no JSON stays text."""
+def _entries(path: Path) -> list[tuple[int, Any]]:
+    """Lines, or the entries of one JSON list, and their numbers."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     if text.lstrip().startswith("["):
         try:
-            return json.loads(text)
+            return list(enumerate(json.loads(text), 1))
         except (ValueError, RecursionError):
             raise InputError(f"{path} begins as a JSON list, but is none") from None
-    lines = text.splitlines()[:MOST_LINES]
-    return [line for line in lines if line.strip()]
+    return read_lines(text)[:MOST_LINES]
 
 
 def _parsed(entry, folder: Path) -> tuple[str, list[tuple[str, str]]]:

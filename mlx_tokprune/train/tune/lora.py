@@ -43,7 +43,8 @@ class Adapter:
     projector: bool = False
 
     def __post_init__(self):
-        if self.rank < 1 or (self.layers or 1) < 1 or not 0 < self.scale <= 1e6:
+        layers = 1 if self.layers is None else self.layers
+        if min(self.rank, layers) < 1 or not 0 < self.scale <= 1e6:
             raise InputError("rank and layers are whole numbers from 1, scale above 0")
 
     def add_to(self, model) -> None:

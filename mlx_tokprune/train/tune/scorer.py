@@ -103,6 +103,13 @@ class Lesson:
                 "imitating attention learns an order, sparsity and within a count; "
                 "expected one of them"
             )
+        if self.sharpen != 1 and self.imitate is None:
+            raise InputError("sharpen is of the attention that is imitated; say which")
+        if self.distill and (self.imitate is not None or self.within is not None):
+            raise InputError(
+                "distill is of the answers' loss, which imitate and within take the "
+                "place of; expected one of them"
+            )
         if self.sparsity is not None and not 0 < self.sparsity <= 1e6:
             raise InputError(f"sparsity {self.sparsity:g} is outside (0, 1e6]")
         if self.within is not None and not 0 < self.within <= 1e3:
