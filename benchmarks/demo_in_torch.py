@@ -9,10 +9,12 @@ All need torch; `prepare` and `finish` need MLX, too, and `train` tokenizers, Pi
 matplotlib, but nothing of MLX. Stages, pictures, questions, losses (`torch_vlm.py`) and
 optimizer are those of `mlx_tokprune/train/recipe.py`. A stage ends with its steps, or
 when its part of the time is over: the learning rate follows what comes first, and time
-that is left goes to later stages. OUT/weights.npz is written as it goes.
+that is left goes to later stages. OUT/weights.npz is written as it goes, and
+OUT/begun.npz at the end of each stage, from where the same command goes on.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
@@ -147,16 +149,18 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-        torch.manual_seed(0)
         self.stages = [
             dataclasses.replace(s, steps=max(1, int(s.steps * args.scale)))
             for s in STAGES
         ]
         self.steps = Steps(args.folder, self.stages)
         weights, told = dict(np.load(args.folder / "start.npz")), self.steps.told
+        self.number = 0  # of the first stage that is not over
+        if (begun := args.output / "begun.npz").is_file():
+            weights = dict(np.load(begun))
+            self.number = int(weights.pop("stage"))
         self.student = torch_vlm.Student(weights, told["config"], told["prefix"])
         self.student.to(self.device)
-        self.number = 0  # of the first stage that is not over
         self.judged = functools.cache(self._judged)
 
     def say(self, *words) -> None:
@@ -190,14 +194,16 @@ class Run:
             self.waited += time.time() - asked
             if self.learn(self.stages[number], step, batch) >= 1:
                 self.number = number + 1
-                self.judge(self.stages[number])
-                self.save()
+                self.judge(self.stages[number], step)
+                self.save("weights")
+                self.save("begun", stage=self.number)
             asked = time.time()
             if self.number == len(self.stages):
                 break
 
     def start_stage(self, number: int) -> None:
         stage, now = self.stages[number], time.time()
+        torch.manual_seed(number)
         costs = [_cost(stage) for stage in self.stages[number:]]
         left = self.begin + 60 * self.args.minutes - now
         self.start, self.seconds = now, max(1e-3, left * costs[0] / sum(costs))
@@ -207,7 +213,7 @@ class Run:
             weight.requires_grad_(not alone or name.startswith("vlm/mm_projector"))
         trained = [w for w in self.student.all.values() if w.requires_grad]
         self.optimizer, self.waited = AdamW(trained), 0.0
-        self.losses: list[Tensor] = []
+        self.losses: collections.deque[Tensor] = collections.deque(maxlen=100)
         self.said = self.told = now
         self.say(f"{stage.name}: {stage.steps} steps or {self.seconds:.0f} s")
 
@@ -231,14 +237,14 @@ class Run:
         self.losses.append(loss.detach())
         now = time.time()
         if now - self.said > _EVERY[0]:
-            mean = torch.stack(self.losses[-100:]).mean().item()
+            mean = torch.stack(list(self.losses)).mean().item()
             waited = 100 * self.waited / (now - self.start)
             about = f"step {step + 1}, loss {mean:.3f}, waited {waited:.0f} %"
             self.say(f"{stage.name}: {about}")
             self.said = now
         if now - self.told > _EVERY[1]:
-            self.judge(stage)
-            self.save()
+            self.judge(stage, step)
+            self.save("weights")
             self.told = now
         return max((step + 1) / stage.steps, (now - self.start) / self.seconds)
 
@@ -253,7 +259,7 @@ class Run:
         return on(self.device, batch), rows
 
     @torch.no_grad()
-    def judge(self, stage: Stage) -> None:
+    def judge(self, stage: Stage, step: int) -> None:
         """Says what is right, in percent, of pictures that nothing trains on."""
         batch, rows = self.judged(stage.canvas, stage.most)
         student, training = self.student, self.student.training
@@ -273,13 +279,13 @@ class Run:
         student.train(training)
         loss = self.losses[-1].item()
         words = ", ".join(f"{name} {100 * share:.1f}" for name, share in right.items())
-        self.say(f"{stage.name}: {len(self.losses)} steps, loss {loss:.3f}; {words}")
+        self.say(f"{stage.name}: {step + 1} steps, loss {loss:.3f}; {words}")
 
-    def save(self) -> None:
+    def save(self, name: str, **more: int) -> None:
         self.args.output.mkdir(parents=True, exist_ok=True)
         partial = self.args.output / "partial.npz"
-        np.savez(partial, **self.student.arrays())
-        os.replace(partial, self.args.output / "weights.npz")
+        np.savez(partial, **self.student.arrays(), **more)
+        os.replace(partial, self.args.output / f"{name}.npz")
 
 
 def _cost(stage: Stage) -> int:

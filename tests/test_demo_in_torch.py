@@ -234,7 +234,7 @@ def test_a_stage_whose_time_is_over_makes_room(twin_of, prepared, monkeypatch):
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", ahead)
     run.learn = lambda stage, step, batch: learned.append((stage.name, step)) or 1
-    run.judge, run.save = (lambda stage: None), (lambda: None)
+    run.judge, run.save = (lambda *about: None), (lambda *about, **more: None)
     run.train()
     assert learned == [(stage.name, 0) for stage in STAGES]
     assert len(drawn) <= 4 * len(STAGES)
@@ -249,7 +249,7 @@ def test_a_stopped_training_leaves_weights(twin_of, prepared, monkeypatch):
     run, judged = twin_of[0].Run(twin_of[0].build_parser().parse_args(asked)), []
     run.args.workers = 0
 
-    def stop(stage):
+    def stop(stage, step):
         judged.append(run.student.arrays())
         if len(judged) == 2:
             raise KeyboardInterrupt
@@ -262,6 +262,38 @@ def test_a_stopped_training_leaves_weights(twin_of, prepared, monkeypatch):
         n: a.shape for n, a in np.load(folder / "start.npz").items()
     }
     assert all(np.array_equal(saved[n], a) for n, a in judged[0].items())
+
+
+def test_a_killed_training_goes_on_at_a_stage_s_beginning(
+    twin_of, prepared, monkeypatch
+):
+    """And ends in the weights of one that was not."""
+    _, folder = prepared
+    kinds = (STAGES[1], STAGES[2])  # with noise, of which every stage has its own
+    short = tuple(dataclasses.replace(s, steps=2, batch=2) for s in kinds)
+    monkeypatch.setattr(twin_of[0], "STAGES", short)
+    monkeypatch.setattr(twin_of[0].time, "time", lambda: 0.0)  # rates follow it, too
+    parser, ends = twin_of[0].build_parser(), []
+    for name in ("whole", "parts", "parts"):
+        about = ["--folder", str(folder), "--output", str(folder / name)]
+        run = twin_of[0].Run(parser.parse_args(["train", *about, "--workers", "0"]))
+        run.judge = lambda *about: None
+        learn = run.learn
+
+        def killed(stage, step, batch, run=run, learn=learn):
+            if (run.number, step, len(ends)) == (1, 1, 1):
+                raise KeyboardInterrupt
+            return learn(stage, step, batch)
+
+        run.learn = killed
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            assert name == "parts"
+        ends.append(run.student.arrays())
+    assert run.number == 2
+    assert all(np.array_equal(ends[0][n], a) for n, a in ends[2].items())
+    assert not all(np.array_equal(ends[0][n], a) for n, a in ends[1].items())
 
 
 def test_what_is_missing_is_said(twin_of, tmp_path, capsys):
