@@ -345,8 +345,9 @@ def test_an_adapter_is_trained_used_and_fused(tmp_path, packages, dora):
 def test_a_scorer_is_trained_on_the_command_line(tmp_path):
     for kind in ("adaptive", "inside", "constant", "asking"):
         out = str(tmp_path / kind)
-        common = ["--pictures", "3", "--batch", "2", "--questions", "2", "--steps", "2"]
-        train(["prune", "--scorer", kind, "--output", out, *common])
+        common = ["--pictures", "3", "--batch", "2", "--steps", "2"]
+        more = [] if kind == "asking" else ["--questions", "2"]
+        train(["prune", "--scorer", kind, "--output", out, *common, *more])
         assert Pruner(out, 0.25).scorer is not None
         assert (tmp_path / f"{kind}.training" / "loss.png").exists()
 

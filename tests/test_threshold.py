@@ -325,8 +325,8 @@ def test_a_package_has_fixed_shapes(tmp_path):
 
 def test_every_command_takes_one_without_a_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    common = ["--pictures", "3", "--batch", "2", "--questions", "2", "--steps", "2"]
-    price, near = ["--sparsity", "1"], ["--within", "0.1"]
+    common = ["--pictures", "3", "--batch", "2", "--steps", "2"]
+    price, near = ["--sparsity", "1"], ["--within", "0.1", "--questions", "2"]
     train(["prune", "--scorer", "asking", "--output", "s", *common, *price])
     train(["prune", "--scorer", "demo-adaptive", "--output", "t", *common, *near])
     train(["prune", "--scorer", "s", "--output", "u", *common, *near])
