@@ -1,15 +1,14 @@
-"""Conversion: layouts, quantization, streaming, and what it refuses."""
+"""Conversion: layouts, streaming, and what it refuses."""
 
 import hashlib
 import json
 import shutil
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import MANIFESTS, TINY, read_manifest, write_headers
 
-from mlx_tokprune import generate, load
+from mlx_tokprune import load
 from mlx_tokprune.commands import convert as command
 from mlx_tokprune.convert import checkpoint as folders
 from mlx_tokprune.convert import convert, main
@@ -88,40 +87,6 @@ def test_a_manifest_with_one_tensor_renamed_is_refused(tmp_path):
     write_headers(tmp_path / "full", tensors, manifest["config"])
     with pytest.raises(InputError, match=r"lacks tensor language_model\.model\.norm"):
         open_checkpoint(tmp_path / "full")
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_only_the_language_model_is_quantized(checkpoint, tmp_path, bits, tiny):
-    options = ["-q", "--q-bits", str(bits), "--q-group-size", "32"]
-    target = tmp_path / "q"
-    main(["--hf-path", str(checkpoint), "--mlx-path", str(target), *options])
-    opened = Checkpoint.open(target)
-    scales = [n for n in opened.tensors if n.endswith(".scales")]
-    assert scales
-    assert all(n.startswith("language_model.") for n in scales)
-    assert opened.config["quantization"]["bits"] == bits
-    model, processor = load(target)
-    exact, ours = np.array(tiny[0](IDS)), np.array(model(IDS))
-    error = np.abs(ours - exact).mean() / np.abs(exact).mean()
-    assert 0 < error < {2: 2, 3: 1, 4: 0.3, 6: 0.15, 8: 0.02}[bits]
-    images = [TINY / "image_0.png"]
-    assert isinstance(generate(model, processor, images, "Hi", max_tokens=3), str)
-    with pytest.raises(InputError, match="already quantized"):
-        convert(str(target), str(tmp_path / "again"), quantize=True)
-    for wrong in (None, {"bits": bits}):
-        edit_config(target, quantization=wrong)
-        with pytest.raises(InputError, match="bits and group_size None"):
-            load(target)
-
-
-def test_mlx_lm_quantizes_the_language_model_only():
-    import mlx.nn as nn
-
-    model = load(TINY)[0]
-    nn.quantize(model, 32, 4, class_predicate=model.quant_predicate)
-    quantized = {p for p, m in model.named_modules() if hasattr(m, "scales")}
-    assert any(path.startswith("language_model.") for path in quantized)
-    assert all(path.startswith("language_model.") for path in quantized)
 
 
 def test_dtype_is_what_was_asked_for(checkpoint, tmp_path):
@@ -488,19 +453,3 @@ def test_unknown_places_are_refused(tmp_path):
     shutil.copy(TINY / "config.json", tmp_path / "file")
     with pytest.raises(InputError, match="is not a folder"):
         convert(str(tmp_path / "file"), str(tmp_path / "mlx"))
-
-
-@pytest.mark.parametrize("options", [{"q_bits": 7}, {"q_group_size": 48}])
-def test_quantization_options_are_checked(checkpoint, tmp_path, options):
-    with pytest.raises(InputError, match="expected 2, 3, 4, 6 or 8 bits and groups of"):
-        convert(str(checkpoint), str(tmp_path / "q"), quantize=True, **options)
-
-
-@pytest.mark.parametrize("option", [["--q-bits", "8"], ["--q-group-size", "32"]])
-def test_bits_without_quantizing_are_refused(checkpoint, tmp_path, capsys, option):
-    paths = ["--hf-path", str(checkpoint), "--mlx-path", str(tmp_path / "mlx")]
-    with pytest.raises(SystemExit) as stop:
-        main([*paths, *option])
-    assert stop.value.code == 2
-    assert "are said of -q; add -q" in capsys.readouterr().err
-    assert not (tmp_path / "mlx").exists()

@@ -16,7 +16,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import data, read_result, table
 from mlx_tokprune.evaluate.__main__ import main
 from mlx_tokprune.evaluate.actions import accuracy as action_accuracy
-from mlx_tokprune.evaluate.evaluator import Answer, Evaluator, _Asked, describe_run
+from mlx_tokprune.evaluate.evaluator import Answer, Evaluator, _Asked
 from mlx_tokprune.evaluate.words import accuracy
 from mlx_tokprune.measure.results import Row, make_rows
 from mlx_tokprune.measure.subject import Asked, Counted, subject_of
@@ -472,48 +472,3 @@ def test_the_demos_pictures_come_without_their_padding():
         (again,) = preprocess([image], 512)
         np.testing.assert_allclose(again, pixels[number], atol=1e-6)
     assert shapes == {True, False}
-
-
-def test_what_is_needed_and_its_kind_are_part_of_a_question(demo):
-    def digest(**more) -> str:
-        item = data.Item("picture", "What?", ("a",), image=PICTURES[0].path, **more)
-        return describe_run(demo[0], [item], [])["questions"]
-
-    assert len({digest(), digest(needed=(1,)), digest(kind="count")}) == 3
-
-
-def test_journals_of_other_outputs_stay(tmp_path):
-    other = tmp_path / "r1.json.0-of-1.jsonl"
-    other.write_text("mine")
-    few = ["--pictures", "1", "--methods", "norm", "--keep-ratios", "0.5"]
-    main([*few, "--output", str(tmp_path / "r[1].json")])
-    assert other.read_text() == "mine"
-    assert {p.name for p in tmp_path.iterdir()} == {other.name, "r[1].json"}
-
-
-def test_kv_groups_are_part_of_a_run(tmp_path):
-    few = ["--pictures", "1", "--methods", "norm", "--keep-ratios", "0.5"]
-    for options, size in (
-        ([], None),
-        (["--kv-bits", "8", "--kv-group-size", "32"], 32),
-    ):
-        main([*few, *options, "--output", str(tmp_path / "r.json")])
-        run = json.loads((tmp_path / "r.json").read_text())["run"]
-        assert run["kv_group_size"] == size
-
-
-def test_a_kind_cannot_break_the_table(folder, capsys):
-    line = ask(answer="EAST", kind="a|b\x1b")
-    source = write_lines(folder, line)
-    few = ["--data", source, "--methods", "norm", "--keep-ratios", "0.5"]
-    main([*few, "--output", str(folder / "r.json")])
-    shown = capsys.readouterr().out
-    head = next(text for text in shown.splitlines() if text.startswith("| method"))
-    assert head.count("|") == 8
-    assert "\x1b" not in shown
-
-
-def test_a_size_of_nothing_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--image-size", "0", "--output", str(tmp_path / "r.json")])
-    assert capsys.readouterr().err.startswith("error: ")

@@ -1,10 +1,6 @@
-"""The test bed: its family, where its parts come from, and its pictures."""
+"""The test bed: its family, its pictures, and what is measured and learned on them."""
 
-import io
 import json
-import lzma
-import tarfile
-import zipfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,12 +16,11 @@ from mlx_tokprune.evaluate import data
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.evaluate.evaluator import describe_run
 from mlx_tokprune.evaluate.table import most_common
-from mlx_tokprune.hub import resolve
 from mlx_tokprune.models import resnet, resnet_vlm
 from mlx_tokprune.pipeline import Scene, prune
 from mlx_tokprune.planning import plan_for
 from mlx_tokprune.prompt import Prompt
-from mlx_tokprune.testbed import assemble, parts, scenes, things
+from mlx_tokprune.testbed import assemble, scenes, things
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import Questions, answer_logits, answer_losses
 
@@ -195,70 +190,6 @@ def test_rotated_numbers_of_gguf_come_apart():
         turned(assemble._halves_apart(matrix, 2), False),
     )
     assert mx.allclose(pairs @ pairs.swapaxes(-1, -2), halves @ halves.swapaxes(-1, -2))
-
-
-# Parts ------------------------------------------------------------------------------
-
-
-def _tar(files: dict[str, bytes]) -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return made.getvalue()
-
-
-def _ar(files: dict[str, bytes]) -> bytes:
-    made = b"!<arch>\n"
-    for name, content in files.items():
-        made += f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(content):<10}`\n".encode()
-        made += content + b"\n" * (len(content) % 2)
-    return made
-
-
-FILES = {"a/one.txt": b"one", "two.bin": bytes(range(9))}
-
-
-def test_packages_of_every_kind_are_read(tmp_path):
-    wheel, npm, debian = (
-        tmp_path / f"p{suffix}" for suffix in (".whl", ".tgz", ".deb")
-    )
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, content in FILES.items():
-            archive.writestr(name, content)
-    npm.write_bytes(_tar(FILES))
-    packed = lzma.compress(_tar(FILES))
-    odd = {"debian-binary": b"2.0", "control.tar.xz": b"12345", "data.tar.xz": packed}
-    debian.write_bytes(_ar(odd))
-    for package in (wheel, npm, debian):
-        assert dict(parts.members(package)) == FILES, package
-
-
-def test_a_package_that_is_another_is_refused(tmp_path):
-    package = parts.Package("p.whl", "https://example.org/p.whl", "0" * 64)
-    (tmp_path / "p.whl").write_bytes(b"something else")
-    with pytest.raises(InputError, match="not the package that we know"):
-        parts.fetch(package, tmp_path)
-
-
-def test_a_package_that_cannot_be_had_is_said(tmp_path, monkeypatch):
-    def fail(url, timeout):
-        raise OSError("no route")
-
-    monkeypatch.setattr(parts.urllib.request, "urlopen", fail)
-    with pytest.raises(InputError, match=r"cannot get resnet.*no route.*that file in"):
-        parts.fetch(parts.TOWER, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_test_bed_says_how_it_is_made(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_TOKPRUNE_CACHE", str(tmp_path))
-    things.stock.cache_clear()
-    for ask in (lambda: resolve("testbed"), lambda: things.stock("test")):
-        with pytest.raises(InputError, match=r"python -m mlx_tokprune\.testbed"):
-            ask()
 
 
 # Pictures ---------------------------------------------------------------------------
