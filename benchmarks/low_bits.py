@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_tokprune.features import Features
 from mlx_tokprune.measure.intervals import of_share
-from mlx_tokprune.pipeline import Scene, prune
+from mlx_tokprune.pipeline import Scene, prune_at_tower
 from mlx_tokprune.planning import plan_for
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
@@ -57,7 +57,7 @@ def logits_of(model, prefix, text: str, features: Features, questions: Questions
     """(B, Q, L, V) under a plan at the tower."""
     plan = plan_for(model, read_plan(text)) if text != "none" else ()
     scene = Scene(None, Prompt(((),) * (len(features.tokens) + 1)))
-    visual = prune(model, scene, plan, features)
+    visual = prune_at_tower(model, scene, plan, features)
     seen = (visual.embeddings, visual.indices, questions, features.total)
     logits = answer_logits(model, prefix, *seen)
     mx.eval(logits)

@@ -32,7 +32,7 @@ import mlx_tokprune
 from mlx_tokprune import InputError, Pruner, predict_action
 from mlx_tokprune.convert import convert
 from mlx_tokprune.image import load_image, preprocess_naive
-from mlx_tokprune.pipeline import encode, prune, run
+from mlx_tokprune.pipeline import encode, prune_at_tower, run
 from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.robot.inputs import observe
 
@@ -401,7 +401,7 @@ def compare_policy(
     for case, (pruner, kept) in cases.items():
         theirs[case] = act(language, start, prompt, visual, kept)
         logits, ids = theirs[case]
-        patches = prune(model, scene, as_plan(pruner), seen)
+        patches = prune_at_tower(model, scene, as_plan(pruner), seen)
         report.equal(f"{label} {case} kept", patches.indices[0], kept)
         ours = logits_of(model, scene, patches)
         report.close(f"{label} {case} logits", ours, logits)

@@ -9,11 +9,13 @@
 of MLX. Plan, losses, optimizer, average, and how visual tokens are dropped are those of
 `mlx_tokprune/train/policy/cloning.py`. A process a task acts in its worlds
 (`chunks_in_torch.py`), all episodes of a round at once: in a round the budget is drawn
-for each look, there for each episode. Steps end early where the time is over: the
-learning rate and the rounds follow what comes first.
+for each look, there for each episode. Colours are shaken, which is not so there, since
+renderers differ a little. Steps end early where the time is over: the learning rate and
+the rounds follow what comes first.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -276,19 +278,19 @@ class Run(chunks.Run):
             )
             self.data[task][name] = new if old is None else torch.cat([old, new])
 
-    def batch(self, frames: Tensor, tasks: Tensor, scored: float) -> dict:
+    def batch(self, pixels: Tensor, tasks: Tensor, scored: float) -> dict:
         keep = int(self.rng.choice(chunks.KEEP, p=chunks.SHARES))
         return {
-            "pixels": frames.float() / 255,
+            "pixels": pixels,
             "prompts": self.ids[tasks],
             "lengths": self.lengths[tasks],
             "keep": keep,
-            "noise": self.noise(len(frames)),
+            "noise": self.noise(len(pixels)),
             "scored": self.rng.random() < scored,
         }
 
     def draw(self) -> dict:
-        """As many frames of each task, each moved by a few pixels."""
+        """As many frames of each task, each moved by a few pixels, colours shaken."""
         count = len(self.tasks)
         counts = self.rng.multinomial(self.plan["batch"], np.full(count, 1 / count))
         frames, classes = [], []
@@ -297,7 +299,7 @@ class Run(chunks.Run):
             frames.append(some["frames"][rows])
             classes.append(some["classes"][rows])
         tasks = torch.from_numpy(np.repeat(np.arange(count), counts)).to(self.device)
-        batch = self.batch(self.moved(torch.cat(frames)), tasks, 0.6)
+        batch = self.batch(self.shaken(torch.cat(frames)), tasks, 0.6)
         return batch | {"classes": torch.cat(classes)}
 
     def train(self) -> None:
@@ -305,7 +307,8 @@ class Run(chunks.Run):
         while not all(self.data):
             self.collect(wait=True)
         optimizer = AdamW(self.weights, plan["weight_decay"])
-        start, step, said, done, shown = time.time(), 0, time.time(), 0.0, []
+        start, step, said, done = time.time(), 0, time.time(), 0.0
+        shown: collections.deque[Tensor] = collections.deque(maxlen=50)
         left = max(1e-3, self.begin + seconds - start)
         rounds = range(plan["first_round"], plan["steps"], plan["round_every"])
         waiting = [number / plan["steps"] for number in rounds]
@@ -329,7 +332,7 @@ class Run(chunks.Run):
             done = max(step / plan["steps"], (time.time() - start) / left)
             if time.time() - said > _EVERY or done >= 1:
                 said = time.time()
-                losses = torch.stack(shown[-50:]).mean(0).tolist()
+                losses = torch.stack(list(shown)).mean(0).tolist()
                 self.say(
                     f"step {step}: {losses[0]:.3f} nats, scores {losses[1]:.3f} off"
                 )
@@ -352,7 +355,8 @@ class Run(chunks.Run):
     def answer(self, frames, states, tasks, whole: bool):
         """(B, 1, 4) actions of the averaged weights, and that none was damaged."""
         numbers = torch.from_numpy(tasks).to(self.device)
-        batch = self.batch(torch.from_numpy(frames).to(self.device), numbers, 0.7)
+        pixels = torch.from_numpy(frames).to(self.device).float() / 255
+        batch = self.batch(pixels, numbers, 0.7)
         batch["noise"] = batch["noise"] * (not batch["scored"])
         batch["keep"] = chunks.PATCHES if whole else batch["keep"]
         batch["classes"] = numbers.new_zeros(len(tasks), 4)

@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx_tokprune
 from mlx_tokprune import Features, Pruner, Selection, stream_generate
 from mlx_tokprune.measure.machine import device_name
-from mlx_tokprune.pipeline import Scene, VisualTokens, choose, encode
+from mlx_tokprune.pipeline import Scene, VisualTokens, encode, prune_at_prompt
 from mlx_tokprune.pruners import get_method, list_pruners
 
 import mlx.core as mx  # isort: skip
@@ -53,7 +53,7 @@ def of_pruners(model, processor, picture, ratio: float) -> dict[str, Callable]:
             found[pruner.method] = lambda p=pruner: p(features).apply(features.tokens)
         elif pruner.place == "prompt":
             found[pruner.method] = lambda p=pruner: (
-                choose(model, scene, (p,), visual).embeddings
+                prune_at_prompt(model, scene, (p,), visual).embeddings
             )
         else:
             found[pruner.method] = inside(model, pruner, total)

@@ -13,8 +13,8 @@ import mlx.core as mx
 from ..errors import InputError
 from .checkpoint import FLOATS, Checkpoint, Shape, check_shapes
 
-# Names and shapes of the MLX layout for a config; the runtime's models say.
-Expected = Callable[[dict], dict[str, Shape]]
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # that MLX quantizes weights to
+QUANTIZED = "2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128"
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,14 @@ class Family:
                 renamed[new] = array.transpose(*axes) if axes else array
         return renamed
 
-    def read_config(self, checkpoint: Checkpoint, expected: Expected) -> dict:
-        """The config, with what the tensors say where published configs are wrong.
-
-        Raises `InputError` unless every tensor is there once, with its shape.
-        """
-        shapes = self.shapes(checkpoint)
-        config = self.complete(checkpoint, shapes)
-        self._check(checkpoint, shapes, config, expected(config))
-        return config
-
-    def _check(
+    def check(
         self, checkpoint: Checkpoint, found: dict, config: dict, expected: dict
     ) -> None:
+        """Raise `InputError` unless every tensor is there once, with its shape.
+
+        found: `shapes`. config: of `complete`, which loses `quantization` where nothing
+        is quantized. expected: the tensors of the runtime's model.
+        """
         found = {k: v for k, v in found.items() if not self.optional.match(k)}
         quantized = _quantized_paths(found, expected)
         if quantized:
@@ -138,11 +133,10 @@ def _quantization(checkpoint: Checkpoint, config: dict) -> tuple[int, int]:
     bits, group = given.get("bits"), given.get("group_size")
     affine = given.get("mode", "affine") == "affine"
     whole = type(bits) is int and type(group) is int
-    right = whole and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
+    right = whole and bits in BITS and group in GROUPS
     if not affine or not right:
         raise InputError(
             f"{checkpoint.folder} has quantized tensors, but its config.json gives "
-            f"{bits} bits and group_size {group}; expected 2 to 8 bits in groups of "
-            "32, 64 or 128, mode affine"
+            f"{bits} bits and group_size {group}; expected {QUANTIZED}, mode affine"
         )
     return bits, group

@@ -4,109 +4,27 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from PIL import Image
 
 from .carried import read_carried
 from .chunks import ChunkProcessor
 from .convert.checkpoint import Checkpoint, check_shapes
-from .convert.families import identify
-from .convert.family import Family
-from .convert.lora import check_weights
 from .errors import InputError
 from .fast import FastCode
 from .files import object_of, read_json
-from .hub import resolve
 from .learned import signs_of
-from .models import fastvlm, openvla, pi0fast, resnet_vlm
 from .models.family import VisionModel
-from .planning import plan_for
+from .opening import MISFITS, build, named_tensors, open_checkpoint
 from .processor import ActionProcessor, Processor
-from .pruners import Pruners
 from .threads import end_streams_with_thread
 
 log = logging.getLogger(__name__)
-# The models of each family of checkpoints.
-_MODELS = {
-    "FastVLM": (fastvlm.FastVLM, fastvlm.ModelArgs),
-    "OpenVLA": (openvla.OpenVLA, openvla.ModelArgs),
-    "pi0-FAST": (pi0fast.Pi0Fast, pi0fast.ModelArgs),
-    "ResNet-VLM": (resnet_vlm.ResNetVLM, resnet_vlm.ModelArgs),
-}
 PROJECTOR = "projector.safetensors"  # of an adapter that comes with one
 AnyProcessor = Processor | ActionProcessor | ChunkProcessor
-# What building a model from an impossible config runs into.
-_MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
-
-
-class Opened(NamedTuple):
-    """A checkpoint whose headers were read and fit its config."""
-
-    family: Family
-    checkpoint: Checkpoint
-    config: dict
-
-
-def open_checkpoint(
-    path_or_hf_repo: str | Path,
-    lora_adapter: str = "auto",
-    base_model: str | Path | None = None,
-) -> Opened:
-    """Find and check a checkpoint, from its headers alone.
-
-    lora_adapter, base_model: of an OpenVLA-OFT policy, as `convert` takes them. Raises
-    `InputError` unless every tensor is there once, with its shape.
-    """
-    folder = resolve(path_or_hf_repo)
-    base = resolve(base_model) if base_model is not None else None
-    if base is None:
-        check_weights(folder)
-    family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
-
-    def expected(config: dict) -> dict:
-        return expected_shapes(family, config, len(checkpoint.tensors))
-
-    return Opened(family, checkpoint, family.read_config(checkpoint, expected))
-
-
-def _build(family: Family, config: dict, inference: bool, tensors: int | None = None):
-    """The model of a config; with `inference` false its parameters are its tensors."""
-    model, args = _MODELS[family.name]
-    args = args.from_dict(config)
-    depth = args.depth
-    if tensors is not None and depth > tensors:
-        raise InputError(
-            f"config.json describes {depth} layers, but the checkpoint has only "
-            f"{tensors} tensors"
-        )
-    return model(args, inference)
-
-
-def expected_shapes(
-    family: Family, config: dict, tensors: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the MLX layout for this config, with its shape.
-
-    tensors: how many there are; a config of more layers is not built.
-    """
-    try:
-        model = _build(family, config, False, tensors)
-    except InputError:
-        raise
-    except _MISFITS as e:
-        raise InputError(
-            f"config.json does not describe a {family.name} model ({e})"
-        ) from None
-    return {name: array.shape for name, array in _named(model)}
-
-
-def check_plan(family: Family, config: dict, pruners: Pruners) -> None:
-    """Raise `InputError` unless a model of this config can be pruned so."""
-    plan_for(_build(family, config, True), pruners)
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -126,21 +44,21 @@ def load(
     the disk until something needs them. adapter_path: the folder of an adapter in
     mlx-lm's format, LoRA or DoRA, for the language model. A model that answers comes
     with a `Processor`, a policy with an `ActionProcessor`, or for chunks of actions in
-    code with a `ChunkProcessor`. Pruners that the checkpoint carries
-    prune wherever none is given. Raises `InputError` when the folder
-    cannot be used, or a weight is not finite.
+    code with a `ChunkProcessor`. Pruners that the checkpoint carries prune wherever
+    none is given. Raises `InputError` when the folder cannot be used, or, unless lazy,
+    a weight is not finite.
     """
     end_streams_with_thread()
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
     for note in checkpoint.notes:
         log.info(note)
-    model = _build(family, config, True)
+    model = build(family, config, True)
     weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
     if dtype is not None:  # before anything is folded, which costs precision
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
     weights = model.sanitize(weights)
     if config.get("quantization"):
-        _quantize(model, config["quantization"], weights)
+        _take_quantized(model, config["quantization"], weights)
     model.load_weights(list(weights.items()))
     model.signs = signs_of(model)
     if adapter_path is not None:
@@ -149,7 +67,7 @@ def load(
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
-        check_finite(_named(model))
+        check_finite(named_tensors(model))
     beside = family.beside(checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint, beside), config)
     vocabulary = tokenizer.get_vocab()
@@ -188,7 +106,7 @@ def _add_adapter(model: Any, folder: Path) -> None:
         load_adapters(model.language_model, str(folder))
         if (folder / PROJECTOR).is_file():
             read = mx.load(str(folder / PROJECTOR))
-    except (*_MISFITS, RuntimeError) as error:
+    except (*MISFITS, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the adapter {folder} does not fit ({reason})") from None
     if read:
@@ -204,17 +122,13 @@ def _add_adapter(model: Any, folder: Path) -> None:
 
 def projector_of(model) -> dict[str, mx.array]:
     """The tensors of a projector, by the names that they have in a checkpoint."""
-    named = dict(_named(model))
-    return {n: array for n, array in named.items() if n.startswith("mm_projector.")}
+    named = named_tensors(model).items()
+    return {n: array for n, array in named if n.startswith("mm_projector.")}
 
 
-def _named(model: nn.Module) -> list[tuple[str, mx.array]]:
-    return list(dict(tree_flatten(model.parameters())).items())
-
-
-def check_finite(tensors: list[tuple[str, mx.array]]) -> None:
+def check_finite(tensors: Mapping[str, mx.array]) -> None:
     """Raise `InputError` that names a tensor with NaN or infinity."""
-    floats = [(n, a) for n, a in tensors if mx.issubdtype(a.dtype, mx.floating)]
+    floats = [(n, a) for n, a in tensors.items() if mx.issubdtype(a.dtype, mx.floating)]
     sums = [mx.all(mx.isfinite(mx.sum(mx.abs(a)))) for _, a in floats]
     for (name, array), finite in zip(floats, sums, strict=True):
         # A sum may overflow where no number does.
@@ -290,7 +204,7 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def _quantize(model: nn.Module, quantization: dict, weights: dict) -> None:
+def _take_quantized(model: nn.Module, quantization: dict, weights: dict) -> None:
     def is_quantized(path: str, module: nn.Module) -> bool:
         return model.quant_predicate(path, module) and f"{path}.scales" in weights
 

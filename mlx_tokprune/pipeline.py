@@ -170,7 +170,7 @@ def run(
             "a method that keeps other numbers of visual tokens of each picture cannot "
             "be followed by a pruner at a later place"
         )
-    visual = choose(model, scene, plan, visual, clock)
+    visual = prune_at_prompt(model, scene, plan, visual, clock)
     with clock.stage("prefill") as done:
         sequence = assemble(model, scene, visual, plan, positions)
         if after is not None:
@@ -206,7 +206,7 @@ def look(
     model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
 ) -> VisualTokens:
     """What the picture alone decides: encode it, prune at the tower, project."""
-    return prune(model, scene, plan, encode(model, scene, plan, clock), clock)
+    return prune_at_tower(model, scene, plan, encode(model, scene, plan, clock), clock)
 
 
 def encode(
@@ -232,7 +232,7 @@ def _pixels(scene: Scene) -> mx.array:
     return scene.pixels
 
 
-def prune(
+def prune_at_tower(
     model: VisionModel,
     scene: Scene,
     plan: Plan,
@@ -274,7 +274,7 @@ def grouped(
     )
 
 
-def choose(
+def prune_at_prompt(
     model: VisionModel,
     scene: Scene,
     plan: Plan,

@@ -34,6 +34,7 @@ class Processor:
     context: int
     padding: str = "keep"
     longest: int = 64
+    pads = True
 
     def at(self, image_size: int, padding: str | None = None) -> "Processor":
         """The same for another input size, or another way with padding.

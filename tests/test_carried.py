@@ -60,7 +60,7 @@ def test_survives_being_converted_moved_and_fused(carrying, tmp_path, demo):
     moved = tmp_path / "moved"
     shutil.move(again, moved)
     assert [p.at for p in load(moved)[0].carried] == ["tower", 2]
-    from mlx_tokprune.loading import open_checkpoint
+    from mlx_tokprune.opening import open_checkpoint
 
     write_fused(open_checkpoint(carrying), {}, tmp_path / "fused")
     assert kept(load(tmp_path / "fused")) == kept(load(carrying))

@@ -185,6 +185,7 @@ def test_sampling_is_seeded(capsys):
             "option coverage of 'trimvla' is 'x'; expected a number",
         ),
         (["--option", "coverage=1", "--keep-ratio", "0.5"], "takes no options"),
+        (["--option", "coverage=1", "--keep-ratio", "1"], "'norm' takes no options"),
         (["--method", "nowhere:f", "--keep-ratio", "0.5"], "cannot be imported"),
         (["--method", "json:f", "--keep-ratio", "0.5"], "cannot be imported"),
         (["--method", ".x:f", "--keep-ratio", "0.5"], "cannot be imported"),

@@ -22,7 +22,7 @@ from mlx_tokprune.commands.act import main as act
 from mlx_tokprune.commands.generate import main as command
 from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.image import load_image
-from mlx_tokprune.pipeline import Scene, choose, look, run
+from mlx_tokprune.pipeline import Scene, look, prune_at_prompt, run
 from mlx_tokprune.pruners import as_plan, get_method, list_pruners, registry
 from mlx_tokprune.pruners.registry import temporary
 from mlx_tokprune.pruners.saliency import keep_highest
@@ -89,7 +89,7 @@ def test_a_method_reads_any_extra_that_its_model_has(demo):
             return keep_highest(mx.sum(features.tokens * mean, axis=-1), keep)
 
         plan = as_plan(Pruner("reads", 0.25))
-        visual = choose(model, scene, plan, look(model, scene, plan))
+        visual = prune_at_prompt(model, scene, plan, look(model, scene, plan))
     tokens = look(model, scene, ()).embeddings
     text = model.text(scene.prompt)[-1]
     scores = mx.sum(tokens * mx.mean(text, axis=1, keepdims=True), axis=-1)

@@ -15,7 +15,7 @@ from mlx_tokprune.convert import convert, main
 from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
 from mlx_tokprune.convert.fastvlm import FASTVLM
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.loading import expected_shapes, open_checkpoint
+from mlx_tokprune.opening import expected_shapes, open_checkpoint
 
 IDS = mx.array([[1, 2, 3, 4]])
 
@@ -338,6 +338,7 @@ def vision(**changes):
         (vision(cls_ratio="2"), "cls_ratio '2'; expected a number"),
         (vision(pos_embs_shapes=[None] * 4 + [[7, 5]]), "expected 5 values"),
         (vision(token_mixers=["conv"] * 5), "expected 5 values"),
+        (vision(token_mixers=["repmixer"] * 5), "attention in the last stage"),
     ],
 )
 def test_impossible_configs_are_refused(checkpoint, tmp_path, changes, message):

@@ -14,7 +14,7 @@ from mlx_tokprune.convert import convert, main
 from mlx_tokprune.convert.checkpoint import Checkpoint
 from mlx_tokprune.convert.openvla import OPENVLA
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.loading import Opened, expected_shapes, open_checkpoint
+from mlx_tokprune.opening import Opened, expected_shapes, open_checkpoint
 
 PICTURE = TINY_POLICY / "image_0.png"
 INSTRUCTION = "pick up the cup"

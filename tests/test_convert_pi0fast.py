@@ -15,7 +15,7 @@ from mlx_tokprune.convert import convert
 from mlx_tokprune.convert.checkpoint import Checkpoint
 from mlx_tokprune.convert.pi0fast import PI0FAST
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.loading import expected_shapes, open_checkpoint
+from mlx_tokprune.opening import expected_shapes, open_checkpoint
 
 ROOT = "model.paligemma_with_expert.paligemma."
 CONFIG = json.loads((TINY_CHUNKS / "config.json").read_text())

@@ -11,7 +11,7 @@ from mlx_tokprune.convert.checkpoint import Checkpoint
 from mlx_tokprune.errors import InputError
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_only_the_language_model_is_quantized(checkpoint, tmp_path, bits, tiny):
     options = ["-q", "--q-bits", str(bits), "--q-group-size", "32"]
     target = tmp_path / "q"

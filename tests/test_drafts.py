@@ -18,7 +18,7 @@ from mlx_tokprune.demo import POLICY_FRAME
 from mlx_tokprune.generate import main
 from mlx_tokprune.image import load_image
 from mlx_tokprune.models.positions import LayerCache
-from mlx_tokprune.pipeline import Scene, choose, run
+from mlx_tokprune.pipeline import Scene, prune_at_prompt, run
 from mlx_tokprune.speculative import Draft, ReadingAlong, Repeating, Sampling
 
 PICTURE = TINY / "image_0.png"
@@ -104,7 +104,7 @@ def test_a_model_drafts_as_if_it_did_not_see_what_is_left_out(tiny):
     text = sum(map(len, processor.prompt(begun.text, 2).segments))
     assert held(pruned) == text + 2 * 3
     assert held(ModelDrafts(*tiny).begin(begun)) == text + 2 * 64
-    kept = np.array(choose(model, scene, (less,), visual).indices)
+    kept = np.array(prune_at_prompt(model, scene, (less,), visual).indices)
     seen = []
     for number, text in enumerate(prompt.segments):
         seen += [True] * len(text)

@@ -11,7 +11,7 @@ from mlx_tokprune import InputError, Policy, Pruner, predict_action
 from mlx_tokprune.demo import POLICY_FRAME
 from mlx_tokprune.image import load_image
 from mlx_tokprune.models.positions import At, LayerCache
-from mlx_tokprune.pipeline import assemble, choose, look, run
+from mlx_tokprune.pipeline import assemble, look, prune_at_prompt, run
 from mlx_tokprune.planning import plan_for
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.robot.heads import head_of
@@ -95,7 +95,7 @@ def test_tokens_note_what_they_attend_to(demo_policy, frames, layer, text):
     # Nothing is noted unless somebody asks.
     assert run(model, scene, plan)[0].attended is None
 
-    kept = choose(model, scene, plan, look(model, scene, plan))
+    kept = prune_at_prompt(model, scene, plan, look(model, scene, plan))
     sequence = assemble(model, scene, kept, plan)
     prompt = sequence.embeddings.shape[1]
     sequence = sequence.extended(model.decoder.embed(ids[:, :-1]))
@@ -180,7 +180,7 @@ def test_three_steps_keep_all_and_later_ones_look_back(demo_policy, frames):
         values = head.normalized(np.array(head.joined(parts))[0])
         np.testing.assert_array_equal(said, policy.bounds.to_units(values))
         # Among them, candidates are the prompt's and those of the last actions.
-        alone = choose(model, scene, plan, look(model, scene, plan))
+        alone = prune_at_prompt(model, scene, plan, look(model, scene, plan))
         assert not mx.array_equal(alone.indices, visual.indices)
 
 
@@ -269,8 +269,10 @@ def test_without_an_episode_the_prompt_alone_chooses(demo_policy, frames):
     model, processor = demo_policy
     action = predict_action(*demo_policy, [frames[0]], TOLD, pruner=VLAPRUNER)
     scene, plan = scene_of(processor, [[frames[0]]]), (VLAPRUNER,)
-    kept = choose(model, scene, plan, look(model, scene, plan))
-    trimvla = choose(model, scene, (Pruner("trimvla", 0.25),), look(model, scene, ()))
+    kept = prune_at_prompt(model, scene, plan, look(model, scene, plan))
+    trimvla = prune_at_prompt(
+        model, scene, (Pruner("trimvla", 0.25),), look(model, scene, ())
+    )
     assert action.visual.left() == kept.indices.tolist()
     assert mx.array_equal(kept.indices, trimvla.indices)  # as many as candidates
 

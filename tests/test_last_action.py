@@ -18,7 +18,7 @@ from mlx_tokprune.demo import PICTURES, POLICY_FRAME
 from mlx_tokprune.features import Selection
 from mlx_tokprune.image import load_image
 from mlx_tokprune.learned import Acting, load_scorer, save_scorer
-from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, choose, look
+from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, look, prune_at_prompt
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.pruners.saliency import keep_highest
@@ -63,7 +63,9 @@ def chosen(loaded, pruner, robots, acted=None, state=None) -> list[list[int]]:
     told = processor.prompt(TOLD)
     acted = None if acted is None else mx.array(np.asarray(acted, np.float32))
     scene = observe(processor, robots, told, state, acted)
-    return choose(model, scene, (pruner,), look(model, scene, ())).indices.tolist()
+    return prune_at_prompt(
+        model, scene, (pruner,), look(model, scene, ())
+    ).indices.tolist()
 
 
 # Episodes ---------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_training_chooses_and_sees_what_acting_does(tmp_path, kind):
         seen = VisualTokens(visual[row : row + 1], every, Selection(every), (8, 8))
         prompt, before = Prompt(((student.START,), ids)), batch.before[row : row + 1]
         scene = Scene(None, prompt, acted=before)
-        kept = choose(made.policy, scene, (pruner_of(made.scorer),), seen)
+        kept = prune_at_prompt(made.policy, scene, (pruner_of(made.scorer),), seen)
         opened = mx.argsort(-gate[row])[:6]
         assert sorted(here[row][opened].tolist()) == kept.indices[0].tolist()
         said = student.action_ids(np.array(batch.classes[row]))[:-1].tolist()

@@ -16,7 +16,7 @@ from mlx_tokprune.convert import convert, sidefiles
 from mlx_tokprune.convert.checkpoint import Checkpoint
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.image import load_image, preprocess_naive
-from mlx_tokprune.loading import open_checkpoint
+from mlx_tokprune.opening import open_checkpoint
 from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.robot.inputs import observe
@@ -36,7 +36,7 @@ def see(policy, pruner: Pruner, positions="original"):
     """The visual tokens that are kept, and the sequence."""
     scene, plan = scene_of(policy[1]), as_plan(pruner)
     visual = pipeline.look(policy[0], scene, plan)
-    visual = pipeline.choose(policy[0], scene, plan, visual)
+    visual = pipeline.prune_at_prompt(policy[0], scene, plan, visual)
     return visual, pipeline.assemble(policy[0], scene, visual, plan, positions)
 
 

@@ -46,7 +46,7 @@ def see(model, scene, *pruners) -> tuple[pipeline.VisualTokens, TokenSequence]:
     """The visual tokens that are kept, and the sequence at original positions."""
     plan = as_plan(pruners)
     visual = pipeline.look(model, scene, plan)
-    visual = pipeline.choose(model, scene, plan, visual)
+    visual = pipeline.prune_at_prompt(model, scene, plan, visual)
     return visual, pipeline.assemble(model, scene, visual, plan)
 
 

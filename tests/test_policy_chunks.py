@@ -12,7 +12,7 @@ from test_policy_training import Corridor
 from mlx_tokprune import InputError, Policy, Pruner, load
 from mlx_tokprune.actions import Bounds
 from mlx_tokprune.features import Selection
-from mlx_tokprune.pipeline import Scene, VisualTokens, choose, run
+from mlx_tokprune.pipeline import Scene, VisualTokens, prune_at_prompt, run
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.robot.heads import head_of
 from mlx_tokprune.train.policy import __main__ as program
@@ -107,7 +107,7 @@ def test_scored_batches_keep_what_the_pruner_keeps(learned):
         told = Prompt(((), batch.prompts[row, :length]))
         seen = VisualTokens(visual[row : row + 1], every, Selection(every), (8, 8))
         pruner = Pruner("trimvla", keep_tokens=16)
-        chosen = choose(policy, Scene(None, told), (pruner,), seen)
+        chosen = prune_at_prompt(policy, Scene(None, told), (pruner,), seen)
         assert chosen.indices[0].tolist() == kept[row].tolist()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from mlx_tokprune import InputError, load
 from mlx_tokprune.features import Selection
 from mlx_tokprune.measure.intervals import wilson
-from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, choose
+from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, prune_at_prompt
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.pruners import Pruner
 from mlx_tokprune.pruners.text import prompt_scores
@@ -169,7 +169,7 @@ def test_training_scores_what_the_pruner_scores():
         every = mx.arange(64)[None]
         told = Prompt(((student.START,), batch.prompts[row, :length]))
         seen = VisualTokens(visual[row : row + 1], every, Selection(every), (8, 8))
-        chosen = choose(policy, Scene(None, told), (pruner,), seen)
+        chosen = prune_at_prompt(policy, Scene(None, told), (pruner,), seen)
         best = mx.sort(mx.argsort(-ours[row])[:16])
         assert mx.array_equal(chosen.indices[0], best)
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_tokprune import InputError, Policy, Pruner, load
 from mlx_tokprune.features import Selection
-from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, choose
+from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, prune_at_prompt
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.train.policy import __main__ as program
 from mlx_tokprune.train.policy import (
@@ -89,7 +89,7 @@ def pruned_losses(policy, pruner: Pruner, batch: student.Labelled, row: int):
     ids = batch.prompts[row, : batch.lengths[row].item()].tolist()
     seen = VisualTokens(policy.project(features), every, Selection(every), (8, 8))
     asked = Scene(None, Prompt(((student.START,), ids)))
-    visual = choose(policy, asked, (pruner,), seen)
+    visual = prune_at_prompt(policy, asked, (pruner,), seen)
     acted = student.action_ids(np.array(batch.classes[row]))[:-1].tolist()
     told = Scene(None, Prompt(((student.START,), (*ids, *acted))))
     read = policy.decoder.read(assemble(policy, told, visual), rows=4)

@@ -17,7 +17,7 @@ from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.evaluate.evaluator import describe_run
 from mlx_tokprune.evaluate.table import most_common
 from mlx_tokprune.models import resnet, resnet_vlm
-from mlx_tokprune.pipeline import Scene, prune
+from mlx_tokprune.pipeline import Scene, prune_at_tower
 from mlx_tokprune.planning import plan_for
 from mlx_tokprune.prompt import Prompt
 from mlx_tokprune.testbed import assemble, scenes, things
@@ -142,7 +142,7 @@ def test_pruned_is_masked(loaded, picture):
     scene = Scene(None, Prompt(((), ())))
 
     def logits(pruner, gate=None):
-        visual = prune(model, scene, plan_for(model, pruner), features)
+        visual = prune_at_tower(model, scene, plan_for(model, pruner), features)
         seen = (visual.embeddings, visual.indices, questions, 16, "original", gate)
         return answer_logits(model, [1, 2], *seen), visual
 
@@ -452,7 +452,7 @@ def test_torch_learns_from_the_same_loss(stocked, folder, tmp_path, monkeypatch)
         found = trainee(given, torch.tensor(words.prefix), *asked).item()
     questions = Questions(mx.array(ids, mx.int32), mx.array(targets, mx.int32))
     scene = Scene(None, Prompt(((),) * 3))
-    visual = prune(model, scene, plan_for(model, Pruner("none")), features)
+    visual = prune_at_tower(model, scene, plan_for(model, Pruner("none")), features)
     seen = (visual.embeddings, visual.indices, questions, features.total)
     losses, used = answer_losses(answer_logits(model, words.prefix, *seen), questions)
     expected = (mx.sum(losses * used) / mx.sum(used)).item()

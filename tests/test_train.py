@@ -40,7 +40,7 @@ def test_a_seed_is_a_scene():
     assert HELD_OUT != TRAINING
 
 
-@pytest.mark.parametrize("kind", questions.KINDS)
+@pytest.mark.parametrize("kind", [*questions.KINDS, questions.SIDE])
 def test_answers_follow_from_the_scene(kind):
     rng = np.random.default_rng(0)
     asked = 0
@@ -50,6 +50,8 @@ def test_answers_follow_from_the_scene(kind):
         if question is not None:
             asked += 1
             assert question.answer == truth(scene, question.prompt)
+            if kind == questions.SIDE:
+                assert {"left", "right"} & set(question.prompt.split())
     assert asked > 50
 
 

@@ -17,13 +17,20 @@ from ..errors import InputError
 from ..loading import load
 from ..pipeline import DEFAULT_POSITIONS, ask, check_positions, run
 from ..planning import plan_for
-from ..pruners import Plan, Pruner, as_plan, get_method, read_place, read_plan
+from ..pruners import (
+    DEFAULT_METHOD,
+    Plan,
+    Pruner,
+    as_plan,
+    get_method,
+    read_place,
+    read_plan,
+)
 from ..pruners.registry import Options
 from . import RUNTIMES
 from .mlx_vlm import attach, load_mlx_vlm
 
 NAME = "mlx_tokprune"
-_DEFAULT_METHOD = "norm"
 _LONGEST = 1024  # tokens of an answer where the task does not say, as LLaVA there
 # What would change answers and cannot be done, with the values that mean nothing.
 _UNKNOWN = {"num_beams": (None, 0, 1), "repetition_penalty": (None, 0, 1)}
@@ -131,7 +138,7 @@ def read_pruners(
     if not said:
         _check_options(options, [])
         return None
-    name = _DEFAULT_METHOD if method is None else str(method)
+    name = DEFAULT_METHOD if method is None else str(method)
     _check_options(options, [name])
     unsaid = keep_ratio is None and keep_tokens is None
     if unsaid and get_method(name).lacks_budget(options):

@@ -15,7 +15,7 @@ from PIL import Image
 from ..errors import InputError
 from ..models.family import VisionModel
 from ..models.language import Read
-from ..pipeline import Scene, VisualTokens, ask, choose, run
+from ..pipeline import Scene, VisualTokens, ask, prune_at_prompt, run
 from ..planning import plan_for
 from ..processor import Processor
 from ..prompt import Prompt
@@ -149,7 +149,7 @@ class SelfDrafts:
     def begin(self, begun: Begun) -> Drafter:
         decoder, visual, cache = begun.model.decoder, begun.visual, begun.read.cache
         scene, plan = Scene(None, begun.prompt), as_plan(self.pruner)
-        kept = choose(begun.model, scene, plan, visual).indices
+        kept = prune_at_prompt(begun.model, scene, plan, visual).indices
         rows = mx.array(_rows(begun.prompt, np.array(visual.indices), np.array(kept)))
         dropped = cache[0].inner.offset - len(rows)
         layers = []

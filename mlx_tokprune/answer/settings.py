@@ -3,12 +3,11 @@
 import math
 from dataclasses import dataclass
 
+from ..convert.family import GROUPS
 from ..errors import InputError
 from ..models.language import PREFILL_STEP
 from ..pipeline import DEFAULT_POSITIONS, check_positions
 from ..pruners import check_seed
-
-_GROUPS = (32, 64, 128)  # sizes that MLX quantizes by
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Settings:
                 "a prefill step has at least 1 token, and a cache is quantized from "
                 "token 0 or later"
             )
-        if self.kv_bits not in (None, 4, 8) or self.kv_group_size not in _GROUPS:
+        if self.kv_bits not in (None, 4, 8) or self.kv_group_size not in GROUPS:
             raise InputError(
                 f"cannot quantize the cache to {self.kv_bits or 8} bits in groups of "
                 f"{self.kv_group_size}; expected 4 or 8 bits, and 32, 64 or 128"
@@ -71,7 +70,7 @@ class Settings:
         text = model.args.text
         size = text["hidden_size"] // text["num_attention_heads"]
         if self.kv_bits and size % self.kv_group_size:
-            fitting = [str(group) for group in _GROUPS if size % group == 0]
+            fitting = [str(group) for group in GROUPS if size % group == 0]
             raise InputError(
                 f"groups of {self.kv_group_size} do not divide this model's keys of "
                 f"{size} numbers; those that do are {', '.join(fitting) or 'none'}"

@@ -186,7 +186,7 @@ def _answer(asked: _Question) -> Iterator[Response]:
     if settings.seed is not None:
         mx.random.seed(settings.seed)
     start = time.perf_counter()
-    begun, reused, remember = _read(asked)
+    begun, reused, remember = _open(asked)
     with asked.clock.stage("prefill"):
         logits = asked.model.decoder.logits(begun.read.hidden)[:, -1]
         logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -223,8 +223,8 @@ def _answer(asked: _Question) -> Iterator[Response]:
             return
 
 
-def _read(asked: _Question) -> _Opening:
-    """The prompt in the language model."""
+def _open(asked: _Question) -> _Opening:
+    """From a question to what the language model has read of it."""
     model, processor, settings = asked.model, asked.processor, asked.settings
     cache, known, vision, pixels = model.decoder.make_cache(), 0, asked.vision, None
     with asked.clock.stage("preprocess") as done:

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import InputError
 from ..features import Features
 from ..models.family import VisionModel
-from ..pipeline import Scene, VisualTokens, prune
+from ..pipeline import Scene, VisualTokens, prune_at_tower
 from ..pruners import Plan, Pruner, as_plan
 from ..timing import NO_CLOCK, NoClock
 
@@ -87,7 +87,7 @@ class Temporal:
         with clock.stage("vision") as done:
             features = self._encode(model, pixels)
             done += features.arrays()
-        return prune(model, scene, plan, features, clock)
+        return prune_at_tower(model, scene, plan, features, clock)
 
     def _encode(self, model: VisionModel, pixels: mx.array) -> Features:
         """The frame's features, of which only what changed is computed."""

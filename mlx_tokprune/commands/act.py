@@ -34,7 +34,7 @@ from .options import (
     write_overlay,
 )
 
-DEFAULT_METHOD = "trimvla"
+POLICY_METHOD = "trimvla"
 
 
 def build_parser() -> Parser:
@@ -54,7 +54,7 @@ def build_parser() -> Parser:
     add("--unnorm-key", help="the data set whose units are wanted")
     help_ = "robot state, in its own units"
     add("--proprio", "--state", type=float, nargs="+", help=help_)
-    add_method(parser, DEFAULT_METHOD)
+    add_method(parser, POLICY_METHOD)
     add_budget(parser)
     add("--coverage", type=float, help="of trimvla without a budget (default: 0.15)")
     add("--min-keep-ratio", type=float, help="of the same (default: 0.1)")
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
     own = {name: value for name, value in own.items() if value is not None}
-    pruners = make_pruners(args, DEFAULT_METHOD, own)
+    pruners = make_pruners(args, POLICY_METHOD, own)
     names, pictures = split_names(args.image)
     instruction = args.instruction
     if args.model is None:

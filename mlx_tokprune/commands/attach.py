@@ -4,7 +4,7 @@ from ..adapters.folder import write_folder
 from ..adapters.pixels import RepeatPruner, TemporalPruner
 from ..errors import InputError, Parser, command
 from ..pipeline import POSITIONS
-from ..pruners import Pruner
+from ..pruners import DEFAULT_METHOD, Pruner
 from .options import add_option, read_options
 
 
@@ -50,7 +50,7 @@ def _pruners(args) -> list:
     if args.drop_repeats is not None:
         found.append(RepeatPruner(args.drop_repeats))
     if budget != (None, None):
-        method = args.method or "norm"
+        method = args.method or DEFAULT_METHOD
         pruner = Pruner(method, *budget, seed=args.seed, options=options)
         if pruner.keeps_all:
             raise InputError("nothing would be pruned; expected a keep ratio below 1")

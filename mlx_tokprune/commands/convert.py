@@ -19,20 +19,14 @@ from ..convert.checkpoint import (
     write_config,
     write_shards,
 )
-from ..convert.family import Family
+from ..convert.family import BITS, GROUPS, QUANTIZED, Family
 from ..convert.lora import CHOICES
 from ..convert.openvla import OPENVLA
 from ..errors import InputError, Parser, command
 from ..files import new_folder
 from ..hub import resolve
-from ..loading import (
-    check_finite,
-    check_plan,
-    expected_shapes,
-    load_tokenizer,
-    open_checkpoint,
-    tokenizer_folder,
-)
+from ..loading import check_finite, load_tokenizer, tokenizer_folder
+from ..opening import check_plan, expected_shapes, open_checkpoint
 from ..pruners import Pruners, as_plan
 from .options import add_option, add_prune, read_options, read_plans
 
@@ -41,7 +35,6 @@ INT8_WARNING = (
     "8 bits cost OpenVLA success: its paper saw 58.1 % of tasks done, against 71.3 % "
     "without quantization and 71.9 % with 4 bits (arXiv 2406.09246)"
 )
-BITS, GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)  # of weights, that MLX quantizes to
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -77,7 +70,7 @@ def convert(
     if q_bits not in BITS or q_group_size not in GROUPS:
         raise InputError(
             f"cannot quantize to {q_bits} bits in groups of {q_group_size}; expected "
-            "2, 3, 4, 6 or 8 bits and groups of 32, 64 or 128"
+            + QUANTIZED
         )
     if dtype is not None and dtype not in DTYPES:
         raise InputError(
@@ -131,7 +124,7 @@ def _stream(
     for name in tqdm(names, desc="converting", unit="tensor", disable=None):
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
-            check_finite([(name, array)])
+            check_finite({name: array})
             array = array.astype(DTYPES[dtype]) if dtype else array
         if quantization and _can_quantize(name, array.shape, quantization[0]):
             path = name.removesuffix(".weight")

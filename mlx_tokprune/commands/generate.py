@@ -26,7 +26,7 @@ from ..models.language import PREFILL_STEP
 from ..pipeline import VisualTokens
 from ..planning import given_or_carried
 from ..processor import PADDINGS
-from ..pruners import Plan
+from ..pruners import DEFAULT_METHOD, Plan
 from .drafts import add_answer_drafts, make_drafts
 from .options import (
     add_adapter,
@@ -41,8 +41,6 @@ from .options import (
     places,
     write_overlay,
 )
-
-DEFAULT_METHOD = "norm"
 
 
 def build_parser() -> Parser:

@@ -162,7 +162,7 @@ def _make_pruner(args, default: str, own: Options) -> Pruner:
     options = read_options(args.option) | dict(own)
     method, unset = args.method, ratio is None and tokens is None
     if method is None:
-        full = (unset and not options) or ratio == 1
+        full = not options and (unset or ratio == 1)
         if full and args.at:
             raise InputError("--at says where to prune; give --keep-ratio, too")
         method = "none" if full else default

@@ -239,8 +239,7 @@ def _overlay(
     model, plan = subject.model, plan_for(subject.model, pruners)
     scene = subject.scene([image], text)
     _, visual = run(model, scene, plan, positions=positions)
-    padded = subject.kind == "answering" or subject.processor.pads
-    return draw_choices([image], visual, padded=padded)
+    return draw_choices([image], visual, padded=subject.processor.pads)
 
 
 def _guest_overlay(

@@ -11,12 +11,10 @@ from ..commands.options import (
 )
 from ..errors import InputError, Parser, command
 from ..hub import resolve
-from ..pruners import Pruner, get_method
+from ..pruners import DEFAULT_METHOD, Pruner, get_method
 from .describe import Function
 from .export import COMPRESSIONS, PRECISIONS, TARGETS, ExportOptions, export_package
 from .plan import check_platform, compute_plan, format_plan
-
-DEFAULT_METHOD = "norm"
 
 
 def build_parser() -> Parser:

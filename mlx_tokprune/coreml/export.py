@@ -132,7 +132,7 @@ def export_package(
     load_coremltools()
     # The language model may stay on the disk.
     mx.eval([array for _, array in _exported(model)])
-    check_finite(_exported(model))
+    check_finite(dict(_exported(model)))
     whole = len(pruners) == 1 or options.shares
     groups = {output: pruners}
     if not whole:

@@ -4,14 +4,14 @@ import tempfile
 from pathlib import Path
 
 from ..answer.stream import stream_generate
-from ..commands.act import DEFAULT_METHOD
+from ..commands.act import POLICY_METHOD
 from ..commands.convert import convert
 from ..errors import Parser, command
 from ..image import load_image
 from ..loading import load
 from ..measure.machine import device_name
 from ..overlay import draw_overlay
-from ..pruners import Pruner
+from ..pruners import DEFAULT_METHOD, Pruner
 from ..robot.predict import predict_action
 from . import PICTURES, POLICY_FRAME
 
@@ -22,7 +22,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="mlx_tokprune.demo", description=__doc__)
     add = parser.add_argument
     add("--output", default="demo-output", help="folder for overlays (made if missing)")
-    add("--method", default="norm", help="pruning method")
+    add("--method", default=DEFAULT_METHOD, help="pruning method")
     return parser
 
 
@@ -61,7 +61,7 @@ def _act(path: Path) -> None:
     images, instruction = [load_image(POLICY_FRAME.path)], POLICY_FRAME.question
     print(f"\n{POLICY_FRAME.path.name}: {instruction} (expert: {POLICY_FRAME.answer})")
     for ratio in KEEP_RATIOS:
-        pruner = Pruner("none" if ratio == 1 else DEFAULT_METHOD, ratio)
+        pruner = Pruner("none" if ratio == 1 else POLICY_METHOD, ratio)
         asked = (model, processor, images, instruction)
         action = predict_action(*asked, pruner=pruner, stages=True)
         visual = action.visual

@@ -19,10 +19,11 @@ from ..commands.options import (
 )
 from ..errors import InputError, Parser, command, import_matplotlib, printable
 from ..files import check_apart, check_output, locked, write_text
-from ..loading import load, open_checkpoint
+from ..loading import load
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of
+from ..opening import open_checkpoint
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS
 from ..planning import plan_for
 from ..processor import PADDINGS

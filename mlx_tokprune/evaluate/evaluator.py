@@ -12,7 +12,7 @@ from ..answer.settings import Settings
 from ..features import Features
 from ..measure.results import Row, fingerprint
 from ..measure.subject import Subject
-from ..pipeline import Scene, VisualTokens, encode, prune, run
+from ..pipeline import Scene, VisualTokens, encode, prune_at_tower, run
 from ..planning import plan_for
 from ..pruners import Plan
 from .actions import Actions
@@ -114,7 +114,7 @@ class _Asked:
     def __init__(self, model, scene: Scene, plan: Plan, settings, features: Features):
         self._model, self._scene, self._plan = model, scene, plan
         self._positions = settings.positions
-        self._visual = prune(model, scene, plan, features)
+        self._visual = prune_at_tower(model, scene, plan, features)
         self.kept, self._chosen = 0, self._visual
 
     def share_of(self, needed: tuple[int, ...]) -> float | None:

@@ -15,7 +15,7 @@ from ..features import Selection
 from ..limits import check_memory
 from ..models.family import VisionModel
 from ..models.language import TokenSequence
-from ..pipeline import Scene, VisualTokens, ask, choose, encode, look
+from ..pipeline import Scene, VisualTokens, ask, encode, look, prune_at_prompt
 from ..processor import ActionProcessor, Processor
 from ..pruners import (
     Counts,
@@ -92,7 +92,7 @@ class _Subject:
         scene, kept = self.scene(asked.images, asked.prompt), None
         if any(pruner.has_own_count for pruner in asked.plan):
             visual = look(self.model, scene, asked.plan)
-            kept = choose(self.model, scene, asked.plan, visual).keep
+            kept = prune_at_prompt(self.model, scene, asked.plan, visual).keep
         return self.count_shapes(scene, asked.plan, kept)
 
     def count_shapes(self, scene: Scene, plan: Plan, kept: int | None) -> Counted:
@@ -156,7 +156,7 @@ class _Subject:
         def choose_late(embeddings, *state):
             seen = VisualTokens(embeddings, indices, selection, grid, pictures)
             told = dataclasses.replace(scene, state=state[0] if state else None)
-            return [choose(self.model, told, tuple(early), seen).embeddings]
+            return [prune_at_prompt(self.model, told, tuple(early), seen).embeddings]
 
         if early[0].place == "tower":
             cost += count(choose_early, *blank)

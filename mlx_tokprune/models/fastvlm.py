@@ -79,6 +79,8 @@ def _check_vision(vision: VisionConfig) -> None:
         value = getattr(vision, name)
         five = isinstance(value, tuple) and len(value) == 5
         expect(five and all(map(right, value)), name, value, "5 values, one per stage")
+    last = vision.token_mixers[-1]
+    expect(last == "attention", "token_mixers", last, "attention in the last stage")
     for dim, mixer in zip(vision.embed_dims, vision.token_mixers, strict=True):
         right = mixer != "attention" or dim % vision.head_dim == 0
         expect(right, "head_dim", vision.head_dim, f"a divisor of {dim}")

@@ -11,10 +11,11 @@ from . import (  # noqa: F401  (registers them)
 )
 from .notation import read_place, read_plan, read_pruner
 from .plans import Counts, Plan, Pruners, as_plan, count_tokens
-from .pruner import Pruner, check_seed, count_kept
+from .pruner import DEFAULT_METHOD, Pruner, check_seed, count_kept
 from .registry import Place, get_method, is_registered, list_pruners, register
 
 __all__ = [
+    "DEFAULT_METHOD",
     "Counts",
     "Place",
     "Plan",

@@ -16,6 +16,7 @@ from ..learned import is_scorer, load_scorer
 from .registry import Depths, Method, Options, Place, get_method
 
 log = logging.getLogger("mlx_tokprune")
+DEFAULT_METHOD = "norm"
 
 
 def count_kept(total: int, keep_ratio: float) -> int:
@@ -46,7 +47,7 @@ class Pruner:
     there are.
     """
 
-    method: str = "norm"
+    method: str = DEFAULT_METHOD
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     at: Place | Depths = field(default=None, kw_only=True)  # type: ignore[assignment]

@@ -17,9 +17,9 @@ from ..pipeline import (
     Scene,
     VisualTokens,
     check_positions,
-    choose,
     encode,
-    prune,
+    prune_at_prompt,
+    prune_at_tower,
 )
 from ..planning import plan_for
 from ..processor import ActionProcessor
@@ -330,8 +330,8 @@ class Policy:
         """The count is only known once the pruner has run: compile around it."""
         tokens, extras = self._features(*arrays)
         features = Features(tokens, self._grid, extras=extras)
-        visual = prune(self.model, scene, self.plan, features)
-        visual = choose(self.model, scene, self.plan, visual)
+        visual = prune_at_tower(self.model, scene, self.plan, features)
+        visual = prune_at_prompt(self.model, scene, self.plan, visual)
         self.kept = visual.keep
         if visual.mask is not None:
             counts = mx.sum(visual.mask, axis=1)

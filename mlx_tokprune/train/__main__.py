@@ -169,13 +169,13 @@ def _prune(args) -> None:
 
 
 def _lora(args) -> None:
-    from ..pruners import get_method
+    from ..pruners import DEFAULT_METHOD, get_method
     from .tune.lora import Adapter, train_adapter
 
     unset = not args.prune and args.keep_ratio is None and args.keep_tokens is None
-    if unset and get_method(args.method or "norm").lacks_budget({}):
+    if unset and get_method(args.method or DEFAULT_METHOD).lacks_budget({}):
         args.keep_ratio = 0.25
-    plan = make_pruners(args, "norm")
+    plan = make_pruners(args, DEFAULT_METHOD)
     adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)
     samples, schedule, folder, output = _training(args)
     train_adapter(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..features import Features
 from ..models.fastvlm import FastVLM
-from ..pipeline import Scene, encode, prune
+from ..pipeline import Scene, encode, prune_at_tower
 from ..prompt import Prompt
 from ..pruners import Pruner, as_plan, list_pruners
 from .batches import make_batch
@@ -78,7 +78,7 @@ def measure(
         features = encode(model, scene, tuple(pruners))
 
         def answer(label, pruner, features, questions=questions, scene=scene):
-            visual = prune(model, scene, as_plan(pruner), features)
+            visual = prune_at_tower(model, scene, as_plan(pruner), features)
             logits = answer_logits(
                 *(model, prefix, visual.embeddings, visual.indices),
                 *(questions, features.total, positions),

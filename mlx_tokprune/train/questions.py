@@ -7,6 +7,7 @@ import numpy as np
 from .scenes import COLORS, SHAPES, Scene, Thing
 
 KINDS = ("color", "shape", "count", "where", "read")
+SIDE = "side"  # of "where": left or right of another thing; to train on only
 
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -96,6 +97,12 @@ def _ask_where(rng, scene: Scene) -> Question | None:
     return Question("where", f"Is the {name_a} {phrase} the {name_b}?", answer)
 
 
+def _ask_side(rng, scene: Scene) -> Question | None:
+    found = (_ask_where(rng, scene) for _ in range(6))
+    between = (q for q in found if q and ("left" in q.prompt or "right" in q.prompt))
+    return next(between, None)
+
+
 def _ask_read(rng, scene: Scene) -> Question | None:
     if scene.sign is None:
         return None
@@ -106,6 +113,7 @@ def _ask_read(rng, scene: Scene) -> Question | None:
 _ASK = dict(
     zip(KINDS, (_ask_color, _ask_shape, _ask_count, _ask_where, _ask_read), strict=True)
 )
+_ASK[SIDE] = _ask_side
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..image import preprocess
-from .questions import KINDS, Question, ask_many
+from .questions import KINDS, SIDE, Question, ask_many
 from .scenes import CANVAS, Scene, cell_labels, fine_labels, render, sample_scene
 
 QUESTIONS = 8  # about each picture
@@ -43,6 +43,7 @@ class Stage:
 
 
 _COMPARE = ("where",) * 5 + ("count", "color", "read")
+_SIDES = (SIDE, "where", SIDE, "count", "color", "where", "read", "shape")
 _MIXED = ("color", "where", "shape", "where", "count", "where", "count", "read")
 STAGES = (
     Stage("tower", "tower", 8000, 16, 2e-3, canvas=256, most=2),
@@ -50,6 +51,7 @@ STAGES = (
     Stage("comparisons", "language", 1750, 16, 1e-3, kinds=_COMPARE),
     Stage("all questions", "language", 2200, 16, 8e-4, kinds=_MIXED),
     Stage("full pictures", "tower", 1500, 8, 1e-3),
+    Stage("left or right", "language", 800, 128, 1e-3, kinds=_SIDES),
     Stage("projector", "align", 250, 16, 3e-3),
     Stage("together", "joint", 1900, 8, 3e-4, kinds=_MIXED),
 )

@@ -75,7 +75,7 @@ def _folder(path: Path) -> str | None:
         json.loads((path / "adapter_config.json").read_text())
         return None if (path / "adapters.safetensors").exists() else "lacks weights"
     if (path / "config.json").exists():
-        from mlx_tokprune.loading import open_checkpoint
+        from mlx_tokprune.opening import open_checkpoint
 
         open_checkpoint(path)
         return None

@@ -15,9 +15,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ...errors import InputError
-from ...loading import open_checkpoint
 from ...measure.results import fingerprint
 from ...models.openvla import OpenVLA
+from ...opening import open_checkpoint
 from ...pruners import Pruner
 from ...robot.policy import Policy
 from ..tune.gate import annealed, log_gate, tamed

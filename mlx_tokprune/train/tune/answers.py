@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...errors import InputError
-from ...pipeline import Scene, choose, prune, run
+from ...pipeline import Scene, prune_at_prompt, prune_at_tower, run
 from ...prompt import Prompt
 from ...pruners import Plan
 from ..packing import (
@@ -54,8 +54,8 @@ def answers(model, batch: Batch, plan: Plan, positions: str) -> Iterator[Part]:
     if is_shared(plan):
         # One sample of as many places as there are pictures: each by itself.
         scene = Scene(None, Prompt(((),) * (len(batch.features.tokens) + 1)))
-        visual = prune(model, scene, plan, batch.features)
-        visual = choose(model, scene, plan, visual)
+        visual = prune_at_tower(model, scene, plan, batch.features)
+        visual = prune_at_prompt(model, scene, plan, visual)
         seen = (visual.embeddings, visual.indices)
         asked = (batch.questions, batch.features.total, positions)
         yield answer_logits(model, batch.prefix, *seen, *asked), (...,)
@@ -67,7 +67,7 @@ def answers(model, batch: Batch, plan: Plan, positions: str) -> Iterator[Part]:
         read, _ = run(
             *(model, Scene(None, prompt, len(ids)), plan),
             positions=positions,
-            vision=lambda *asked, given=features: prune(*asked[:3], given),
+            vision=lambda *asked, given=features: prune_at_tower(*asked[:3], given),
             after=ids[:, begin : end - 1] if begin < end - 1 else None,
         )
         # A token's logits stand one place before it.

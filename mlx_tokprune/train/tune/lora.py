@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 from ...carried import carry, read_carried
 from ...errors import InputError
 from ...files import new_folder
-from ...loading import PROJECTOR, Opened, load, open_checkpoint, projector_of
+from ...loading import PROJECTOR, load, projector_of
 from ...measure.results import fingerprint
+from ...opening import Opened, open_checkpoint
 from ...pipeline import tower_needs
 from ...planning import plan_for
 from ...pruners import Pruner, Pruners
