@@ -197,7 +197,7 @@ def build_parser() -> Parser:
     add(
         "-q", "--quantize", action="store_true", help="quantize the language model only"
     )
-    help_ = "bits per weight: 2, 3, 4, 6 or 8 (default: 4)"
+    help_ = "bits per weight: 2, 3, 4, 5, 6 or 8 (default: 4)"
     add("--q-bits", type=int, help=help_)
     add("--q-group-size", type=int, help="weights per scale (default: 64)")
     add("--actions-per-chunk", type=int, help="of an OpenVLA-OFT policy (default: 8)")
