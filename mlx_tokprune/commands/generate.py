@@ -1,5 +1,6 @@
 """Answers about pictures, from the command line."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -22,10 +23,11 @@ from ..errors import InputError, Parser, command
 from ..image import list_pictures, load_image
 from ..loading import load
 from ..measure.machine import device_name
+from ..models.family import VisionModel
 from ..models.language import PREFILL_STEP
 from ..pipeline import VisualTokens
 from ..planning import given_or_carried
-from ..processor import PADDINGS
+from ..processor import PADDINGS, Processor
 from ..pruners import DEFAULT_METHOD, Plan
 from .drafts import add_answer_drafts, make_drafts
 from .options import (
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     pruners, vision = _pruners_and_vision(args)
-    names = [field.name for field in dataclasses.fields(Settings)]
+    names = [one.name for one in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(args, name) for name in names})
     pictures, prompts = args.image, args.prompt
     if args.model is None:
@@ -145,9 +147,9 @@ def main(argv: list[str] | None = None) -> None:
 class _Asking:
     """The command's questions, one after another."""
 
-    args: object
-    model: object
-    processor: object
+    args: argparse.Namespace
+    model: VisionModel
+    processor: Processor
     plan: Plan
     vision: Vision | None
     settings: Settings
@@ -158,8 +160,8 @@ class _Asking:
         """Choose the input size."""
         args, size = self.args, self.processor.image_size
         if self.vision and not args.temporal:
-            sizes = (args.image_size, args.latency_target)
-            if any(size is not None for size in sizes) or args.padding != "keep":
+            given = (args.image_size, args.latency_target)
+            if any(one is not None for one in given) or args.padding != "keep":
                 raise InputError(
                     "input size and padding can only be chosen for a FastVLM that sees "
                     "by itself; leave them out"
