@@ -93,7 +93,11 @@ def test_the_training_forward_is_that_of_inference(demo, samples, text, position
             assert error < 1e-4 * np.abs(right).max()
 
 
-@pytest.mark.parametrize("text", [*SOME, "visionzip:0.25@2", "cdpruner:0.25"])
+# Few tokens: a loss that is almost 0 has no slope to speak of.
+STRONG = ("norm:0.05", "demo-asking:0.02", "attention:0.05@1", "visionzip:0.05@2")
+
+
+@pytest.mark.parametrize("text", [*STRONG, "cdpruner:0.05"])
 def test_gradients_are_those_of_a_choice_that_stays(demo, samples, text):
     """Along a direction, the gradient is the slope of the loss."""
     model, processor = demo
@@ -109,7 +113,7 @@ def test_gradients_are_those_of_a_choice_that_stays(demo, samples, text):
     assert any("mm_projector" in name for name in found)
     before = dict(tree_flatten(model.trainable_parameters()))
     norm = np.sqrt(sum(mx.sum(g * g).item() for g in found.values()))
-    values, step = [], 2e-3 / norm
+    values, step = [], 5e-4 / norm
     for sign in (1, -1):
         moved = {n: before[n] + sign * step * found[n] for n in before}
         model.load_weights(list(moved.items()), strict=False)
@@ -117,7 +121,7 @@ def test_gradients_are_those_of_a_choice_that_stays(demo, samples, text):
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm**2, rel=0.05)
 
 
-@pytest.mark.parametrize("text", ["cdpruner:0.25", "demo-asking:0.05", "fastv:0.05"])
+@pytest.mark.parametrize("text", ["cdpruner:0.25", "demo-asking:0.05", "random:0.05@1"])
 @pytest.mark.parametrize("distill", [0, 1])
 def test_some_steps_lower_the_loss(demo, samples, tmp_path, text, distill):
     model, processor = demo
@@ -135,7 +139,7 @@ def test_some_steps_lower_the_loss(demo, samples, tmp_path, text, distill):
 def test_the_teacher_s_part_of_the_loss(demo, samples):
     """It is the divergence from every token at its place, weighted, by hand."""
     model, processor = demo
-    plan = plan_for(model, read_plan("fastv:0.05"))
+    plan = plan_for(model, read_plan("random:0.05@1"))
     batches = Batches(model, processor, samples.items)
     losses = [
         AnswerLoss(model, batches, plan, "contiguous", (2, 2), weight, model)
