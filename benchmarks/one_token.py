@@ -43,7 +43,7 @@ def measure(pictures: int, scorers: Sequence[str]) -> None:
     model, processor = mlx_tokprune.load("demo")
     items = read_samples("demo", KNOWN + pictures).items[KNOWN:]
     batches = Batches(model, processor, items)
-    goals = ScorerLoss(model, batches, Lesson(1, imitate=1, alone=1))
+    goals = ScorerLoss(model, batches, Lesson(1, imitate=(1,), alone=1))
     learned = {name: load_scorer(name) for name in scorers}
     found: dict[str, list] = {}
     kinds = [" ".join(pair[0].split()[:2]) for item in items for pair in item.pairs]

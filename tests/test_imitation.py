@@ -15,12 +15,13 @@ from mlx_tokprune.train.tune.data import read_samples
 from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score, scorer_for
 
 
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
 @pytest.mark.parametrize("sharpen", [1.0, 2.0])
-def test_a_scorer_imitates_a_layer(demo, sharpen):
-    """The goal is the attention from the prompt's last tokens in that layer."""
+def test_a_scorer_imitates_layers(demo, sharpen, layers):
+    """The goal is the attention from the prompt's last tokens in these layers."""
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 2).items)
-    plan, scorer = Lesson(1, 2, 2, imitate=1, sharpen=sharpen), Adaptive(512)
+    plan, scorer = Lesson(1, 2, 2, imitate=layers, sharpen=sharpen), Adaptive(512)
     loss, count = ScorerLoss(model, batches, plan)(scorer, (0,), 0)
     drawn = batches.draw((0,), 2, 2).samples
     batch = batches.of(drawn, [item.pairs for item in drawn])
@@ -35,10 +36,12 @@ def test_a_scorer_imitates_a_layer(demo, sharpen):
             parts = [mx.array(batch.prefix), ids]
             before, after = (model.decoder.embed(part[None]) for part in parts)
             hidden = mx.concatenate([before, visual[i : i + 1], after], axis=1)
-            hidden = model.layers[0](hidden, "causal", None)
-            last = mx.array([[hidden.shape[1] - 1]])
-            seen = model.decoder.attention_to(1, hidden, last)[0, 0]
-            seen = np.array(seen[len(batch.prefix) : len(batch.prefix) + 64])
+            last, seen = mx.array([[hidden.shape[1] - 1]]), np.zeros(64)
+            for number in range(max(layers) + 1):
+                if number in layers:
+                    all_ = np.array(model.decoder.attention_to(number, hidden, last))
+                    seen += all_[0, 0, len(batch.prefix) :][:64]
+                hidden = model.layers[number](hidden, "causal", None)
             attention += seen**sharpen / (seen**sharpen).sum() / 8
         expected -= (attention * logs[i]).sum()
     assert count.item() == 2
@@ -74,7 +77,7 @@ def test_few_tokens_imitate_what_each_alone_answers(demo, sharpen):
     """At the prompt and at the tower; with more tokens it stays the attention."""
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 1).items)
-    how = {"imitate": 1, "alone": 1, "sharpen": sharpen}
+    how = {"imitate": (1,), "alone": 1, "sharpen": sharpen}
     plan = Lesson(1, 1, 2, 0.016, 0.016, **how)
     batch = batches.draw((0,), 1, 2)
     loss = ScorerLoss(model, batches, plan)
@@ -116,4 +119,4 @@ def test_training_goes_on_from_a_scorer(tmp_path):
     )
     np.testing.assert_allclose(found, given, atol=1e-6)
     about = json.loads((out / "scorer.json").read_text())["trained"]
-    assert (about["imitate"], about["alone"]) == (1, 1)
+    assert (about["imitate"], about["alone"]) == ([1], 1)

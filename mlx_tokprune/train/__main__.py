@@ -101,8 +101,11 @@ def _add_prune(commands) -> None:
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least comes down from all"
     add("--curriculum", type=float, default=0.0, help=help_)
-    help_ = "imitate this layer's attention (1: as FastV) in place of the answers' loss"
-    add("--imitate", type=int, metavar="LAYER", help=help_)
+    help_ = (
+        "imitate the attention of these layers (1: as FastV), not the answers' loss"
+    )
+    layers = {"type": int, "nargs": "+", "default": []}
+    add("--imitate", metavar="LAYER", help=help_, **layers)
     help_ = "where at most so many tokens stay, imitate what each alone answers"
     add("--alone", type=int, default=0, metavar="TOKENS", help=f"{help_} (default: 0)")
     help_ = "imitate this power of each question's attention (default: 1)"
@@ -133,7 +136,7 @@ def _prune(args) -> None:
             f"folder of one.{nearest(args.scorer, SCORERS)}"
         )
     known = SCORERS.get(args.scorer) or load_scorer(args.scorer)
-    answers = args.imitate is None and args.within is None
+    answers = not args.imitate and args.within is None
     alone = known.at == "prompt" and answers
     if alone and (args.questions or 1) > 1:
         raise InputError(
@@ -151,6 +154,7 @@ def _prune(args) -> None:
         "within",
     )
     how = {name: getattr(args, name) for name in names}
+    how["imitate"] = tuple(sorted(set(args.imitate)))
     if args.keep_ratios:
         how["least"], how["most"] = args.keep_ratios
     lesson = Lesson(args.steps, args.batch, questions, **how)

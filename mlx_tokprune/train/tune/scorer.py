@@ -56,11 +56,11 @@ class Lesson:
     down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
     Gumbel distribution, falling to 0. temperature: of the gate's gradient, from the
     first to the second. distill: weight of the divergence from the unpruned model's
-    answers. imitate: the number of a layer of the language model, whose attention from
-    the prompt's last tokens is imitated in the place of all that: no layer has run
-    where a scorer has to know as much. alone: batches that keep at most so many tokens
-    imitate how probable each token makes the answer when it is the only one. sharpen:
-    the power of that attention, or that probability.
+    answers. imitate: the numbers of layers of the language model, whose attention from
+    the prompt's last tokens, summed, is imitated in the place of all that: no layer has
+    run where a scorer has to know as much. alone: batches that keep at most so many
+    tokens imitate how probable each token makes the answer when it is the only one.
+    sharpen: the power of that attention, or that probability.
     sparsity, within: either has the scorer learn its count, and no share is drawn.
     sparsity: the price of keeping everything, in the loss of the answers. within: what
     is learned is how many a question needs of the order of the scorer that is begun
@@ -79,7 +79,7 @@ class Lesson:
     leaky: float = 0.1
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
-    imitate: int | None = None
+    imitate: tuple[int, ...] = ()
     alone: int = 0
     sharpen: float = 1.0
     sparsity: float | None = None
@@ -93,19 +93,19 @@ class Lesson:
             raise InputError(f"distill {self.distill:g} is outside [0, 1e6]")
         if not 0 < self.sharpen <= 16:
             raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
-        if self.alone < 0 or (self.alone and self.imitate is None):
+        if self.alone < 0 or (self.alone and not self.imitate):
             raise InputError(
                 f"alone {self.alone}: expected a number of tokens from 0, and a layer "
                 "to imitate where more are kept"
             )
-        if self.imitate is not None and self.own_count:
+        if self.imitate and self.own_count:
             raise InputError(
                 "imitating attention learns an order, sparsity and within a count; "
                 "expected one of them"
             )
-        if self.sharpen != 1 and self.imitate is None:
+        if self.sharpen != 1 and not self.imitate:
             raise InputError("sharpen is of the attention that is imitated; say which")
-        if self.distill and (self.imitate is not None or self.within is not None):
+        if self.distill and (self.imitate or self.within is not None):
             raise InputError(
                 "distill is of the answers' loss, which imitate and within take the "
                 "place of; expected one of them"
@@ -156,7 +156,7 @@ class ScorerLoss:
             price = mx.where(needed > 0, 1, lesson.sparsity or 1)
             losses = nn.losses.binary_cross_entropy(scores, needed, price)
             return losses * rows, rows
-        if lesson.imitate is not None:
+        if lesson.imitate:
             goal = self._goal(batch, scorer.at, keep <= lesson.alone)
             logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
             return -mx.sum(goal * logs), rows
@@ -280,12 +280,12 @@ class ScorerLoss:
         rows = len(batch.prefix) + total + last
 
         def watch(number: int, hidden: mx.array) -> None:
-            if number == self._lesson.imitate:
+            if number in self._lesson.imitate:
                 where = (rows, sequence.positions, sequence.mask)
                 seen.append(self._model.decoder.attention_to(number, hidden, *where))
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
-        attention = seen[0][..., sequence.visual[0]]
+        attention = sum(seen)[..., sequence.visual[0]]
         shares = attention / mx.sum(attention, axis=-1, keepdims=True)
         sharp = shares**self._lesson.sharpen
         return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
@@ -308,10 +308,11 @@ def train_scorer(
     """
     model, processor = loaded
     layers = len(model.decoder.layers)
-    if lesson.imitate is not None and not 0 <= lesson.imitate < layers:
-        raise InputError(
-            f"there is no layer {lesson.imitate} to imitate; expected 0 to {layers - 1}"
-        )
+    for layer in lesson.imitate:
+        if not 0 <= layer < layers:
+            raise InputError(
+                f"there is no layer {layer} to imitate; expected 0 to {layers - 1}"
+            )
     model.freeze()
     mx.random.seed(schedule.seed)
     scorer, order = scorer_for(model, kind), None
