@@ -101,9 +101,7 @@ def _add_prune(commands) -> None:
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least comes down from all"
     add("--curriculum", type=float, default=0.0, help=help_)
-    help_ = (
-        "imitate the attention of these layers (1: as FastV), not the answers' loss"
-    )
+    help_ = "imitate the attention of these layers (1: as FastV), not the answers' loss"
     layers = {"type": int, "nargs": "+", "default": []}
     add("--imitate", metavar="LAYER", help=help_, **layers)
     help_ = "where at most so many tokens stay, imitate what each alone answers"
