@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from parity_fast_vlm import randomize
-from parity_openvla import Report, repair_torchvision
+from parity_openvla import Report
 from torch import nn
+from torchvision_stub import repair_torchvision
 
 from mlx_tokprune.convert.coremltower import TOWER, read_tower
 from mlx_tokprune.models.fastvithd import (

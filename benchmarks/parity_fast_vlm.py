@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from parity_openvla import DATA, Report, repair_torchvision
+from parity_openvla import DATA, Report
 from torch import nn
+from torchvision_stub import repair_torchvision
 
 from mlx_tokprune import load
 from mlx_tokprune.convert import convert

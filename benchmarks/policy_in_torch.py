@@ -8,7 +8,7 @@
 `prepare` and `finish` need MLX. `train` needs torch, MuJoCo and Meta-World, and nothing
 of MLX. Plan, losses, optimizer, average, and how visual tokens are dropped are those of
 `mlx_tokprune/train/policy/cloning.py`. A process a task acts in its worlds
-(`chunks_in_torch.py`), all episodes of a round at once: in a round the budget is drawn
+(`workers.py`), all episodes of a round at once: in a round the budget is drawn
 for each look, there for each episode. Colours are shaken, which is not so there, since
 renderers differ a little. Steps end early where the time is over: the learning rate and
 the rounds follow what comes first.
@@ -29,7 +29,9 @@ import torch
 import torch.nn.functional as F
 from demo_in_torch import AdamW
 from torch import Tensor
+from torch_pi0 import PATCHES, rotate
 from torch_vlm import to_mlx, to_torch
+from workers import SEEDS, Workers
 
 _SPREAD = 2.5  # bins by which a label is blurred
 _TOWERS = ("featurizer", "fused_featurizer")
@@ -196,7 +198,7 @@ class Twin(torch.nn.Module):
             name = f"language_model.model.layers.{number}"
             y = self._norm(x, f"{name}.input_layernorm")
             q, k, v = (self._heads(y, f"{name}.self_attn.{n}_proj") for n in "qkv")
-            q, k = chunks.rotate(q, *turn), chunks.rotate(k, *turn)
+            q, k = rotate(q, *turn), rotate(k, *turn)
             if number:
                 with torch.no_grad():
                     at = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
@@ -252,7 +254,7 @@ class Run(chunks.Run):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         self.rng = np.random.default_rng(0)
-        self.workers = workers or chunks.Workers(self.tasks, 1, 1)
+        self.workers = workers or Workers(self.tasks, 1, 1)
         until = time.time() + 20 * args.minutes  # a third of the time
         for end in self.workers.ends:
             end.send(("demonstrate", until, plan["demonstrations"]))
@@ -342,12 +344,12 @@ class Run(chunks.Run):
     def correct(self, number: int) -> None:
         """A round of DAgger with the averaged weights."""
         about = self.plan["corrections"], self.plan["mixed"]
-        for _ in self.episodes(chunks.SEEDS[1] + 1000 * number, *about):
+        for _ in self.episodes(SEEDS[1] + 1000 * number, *about):
             time.sleep(0.001)
 
     def finish_with(self, robots: int) -> None:
         """Episodes without an expert, for a look; then the worlds are closed."""
-        for _ in self.episodes(chunks.SEEDS[2], robots, None) if robots else ():
+        for _ in self.episodes(SEEDS[2], robots, None) if robots else ():
             time.sleep(0.001)
         for end in self.workers.ends:
             end.send(None)
@@ -358,7 +360,7 @@ class Run(chunks.Run):
         pixels = torch.from_numpy(frames).to(self.device).float() / 255
         batch = self.batch(pixels, numbers, 0.7)
         batch["noise"] = batch["noise"] * (not batch["scored"])
-        batch["keep"] = chunks.PATCHES if whole else batch["keep"]
+        batch["keep"] = PATCHES if whole else batch["keep"]
         batch["classes"] = numbers.new_zeros(len(tasks), 4)
         with torch.no_grad():
             kept = [weight.detach().clone() for weight in self.weights]

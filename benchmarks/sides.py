@@ -166,8 +166,9 @@ class Transformers:
 
     def __init__(self, folder: Path):
         import torch
+        from torchvision_stub import repair_torchvision
 
-        self._library = _repair_torchvision()
+        repair_torchvision()
         from transformers import FastVlmForConditionalGeneration as Model
         from transformers import LlavaImageProcessor, PreTrainedTokenizerFast
         from transformers.utils import logging
@@ -246,23 +247,6 @@ class Streamer:
 
     def end(self) -> None:
         pass
-
-
-def _repair_torchvision():
-    """Declare what a torchvision built for another torch lacks, as parity_openvla does.
-
-    Returns what has to be kept alive.
-    """
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            types = "Tensor dets, Tensor scores, float iou_threshold"
-            library.define(f"{name}({types}) -> Tensor")
-    return library
 
 
 # The checkpoint as transformers stores it -------------------------------------------

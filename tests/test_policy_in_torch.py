@@ -96,16 +96,18 @@ def test_losses_and_gradients_are_those_of_mlx(twin, folder, keep, scored):
 
 
 class Workers:
-    """Those of `chunks_in_torch`, in threads and in worlds without a simulator."""
+    """Those of `workers`, in threads and in worlds without a simulator."""
 
-    def __init__(self, chunks, tasks):
+    def __init__(self, tasks):
+        import workers
+
         self.tasks, self.ends = tasks, []
-        self.ask = chunks.Workers.ask.__get__(self)
-        self.hear = chunks.Workers.hear.__get__(self)
+        self.ask = workers.Workers.ask.__get__(self)
+        self.hear = workers.Workers.hear.__get__(self)
         for number, task in enumerate(tasks):
             mine, theirs = multiprocessing.Pipe()
             about = theirs, task, 1, 1
-            threading.Thread(target=chunks.work, args=about, daemon=True).start()
+            threading.Thread(target=workers.work, args=about, daemon=True).start()
             self.ends.append(mine)
             assert self.hear(number) == task
 
@@ -116,7 +118,7 @@ def test_a_training_ends_with_a_checkpoint(twin, folder, tmp_path, monkeypatch, 
     asked = ["train", "--folder", str(folder), "--output", str(tmp_path / "out")]
     asked += ["--scale", "0.00045", "--judged", "1"]
     args = twin.build_parser().parse_args(asked)
-    run = twin.Run(args, Workers(twin.chunks, list(TASKS)))
+    run = twin.Run(args, Workers(list(TASKS)))
     run.plan |= {"batch": 4, "first_round": 1, "round_every": 2, "demonstrations": 2}
     run.train()
     printed = capsys.readouterr().out
