@@ -8,10 +8,10 @@
 `prepare` and `finish` need MLX. `train` needs torch, MuJoCo and Meta-World, and nothing
 of MLX. Plan, losses, optimizer, average, and how visual tokens are dropped are those of
 `mlx_tokprune/train/policy/cloning.py`. A process a task acts in its worlds
-(`workers.py`), all episodes of a round at once: in a round the budget is drawn
-for each look, there for each episode. Colours are shaken, which is not so there, since
-renderers differ a little. Steps end early where the time is over: the learning rate and
-the rounds follow what comes first.
+(`workers.py`), all episodes of a round at once, while the training goes on: in a round
+the budget is drawn for each look, there for each episode. Colours are shaken, which is
+not so there, since renderers differ a little. Steps end early where the time is over:
+the learning rate and the rounds follow what comes first.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import chunks_in_torch as chunks
@@ -251,6 +252,8 @@ class Run(chunks.Run):
             plan[name] = max(1, int(plan[name] * args.scale))
         plan["corrections"] = max(1, int(plan["corrections"] * args.scale))
         self.plan, self.data = plan, [{} for _ in self.tasks]
+        self.shares = np.full(len(self.tasks), 1 / len(self.tasks))
+        self.frames = np.zeros(len(self.tasks))  # of each task in the last round
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         self.rng = np.random.default_rng(0)
@@ -270,6 +273,8 @@ class Run(chunks.Run):
 
     def add(self, task: int, frames, actions, states) -> None:
         """Labelled frames of a task."""
+        if self.data[task]:  # no demonstrations
+            self.frames[task] = len(frames)
         edges = np.linspace(-1, 1, self.told["bins"])
         classes = np.digitize(np.clip(actions, -1, 1), edges) - 1
         classes = np.clip(classes, 0, self.told["bins"] - 2).astype(np.int64)
@@ -292,9 +297,9 @@ class Run(chunks.Run):
         }
 
     def draw(self) -> dict:
-        """As many frames of each task, each moved by a few pixels, colours shaken."""
+        """Frames of tasks by their shares, moved by a few pixels, colours shaken."""
         count = len(self.tasks)
-        counts = self.rng.multinomial(self.plan["batch"], np.full(count, 1 / count))
+        counts = self.rng.multinomial(self.plan["batch"], self.shares)
         frames, classes = [], []
         for some, number in zip(self.data, counts.tolist(), strict=True):
             rows = torch.randint(len(some["frames"]), (number,), device=self.device)
@@ -314,10 +319,11 @@ class Run(chunks.Run):
         left = max(1e-3, self.begin + seconds - start)
         rounds = range(plan["first_round"], plan["steps"], plan["round_every"])
         waiting = [number / plan["steps"] for number in rounds]
+        acting: Iterator[None] = iter(())
         while done < 1:
-            if waiting and done >= waiting[0]:
+            if next(acting, self) is self and waiting and done >= waiting[0]:
                 waiting.pop(0)
-                self.correct(len(waiting))
+                acting = self.correct(len(waiting))
             passed = (time.time() - start) / left
             done = min(1.0, max(step / plan["steps"], passed))
             warm = min(1.0, (step + 1) / 300)
@@ -339,13 +345,16 @@ class Run(chunks.Run):
                     f"step {step}: {losses[0]:.3f} nats, scores {losses[1]:.3f} off"
                 )
                 self.save()
+        for _ in acting:  # ends first
+            time.sleep(0.001)
         self.finish_with(self.args.judged)
 
-    def correct(self, number: int) -> None:
-        """A round of DAgger with the averaged weights."""
+    def correct(self, number: int) -> Iterator[None]:
+        """DAgger with the averaged weights; then shares as `Collector` has them."""
         about = self.plan["corrections"], self.plan["mixed"]
-        for _ in self.episodes(SEEDS[1] + 1000 * number, *about):
-            time.sleep(0.001)
+        yield from self.episodes(SEEDS[1] + 1000 * number, *about)
+        squares = self.frames**2
+        self.shares = (squares / squares.sum() + 1 / len(squares)) / 2
 
     def finish_with(self, robots: int) -> None:
         """Episodes without an expert, for a look; then the worlds are closed."""

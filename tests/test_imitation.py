@@ -7,12 +7,20 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_tokprune.errors import InputError
 from mlx_tokprune.learned import Adaptive, load_scorer
 from mlx_tokprune.models.language import TokenSequence
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import read_samples
-from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score, scorer_for
+from mlx_tokprune.train.tune.scorer import (
+    GRADIENT,
+    Lesson,
+    ScorerLoss,
+    goal_of,
+    score,
+    scorer_for,
+)
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
@@ -83,7 +91,7 @@ def test_few_tokens_imitate_what_each_alone_answers(demo, sharpen):
     loss = ScorerLoss(model, batches, plan)
     (item,) = batch.samples
     whole = batches.of([item], [item.pairs])
-    attention, expected = np.array(loss._attention(whole)[0]), np.zeros((8, 64))
+    attention, expected = np.array(loss._imitated(whole)[0]), np.zeros((8, 64))
     for row, seen in enumerate(attention):
         tried = np.argsort(-seen)[:8].tolist()
         likely = alone_by_hand(model, whole, row, tried) ** sharpen
@@ -120,3 +128,41 @@ def test_training_goes_on_from_a_scorer(tmp_path):
     np.testing.assert_allclose(found, given, atol=1e-6)
     about = json.loads((out / "scorer.json").read_text())["trained"]
     assert (about["imitate"], about["alone"]) == ([1], 1)
+
+
+@pytest.mark.parametrize("sharpen", [1.0, 2.0])
+def test_a_scorer_imitates_the_gradient_of_the_answers(demo, sharpen):
+    """Each token's share is of how far its features move the right answer's logits."""
+    model, processor = demo
+    batches = Batches(model, processor, read_samples("demo", 1).items)
+    (item,) = batches.samples
+    batch = batches.of([item], [item.pairs])
+    visual = model.project(batch.features.tokens)
+    loss = ScorerLoss(model, batches, Lesson(1, imitate="gradient", sharpen=sharpen))
+    for row in (0, len(item.pairs) - 1):
+        targets = np.array(batch.questions.targets[0, row])
+        ids = batch.questions.ids[0, row]
+
+        def said(visual, ids=ids, targets=targets):
+            parts = (
+                model.decoder.embed(p[None]) for p in (mx.array(batch.prefix), ids)
+            )
+            before, after = parts
+            hidden = mx.concatenate([before, visual, after], axis=1)
+            for layer in model.layers:
+                hidden = layer(hidden, "causal", None)
+            logits = model.decoder.logits(model.decoder.norm(hidden))[0, -len(ids) :]
+            return sum(logits[i, t] for i, t in enumerate(targets) if t >= 0)
+
+        moved = np.linalg.norm(np.array(mx.grad(said)(visual)[0], np.float64), axis=1)
+        expected = (moved / moved.sum()) ** sharpen
+        found = np.array(loss.goals(item, False)[row])
+        np.testing.assert_allclose(found, expected / expected.sum(), rtol=2e-3)
+
+
+def test_the_goal_is_the_gradient_or_layers():
+    assert goal_of(["gradient"]) == GRADIENT
+    assert goal_of(["2", "0", "2"]) == (0, 2)
+    for words in (["gradient", "1"], ["gradien"], ["-1"]):
+        with pytest.raises(InputError, match="expected 'gradient' alone, or numbers"):
+            goal_of(words)

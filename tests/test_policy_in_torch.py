@@ -116,13 +116,15 @@ def test_a_training_ends_with_a_checkpoint(twin, folder, tmp_path, monkeypatch, 
     """Demonstrations, a round of corrections, steps, and what `load` reads."""
     monkeypatch.setattr(worlds, "World", Corridor)
     asked = ["train", "--folder", str(folder), "--output", str(tmp_path / "out")]
-    asked += ["--scale", "0.00045", "--judged", "1"]
+    asked += ["--scale", "0.0003", "--judged", "1"]
     args = twin.build_parser().parse_args(asked)
     run = twin.Run(args, Workers(list(TASKS)))
-    run.plan |= {"batch": 4, "first_round": 1, "round_every": 2, "demonstrations": 2}
+    run.plan |= {"batch": 4, "first_round": 1, "round_every": 9, "demonstrations": 2}
     run.train()
     printed = capsys.readouterr().out
-    assert printed.count("won of 1") == 3  # two rounds and the look at the end
+    assert printed.count("won of 1") == 2  # a round and the look at the end
+    assert run.frames.all()
+    assert run.shares.std() > 0
     assert "step 4:" in printed
     asked = ["finish", "--weights", str(tmp_path / "out" / "weights.npz")]
     twin.main([*asked, "--output", str(tmp_path / "checkpoint")])

@@ -91,10 +91,10 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, corridor, monkeypatch):
     stopped = cloning.Trainer(tmp_path / "parts", PLAN)
     draw = stopped._draw
 
-    def fail_late(step, episodes):
+    def fail_late(step, *about):
         if step == 5:
             raise KeyboardInterrupt
-        return draw(step, episodes)
+        return draw(step, *about)
 
     stopped._draw = fail_late
     with pytest.raises(KeyboardInterrupt):

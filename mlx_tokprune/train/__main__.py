@@ -101,12 +101,11 @@ def _add_prune(commands) -> None:
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least comes down from all"
     add("--curriculum", type=float, default=0.0, help=help_)
-    help_ = "imitate the attention of these layers (1: as FastV), not the answers' loss"
-    layers = {"type": int, "nargs": "+", "default": []}
-    add("--imitate", metavar="LAYER", help=help_, **layers)
+    help_ = "imitate the answers' gradient, or these layers' attention, not their loss"
+    add("--imitate", metavar="gradient|LAYER", nargs="+", default=[], help=help_)
     help_ = "where at most so many tokens stay, imitate what each alone answers"
     add("--alone", type=int, default=0, metavar="TOKENS", help=f"{help_} (default: 0)")
-    help_ = "imitate this power of each question's attention (default: 1)"
+    help_ = "imitate this power of it, for each question (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
     help_ = "learn the count, too: the price of what is kept (with --within: 1)"
     add("--sparsity", type=float, metavar="PRICE", help=help_)
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _prune(args) -> None:
-    from .tune.scorer import Lesson, train_scorer
+    from .tune.scorer import Lesson, goal_of, train_scorer
 
     if args.scorer not in SCORERS and not is_scorer(args.scorer):
         raise InputError(
@@ -139,7 +138,7 @@ def _prune(args) -> None:
     if alone and (args.questions or 1) > 1:
         raise InputError(
             "a scorer at the prompt learns from the answers with one question about "
-            "each picture; leave out --questions, or say --imitate LAYER"
+            "each picture; leave out --questions, or say --imitate gradient"
         )
     questions = 1 if alone else args.questions or _QUESTIONS
     names = (
@@ -152,7 +151,7 @@ def _prune(args) -> None:
         "within",
     )
     how = {name: getattr(args, name) for name in names}
-    how["imitate"] = tuple(sorted(set(args.imitate)))
+    how["imitate"] = goal_of(args.imitate)
     if args.keep_ratios:
         how["least"], how["most"] = args.keep_ratios
     lesson = Lesson(args.steps, args.batch, questions, **how)

@@ -34,12 +34,12 @@ class Cloning:
     """How much of everything. The expert acts in `mixed` of the steps of a round."""
 
     demonstrations: int = 140  # episodes of each task
-    steps: int = 9000
-    batch: int = 64
+    steps: int = 16_000
+    batch: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    round_every: int = 450  # steps between rounds of corrections
-    first_round: int = 1800
+    round_every: int = 600  # steps between rounds of corrections
+    first_round: int = 1600
     corrections: int = 12  # episodes of each task in a round
     mixed: float = 0.1
     scores_weight: float = 0.1
@@ -81,14 +81,17 @@ class Trainer:
         cloning, collector = self.cloning, self.collector
         collector.demonstrate(cloning.demonstrations)
         update, episodes = self._updater(), collector.load(self.step)
+        shares = (
+            collector.shares(self.step) if self.step > cloning.first_round else None
+        )
         steps = range(self.step, cloning.steps)
         for step in tqdm(steps, desc="cloning", unit="step", disable=None):
             past = step - cloning.first_round
             if past >= 0 and past % cloning.round_every == 0:
                 self._correct(step)
-                episodes = collector.load(step)
+                episodes, shares = collector.load(step), collector.shares(step)
             self.optimizer.learning_rate = self._rate(step)
-            update(self._draw(step, episodes))
+            update(self._draw(step, episodes, shares))
             mx.eval(self.policy.parameters(), self.optimizer.state)
             self._follow(step)
             self.step = step + 1
@@ -134,10 +137,15 @@ class Trainer:
         }
         mx.eval(self.average)
 
-    def _draw(self, step: int, episodes: list[tuple[Episodes, list]]) -> Batch:
+    def _draw(
+        self,
+        step: int,
+        episodes: list[tuple[Episodes, list]],
+        shares: np.ndarray | None,
+    ) -> Batch:
         rng = np.random.default_rng((1, step))
         size = self.cloning.batch
-        shown = self.collector.draw(rng, size, episodes)
+        shown = self.collector.draw(rng, size, episodes, shares)
         keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
         return Batch(
             **vars(shown),

@@ -5,7 +5,7 @@ those that are not kept; how many are kept is drawn anew for each batch, or lear
 """
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, nearest
 from ...features import Features
 from ...learned import SCORERS, is_scorer, load_scorer, save_scorer, untold
 from ...measure.results import fingerprint
@@ -41,8 +41,21 @@ from .gate import (
 from .loop import Loop, Schedule, draw_losses, recomputed
 from .shares import check_shares, draw_count
 
+GRADIENT = "gradient"  # a goal that is imitated, where no layers are
 _ALONE = 8  # tokens of a question that are tried alone
 _STEP = 1.5  # from a number of tokens that is tried to the next
+
+
+def goal_of(words: Sequence[str]) -> tuple[int, ...] | str:
+    """What `Lesson` imitates, from words: `GRADIENT`, or numbers of layers."""
+    if list(words) == [GRADIENT]:
+        return GRADIENT
+    if not all(word.isdecimal() for word in words):
+        raise InputError(
+            f"cannot imitate {' '.join(words)!r}; expected {GRADIENT!r} alone, or "
+            f"numbers of layers.{nearest(words[0], [GRADIENT])}"
+        )
+    return tuple(sorted({int(word) for word in words}))
 
 
 @dataclass(frozen=True)
@@ -56,11 +69,12 @@ class Lesson:
     down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
     Gumbel distribution, falling to 0. temperature: of the gate's gradient, from the
     first to the second. distill: weight of the divergence from the unpruned model's
-    answers. imitate: the numbers of layers of the language model, whose attention from
-    the prompt's last tokens, summed, is imitated in the place of all that: no layer has
+    answers. imitate: what is imitated in the place of all that: `GRADIENT`, how much
+    each token moves the right answer's logits, or the attention from the prompt's last
+    tokens, summed, of layers of the language model by their numbers, none of which has
     run where a scorer has to know as much. alone: batches that keep at most so many
     tokens imitate how probable each token makes the answer when it is the only one.
-    sharpen: the power of that attention, or that probability.
+    sharpen: the power of that gradient, attention or probability.
     sparsity, within: either has the scorer learn its count, and no share is drawn.
     sparsity: the price of keeping everything, in the loss of the answers. within: what
     is learned is how many a question needs of the order of the scorer that is begun
@@ -79,7 +93,7 @@ class Lesson:
     leaky: float = 0.1
     temperature: tuple[float, float] = (1.0, 0.3)
     distill: float = 0.0
-    imitate: tuple[int, ...] = ()
+    imitate: tuple[int, ...] | str = ()
     alone: int = 0
     sharpen: float = 1.0
     sparsity: float | None = None
@@ -95,16 +109,16 @@ class Lesson:
             raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
         if self.alone < 0 or (self.alone and not self.imitate):
             raise InputError(
-                f"alone {self.alone}: expected a number of tokens from 0, and a layer "
-                "to imitate where more are kept"
+                f"alone {self.alone}: expected a number of tokens from 0, and what to "
+                "imitate where more are kept: layers, or gradient"
             )
         if self.imitate and self.own_count:
             raise InputError(
-                "imitating attention learns an order, sparsity and within a count; "
+                "imitating learns an order, sparsity and within a count; "
                 "expected one of them"
             )
         if self.sharpen != 1 and not self.imitate:
-            raise InputError("sharpen is of the attention that is imitated; say which")
+            raise InputError("sharpen is of what is imitated; say what")
         if self.distill and (self.imitate or self.within is not None):
             raise InputError(
                 "distill is of the answers' loss, which imitate and within take the "
@@ -196,7 +210,7 @@ class ScorerLoss:
         key = (item.picture, alone)
         if key not in self._goals:
             batch = self._batches.of([item], [item.pairs])
-            goal = self._alone(batch) if alone else self._attention(batch)
+            goal = self._alone(batch) if alone else self._imitated(batch)
             mx.eval(goal)
             self._goals[key] = goal[0]
         return self._goals[key]
@@ -204,11 +218,11 @@ class ScorerLoss:
     def _alone(self, batch: Batch) -> mx.array:
         """(B, Q, N) shares of what each token alone makes the answer's probability.
 
-        Tried are the tokens that a question attends to most; the others have none.
+        Tried are the first of what is imitated with more; the others have none.
         """
         total = batch.features.total
-        attention = self._attention(batch).flatten(0, 1)
-        tried = mx.argsort(-attention, axis=1)[:, :_ALONE]
+        first = self._imitated(batch).flatten(0, 1)
+        tried = mx.argsort(-first, axis=1)[:, :_ALONE]
         visual = self._model.project(batch.features.tokens)
         visual = mx.repeat(visual, batch.prompt.shape[1], axis=0)
         visual = mx.take_along_axis(visual, tried[..., None], axis=1)
@@ -221,7 +235,7 @@ class ScorerLoss:
         losses, used = answer_losses(logits, asked[0])
         summed = mx.sum(losses * used, axis=-1)
         shares = mx.softmax(-self._lesson.sharpen * summed, axis=1)
-        goal = mx.put_along_axis(mx.zeros_like(attention), tried, shares, axis=1)
+        goal = mx.put_along_axis(mx.zeros_like(first), tried, shares, axis=1)
         return mx.stop_gradient(goal.reshape(*batch.prompt.shape[:2], total))
 
     def _needed(self, batch: Batch, at: str) -> mx.array:
@@ -268,8 +282,41 @@ class ScorerLoss:
         mx.eval(needed)
         return needed
 
+    def _imitated(self, batch: Batch) -> mx.array:
+        """(B, Q, N) shares of what is imitated for each question, sharpened."""
+        by_gradient = self._lesson.imitate == GRADIENT
+        found = self._gradient(batch) if by_gradient else self._attention(batch)
+        shares = found / mx.sum(found, axis=-1, keepdims=True)
+        sharp = shares**self._lesson.sharpen
+        return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
+
+    def _gradient(self, batch: Batch) -> mx.array:
+        """(B, Q, N) norms of the gradient of the right answer's logits.
+
+        Of logits, since a probability near 1 has none, as Simonyan et al. have it for
+        pixels (2014, https://arxiv.org/abs/1312.6034).
+        """
+        size, count, _ = batch.prompt.shape
+        ids, targets = (
+            part.flatten(0, 1)[:, None]
+            for part in (batch.questions.ids, batch.questions.targets)
+        )
+        used, names = targets != IGNORE, mx.maximum(targets, 0)[..., None]
+        total = batch.features.total
+        every = mx.broadcast_to(mx.arange(total), (size * count, total))
+        asked = every, Questions(ids, targets), total
+
+        def answer(visual: mx.array) -> mx.array:
+            logits = answer_logits(self._model, batch.prefix, visual, *asked)
+            return mx.sum(mx.take_along_axis(logits, names, axis=-1)[..., 0] * used)
+
+        visual = self._model.project(batch.features.tokens)
+        moved = mx.grad(answer)(mx.repeat(visual, count, axis=0))
+        norms = mx.linalg.norm(moved.astype(mx.float32), axis=-1)
+        return norms.reshape(size, count, total)
+
     def _attention(self, batch: Batch) -> mx.array:
-        """(B, Q, N) shares of what each question attends to, sharpened."""
+        """(B, Q, N) of what each question's last token attends to."""
         visual, seen = self._model.project(batch.features.tokens), []
         total = batch.features.total
         every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
@@ -285,10 +332,7 @@ class ScorerLoss:
                 seen.append(self._model.decoder.attention_to(number, hidden, *where))
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
-        attention = sum(seen)[..., sequence.visual[0]]
-        shares = attention / mx.sum(attention, axis=-1, keepdims=True)
-        sharp = shares**self._lesson.sharpen
-        return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
+        return sum(seen)[..., sequence.visual[0]]
 
 
 def train_scorer(
@@ -308,10 +352,11 @@ def train_scorer(
     """
     model, processor = loaded
     layers = len(model.decoder.layers)
-    for layer in lesson.imitate:
+    for layer in lesson.imitate if lesson.imitate != GRADIENT else ():
         if not 0 <= layer < layers:
             raise InputError(
-                f"there is no layer {layer} to imitate; expected 0 to {layers - 1}"
+                f"there is no layer {layer} to imitate; expected 0 to {layers - 1}, "
+                f"or {GRADIENT}"
             )
     model.freeze()
     mx.random.seed(schedule.seed)
