@@ -360,7 +360,7 @@ def test_a_scorer_is_trained_on_the_command_line(tmp_path):
         (["prune", "--data", "nothing.jsonl"], "does not exist"),
         (["prune", "--steps", "0"], "whole numbers from 1"),
         (["prune", "--imitate", "4", "--pictures", "1"], "expected 0 to 3"),
-        (["prune", "--alone", "1", "--pictures", "1"], "what to imitate where more are kept"),
+        (["prune", "--alone", "1", "--pictures", "1"], "where more are kept"),
         (
             ["prune", "--sharpen", "0", "--pictures", "1", "--steps", "1"],
             "sharpen 0 is outside (0, 16]",
