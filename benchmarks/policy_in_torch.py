@@ -273,7 +273,7 @@ class Run(chunks.Run):
 
     def add(self, task: int, frames, actions, states) -> None:
         """Labelled frames of a task."""
-        if self.data[task]:  # no demonstrations
+        if self.data[task]:  # demonstrations are there, this is a round's
             self.frames[task] = len(frames)
         edges = np.linspace(-1, 1, self.told["bins"])
         classes = np.digitize(np.clip(actions, -1, 1), edges) - 1
@@ -345,7 +345,7 @@ class Run(chunks.Run):
                     f"step {step}: {losses[0]:.3f} nats, scores {losses[1]:.3f} off"
                 )
                 self.save()
-        for _ in acting:  # ends first
+        for _ in acting:  # what workers still say is read before they are asked again
             time.sleep(0.001)
         self.finish_with(self.args.judged)
 
@@ -436,7 +436,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "prepare":
             some.add_argument("--output", type=Path, required=True)
         if name == "train":
-            some.add_argument("--minutes", type=float, default=10.0, help="at most")
+            help_ = "at most, without the last round's end and --judged"
+            some.add_argument("--minutes", type=float, default=10.0, help=help_)
             some.add_argument("--scale", type=float, default=1.0, help="of the plan")
             help_ = "episodes of each task that are played at the end"
             some.add_argument("--judged", type=int, default=12, help=help_)

@@ -144,10 +144,8 @@ def test_a_scorer_imitates_the_gradient_of_the_answers(demo, sharpen):
         ids = batch.questions.ids[0, row]
 
         def said(visual, ids=ids, targets=targets):
-            parts = (
-                model.decoder.embed(p[None]) for p in (mx.array(batch.prefix), ids)
-            )
-            before, after = parts
+            before = model.decoder.embed(mx.array(batch.prefix)[None])
+            after = model.decoder.embed(ids[None])
             hidden = mx.concatenate([before, visual, after], axis=1)
             for layer in model.layers:
                 hidden = layer(hidden, "causal", None)
@@ -160,9 +158,16 @@ def test_a_scorer_imitates_the_gradient_of_the_answers(demo, sharpen):
         np.testing.assert_allclose(found, expected / expected.sum(), rtol=2e-3)
 
 
-def test_the_goal_is_the_gradient_or_layers():
+def test_the_goal_is_the_gradient_or_layers(demo):
     assert goal_of(["gradient"]) == GRADIENT
     assert goal_of(["2", "0", "2"]) == (0, 2)
-    for words in (["gradient", "1"], ["gradien"], ["-1"]):
-        with pytest.raises(InputError, match="expected 'gradient' alone, or numbers"):
+    for words in (["gradient", "1"], ["-1"], ["1", "gradien"]):
+        with pytest.raises(
+            InputError, match="expected 'gradient' alone, or numbers"
+        ) as e:
             goal_of(words)
+        assert ("Did you mean 'gradient'" in str(e.value)) == ("gradien" in words)
+    with pytest.raises(InputError, match="cannot imitate 'gradien'"):
+        Lesson(1, imitate="gradien")
+    with pytest.raises(InputError, match="no layer 4 to imitate; expected 0 to 3"):
+        ScorerLoss(demo[0], None, Lesson(1, imitate=(0, 4)))

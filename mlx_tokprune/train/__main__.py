@@ -101,11 +101,11 @@ def _add_prune(commands) -> None:
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least comes down from all"
     add("--curriculum", type=float, default=0.0, help=help_)
-    help_ = "imitate the answers' gradient, or these layers' attention, not their loss"
+    help_ = "in the place of the answers' loss: their gradient, or layers' attention"
     add("--imitate", metavar="gradient|LAYER", nargs="+", default=[], help=help_)
     help_ = "where at most so many tokens stay, imitate what each alone answers"
     add("--alone", type=int, default=0, metavar="TOKENS", help=f"{help_} (default: 0)")
-    help_ = "imitate this power of it, for each question (default: 1)"
+    help_ = "the power of what --imitate says, for each question (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
     help_ = "learn the count, too: the price of what is kept (with --within: 1)"
     add("--sparsity", type=float, metavar="PRICE", help=help_)

@@ -43,6 +43,7 @@ from .shares import check_shares, draw_count
 
 GRADIENT = "gradient"  # a goal that is imitated, where no layers are
 _ALONE = 8  # tokens of a question that are tried alone
+_AT_ONCE = 8  # questions whose gradient is computed at once
 _STEP = 1.5  # from a number of tokens that is tried to the next
 
 
@@ -51,9 +52,10 @@ def goal_of(words: Sequence[str]) -> tuple[int, ...] | str:
     if list(words) == [GRADIENT]:
         return GRADIENT
     if not all(word.isdecimal() for word in words):
+        wrong = [word for word in words if not word.isdecimal() and word != GRADIENT]
         raise InputError(
             f"cannot imitate {' '.join(words)!r}; expected {GRADIENT!r} alone, or "
-            f"numbers of layers.{nearest(words[0], [GRADIENT])}"
+            f"numbers of layers.{nearest(wrong[0], [GRADIENT]) if wrong else ''}"
         )
     return tuple(sorted({int(word) for word in words}))
 
@@ -63,7 +65,7 @@ class Lesson:
     """What a scorer learns under.
 
     questions: of a picture; a scorer at the prompt learns from one, unless it imitates,
-    and one at the tower imitates what all that there are attend to.
+    and one at the tower imitates the mean over all that there are.
     least, most: shares of tokens that are kept, between which each batch draws its own,
     evenly in the logarithm. curriculum: the share of the steps in which `least` comes
     down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
@@ -71,8 +73,8 @@ class Lesson:
     first to the second. distill: weight of the divergence from the unpruned model's
     answers. imitate: what is imitated in the place of all that: `GRADIENT`, how much
     each token moves the right answer's logits, or the attention from the prompt's last
-    tokens, summed, of layers of the language model by their numbers, none of which has
-    run where a scorer has to know as much. alone: batches that keep at most so many
+    tokens, summed, of layers of the language model by their numbers, which run after a
+    scorer prunes. alone: batches that keep at most so many
     tokens imitate how probable each token makes the answer when it is the only one.
     sharpen: the power of that gradient, attention or probability.
     sparsity, within: either has the scorer learn its count, and no share is drawn.
@@ -101,6 +103,10 @@ class Lesson:
 
     def __post_init__(self):
         check_shares(self.least, self.most)
+        if isinstance(self.imitate, str) and self.imitate != GRADIENT:
+            raise InputError(
+                f"cannot imitate {self.imitate!r}; expected {GRADIENT!r} or layers"
+            )
         if not 0 <= self.curriculum <= 1:
             raise InputError(f"curriculum {self.curriculum:g} is outside [0, 1]")
         if not 0 <= self.distill <= 1e6:
@@ -153,6 +159,13 @@ class ScorerLoss:
     """
 
     def __init__(self, model, batches: Batches, lesson: Lesson, order=None):
+        layers = len(model.decoder.layers)
+        for layer in lesson.imitate if lesson.imitate != GRADIENT else ():
+            if not 0 <= layer < layers:
+                raise InputError(
+                    f"there is no layer {layer} to imitate; expected 0 to "
+                    f"{layers - 1}, or {GRADIENT}"
+                )
         self._model, self._batches, self._lesson = model, batches, lesson
         self._order = order
         self._goals: dict[Hashable, mx.array] = {}  # of a picture, and what they are
@@ -218,7 +231,7 @@ class ScorerLoss:
     def _alone(self, batch: Batch) -> mx.array:
         """(B, Q, N) shares of what each token alone makes the answer's probability.
 
-        Tried are the first of what is imitated with more; the others have none.
+        Tried are the highest of what larger budgets imitate; the others have none.
         """
         total = batch.features.total
         first = self._imitated(batch).flatten(0, 1)
@@ -296,21 +309,33 @@ class ScorerLoss:
         Of logits, since a probability near 1 has none, as Simonyan et al. have it for
         pixels (2014, https://arxiv.org/abs/1312.6034).
         """
-        size, count, _ = batch.prompt.shape
+        visual = self._model.project(batch.features.tokens)
+        norms, count = [], batch.prompt.shape[1]
+        for first in range(0, count, _AT_ONCE):  # memory is that of so many answers
+            some = slice(first, first + _AT_ONCE)
+            ids, targets = (
+                batch.questions.ids[:, some],
+                batch.questions.targets[:, some],
+            )
+            norms.append(self._moved(batch.prefix, visual, Questions(ids, targets)))
+            mx.eval(norms)
+        return mx.concatenate(norms, axis=1)
+
+    def _moved(self, prefix, visual: mx.array, questions: Questions) -> mx.array:
+        """(B, Q, N), each question in a sequence of its own."""
+        size, count, _ = questions.ids.shape
         ids, targets = (
-            part.flatten(0, 1)[:, None]
-            for part in (batch.questions.ids, batch.questions.targets)
+            part.flatten(0, 1)[:, None] for part in (questions.ids, questions.targets)
         )
         used, names = targets != IGNORE, mx.maximum(targets, 0)[..., None]
-        total = batch.features.total
+        total = visual.shape[1]
         every = mx.broadcast_to(mx.arange(total), (size * count, total))
         asked = every, Questions(ids, targets), total
 
         def answer(visual: mx.array) -> mx.array:
-            logits = answer_logits(self._model, batch.prefix, visual, *asked)
+            logits = answer_logits(self._model, prefix, visual, *asked)
             return mx.sum(mx.take_along_axis(logits, names, axis=-1)[..., 0] * used)
 
-        visual = self._model.project(batch.features.tokens)
         moved = mx.grad(answer)(mx.repeat(visual, count, axis=0))
         norms = mx.linalg.norm(moved.astype(mx.float32), axis=-1)
         return norms.reshape(size, count, total)
@@ -351,13 +376,6 @@ def train_scorer(
     `recomputed`.
     """
     model, processor = loaded
-    layers = len(model.decoder.layers)
-    for layer in lesson.imitate if lesson.imitate != GRADIENT else ():
-        if not 0 <= layer < layers:
-            raise InputError(
-                f"there is no layer {layer} to imitate; expected 0 to {layers - 1}, "
-                f"or {GRADIENT}"
-            )
     model.freeze()
     mx.random.seed(schedule.seed)
     scorer, order = scorer_for(model, kind), None

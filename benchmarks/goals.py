@@ -1,0 +1,109 @@
+"""What scorers could learn to keep on the demo: tokens ordered by each goal itself.
+
+    python benchmarks/goals.py --pictures 128 --goals gradient 0 1 2 3 "1 2 3"
+
+Eight questions about each picture; the pictures are the next that a training would draw
+behind the 4,096 of the shipped scorers. A goal is what `train prune --imitate` takes:
+`gradient`, which knows the right answer, or layers whose attention is summed. By the
+question's own goal tokens are kept as a scorer at the prompt would, by the mean of the
+goals of a picture's questions, or of their squares (`--sharpen 2`), as one at the tower
+would; nothing is learned, so this is what learning could come near to. `best` is the
+token that makes the right answer most probable alone, of the eight that `gradient` puts
+first; `--scorers` are trained ones. Right answers in percent, and of one token by the
+question's first two words.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_tokprune.learned import load_scorer
+from mlx_tokprune.train.packing import Questions, answer_logits, exact_matches
+from mlx_tokprune.train.tune.batches import Batch, Batches
+from mlx_tokprune.train.tune.data import read_samples
+from mlx_tokprune.train.tune.scorer import GRADIENT, Lesson, ScorerLoss, goal_of, score
+
+KNOWN = 4096  # pictures that the shipped scorers learned from
+COUNTS = (16, 7, 3, 1)  # tokens that are kept
+
+
+def right(model, batch: Batch, scores: mx.array, keep: int) -> np.ndarray:
+    """(Q,) whether each answer about one picture is right, from a row's best tokens."""
+    kept = mx.sort(mx.argsort(-scores, axis=1)[:, :keep], axis=1)
+    visual = model.project(batch.features.tokens)[0][kept]
+    rows = (
+        part.swapaxes(0, 1) for part in (batch.questions.ids, batch.questions.targets)
+    )
+    asked, total = Questions(*rows), batch.features.total
+    logits = answer_logits(model, batch.prefix, visual, kept, asked, total)
+    return np.array(exact_matches(logits, asked)[0][:, 0])
+
+
+def orders(losses: dict[str, ScorerLoss], learned: dict, model, item, batch: Batch):
+    """name, tokens (`None`: any number) and (Q, N) scores of one picture."""
+    for name, loss in losses.items():
+        goal = loss.goals(item, False)
+        yield f"{name}, its question's", None, goal
+        sharp = goal**2 / mx.sum(goal**2, axis=1, keepdims=True)
+        for power, shares in (("", goal), (" of squares", sharp)):
+            mean = mx.broadcast_to(mx.mean(shares, axis=0), goal.shape)
+            yield f"{name}, mean{power}", None, mean
+        if name == GRADIENT:
+            yield "best", 1, loss.goals(item, True)
+    for name, scorer in learned.items():
+        for keep in COUNTS:
+            made = score(model, scorer, batch, keep)
+            shape = len(item.pairs), made.shape[1]
+            yield name, keep, mx.broadcast_to(made, shape)
+
+
+def measure(goals: Sequence[str], pictures: int, scorers: Sequence[str], folder: str):
+    model, processor = mlx_tokprune.load(folder)
+    items = read_samples("demo", KNOWN + pictures).items[KNOWN:]
+    batches = Batches(model, processor, items)
+    losses = {
+        name: ScorerLoss(
+            model, batches, Lesson(1, imitate=goal_of(name.split()), alone=1)
+        )
+        for name in goals
+    }
+    learned = {name: load_scorer(name) for name in scorers}
+    found: dict[str, dict[int, list]] = {}
+    for item in items:
+        batch = batches.of([item], [item.pairs])
+        for name, only, scores in orders(losses, learned, model, item, batch):
+            for keep in (only,) if only else COUNTS:
+                hits = right(model, batch, scores, keep)
+                found.setdefault(name, {}).setdefault(keep, []).append(hits)
+    kinds = np.array([" ".join(q.split()[:2]) for item in items for q, _ in item.pairs])
+    names = sorted(set(kinds))
+    heads = [
+        *(f"{count} tokens" for count in COUNTS),
+        *(f"1: {name}" for name in names),
+    ]
+    print(f"| {len(kinds)} questions | " + " | ".join(heads) + " |")
+    print("|---|" + "---:|" * len(heads))
+    for name, parts in found.items():
+        hits = {keep: np.concatenate(some) for keep, some in parts.items()}
+        cells = [f"{100 * hits[k].mean():.1f}" if k in hits else "" for k in COUNTS]
+        cells += [f"{100 * hits[1][kinds == kind].mean():.1f}" for kind in names]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--pictures", type=int, default=128)
+    help_ = "gradient, or layers (quoted, where several)"
+    parser.add_argument("--goals", nargs="*", default=["gradient", "1"], help=help_)
+    parser.add_argument("--scorers", nargs="*", default=[])
+    args = parser.parse_args()
+    measure(args.goals, args.pictures, args.scorers, args.model)
+
+
+if __name__ == "__main__":
+    main()
