@@ -74,8 +74,8 @@ class Lesson:
     answers. imitate: what is imitated in the place of all that: `GRADIENT`, how much
     each token moves the right answer's logits, or the attention from the prompt's last
     tokens, summed, of layers of the language model by their numbers, which run after a
-    scorer prunes. alone: batches that keep at most so many
-    tokens imitate how probable each token makes the answer when it is the only one.
+    scorer prunes. alone: batches that keep at most so many tokens imitate how probable
+    each token makes the answer when it is the only one.
     sharpen: the power of that gradient, attention or probability.
     sparsity, within: either has the scorer learn its count, and no share is drawn.
     sparsity: the price of keeping everything, in the loss of the answers. within: what
@@ -389,11 +389,12 @@ def train_scorer(
             f"folder of a trained scorer, not {kind!r}"
         )
     scorer.own_count, scorer.model_signs = lesson.own_count, model.signs
-    settings = {"scorer": fingerprint(scorer), **dataclasses.asdict(lesson)}
-    check_started(folder, model, samples, settings)
     needs = scorer.needs if scorer.at == "tower" else ()
     batches = Batches(model, processor, samples.items, needs)
-    loop = Loop(scorer, ScorerLoss(model, batches, lesson, order), schedule, folder)
+    loss = ScorerLoss(model, batches, lesson, order)
+    settings = {"scorer": fingerprint(scorer), **dataclasses.asdict(lesson)}
+    check_started(folder, model, samples, settings)
+    loop = Loop(scorer, loss, schedule, folder)
     with recomputed(model, checkpoint):
         loop.run()
     if loop.is_first:
