@@ -42,6 +42,15 @@ def test_embedded_scorers_are_those_of_the_demo(demo, caplog, name):
     assert warned(caplog, demo[0], Pruner(name, 0.5)) == 0
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_makes_no_other_model(demo, caplog, dtype):
+    """There layer scales stay by themselves, as on a Mac."""
+    model, _ = load("demo", dtype)
+    assert (int(model.signs, 16) ^ int(demo[0].signs, 16)).bit_count() < 32
+    for name in DEMO_SCORERS:
+        assert warned(caplog, model, Pruner(name, 0.5)) == 0
+
+
 @pytest.fixture
 def trained(tmp_path, demo):
     scorer = SCORERS["adaptive"](demo[0].feature_size)

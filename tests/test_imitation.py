@@ -11,6 +11,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.learned import Adaptive, load_scorer
 from mlx_tokprune.models.language import TokenSequence
 from mlx_tokprune.train.__main__ import main as train
+from mlx_tokprune.train.tune import scorer as scorer_module
 from mlx_tokprune.train.tune.batches import Batches
 from mlx_tokprune.train.tune.data import read_samples
 from mlx_tokprune.train.tune.scorer import (
@@ -131,8 +132,9 @@ def test_training_goes_on_from_a_scorer(tmp_path):
 
 
 @pytest.mark.parametrize("sharpen", [1.0, 2.0])
-def test_a_scorer_imitates_the_gradient_of_the_answers(demo, sharpen):
+def test_a_scorer_imitates_the_gradient_of_the_answers(demo, sharpen, monkeypatch):
     """Each token's share is of how far its features move the right answer's logits."""
+    monkeypatch.setattr(scorer_module, "_AT_ONCE", 3)
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 1).items)
     (item,) = batches.samples

@@ -109,6 +109,27 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, corridor, monkeypatch):
     assert "corrections-000005" in folders
 
 
+def test_frames_are_drawn_by_what_took_long_in_the_last_round(
+    tmp_path, corridor, monkeypatch
+):
+    """Evenly before the first round; and in what a run that goes on draws."""
+    drawn = []
+
+    def draw(self, rng, size, episodes, shares=None):
+        drawn.append(shares)
+        return collect(self, rng, size, episodes, shares)
+
+    collect = collecting.Collector.draw
+    monkeypatch.setattr(collecting.Collector, "draw", draw)
+    trainer = cloning.Trainer(tmp_path, PLAN)
+    trainer.run()
+    assert drawn[:3] == [None] * 3
+    for step, shares in enumerate(drawn[3:], 3):
+        expected = trainer.collector.shares(step)
+        np.testing.assert_array_equal(shares, expected)
+        assert expected.std() > 0
+
+
 def batch_of(keep: int, scored: bool, size: int = 8) -> student.Batch:
     rng = np.random.default_rng(0)
     prompts = [student.prompt_ids(t.instruction) for t in TASKS.values()][:size]

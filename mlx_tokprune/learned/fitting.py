@@ -33,6 +33,7 @@ def signs_of(model) -> str | None:
         array
         for name, array in sorted(tree_flatten(model.parameters()))
         if not name.startswith("language_model.")
+        and ".layer_scale" not in name  # in float32 those are folded into others
         and array.ndim > 1
         and mx.issubdtype(array.dtype, mx.floating)
     ]
