@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from mil import Package
 
 from mlx_tokprune import Pruner
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.image import load_image
+from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.pipeline import Scene, look
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import as_plan
 
 RECENT = ("divprune", "hiprune", "visionzip", "prumerge", "prumerge_plus")

@@ -1,6 +1,6 @@
 """Drafted answers about pictures: how many calls they save, and how much time.
 
-    python -m mlx_tokprune.testbed
+    python -m recipes.testbed
     python benchmarks/drafting.py --model testbed --data testbed --pictures 8
     python benchmarks/drafting.py --model FOLDER --draft-model FOLDER --image FILE ...
 
@@ -18,10 +18,10 @@ import time
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 
 from mlx_tokprune import Pruner, stream_generate
-from mlx_tokprune.answer.drafts import ModelDrafts, NgramDrafts, SelfDrafts
-from mlx_tokprune.evaluate.data import read_questions
-from mlx_tokprune.measure.machine import device_name
+from mlx_tokprune.evaluate.items import read_questions
+from mlx_tokprune.generate.drafts import ModelDrafts, NgramDrafts, SelfDrafts
 from mlx_tokprune.pruners import read_plan
+from mlx_tokprune.runtime import device_name
 
 PROMPTS = ("Describe the picture in detail.", "What can be done with the things here?")
 

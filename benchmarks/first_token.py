@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from mlx_tokprune import Pruner, stream_generate
-from mlx_tokprune.answer.memory import Memory
-from mlx_tokprune.image import load_image
+from mlx_tokprune.generate.memory import Memory
+from mlx_tokprune.processing.image import load_image
 
 FIRST, SECOND = "What is in this picture?", "And which colour is on the left?"
 NONE, HALF = Pruner("none"), Pruner("norm", keep_ratio=0.5)

@@ -14,8 +14,8 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_tokprune import Memory, Policy, Pruner, Temporal, generate, load
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
-from mlx_tokprune.image import load_image
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
+from mlx_tokprune.processing.image import load_image
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,11 +21,11 @@ import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 import mlx.core as mx
 import numpy as np
 
-from mlx_tokprune.learned import load_scorer
+from mlx_tokprune.pruners.scorers import load_scorer
+from mlx_tokprune.train.batches import Batch, Batches
 from mlx_tokprune.train.packing import Questions, answer_logits, exact_matches
-from mlx_tokprune.train.tune.batches import Batch, Batches
-from mlx_tokprune.train.tune.data import read_samples
-from mlx_tokprune.train.tune.scorer import GRADIENT, Lesson, ScorerLoss, goal_of, score
+from mlx_tokprune.train.samples import read_samples
+from mlx_tokprune.train.scorer import GRADIENT, Lesson, ScorerLoss, goal_of, score
 
 KNOWN = 4096  # pictures that the shipped scorers learned from
 COUNTS = (16, 7, 3, 1)  # tokens that are kept

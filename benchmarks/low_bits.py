@@ -25,12 +25,12 @@ import numpy as np
 from mlx_tokprune.features import Features
 from mlx_tokprune.measure.intervals import of_share
 from mlx_tokprune.pipeline import Scene, prune_at_tower
-from mlx_tokprune.planning import plan_for
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
-from mlx_tokprune.train.accuracy import held_out
+from mlx_tokprune.scenes.held_out import held_out
+from mlx_tokprune.train.lora import replace_quantized
 from mlx_tokprune.train.packing import Questions, answer_logits, exact_matches, pack
-from mlx_tokprune.train.tune.lora import replace_quantized
 
 PLANS = ("none", "norm:0.25")
 
@@ -44,13 +44,13 @@ def asked(
         return processor.tokenizer.encode(text, add_special_tokens=False)
 
     (end,) = ids("<|im_end|>")
-    for pixels, rows in held_out(pictures):
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            packed = pack(rows[part], ids, model.prompt_suffix, end)
-            features = model.encode(pixels[part])
-            mx.eval(features.tokens)
-            yield features, packed
+    drawn = list(held_out(pictures))
+    for start in range(0, len(drawn), size):
+        images, rows = zip(*drawn[start : start + size], strict=True)
+        packed = pack(rows, ids, model.prompt_suffix, end)
+        features = model.encode(mx.array(processor.pixels(images)))
+        mx.eval(features.tokens)
+        yield features, packed
 
 
 def logits_of(model, prefix, text: str, features: Features, questions: Questions):

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import mlx_tokprune
 from mlx_tokprune import predict_action
-from mlx_tokprune.measure.machine import device_name
 from mlx_tokprune.models.openvla import ModelArgs, OpenVLA
 from mlx_tokprune.models.vit import ViTConfig
-from mlx_tokprune.processor import ActionProcessor
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.processor import ActionProcessor
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.runtime import device_name
 
 import mlx.core as mx  # isort: skip
 import numpy as np  # isort: skip

@@ -30,8 +30,8 @@ from torchvision_stub import repair_torchvision
 
 from mlx_tokprune import load
 from mlx_tokprune.convert import convert
-from mlx_tokprune.image import load_image
 from mlx_tokprune.pipeline import Scene, assemble, look
+from mlx_tokprune.processing.image import load_image
 
 import mlx.core as mx  # isort: skip
 

@@ -46,11 +46,11 @@ from torchvision_stub import repair_torchvision
 
 import mlx_tokprune
 from mlx_tokprune import InputError, Pruner, predict_action
+from mlx_tokprune.act.inputs import observe
 from mlx_tokprune.convert import convert
-from mlx_tokprune.image import load_image, preprocess_naive
 from mlx_tokprune.pipeline import encode, prune_at_tower, run
+from mlx_tokprune.processing.image import load_image, preprocess_naive
 from mlx_tokprune.pruners import as_plan
-from mlx_tokprune.robot.inputs import observe
 
 import mlx.core as mx  # isort: skip
 

@@ -262,7 +262,7 @@ def _summary(values: list[float]) -> dict | None:
 def describe_machine() -> dict:
     import mlx.core as mx
 
-    from mlx_tokprune.measure.machine import device_name
+    from mlx_tokprune.runtime import device_name
 
     affinity = getattr(os, "sched_getaffinity", None)
     return {
@@ -395,10 +395,10 @@ def describe_peer(side) -> str:
 
 def run(args: argparse.Namespace, names: list[str], missing: dict) -> dict:
     """Measure everything and return what `--json` writes."""
-    from mlx_tokprune.demo import PICTURES
-    from mlx_tokprune.image import load_image
+    from mlx_tokprune.checkpoints.embedded import PICTURES
     from mlx_tokprune.models.fastvlm import FastVLM
-    from mlx_tokprune.prompt import place_pictures
+    from mlx_tokprune.processing.image import load_image
+    from mlx_tokprune.processing.prompt import place_pictures
 
     machine = describe_machine()
     ours = Ours(args.folder)

@@ -22,7 +22,8 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mlx_tokprune.attach import RepeatPruner, attach
+from mlx_tokprune.attach.mlx_vlm import attach
+from mlx_tokprune.attach.pixels import RepeatPruner
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 STEPS = ("processor", "tower", "first token")

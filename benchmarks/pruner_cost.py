@@ -17,9 +17,9 @@ from pathlib import Path
 
 import mlx_tokprune
 from mlx_tokprune import Features, Pruner, Selection, stream_generate
-from mlx_tokprune.measure.machine import device_name
 from mlx_tokprune.pipeline import Scene, VisualTokens, encode, prune_at_prompt
 from mlx_tokprune.pruners import get_method, list_pruners
+from mlx_tokprune.runtime import device_name
 
 import mlx.core as mx  # isort: skip
 import numpy as np  # isort: skip

@@ -20,13 +20,14 @@ import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.files import DEMO
 from mlx_tokprune.convert import convert
-from mlx_tokprune.demo import FOLDER, PICTURES
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.image import load_image
 from mlx_tokprune.measure.subject import subject_of
 from mlx_tokprune.pipeline import run
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import read_plan
 
 PLANS = ("norm:0.25", "demo-adaptive:0.11")
@@ -76,7 +77,7 @@ def main() -> None:
     print("| weights | cache | plan | accuracy | weights, MB | cache, kB |")
     print("|---:|---:|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as made:
-        models = {16: str(FOLDER / "checkpoint")}
+        models = {16: str(DEMO / "checkpoint")}
         for bits in (8, 4):
             models[bits] = f"{made}/{bits}"
             how = {"quantize": True, "q_bits": bits, "q_group_size": GROUP}

@@ -256,8 +256,8 @@ def write_transformers(ours: Ours, folder: Path, target: Path) -> None:
     """The weights of `folder` under the names of transformers and timm."""
     import mlx.core as mx
 
-    from mlx_tokprune.convert.checkpoint import Checkpoint
-    from mlx_tokprune.convert.families import identify
+    from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+    from mlx_tokprune.checkpoints.family import identify
 
     family, checkpoint = identify(Checkpoint.open(folder))
     if checkpoint.config.get("quantization"):

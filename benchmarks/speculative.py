@@ -30,11 +30,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_tokprune import Policy, Pruner
+from mlx_tokprune.act.inputs import check_images, observe, tell
 from mlx_tokprune.pipeline import run
-from mlx_tokprune.robot.inputs import check_images, observe, tell
-from mlx_tokprune.train.policy.collecting import state_of
-from mlx_tokprune.train.policy.success import TEST_SEEDS
-from mlx_tokprune.train.policy.worlds import HORIZON, TASKS, World
+from mlx_tokprune.scenes.worlds import HORIZON, TASKS, World
+from recipes.policy.collecting import state_of
+from recipes.policy.success import TEST_SEEDS
 
 NAMES = {
     False: "no draft",

@@ -19,12 +19,12 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 
 from mlx_tokprune import Pruner, generate
-from mlx_tokprune.answer.temporal import Temporal
-from mlx_tokprune.evaluate.data import read_questions
-from mlx_tokprune.image import load_image
+from mlx_tokprune.evaluate.items import read_questions
+from mlx_tokprune.generate.temporal import Temporal
 from mlx_tokprune.measure.intervals import of_share
 from mlx_tokprune.pipeline import Scene, look
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.prompt import Prompt
 
 BLOCK, PRUNER = 128, Pruner("norm", keep_ratio=0.5)
 

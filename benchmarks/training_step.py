@@ -21,10 +21,10 @@ from pathlib import Path
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 
 from mlx_tokprune import Pruner
-from mlx_tokprune.train.tune.data import read_samples
-from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.lora import Adapter, train_adapter
-from mlx_tokprune.train.tune.scorer import Lesson, train_scorer
+from mlx_tokprune.train.loop import Loop, Schedule
+from mlx_tokprune.train.lora import Adapter, train_adapter
+from mlx_tokprune.train.samples import read_samples
+from mlx_tokprune.train.scorer import Lesson, train_scorer
 
 
 def train(model: str, what: str, checkpoint: bool, steps: int) -> dict:

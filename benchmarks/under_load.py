@@ -19,8 +19,8 @@ import time
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 import mlx.core as mx
 
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.image import load_image
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.processing.image import load_image
 
 
 def build_parser() -> argparse.ArgumentParser:

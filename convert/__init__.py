@@ -1,13 +1,11 @@
 """Convert a checkpoint once: `convert(hf_path, mlx_path, ...)`.
 
 This folder is the package `mlx_tokprune.convert` (`pyproject.toml` says so), though it
-lies beside `mlx_tokprune/`. Here is what checkpoints look like: folders, files, and the
-names of each family. What converts one is `commands/convert.py`, which also asks the
-models.
+lies beside `mlx_tokprune/`. Each file of a family registers its key table, and
+importing this package registers all of them.
 """
 
-from ..doors import door
+from . import fastvlm, openvla, pi0fast, resnetvlm  # noqa: F401
+from .converter import convert
 
-__all__ = ["build_parser", "convert", "main"]
-
-__getattr__ = door(__name__, "convert", (*__all__,))
+__all__ = ["convert"]

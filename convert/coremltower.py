@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoints.checkpoint import TYPES, Checkpoint, Tensor
 from ..errors import InputError
 from ..files import object_of, read_json
-from .checkpoint import TYPES, Checkpoint, Tensor
 
 TOWER = "vision_tower.vision_model"
 _PROJECTOR = "multi_modal_projector."

@@ -5,12 +5,14 @@ writes the latter, which mlx-vlm loads too.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.family import Family, Shape, register_family
 from ..errors import InputError
 from ..files import object_of
-from .checkpoint import Checkpoint
-from .family import Family, Shape
+from ..models.fastvlm import FastVLM, ModelArgs
+from .coremltower import add_tower, is_app
 
 _TOWER = "vision_tower.vision_model"
 
@@ -69,13 +71,18 @@ _KEYS: tuple[tuple[str, str | None], ...] = (
 _OPTIONAL = re.compile(rf"^{re.escape(_TOWER)}\.head\.")
 
 
-def is_fastvlm(names: Iterable[str]) -> bool:
+def _matches(checkpoint: Checkpoint) -> bool:
     """Whether there is a FastViTHD in one of the layouts that can be read."""
     towers = (_APPLE, _TIMM, f"{_TOWER}.")
-    return any(name.startswith(towers) for name in names)
+    tensors = checkpoint.tensors
+    return is_app(checkpoint) or any(name.startswith(towers) for name in tensors)
 
 
-def describe_unreadable(checkpoint: Checkpoint) -> str | None:
+def _gather(family: Family, checkpoint: Checkpoint, _: str):
+    return family, add_tower(checkpoint) if is_app(checkpoint) else checkpoint
+
+
+def _unreadable(checkpoint: Checkpoint) -> str | None:
     """What a FastVLM in a layout that cannot be read is; `None` for anything else."""
     names = checkpoint.tensors
     if list(checkpoint.folder.glob("*.mlpackage")) or any(
@@ -177,16 +184,23 @@ def _timm_sizes(vision: Mapping) -> dict:
     return sizes | {k: vision[k] for k in ("image_size",) if k in vision}
 
 
-FASTVLM = Family(
-    name="FastVLM",
-    reads=(
-        "FastVLM as Apple's PyTorch checkpoints (apple/FastVLM-0.5B, -1.5B, -7B), as "
-        "transformers' fast_vlm, or as MLX checkpoints (such as "
-        "mlx-community/FastVLM-0.5B-bf16)"
-    ),
-    is_mlx=lambda shapes: not any(n.startswith((_APPLE, _TIMM)) for n in shapes),
-    keys=_KEYS,
-    axes=_axes,
-    complete=_complete,
-    optional=_OPTIONAL,
+FASTVLM = register_family(
+    Family(
+        name="FastVLM",
+        model=FastVLM,
+        args=ModelArgs,
+        matches=_matches,
+        gather=_gather,
+        unreadable=_unreadable,
+        reads=(
+            "FastVLM as Apple's PyTorch checkpoints (apple/FastVLM-0.5B, -1.5B, -7B), "
+            "as transformers' fast_vlm, or as MLX checkpoints (such as "
+            "mlx-community/FastVLM-0.5B-bf16)"
+        ),
+        is_mlx=lambda shapes: not any(n.startswith((_APPLE, _TIMM)) for n in shapes),
+        keys=_KEYS,
+        axes=_axes,
+        complete=_complete,
+        optional=_OPTIONAL,
+    )
 )

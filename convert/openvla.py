@@ -5,13 +5,14 @@ pooling, which no feature comes from, is left out. There was no MLX layout befor
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.family import Family, Shape, register_family
 from ..errors import InputError
 from ..files import object_of, read_json
-from .checkpoint import Checkpoint
-from .family import Family, Shape
-from .lora import add_adapter
+from ..models.openvla import ModelArgs, OpenVLA
+from .oft_adapter import add_adapter
 from .sidefiles import add_side_files
 
 # Prismatic names -> MLX names.
@@ -33,16 +34,17 @@ _ROBOTS = {
 }
 
 
-def is_prismatic(names: Iterable[str]) -> bool:
+def _matches(checkpoint: Checkpoint) -> bool:
+    names = checkpoint.tensors
     return any(n.startswith("vision_backbone.featurizer.") for n in names)
 
 
-def gather(checkpoint: Checkpoint, adapter: str = "auto") -> Checkpoint:
+def _gather(family: Family, checkpoint: Checkpoint, adapter: str):
     """The checkpoint with what OpenVLA-OFT left beside the shards, where it did.
 
     adapter: what becomes of `lora_adapter/` (`lora.add_adapter`).
     """
-    return add_adapter(add_side_files(checkpoint), adapter)
+    return family, add_adapter(add_side_files(checkpoint), adapter)
 
 
 def _is_mlx(shapes: Mapping[str, Shape]) -> bool:
@@ -94,14 +96,21 @@ def _oft(checkpoint: Checkpoint, config: dict, shapes: dict[str, Shape]) -> dict
     )
 
 
-OPENVLA = Family(
-    name="OpenVLA",
-    reads=(
-        "OpenVLA, OpenVLA-OFT and Prismatic checkpoints with one or two vision towers "
-        "(such as openvla/openvla-7b)"
-    ),
-    is_mlx=_is_mlx,
-    keys=_KEYS,
-    axes=_axes,
-    complete=_complete,
+OPENVLA = register_family(
+    Family(
+        name="OpenVLA",
+        model=OpenVLA,
+        args=ModelArgs,
+        matches=_matches,
+        gather=_gather,
+        takes_adapter=True,
+        reads=(
+            "OpenVLA, OpenVLA-OFT and Prismatic checkpoints with one or two vision "
+            "towers (such as openvla/openvla-7b)"
+        ),
+        is_mlx=_is_mlx,
+        keys=_KEYS,
+        axes=_axes,
+        complete=_complete,
+    )
 )

@@ -7,16 +7,17 @@ everything is in one folder, with the section `policy` in config.json.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoints.checkpoint import Checkpoint, read_header
+from ..checkpoints.family import Family, Shape, register_family
+from ..checkpoints.hub import fetch
 from ..errors import InputError
 from ..files import object_of, read_json
-from ..hub import fetch
-from .checkpoint import Checkpoint, read_header
-from .family import Family, Shape
+from ..models.pi0fast import ModelArgs, Pi0Fast
 
 _ROOT = r"^(?:model\.)?paligemma_with_expert\.paligemma\.(?:model\.)?"
 _BLOCK = _ROOT + r"vision_tower\.(?:vision_model\.)?encoder\.layers\.(\d+)\."
@@ -53,12 +54,13 @@ _CAMERAS = "observation.images."
 _OPENPI_CAMERAS = ["base_0_rgb", "base_1_rgb", "wrist_0_rgb"]
 
 
-def is_pi0fast(names: Iterable[str]) -> bool:
+def _matches(checkpoint: Checkpoint) -> bool:
+    names = checkpoint.tensors
     return any("paligemma_with_expert." in n or n == _PATCHES for n in names)
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """pi0-FAST's, for names as this checkpoint has them.
+def _gather(family: Family, checkpoint: Checkpoint, _: str):
+    """The family for names as this checkpoint has them.
 
     Raises `InputError` for a policy that draws its actions from noise.
     """
@@ -68,12 +70,12 @@ def family_of(checkpoint: Checkpoint) -> Family:
             f"{checkpoint.folder} has an action expert, as pi0 and pi0.5 have; this "
             "reads pi0-FAST, which answers in tokens"
         )
-    renamed = {PI0FAST.rename(n) for n in names}
+    renamed = {family.rename(n) for n in names}
     if _TABLE in renamed or _HEAD not in renamed:
-        return PI0FAST
+        return family, checkpoint
     # Stored once, where both are one tensor.
     head = (_ROOT + r"(?:language_model\.)?lm_head\.weight$", _TABLE)
-    return dataclasses.replace(PI0FAST, keys=(head, *_KEYS))
+    return dataclasses.replace(family, keys=(head, *_KEYS)), checkpoint
 
 
 def _is_mlx(shapes: Mapping[str, Shape]) -> bool:
@@ -305,12 +307,18 @@ def _tokenizer(checkpoint: Checkpoint, kind: str) -> Path:
     return found
 
 
-PI0FAST = Family(
-    name="pi0-FAST",
-    reads="pi0-FAST policies as lerobot saves them (such as lerobot/pi0fast-base)",
-    is_mlx=_is_mlx,
-    keys=_KEYS,
-    axes=_axes,
-    complete=_complete,
-    beside=_beside,
+PI0FAST = register_family(
+    Family(
+        name="pi0-FAST",
+        model=Pi0Fast,
+        args=ModelArgs,
+        matches=_matches,
+        gather=_gather,
+        reads="pi0-FAST policies as lerobot saves them (such as lerobot/pi0fast-base)",
+        is_mlx=_is_mlx,
+        keys=_KEYS,
+        axes=_axes,
+        complete=_complete,
+        beside=_beside,
+    )
 )

@@ -1,21 +1,21 @@
 """ResNet-VLM checkpoints: the test bed's, in the MLX layout from the start."""
 
-from collections.abc import Iterable
-
-from .family import Family
+from ..checkpoints.family import Family, register_family
+from ..models.resnet_vlm import ModelArgs, ResNetVLM
 
 _STEM = "vision_tower.stem.weight"
 
 
-def is_resnet_vlm(names: Iterable[str]) -> bool:
-    return _STEM in names
-
-
-RESNET_VLM = Family(
-    name="ResNet-VLM",
-    reads="ResNet-VLM as `python -m mlx_tokprune.testbed` builds it",
-    is_mlx=lambda shapes: True,
-    keys=(),
-    axes=lambda name, ndim: None,
-    complete=lambda checkpoint, shapes: dict(checkpoint.config),
+RESNET_VLM = register_family(
+    Family(
+        name="ResNet-VLM",
+        model=ResNetVLM,
+        args=ModelArgs,
+        matches=lambda checkpoint: _STEM in checkpoint.tensors,
+        reads="ResNet-VLM as `python -m recipes.testbed` builds it",
+        is_mlx=lambda shapes: True,
+        keys=(),
+        axes=lambda name, ndim: None,
+        complete=lambda checkpoint, shapes: dict(checkpoint.config),
+    )
 )

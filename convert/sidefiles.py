@@ -9,8 +9,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoints.checkpoint import TYPES, Checkpoint, Tensor
 from ..errors import InputError
-from .checkpoint import TYPES, Checkpoint, Tensor
 
 _FILE = re.compile(
     r"(action_head|proprio_projector|vision_backbone|noisy_action_projector)"

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mlx_tokprune import InputError, Pruner, load, stream_generate
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.errors import Parser, command
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.cli import Parser, command
 from mlx_tokprune.files import check_output, replacing
-from mlx_tokprune.image import load_image
-from mlx_tokprune.overlay import draw_overlay
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.overlay import draw_overlay
 
 _SIDE, _LINE, _GAP = 280, 22, 10  # px of a picture, of a line of text, and between
 

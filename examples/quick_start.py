@@ -11,8 +11,8 @@ uses the embedded demo model and its pictures.
 import statistics
 
 from mlx_tokprune import Memory, Pruner, load, stream_generate
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.errors import Parser, command
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.cli import Parser, command
 
 PRUNERS = {
     "every token": None,

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_tokprune import InputError, Policy, Pruner, load
-from mlx_tokprune.demo import POLICY_FRAME
-from mlx_tokprune.errors import Parser, command
-from mlx_tokprune.image import load_image
+from mlx_tokprune.checkpoints.embedded import POLICY_FRAME
+from mlx_tokprune.cli import Parser, command
+from mlx_tokprune.processing.image import load_image
 
 
 @dataclass

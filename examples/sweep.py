@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_tokprune import InputError, Pruner, load, stream_generate
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.errors import Parser, command, import_matplotlib
-from mlx_tokprune.image import load_image
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.cli import Parser, command
+from mlx_tokprune.errors import import_matplotlib
+from mlx_tokprune.processing.image import load_image
 
 
 @dataclass

@@ -10,26 +10,17 @@
 >>> policy(["frame.png"], "open the drawer")
 """
 
-import warnings
-
-from .blas import preload
+from .runtime import preload
 
 preload()  # before anything imports MLX
 
-# `python -m mlx_tokprune.generate` would warn that the package imported it first.
-warnings.filterwarnings(
-    "ignore", ".*found in sys.modules after import", RuntimeWarning, "runpy"
-)
-
-from .act import predict_action  # noqa: E402
-from .answer.memory import Memory  # noqa: E402
-from .answer.temporal import Temporal  # noqa: E402
+from . import convert  # noqa: E402, F401  (registers the model families)
+from .act import Policy, predict_action  # noqa: E402
+from .checkpoints.loading import load  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .features import Features, Selection  # noqa: E402
-from .generate import generate, stream_generate  # noqa: E402
-from .loading import load  # noqa: E402
+from .generate import Memory, Temporal, generate, stream_generate  # noqa: E402
 from .pruners import Pruner, list_pruners, register  # noqa: E402
-from .robot.policy import Policy  # noqa: E402
 
 __version__ = "0.1.0"
 

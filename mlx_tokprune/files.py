@@ -15,6 +15,18 @@ from typing import BinaryIO
 
 from .errors import InputError
 
+# Weights and pictures that are installed with the package.
+DEMO = Path(__file__).parent / "demo"
+
+
+def cache_folder(name: str) -> Path:
+    """Return where this package keeps `name`, made from downloads.
+
+    `~/.cache/mlx_tokprune/NAME`, or below the folder in `MLX_TOKPRUNE_CACHE`.
+    """
+    root = os.environ.get("MLX_TOKPRUNE_CACHE") or "~/.cache/mlx_tokprune"
+    return Path(root).expanduser() / name
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:

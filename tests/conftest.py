@@ -214,8 +214,8 @@ def write_headers(folder: Path, tensors: dict, config: dict, shards: int = 2) ->
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
     """Core ML packages of the demo model by method and options, written once."""
+    from mlx_tokprune.checkpoints.hub import EMBEDDED
     from mlx_tokprune.coreml.export import ExportOptions, export_package
-    from mlx_tokprune.hub import EMBEDDED
 
     folder, made = tmp_path_factory.mktemp("packages"), {}
     model, _ = mlx_tokprune.load("demo", mx.float32)

@@ -10,10 +10,10 @@ import pytest
 from conftest import TINY, TINY_POLICY, copy_policy
 
 from mlx_tokprune import InputError, Policy, Pruner, load, predict_action
-from mlx_tokprune.act import main
-from mlx_tokprune.commands import act
+from mlx_tokprune.act import __main__ as act
+from mlx_tokprune.act.__main__ import main
 from mlx_tokprune.features import Selection
-from mlx_tokprune.generate import main as generate_main
+from mlx_tokprune.generate.__main__ import main as generate_main
 from mlx_tokprune.pipeline import VisualTokens
 
 PICTURE = str(TINY_POLICY / "image_0.png")

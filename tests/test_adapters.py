@@ -12,16 +12,16 @@ from mlx.utils import tree_flatten
 from mlx_tokprune import load
 from mlx_tokprune.convert import convert
 from mlx_tokprune.pipeline import Scene, run, tower_needs
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.pruners import read_plan
+from mlx_tokprune.train import lora
 from mlx_tokprune.train.__main__ import main as train
+from mlx_tokprune.train.answers import AnswerLoss, answers, is_shared
+from mlx_tokprune.train.batches import Batches
+from mlx_tokprune.train.loop import Loop, Schedule
+from mlx_tokprune.train.lora import Adapter, replace_quantized, train_adapter
 from mlx_tokprune.train.packing import divergence, unpruned_logits
-from mlx_tokprune.train.tune import lora
-from mlx_tokprune.train.tune.answers import AnswerLoss, answers, is_shared
-from mlx_tokprune.train.tune.batches import Batches
-from mlx_tokprune.train.tune.data import read_samples
-from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.lora import Adapter, replace_quantized, train_adapter
+from mlx_tokprune.train.samples import read_samples
 
 # A plan, and whether questions about a picture share a sequence under it.
 PLANS = {

@@ -1,9 +1,14 @@
-"""Imports only go down, and models and pruners do not know each other."""
+"""The house: rooms on floors, imports that only go down, and no circle.
+
+A room is a folder of the package or a file at its root; an arrow is one room that
+imports another, wherever in a file the import stands. Nothing is exempt.
+"""
 
 import ast
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,70 +16,45 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mlx_tokprune"
 
-# Lower floors first; a module may import from its own floor or lower ones.
+# Lower floors first. A room imports from lower floors only.
 FLOORS = (
-    ("errors", "blas", "doors"),
-    (
-        "files",
-        "features",
-        "image",
-        "prompt",
-        "actions",
-        "fast",
-        "hub",
-        "demo",
-        "timing",
-        "threads",
-    ),
-    ("learned",),
-    ("convert", "models", "pruners", "overlay", "processor", "chunks"),
-    ("carried", "testbed"),
-    ("limits", "planning"),
-    ("opening", "pipeline"),
-    ("loading",),
-    ("speculative",),
-    ("answer", "robot", "adapters"),
+    ("errors", "features", "runtime"),
+    ("files",),
+    ("processing",),
+    ("models", "pruners"),
+    ("pipeline",),
+    ("checkpoints", "cli"),
+    ("coreml", "scenes"),
+    ("attach", "act", "convert", "generate", "train"),
     ("measure",),
-    ("coreml", "train"),
-    ("bench", "evaluate"),
-    ("commands",),
+    ("bench", "evaluate", "demo"),
+    ("report", "adapters", "__init__", "__main__"),
 )
-# What `python -m` and old imports find; they ask for the command when it is run.
-DOORS = ("generate", "act", "attach", "report", "convert.__init__")
+MOST_ROOMS, MOST_ARROWS, MOST_FLOORS = 26, 150, 11
 LATE = ("mlx_vlm", "mlx_lm", "coremltools", "matplotlib", "torch")
 LATE += ("transformers", "tokenizers", "lmms_eval")
 
 
 def modules() -> dict[str, Path]:
     """Module names below the package, and their files."""
-    found = {}
+    names = {}
     for folder, prefix in ((ROOT / PACKAGE, ""), (ROOT / "convert", "convert.")):
         for path in folder.rglob("*.py"):
             name = ".".join(path.relative_to(folder).with_suffix("").parts)
-            found[prefix + name] = path
-    return found
+            names[prefix + name] = path
+    return names
 
 
 MODULES = modules()
 
 
-def floor(name: str) -> int:
-    if name in ("__init__", *DOORS) or name.endswith("__main__"):
-        return len(FLOORS)
-    for number, names in enumerate(FLOORS):
-        if name.split(".")[0] in names:
-            return number
-    raise AssertionError(f"{name} has no floor in {__file__}")
-
-
-def imports(name: str, late: bool = True) -> set[str]:
-    """The package's modules that this module imports; `late`: in functions, too."""
-    tree = ast.parse(MODULES[name].read_text())
-    found = set()
+def imports(name: str) -> set[str]:
+    """The package's modules that this module imports, in functions too."""
+    imported = set()
     package = name.split(".")[:-1]
-    for node in ast.walk(tree) if late else tree.body:
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name.partition(".")[2] for a in node.names if _ours(a.name)}
+            imported |= {a.name.partition(".")[2] for a in node.names if _ours(a.name)}
         if not isinstance(node, ast.ImportFrom):
             continue
         base = package[: len(package) - node.level + 1] if node.level else []
@@ -86,27 +66,62 @@ def imports(name: str, late: bool = True) -> set[str]:
             base += node.module.split(".")
         for alias in node.names:
             whole = ".".join([*base, alias.name])
-            found.add(whole if whole in MODULES else ".".join(base))
-    return {n if n in MODULES else f"{n}.__init__".lstrip(".") for n in found}
+            inside = whole in MODULES or f"{whole}.__init__" in MODULES
+            imported.add(whole if inside else ".".join(base))
+    return {n if n in MODULES else f"{n}.__init__".lstrip(".") for n in imported}
 
 
 def _ours(module: str) -> bool:
     return module.split(".")[0] == PACKAGE
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_only_go_down(name):
-    if name in DOORS:
-        assert not any(i.startswith("commands") for i in imports(name, late=False))
-        return
-    for imported in imports(name):
-        # The options of commands are for commands, wherever those stand.
-        if name.endswith("__main__") and imported.startswith(("commands", *DOORS)):
-            continue
-        assert floor(imported) <= floor(name), f"{name} imports {imported}"
+def room(name: str) -> str:
+    return name.split(".")[0]
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
+def arrows() -> set[tuple[str, str]]:
+    """Pairs of a room and another that it imports."""
+    pairs = {(room(n), room(i)) for n in MODULES for i in imports(n)}
+    return {(above, below) for above, below in pairs if above != below}
+
+
+def floor(name: str) -> int:
+    for number, names in enumerate(FLOORS):
+        if name in names:
+            return number
+    raise AssertionError(f"{name} has no floor in {__file__}")
+
+
+def test_every_floor_holds_rooms_that_there_are():
+    rooms = {room(name) for name in MODULES}
+    assert rooms == {name for names in FLOORS for name in names}
+    assert len(rooms) <= MOST_ROOMS
+    assert len(FLOORS) <= MOST_FLOORS
+
+
+def test_imports_only_go_down():
+    up = [pair for pair in arrows() if floor(pair[1]) >= floor(pair[0])]
+    assert not up
+    assert len(arrows()) <= MOST_ARROWS
+
+
+def test_there_is_no_circle_of_modules():
+    edges = {name: imports(name) - {name} for name in MODULES}
+    while edges:
+        free = [name for name, below in edges.items() if not below & edges.keys()]
+        assert free, f"a circle among {sorted(edges)}"
+        for name in free:
+            del edges[name]
+
+
+def test_names_are_unique_where_one_import_could_meet_both():
+    """Files of a command (`__main__`, flags) aside, which nothing else imports."""
+    files = Counter(name.rpartition(".")[2] for name in MODULES)
+    twice = {name for name, count in files.items() if count > 1 and "__" not in name}
+    assert twice == set()
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "recipes", "tests"])
 def test_scripts_import_what_there_is(folder):
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -119,74 +134,31 @@ def test_scripts_import_what_there_is(folder):
                 assert there or importlib.util.find_spec(whole), f"{path}: {whole}"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_nothing_imports_a_command(name):
-    top = name in DOORS or name.endswith("__main__") or name.startswith("commands.")
-    if not top:
-        assert not any(i.startswith("commands") for i in imports(name)), name
+def test_nothing_imports_a_command():
+    """A wing's `__main__` is for people; its `__init__` is for programs."""
+    for name in MODULES:
+        assert not [i for i in imports(name) if i.endswith("__main__")], name
 
 
-def test_the_package_imports_no_command():
+def test_the_package_imports_no_command_line():
     code = (
-        "import sys, mlx_tokprune; "
-        "print([m for m in sys.modules if m.startswith('mlx_tokprune.commands')])"
+        "import sys, mlx_tokprune; print([m for m in sys.modules "
+        "if m.startswith('mlx_tokprune') and m.endswith(('__main__', '.cli'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_there_is_no_cycle():
-    """Neither of modules nor of rooms (folders), doors left out."""
-    edges = {n: imports(n) - {n} for n in MODULES if n not in DOORS}
-    _assert_acyclic(edges)
-    rooms: dict[str, set] = {}
-    for name, found in edges.items():
-        if "__" not in name:
-            mine = rooms.setdefault(_room(name), set())
-            mine |= {_room(i) for i in found if i not in DOORS} - {_room(name)}
-    _assert_acyclic(rooms)
-
-
-def _room(name: str) -> str:
-    return name.split(".")[0]
-
-
-def _assert_acyclic(edges: dict[str, set]) -> None:
-    edges = {name: set(found) for name, found in edges.items()}
-    while edges:
-        free = [n for n, found in edges.items() if not found & edges.keys()]
-        assert free, f"a cycle among {sorted(edges)}"
-        for name in free:
-            del edges[name]
-
-
-def test_convert_knows_no_runtime():
-    for name in MODULES:
-        if name.startswith("convert.") and "__" not in name:
-            outside = {i for i in imports(name) if not i.startswith("convert.")}
-            assert outside <= {"errors", "files", "hub"}, name
-
-
-def test_models_and_pruners_do_not_know_each_other():
-    for name in MODULES:
-        for here, there in (("models", "pruners"), ("pruners", "models")):
-            if name.startswith(f"{here}."):
-                assert not any(i.startswith(there) for i in imports(name)), name
-
-
 def test_families_are_known_where_they_are_made():
-    """Others ask a model what it can do, not what it is."""
-    free = ("opening", "models.", "train.")
+    """Other rooms ask a model what it can do, not what it is."""
+    families = {"models.fastvlm", "models.openvla", "models.oft", "models.pi0fast"}
     for name in MODULES:
-        if not name.startswith(free):
-            families = {"models.fastvlm", "models.openvla", "models.oft"}
-            families |= {"models.pi0fast"}
+        if room(name) not in ("models", "convert", "train"):
             assert not families & imports(name), name
 
 
-# The training tokenizer is built on tokenizers and only used to train; the model of
-# lmms-eval is one of its classes, and only lmms-eval imports it.
-EARLY = {"train.tokens", "adapters.lmms_eval_model"}
+# The model of lmms-eval is one of its classes, and only lmms-eval imports it.
+EARLY = {"evaluate.lmms_eval_model"}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - EARLY))
@@ -197,6 +169,14 @@ def test_heavy_packages_are_imported_where_they_are_used(name):
         names += [node.module or ""] if absolute else []
         for imported in names:
             assert imported.split(".")[0] not in LATE, f"{name} imports {imported}"
+
+
+def test_recipes_are_not_installed():
+    for name in MODULES:
+        assert "recipes" not in MODULES[name].read_text().split("import ", 1)[0]
+        for node in ast.walk(ast.parse(MODULES[name].read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert (node.module or "").split(".")[0] != "recipes", name
 
 
 def test_files_stay_small():

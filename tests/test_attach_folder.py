@@ -18,7 +18,7 @@ from vlm.families import FAMILIES, prompt  # noqa: E402
 from vlm.loaded import HALF, LENGTH, MORE, QUESTION, Loaded  # noqa: E402
 
 from mlx_tokprune import InputError  # noqa: E402
-from mlx_tokprune.attach import main  # noqa: E402
+from mlx_tokprune.attach.__main__ import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
 ASK = ["--method", "norm", "--keep-ratio", "0.5"]
@@ -159,7 +159,7 @@ def test_code_of_the_hub_is_not_run(monkeypatch, tmp_path):
     config = {"model_type": "qwen2_vl", "model_file": "model.py"}
     (hub / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("mlx_tokprune.adapters.folder.resolve", lambda name: Path(hub))
-    from mlx_tokprune.adapters.folder import write_folder
+    from mlx_tokprune.attach.model_folder import write_folder
 
     with pytest.raises(InputError, match="not run from the hub"):
         write_folder("somebody/model", tmp_path / "target", HALF)

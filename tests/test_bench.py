@@ -10,19 +10,21 @@ import pytest
 from conftest import TINY, TINY_POLICY
 from PIL import Image
 
-from mlx_tokprune import load, predict_action, stream_generate, timing
-from mlx_tokprune.answer import stream
-from mlx_tokprune.bench import benchmark, plots, table
+from mlx_tokprune import load, predict_action, stream_generate
+from mlx_tokprune.act import predict
+from mlx_tokprune.bench import benchmark, plots
+from mlx_tokprune.bench import speed_table as table
 from mlx_tokprune.bench.__main__ import main
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.features import Selection
-from mlx_tokprune.image import load_image
+from mlx_tokprune.generate import stream
 from mlx_tokprune.measure.results import read_result
 from mlx_tokprune.measure.subject import Asked, subject_of
+from mlx_tokprune.pipeline import timing
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import Pruner, as_plan
 from mlx_tokprune.pruners.registry import temporary
-from mlx_tokprune.robot import predict
 
 SLEEP = 50.0  # ms
 

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from conftest import TINY, TINY_POLICY, copy_policy
 
-from mlx_tokprune import InputError, Policy, generate, limits, load, predict_action
-from mlx_tokprune.commands.convert import convert
-from mlx_tokprune.commands.generate import main as command
-from mlx_tokprune.commands.report import main as report
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune import InputError, Policy, generate, load, predict_action
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
+from mlx_tokprune.convert import convert
 from mlx_tokprune.errors import printable
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.files import check_output, new_folder, write_text
-from mlx_tokprune.image import load_image
+from mlx_tokprune.generate.__main__ import main as command
+from mlx_tokprune.pipeline import limits
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.report.__main__ import main as report
 
 QUESTION = PICTURES[0].question
 

@@ -15,11 +15,11 @@ from mlx_tokprune import (
     predict_action,
     stream_generate,
 )
-from mlx_tokprune.commands.convert import convert
-from mlx_tokprune.commands.convert import main as convert_main
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.generate import main as generate_main
-from mlx_tokprune.train.tune.lora import write_fused
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.convert import convert
+from mlx_tokprune.convert.__main__ import main as convert_main
+from mlx_tokprune.generate.__main__ import main as generate_main
+from mlx_tokprune.train.lora import write_fused
 
 PICTURE, QUESTION = PICTURES[0].path, PICTURES[0].question
 
@@ -60,7 +60,7 @@ def test_survives_being_converted_moved_and_fused(carrying, tmp_path, demo):
     moved = tmp_path / "moved"
     shutil.move(again, moved)
     assert [p.at for p in load(moved)[0].carried] == ["tower", 2]
-    from mlx_tokprune.opening import open_checkpoint
+    from mlx_tokprune.checkpoints.opening import open_checkpoint
 
     write_fused(open_checkpoint(carrying), {}, tmp_path / "fused")
     assert kept(load(tmp_path / "fused")) == kept(load(carrying))

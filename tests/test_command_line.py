@@ -8,9 +8,12 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from mlx_tokprune.commands import act, convert, generate, report
-from mlx_tokprune.generate import main
+from mlx_tokprune.act import __main__ as act
+from mlx_tokprune.convert import convert
+from mlx_tokprune.generate import __main__ as generate
+from mlx_tokprune.generate.__main__ import main
 from mlx_tokprune.pruners import registry
+from mlx_tokprune.report import __main__ as report
 
 PICTURE = str(TINY / "image_1.png")
 ASK = ["--model", str(TINY), "--image", PICTURE, "--prompt", "What?"]

@@ -18,11 +18,11 @@ from mlx_tokprune import (
     generate,
     stream_generate,
 )
-from mlx_tokprune.commands.act import main as act
-from mlx_tokprune.commands.generate import main as command
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.image import load_image
+from mlx_tokprune.act.__main__ import main as act
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.generate.__main__ import main as command
 from mlx_tokprune.pipeline import Scene, look, prune_at_prompt, run
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import as_plan, get_method, list_pruners, registry
 from mlx_tokprune.pruners.registry import temporary
 from mlx_tokprune.pruners.saliency import keep_highest

@@ -9,13 +9,14 @@ import pytest
 from conftest import MANIFESTS, TINY, read_manifest, write_headers
 
 from mlx_tokprune import load
-from mlx_tokprune.commands import convert as command
-from mlx_tokprune.convert import checkpoint as folders
-from mlx_tokprune.convert import convert, main
-from mlx_tokprune.convert.checkpoint import INDEX, Checkpoint, write_shards
+from mlx_tokprune.checkpoints import checkpoint as folders
+from mlx_tokprune.checkpoints.checkpoint import INDEX, Checkpoint, write_shards
+from mlx_tokprune.checkpoints.opening import expected_shapes, open_checkpoint
+from mlx_tokprune.convert import convert
+from mlx_tokprune.convert import converter as command
+from mlx_tokprune.convert.__main__ import main
 from mlx_tokprune.convert.fastvlm import FASTVLM
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.opening import expected_shapes, open_checkpoint
 
 IDS = mx.array([[1, 2, 3, 4]])
 

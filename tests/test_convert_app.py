@@ -13,8 +13,8 @@ import pytest
 from conftest import COREMLTOOLS_WARNINGS, DATA, TINY, needs_coremltools
 
 from mlx_tokprune import load
+from mlx_tokprune.checkpoints.checkpoint import Checkpoint
 from mlx_tokprune.convert import convert, coremltower
-from mlx_tokprune.convert.checkpoint import Checkpoint
 from mlx_tokprune.errors import InputError
 
 needs_coremltools()

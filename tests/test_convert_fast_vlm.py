@@ -10,10 +10,10 @@ import pytest
 from conftest import DATA, TINY, read_manifest, write_headers
 
 from mlx_tokprune import load
+from mlx_tokprune.checkpoints.opening import open_checkpoint
 from mlx_tokprune.convert import convert
 from mlx_tokprune.convert.fastvlm import FASTVLM
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.opening import open_checkpoint
 
 IDS = mx.array([[1, 2, 3, 4]])
 PLACES = (

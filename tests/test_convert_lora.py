@@ -10,10 +10,11 @@ import pytest
 from conftest import TINY_POLICY, copy_policy
 
 from mlx_tokprune import load
-from mlx_tokprune.convert import convert, main, sidefiles
-from mlx_tokprune.convert.checkpoint import Checkpoint
-from mlx_tokprune.convert.lora import add_adapter
-from mlx_tokprune.convert.openvla import gather
+from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+from mlx_tokprune.checkpoints.family import identify
+from mlx_tokprune.convert import convert, sidefiles
+from mlx_tokprune.convert.__main__ import main
+from mlx_tokprune.convert.oft_adapter import add_adapter
 from mlx_tokprune.errors import InputError
 
 RANK, ALPHA = 4, 2
@@ -238,7 +239,7 @@ def test_towers_of_a_side_file_have_it_already(policy, monkeypatch):
         "vision_backbone": {"vision_backbone.featurizer.blocks.0.scale.weight": tower},
     }
     monkeypatch.setattr(sidefiles, "_read", lambda path: side[path.name.split("--")[0]])
-    found = gather(Checkpoint.open(policy))
+    _, found = identify(Checkpoint.open(policy))
     assert "added to 3 matrices" in found.notes[0]
     weights = found.load()
     name = "language_model.model.layers.0.self_attn.q_proj.weight"

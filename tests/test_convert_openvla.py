@@ -8,13 +8,14 @@ import pytest
 from conftest import DATA, TINY_POLICY, read_manifest, write_headers
 
 from mlx_tokprune import load
-from mlx_tokprune.act import predict_action
-from mlx_tokprune.commands.convert import INT8_WARNING
-from mlx_tokprune.convert import convert, main
-from mlx_tokprune.convert.checkpoint import Checkpoint
+from mlx_tokprune.act.predict import predict_action
+from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+from mlx_tokprune.checkpoints.opening import Opened, expected_shapes, open_checkpoint
+from mlx_tokprune.convert import convert
+from mlx_tokprune.convert.__main__ import main
+from mlx_tokprune.convert.converter import INT8_WARNING
 from mlx_tokprune.convert.openvla import OPENVLA
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.opening import Opened, expected_shapes, open_checkpoint
 
 PICTURE = TINY_POLICY / "image_0.png"
 INSTRUCTION = "pick up the cup"

@@ -6,8 +6,9 @@ from conftest import TINY
 from test_convert import IDS, edit_config
 
 from mlx_tokprune import generate, load
-from mlx_tokprune.convert import convert, main
-from mlx_tokprune.convert.checkpoint import Checkpoint
+from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+from mlx_tokprune.convert import convert
+from mlx_tokprune.convert.__main__ import main
 from mlx_tokprune.errors import InputError
 
 

@@ -15,13 +15,13 @@ from conftest import COREMLTOOLS_WARNINGS, needs_coremltools
 
 import mlx_tokprune
 from mlx_tokprune import Pruner
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.coreml.describe import read_functions
 from mlx_tokprune.coreml.export import ExportOptions, export_package
 from mlx_tokprune.coreml.plan import compute_plan, format_plan
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
-from mlx_tokprune.image import load_image
 from mlx_tokprune.pipeline import Scene, VisualTokens, look
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import as_plan, registry
 
 needs_coremltools()

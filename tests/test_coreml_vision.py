@@ -12,12 +12,12 @@ from conftest import COREMLTOOLS_WARNINGS, needs_coremltools
 
 import mlx_tokprune
 from mlx_tokprune import generate
+from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.coreml import vision
 from mlx_tokprune.coreml.describe import read_functions
 from mlx_tokprune.coreml.export import ExportOptions
-from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.generate import main as generate_command
+from mlx_tokprune.generate.__main__ import main as generate_command
 
 needs_coremltools()
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import pytest
 from conftest import TINY_POLICY
 
-from mlx_tokprune.image import load_image
 from mlx_tokprune.measure import cost, machine
 from mlx_tokprune.measure.subject import Asked, subject_of
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import Counts, Pruner, as_plan
 
 

@@ -5,16 +5,16 @@ import json
 import pytest
 from PIL import Image
 
-from mlx_tokprune import image as pictures
-from mlx_tokprune.commands.act import main as act
-from mlx_tokprune.commands.generate import main as generate
-from mlx_tokprune.commands.report import main as report
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune.act.__main__ import main as act
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.evaluate.__main__ import main as evaluate
+from mlx_tokprune.generate.__main__ import main as generate
 from mlx_tokprune.measure import subject
 from mlx_tokprune.models.fastvithd import FastViTHD
 from mlx_tokprune.models.openvla import VisionBackbone
-from mlx_tokprune.processor import ActionProcessor, Processor
+from mlx_tokprune.processing import image as pictures
+from mlx_tokprune.processing.processor import ActionProcessor, Processor
+from mlx_tokprune.report.__main__ import main as report
 
 FILE = ["--image", str(PICTURES[0].path)]
 ASKED = [*FILE, "--prompt", PICTURES[0].question, "--max-tokens", "2"]

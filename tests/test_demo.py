@@ -1,6 +1,5 @@
 """The shipped model: right answers, and the commands that show it."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,16 +11,17 @@ from PIL import Image
 
 import mlx_tokprune
 from mlx_tokprune import Pruner, generate, predict_action
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME, POLICY_STATE
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME, POLICY_STATE
+from mlx_tokprune.checkpoints.hub import EMBEDDED
 from mlx_tokprune.demo.__main__ import main
-from mlx_tokprune.hub import EMBEDDED
+from mlx_tokprune.evaluate import read_result
+from mlx_tokprune.evaluate.__main__ import main as evaluate_main
 from mlx_tokprune.pipeline import Scene, look, run
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import as_plan
-from mlx_tokprune.train.__main__ import main as train_main
-from mlx_tokprune.train.accuracy import held_out, measure
+from mlx_tokprune.scenes.held_out import held_out
+from mlx_tokprune.scenes.questions import KINDS
 from mlx_tokprune.train.packing import IGNORE, answer_logits, pack
-from mlx_tokprune.train.questions import KINDS
 
 
 def test_the_demo_answers_and_draws(tmp_path, capsys):
@@ -107,44 +107,33 @@ def test_half_precision_answers_alike(dtype, method):
         assert generate(*half, *asked, pruner=Pruner(method, 0.5)) == picture.answer
 
 
-def test_accuracy_on_held_out_pictures(demo):
-    """A small sample of the README's table: seeing, pruning well and pruning badly."""
-    pruners = [Pruner("none"), Pruner("norm", 0.25), Pruner("random", 0.25)]
-    table = measure(*demo, pictures=16, pruners=pruners)
-    assert table["none"]["all"] > 0.9
-    assert table["norm@0.25"]["all"] > 0.85
-    assert table["random@0.25"]["all"] < 0.6
-    assert table["blank picture"]["all"] < 0.35
-    assert table["most common answer"]["all"] < 0.4
+def test_accuracy_on_held_out_pictures(tmp_path):
+    """A small sample of the demo's table: seeing, pruning well and pruning badly."""
+    how = ["--methods", "norm", "random", "--keep-ratios", "0.25", "--pictures", "16"]
+    evaluate_main([*how, "--output", str(tmp_path / "seen.json")])
+    blind = ["--methods", "norm", "--keep-ratios", "1", "--pictures", "16", "--blind"]
+    evaluate_main([*blind, "--output", str(tmp_path / "blind.json")])
+    seen, blind = (read_result(tmp_path / f"{n}.json") for n in ("seen", "blind"))
+    none, norm, random = (row["accuracy"] for row in seen["rows"])
+    dark = blind["rows"][0]["accuracy"]
+    assert none["all"]["value"] > 0.9
+    assert norm["all"]["value"] > 0.85
+    assert random["all"]["value"] < 0.6
+    assert dark["all"]["value"] < 0.35
+    assert seen["most_common"] < 0.4
     for kind in KINDS:
-        blind = [table[row][kind] for row in ("blank picture", "most common answer")]
-        assert table["none"][kind] > 0.9
-        assert max(blind) < 0.6
-
-
-def test_packed_questions_equal_separate_prompts(demo):
-    """What `measure` counts is what `generate` says."""
-    pixels, asked = next(iter(held_out(2)))
-    pruner = Pruner("norm", 0.11)
-    table = measure(*demo, pictures=2, pruners=[pruner])
-    right = total = 0
-    for picture, row in zip(np.array(pixels), asked, strict=True):
-        array = (255 * picture).round().astype("uint8")
-        for question in filter(None, row):
-            answer = generate(*demo, [array], question.prompt, pruner=pruner)
-            right += answer == question.answer
-            total += 1
-    assert table["norm@0.11"]["n"] == total
-    assert table["norm@0.11"]["all"] == pytest.approx(right / total)
+        assert none[kind]["value"] > 0.9
+        assert dark[kind]["value"] < 0.6
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 def test_packed_logits_equal_the_pipeline_s(demo, positions):
     model, processor = demo
-    pixels, asked = next(iter(held_out(1)))
+    image, asked = next(held_out(1))
+    pixels = mx.array(processor.pixels([image]))
     plan = as_plan(Pruner("norm", 0.11))
     visual = look(model, Scene(pixels, Prompt(((), ()))), plan)
-    questions = [q for q in asked[0] if q is not None]
+    questions = [q for q in asked if q is not None]
 
     def encode(text):
         return processor.tokenizer.encode(text, add_special_tokens=False)
@@ -160,12 +149,6 @@ def test_packed_logits_equal_the_pipeline_s(demo, positions):
         np.testing.assert_allclose(
             np.array(logits[0, number, first]), np.array(alone[0]), atol=1e-3
         )
-
-
-def test_accuracy_command_writes_its_table(tmp_path, capsys):
-    train_main(["accuracy", "--pictures", "2", "--output", str(tmp_path / "t.json")])
-    assert "| norm@0.5 | 32 |" in capsys.readouterr().out
-    assert "none" in json.loads((tmp_path / "t.json").read_text())
 
 
 def run_module(*command: str, cwd) -> str:

@@ -1,4 +1,4 @@
-"""`benchmarks/demo_in_torch.py`, the twin of the demo model's recipe, against MLX."""
+"""`recipes/demo/in_torch.py`, the twin of the demo model's recipe, against MLX."""
 
 import dataclasses
 import json
@@ -16,12 +16,12 @@ import pytest
 from mlx.utils import tree_flatten
 from test_train import SMALL
 
-from mlx_tokprune.hub import EMBEDDED
-from mlx_tokprune.train import stages as recipe
-from mlx_tokprune.train.batches import as_batch
-from mlx_tokprune.train.export import torch_name
-from mlx_tokprune.train.recipe import STAGES, Trainer, optimizer_of
-from mlx_tokprune.train.student import DEMO_CONFIG, Student
+from mlx_tokprune.checkpoints.hub import EMBEDDED
+from recipes.demo import stages as recipe
+from recipes.demo.batches import as_batch
+from recipes.demo.export import torch_name
+from recipes.demo.recipe import STAGES, Trainer, optimizer_of
+from recipes.demo.student import DEMO_CONFIG, Student
 
 torch = pytest.importorskip("torch", reason="torch is in the parity extra")
 SEED = 5
@@ -29,14 +29,11 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def twin_of():
-    """`demo_in_torch` and `torch_vlm`."""
-    patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import demo_in_torch
-    import torch_vlm
+    """`in_torch` and `torch_vlm`."""
+    from recipes import torch_vlm
+    from recipes.demo import in_torch
 
-    yield demo_in_torch, torch_vlm
-    patch.undo()
+    return in_torch, torch_vlm
 
 
 @pytest.fixture(autouse=True)
@@ -306,10 +303,10 @@ def test_what_is_missing_is_said(twin_of, tmp_path, capsys):
 
 def test_training_needs_nothing_of_mlx(twin_of):
     code = (
-        "import sys; sys.modules['mlx'] = None; import demo_in_torch; "
+        "import sys; sys.modules['mlx'] = None; import recipes.demo.in_torch; "
         "print([n for n in sys.modules if n.startswith('mlx.')])"
     )
     about = {"capture_output": True, "text": True, "check": True}
-    where = Path(twin_of[0].__file__).parent
+    where = Path(twin_of[0].__file__).parents[2]
     said = subprocess.run([sys.executable, "-c", code], cwd=where, **about).stdout
     assert said.strip() == "[]"

@@ -8,14 +8,14 @@ from conftest import TINY_CHUNKS
 from PIL import Image
 
 from mlx_tokprune import Policy, Pruner
-from mlx_tokprune.act import main
+from mlx_tokprune.act.__main__ import main
+from mlx_tokprune.act.action_drafts import draft_chunk
+from mlx_tokprune.act.heads import head_of
+from mlx_tokprune.act.inputs import check_images, observe, tell
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.image import load_image
-from mlx_tokprune.planning import plan_for
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.robot.inputs import check_images, observe, tell
-from mlx_tokprune.robot.speculative import draft_chunk
-from mlx_tokprune.speculative import continued
+from mlx_tokprune.models.speculative import continued
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.processing.image import load_image
 
 STATE = json.loads((TINY_CHUNKS / "config.json").read_text())["state"]
 IMAGES = [load_image(TINY_CHUNKS / f"image_{i}.png") for i in range(3)]

@@ -9,17 +9,17 @@ import pytest
 from conftest import TINY, TINY_POLICY
 
 from mlx_tokprune import InputError, Memory, Policy, Pruner, stream_generate
-from mlx_tokprune.act import main as act
-from mlx_tokprune.answer.drafts import Begun, ModelDrafts, NgramDrafts, SelfDrafts
-from mlx_tokprune.answer.settings import Settings
-from mlx_tokprune.bench import table
+from mlx_tokprune.act.__main__ import main as act
+from mlx_tokprune.bench import speed_table as table
 from mlx_tokprune.bench.__main__ import main as bench
-from mlx_tokprune.demo import POLICY_FRAME
-from mlx_tokprune.generate import main
-from mlx_tokprune.image import load_image
+from mlx_tokprune.checkpoints.embedded import POLICY_FRAME
+from mlx_tokprune.generate.__main__ import main
+from mlx_tokprune.generate.drafts import Begun, ModelDrafts, NgramDrafts, SelfDrafts
+from mlx_tokprune.generate.settings import Settings
 from mlx_tokprune.models.positions import LayerCache
+from mlx_tokprune.models.speculative import Draft, ReadingAlong, Repeating, Sampling
 from mlx_tokprune.pipeline import Scene, prune_at_prompt, run
-from mlx_tokprune.speculative import Draft, ReadingAlong, Repeating, Sampling
+from mlx_tokprune.processing.image import load_image
 
 PICTURE = TINY / "image_0.png"
 LENGTH = 25

@@ -8,14 +8,14 @@ import pytest
 from conftest import TINY_POLICY
 
 from mlx_tokprune import InputError, Policy, Pruner, predict_action
-from mlx_tokprune.demo import POLICY_FRAME
-from mlx_tokprune.image import load_image
+from mlx_tokprune.act.heads import head_of
+from mlx_tokprune.act.inputs import observe
+from mlx_tokprune.checkpoints.embedded import POLICY_FRAME
 from mlx_tokprune.models.positions import At, LayerCache
 from mlx_tokprune.pipeline import assemble, look, prune_at_prompt, run
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import read_plan
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.robot.inputs import observe
 
 TOLD = POLICY_FRAME.question
 VLAPRUNER = Pruner("vlapruner", keep_tokens=16)

@@ -10,19 +10,19 @@ from conftest import TINY, TINY_POLICY
 from PIL import Image
 
 from mlx_tokprune import generate, predict_action, stream_generate
-from mlx_tokprune.answer.settings import Settings
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.evaluate import data, read_result, table
+from mlx_tokprune.evaluate import items as data
+from mlx_tokprune.evaluate import read_result
 from mlx_tokprune.evaluate.__main__ import main
-from mlx_tokprune.evaluate.actions import accuracy as action_accuracy
 from mlx_tokprune.evaluate.evaluator import Answer, Evaluator, _Asked
-from mlx_tokprune.evaluate.words import accuracy
+from mlx_tokprune.evaluate.judge_actions import accuracy as action_accuracy
+from mlx_tokprune.evaluate.judge_words import accuracy
+from mlx_tokprune.generate.settings import Settings
 from mlx_tokprune.measure.results import Row, make_rows
 from mlx_tokprune.measure.subject import Asked, Counted, subject_of
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.pruners import Counts, Pruner, as_plan
-from mlx_tokprune.train.accuracy import measure as measure_training
 
 QUESTION = "What does the sign say?"
 
@@ -229,20 +229,20 @@ def test_a_picture_is_encoded_once(demo, monkeypatch):
     assert len(encoded) == 1
 
 
-def test_accuracies_are_those_of_the_training_s_own_check(demo):
-    found = data.read_questions("demo", 6, None)
+def test_accuracies_are_those_of_generated_answers(demo):
+    """Questions share features and a prompt here; `generate` reads each anew."""
+    questions = data.read_questions("demo", 6, None).items
     pruners = [Pruner("none"), Pruner("norm", 0.11), Pruner("random", 0.25)]
-    rows = [Row(p.method, (p,)) for p in pruners]
-    evaluator = evaluator_of(demo, rows)
-    records = {n: evaluator.ask(item) for n, item in enumerate(found.items)}
-    ours = table.summarize(found.items, records)
-    theirs = list(measure_training(*demo, 6, pruners).values())
-    for mine, other in zip(ours, theirs, strict=False):
-        shares = {kind: share["value"] for kind, share in mine["accuracy"].items()}
-        expected = {kind: other[kind] for kind in shares}
-        assert shares == pytest.approx(expected)
-        assert mine["accuracy"]["all"]["n"] == other["n"]
-    assert ours[2]["accuracy"]["all"]["value"] < 1
+    evaluator = evaluator_of(demo, [Row(p.method, (p,)) for p in pruners])
+    right = dict.fromkeys((p.method for p in pruners), 0)
+    for item in questions:
+        records = evaluator.ask(item)
+        for pruner in pruners:
+            answer = generate(*demo, [item.load()], item.question, pruner=pruner)
+            score = accuracy(answer, item.answers)
+            assert records[pruner.method]["accuracy"] == score
+            right[pruner.method] += score
+    assert right["none"] > right["random"]
 
 
 def test_budgets_in_tokens():
@@ -277,7 +277,7 @@ def test_actions_are_those_of_predict_action(tiny_policy, positions):
 @pytest.fixture
 def still_worlds(monkeypatch):
     """Worlds that need no simulator; the real one is the same class."""
-    from mlx_tokprune.train.policy import worlds
+    from mlx_tokprune.scenes import worlds
 
     class Still:
         def __init__(self, name):
@@ -460,10 +460,11 @@ def test_the_tiny_model_can_be_asked(tiny):
 
 
 def test_the_demos_pictures_come_without_their_padding():
-    from mlx_tokprune.image import preprocess
-    from mlx_tokprune.train.accuracy import held_out
+    from mlx_tokprune.processing.image import preprocess
+    from mlx_tokprune.scenes.held_out import HELD_OUT
+    from recipes.demo.stages import draw_scenes
 
-    pixels = [picture for some, _ in held_out(8) for picture in np.array(some)]
+    pixels = draw_scenes((HELD_OUT, 0), 8, 512, 5).pixels
     items = {item.picture: item for item in data.read_questions("demo", 8, None).items}
     shapes = set()
     for number, item in enumerate(items.values()):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.evaluate import data
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.evaluate import items as data
 from mlx_tokprune.evaluate.__main__ import main
 from mlx_tokprune.evaluate.evaluator import describe_run
 

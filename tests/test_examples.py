@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import mlx_tokprune
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.pruners.registry import GROUP
 
 ROOT = Path(__file__).parents[1]

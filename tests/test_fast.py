@@ -9,7 +9,7 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer
 
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.fast import FastCode
+from mlx_tokprune.processing.fast import FastCode
 
 FOLDER = TINY_CHUNKS / "fast"
 TOKENIZER, SETTINGS = FOLDER / "tokenizer.json", FOLDER / "processor_config.json"

@@ -12,15 +12,15 @@ from mlx.utils import tree_map
 
 from mlx_tokprune import InputError, Pruner, load
 from mlx_tokprune.convert import convert
-from mlx_tokprune.learned import (
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.pruners.scorers import (
     SCORERS,
     load_scorer,
     same_model,
     save_scorer,
     signs_of,
 )
-from mlx_tokprune.learned.fitting import _warn_of
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.pruners.scorers.fitting import _warn_of
 from mlx_tokprune.train.__main__ import main as train
 
 DEMO_SCORERS = ("demo-adaptive", "demo-inside", "demo-asking")

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_tokprune import InputError
-from mlx_tokprune.actions import choose_statistics, read_bounds
 from mlx_tokprune.bench.benchmark import read_bench
-from mlx_tokprune.convert.checkpoint import read_header
-from mlx_tokprune.evaluate.data import read_questions
+from mlx_tokprune.checkpoints.checkpoint import read_header
+from mlx_tokprune.evaluate.items import read_questions
 from mlx_tokprune.evaluate.journal import Journal
-from mlx_tokprune.evaluate.results import read_result
 from mlx_tokprune.files import read_json
-from mlx_tokprune.image import load_image
+from mlx_tokprune.measure.accuracy import read_result
 from mlx_tokprune.models import fastvlm, openvla
+from mlx_tokprune.processing.actions import choose_statistics, read_bounds
+from mlx_tokprune.processing.image import load_image
 
 quick = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),

@@ -9,9 +9,9 @@ from conftest import TINY
 
 from mlx_tokprune.convert import convert
 from mlx_tokprune.features import Features
-from mlx_tokprune.generate import main
-from mlx_tokprune.image import load_image
+from mlx_tokprune.generate.__main__ import main
 from mlx_tokprune.pipeline import Scene, run
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import Pruner, as_plan
 
 PROMPTS = ("Describe the image.", "What is on the left?")

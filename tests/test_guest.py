@@ -14,14 +14,14 @@ from vlm.families import prompt
 from vlm.loaded import HALF, LENGTH, MORE, QUESTION
 
 from mlx_tokprune import InputError
-from mlx_tokprune.adapters.folder import write_folder
+from mlx_tokprune.attach.model_folder import write_folder
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.bench.guest import markdown, read_guest
-from mlx_tokprune.commands.report import main as report
 from mlx_tokprune.evaluate import read_result
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.image import load_image
 from mlx_tokprune.measure.guest import Guest
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.report.__main__ import main as report
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
 

@@ -6,8 +6,8 @@ from PIL import Image
 
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.features import Selection
-from mlx_tokprune.image import load_image, pad_to_square, preprocess
-from mlx_tokprune.overlay import draw_overlay
+from mlx_tokprune.processing.image import load_image, pad_to_square, preprocess
+from mlx_tokprune.processing.overlay import draw_overlay
 
 import mlx.core as mx  # isort: skip
 

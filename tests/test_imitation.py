@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.learned import Adaptive, load_scorer
 from mlx_tokprune.models.language import TokenSequence
+from mlx_tokprune.pruners.scorers import Adaptive, load_scorer
+from mlx_tokprune.train import scorer as scorer_module
 from mlx_tokprune.train.__main__ import main as train
-from mlx_tokprune.train.tune import scorer as scorer_module
-from mlx_tokprune.train.tune.batches import Batches
-from mlx_tokprune.train.tune.data import read_samples
-from mlx_tokprune.train.tune.scorer import (
+from mlx_tokprune.train.batches import Batches
+from mlx_tokprune.train.samples import read_samples
+from mlx_tokprune.train.scorer import (
     GRADIENT,
     Lesson,
     ScorerLoss,

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from mlx_tokprune import load
-from mlx_tokprune.evaluate import data
+from mlx_tokprune.checkpoints.fingerprint import fingerprint
+from mlx_tokprune.evaluate import items as data
 from mlx_tokprune.evaluate.gather import Workers
 from mlx_tokprune.evaluate.journal import Journal, answer_all
-from mlx_tokprune.measure.results import fingerprint
 
 
 class Counter:

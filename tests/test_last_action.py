@@ -13,25 +13,25 @@ from mlx.utils import tree_flatten, tree_map
 from test_policy_tuning import Corridor, batch_of, corridor  # noqa: F401
 
 from mlx_tokprune import InputError, Policy, Pruner, generate, load, predict_action
-from mlx_tokprune.act import main as act
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune.act.__main__ import main as act
+from mlx_tokprune.act.heads import head_of
+from mlx_tokprune.act.inputs import normalize_states, observe
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.features import Selection
-from mlx_tokprune.image import load_image
-from mlx_tokprune.learned import Acting, load_scorer, save_scorer
 from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, look, prune_at_prompt
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.pruners.saliency import keep_highest
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.robot.inputs import normalize_states, observe
+from mlx_tokprune.pruners.scorers import Acting, load_scorer, save_scorer
+from mlx_tokprune.scenes.worlds import SIZE
 from mlx_tokprune.train.__main__ import main as train
-from mlx_tokprune.train.policy import __main__ as program
-from mlx_tokprune.train.policy import demonstrations, scoring, student, success
-from mlx_tokprune.train.policy.choosing import gate_of
-from mlx_tokprune.train.policy.tuning import Tuner, Tuning
-from mlx_tokprune.train.policy.worlds import SIZE
-from mlx_tokprune.train.tune.gate import log_gate
-from mlx_tokprune.train.tune.loop import Schedule
+from mlx_tokprune.train.gate import log_gate
+from mlx_tokprune.train.loop import Schedule
+from recipes.policy import __main__ as program
+from recipes.policy import demonstrations, scoring, student, success
+from recipes.policy.choosing import gate_of
+from recipes.policy.tuning import Tuner, Tuning
 
 TOLD = POLICY_FRAME.question
 

@@ -13,15 +13,15 @@ from mlx_tokprune import (
     predict_action,
     stream_generate,
 )
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
-from mlx_tokprune.image import load_image
+from mlx_tokprune.act.heads import head_of
+from mlx_tokprune.act.inputs import observe
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.models.positions import LayerCache
 from mlx_tokprune.pipeline import Scene, assemble, look, run
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.pruners.registry import temporary
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.robot.inputs import observe
 
 QUESTION = PICTURES[0].question
 

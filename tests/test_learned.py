@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_tokprune import Features, InputError, Pruner, generate, load
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.learned import (
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.pruners.scorers import (
     Adaptive,
     Asking,
     Constant,
@@ -24,14 +25,13 @@ from mlx_tokprune.learned import (
     load_scorer,
     save_scorer,
 )
-from mlx_tokprune.planning import plan_for
 from mlx_tokprune.train.__main__ import main as train
+from mlx_tokprune.train.batches import Batches
+from mlx_tokprune.train.gate import annealed, log_gate, straight_through, tamed
+from mlx_tokprune.train.loop import Loop, Schedule
 from mlx_tokprune.train.packing import answer_logits
-from mlx_tokprune.train.tune.batches import Batches
-from mlx_tokprune.train.tune.data import Sample, read_samples
-from mlx_tokprune.train.tune.gate import annealed, log_gate, straight_through, tamed
-from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score, scorer_for
+from mlx_tokprune.train.samples import Sample, read_samples
+from mlx_tokprune.train.scorer import Lesson, ScorerLoss, score, scorer_for
 
 
 def features(batch=2, side=4, channels=24, seed=0, **extras):

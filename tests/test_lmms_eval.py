@@ -15,7 +15,8 @@ import pytest
 
 import mlx_tokprune
 from mlx_tokprune import InputError, Pruner, generate
-from mlx_tokprune.adapters.lmms_eval import (
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.evaluate.lmms_eval import (
     OwnRuntime,
     Wanted,
     open_runtime,
@@ -24,8 +25,7 @@ from mlx_tokprune.adapters.lmms_eval import (
     seed_of,
     until,
 )
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.image import load_image
+from mlx_tokprune.processing.image import load_image
 
 TASK = Path(__file__).parents[1] / "examples" / "lmms_eval"
 NORM = Pruner("norm", 0.25)

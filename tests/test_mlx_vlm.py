@@ -25,9 +25,9 @@ from vlm.loaded import (  # noqa: E402
 )
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
-from mlx_tokprune.adapters import hooks  # noqa: E402
-from mlx_tokprune.adapters.families import FAMILIES as KNOWN  # noqa: E402
-from mlx_tokprune.adapters.mlx_vlm import attach, check_known  # noqa: E402
+from mlx_tokprune.attach import hooks  # noqa: E402
+from mlx_tokprune.attach.families import FAMILIES as KNOWN  # noqa: E402
+from mlx_tokprune.attach.mlx_vlm import attach, check_known  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("not_compiled")

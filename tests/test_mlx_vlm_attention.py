@@ -14,14 +14,11 @@ from vlm.families import FAMILIES, prompt  # noqa: E402
 from vlm.loaded import MORE, QUESTION, Loaded, masked, served  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
-from mlx_tokprune.adapters import attention, hooks  # noqa: E402
-from mlx_tokprune.adapters.families import FAMILIES as KNOWN  # noqa: E402
-from mlx_tokprune.attach import (  # noqa: E402
-    RepeatPruner,
-    TemporalPruner,
-    attach,
-    main,
-)
+from mlx_tokprune.attach import attention, hooks  # noqa: E402
+from mlx_tokprune.attach.__main__ import main  # noqa: E402
+from mlx_tokprune.attach.families import FAMILIES as KNOWN  # noqa: E402
+from mlx_tokprune.attach.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.attach.pixels import RepeatPruner, TemporalPruner  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 from mlx_tokprune.pruners.registry import temporary  # noqa: E402
 from mlx_tokprune.pruners.saliency import keep_highest  # noqa: E402

@@ -17,9 +17,9 @@ from vlm.loaded import (  # noqa: E402
 )
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
-from mlx_tokprune.adapters import hooks  # noqa: E402
-from mlx_tokprune.adapters.folder import write_folder  # noqa: E402
-from mlx_tokprune.adapters.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.attach import hooks  # noqa: E402
+from mlx_tokprune.attach.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.attach.model_folder import write_folder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
 

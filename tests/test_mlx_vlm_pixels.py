@@ -24,13 +24,10 @@ from vlm.loaded import (  # noqa: E402
 )
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
-from mlx_tokprune.adapters import hooks  # noqa: E402
-from mlx_tokprune.attach import (  # noqa: E402
-    RepeatPruner,
-    TemporalPruner,
-    attach,
-    main,
-)
+from mlx_tokprune.attach import hooks  # noqa: E402
+from mlx_tokprune.attach.__main__ import main  # noqa: E402
+from mlx_tokprune.attach.mlx_vlm import attach  # noqa: E402
+from mlx_tokprune.attach.pixels import RepeatPruner, TemporalPruner  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
@@ -228,7 +225,7 @@ def test_frames_of_a_video_are_apart_in_the_tower(loaded, lengths, monkeypatch):
 
 
 def test_windows_hold_the_same_patches_without_those_left_out(drawn):
-    from mlx_tokprune.adapters.towers import Part
+    from mlx_tokprune.attach.towers import Part
 
     tower = drawn("qwen2_5_vl").model.vision_tower
     grid = mx.array([[1, 10, 12], [2, 6, 8]])  # 30 groups, and two frames of 12

@@ -10,16 +10,17 @@ from conftest import OFT, TINY_POLICY, copy_policy, side_tensors
 from PIL import Image
 
 from mlx_tokprune import Policy, Pruner, load, pipeline
-from mlx_tokprune.act import main, predict_action
-from mlx_tokprune.actions import read_bounds
+from mlx_tokprune.act.__main__ import main
+from mlx_tokprune.act.heads import head_of
+from mlx_tokprune.act.inputs import observe
+from mlx_tokprune.act.predict import predict_action
+from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+from mlx_tokprune.checkpoints.opening import open_checkpoint
 from mlx_tokprune.convert import convert, sidefiles
-from mlx_tokprune.convert.checkpoint import Checkpoint
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.image import load_image, preprocess_naive
-from mlx_tokprune.opening import open_checkpoint
+from mlx_tokprune.processing.actions import read_bounds
+from mlx_tokprune.processing.image import load_image, preprocess_naive
 from mlx_tokprune.pruners import as_plan
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.robot.inputs import observe
 
 PICTURE = load_image(TINY_POLICY / "image_0.png")
 PICTURES = [PICTURE, PICTURE.rotate(90)]

@@ -9,13 +9,14 @@ import pytest
 from conftest import TINY_POLICY
 
 from mlx_tokprune import Policy, Pruner, load, pipeline
-from mlx_tokprune.act import main, predict_action
+from mlx_tokprune.act.__main__ import main
+from mlx_tokprune.act.heads import head_of
+from mlx_tokprune.act.inputs import observe
+from mlx_tokprune.act.predict import predict_action
 from mlx_tokprune.convert import convert
-from mlx_tokprune.image import load_image
 from mlx_tokprune.models.language import TokenSequence
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import as_plan
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.robot.inputs import observe
 
 METHODS = ("norm", "mean_similarity")
 CASES = [("none", ""), *((m, b) for m in METHODS for b in ("50", "25"))]

@@ -9,12 +9,12 @@ from conftest import TINY
 from PIL import Image
 
 from mlx_tokprune import Pruner, generate
-from mlx_tokprune.answer import image_size as sizes
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.generate import main as command
-from mlx_tokprune.image import preprocess, preprocess_content
-from mlx_tokprune.overlay import draw_overlay
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.generate import image_size as sizes
+from mlx_tokprune.generate.__main__ import main as command
 from mlx_tokprune.pipeline import assemble, look
+from mlx_tokprune.processing.image import preprocess, preprocess_content
+from mlx_tokprune.processing.overlay import draw_overlay
 from mlx_tokprune.pruners import as_plan
 
 

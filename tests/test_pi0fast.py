@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from conftest import TINY_CHUNKS
 
-from mlx_tokprune import Policy, Pruner, load, pipeline, planning
-from mlx_tokprune.act import main, predict_action
+from mlx_tokprune import Policy, Pruner, load, pipeline
+from mlx_tokprune.act.__main__ import main
+from mlx_tokprune.act.heads import head_of
+from mlx_tokprune.act.inputs import check_images, observe, tell
+from mlx_tokprune.act.predict import predict_action
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.image import load_image
 from mlx_tokprune.models.positions import LayerCache
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.pipeline import planning
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import get_method, list_pruners
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.robot.inputs import check_images, observe, tell
 
 INSTRUCTION = "Pick up_the cup"
 CAMERAS = ("base", "left", "right")

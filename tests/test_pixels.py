@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_tokprune import InputError
-from mlx_tokprune.adapters.pixels import (
+from mlx_tokprune.attach.pixels import (
     Pixels,
     RepeatPruner,
     TemporalPruner,

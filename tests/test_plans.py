@@ -7,23 +7,18 @@ import numpy as np
 import pytest
 from conftest import TINY_POLICY
 
-from mlx_tokprune import (
-    InputError,
-    Pruner,
-    predict_action,
-    stream_generate,
-)
+from mlx_tokprune import InputError, Pruner, predict_action, stream_generate
+from mlx_tokprune.act.__main__ import main as act
 from mlx_tokprune.bench.__main__ import main as bench
-from mlx_tokprune.commands.act import main as act
-from mlx_tokprune.commands.generate import main as generate
-from mlx_tokprune.commands.report import main as report
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.image import load_image
+from mlx_tokprune.generate.__main__ import main as generate
 from mlx_tokprune.measure.subject import Asked, subject_of
 from mlx_tokprune.pipeline import run
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import as_plan, count_tokens, read_plan, registry
+from mlx_tokprune.report.__main__ import main as report
 
 QUESTION = PICTURES[0].question
 FILES = [str(picture.path) for picture in PICTURES]

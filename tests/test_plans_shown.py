@@ -7,18 +7,13 @@ import numpy as np
 import pytest
 from conftest import TINY_POLICY
 
-from mlx_tokprune import (
-    Selection,
-    load,
-    predict_action,
-    stream_generate,
-)
-from mlx_tokprune.commands.act import main as act
-from mlx_tokprune.commands.generate import main as generate
-from mlx_tokprune.commands.options import draw_choices
-from mlx_tokprune.demo import PICTURES
-from mlx_tokprune.image import center_crop, load_image
-from mlx_tokprune.overlay import draw_overlay
+from mlx_tokprune import Selection, load, predict_action, stream_generate
+from mlx_tokprune.act.__main__ import main as act
+from mlx_tokprune.checkpoints.embedded import PICTURES
+from mlx_tokprune.cli import draw_choices
+from mlx_tokprune.generate.__main__ import main as generate
+from mlx_tokprune.processing.image import center_crop, load_image
+from mlx_tokprune.processing.overlay import draw_overlay
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.pruners.registry import temporary
 

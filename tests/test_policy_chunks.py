@@ -10,13 +10,15 @@ from mlx.utils import tree_flatten
 from test_policy_training import Corridor
 
 from mlx_tokprune import InputError, Policy, Pruner, load
-from mlx_tokprune.actions import Bounds
+from mlx_tokprune.act.heads import head_of
 from mlx_tokprune.features import Selection
 from mlx_tokprune.pipeline import Scene, VisualTokens, prune_at_prompt, run
-from mlx_tokprune.prompt import Prompt
-from mlx_tokprune.robot.heads import head_of
-from mlx_tokprune.train.policy import __main__ as program
-from mlx_tokprune.train.policy import (
+from mlx_tokprune.processing.actions import Bounds
+from mlx_tokprune.processing.prompt import Prompt
+from mlx_tokprune.scenes.worlds import SIZE, TASKS
+from mlx_tokprune.train.loop import Schedule
+from recipes.policy import __main__ as program
+from recipes.policy import (
     chunking,
     collecting,
     demonstrations,
@@ -26,8 +28,6 @@ from mlx_tokprune.train.policy import (
     table,
     tuning,
 )
-from mlx_tokprune.train.policy.worlds import SIZE, TASKS
-from mlx_tokprune.train.tune.loop import Schedule
 
 BOUNDS = Bounds(-np.ones(4), np.ones(4), np.ones(4, bool))
 

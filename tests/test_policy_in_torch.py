@@ -1,10 +1,9 @@
-"""`benchmarks/policy_in_torch.py`, the twin of the demo policy's recipe, and MLX."""
+"""`recipes/policy/in_torch.py`, the twin of the demo policy's recipe, and MLX."""
 
 import json
 import math
 import multiprocessing
 import threading
-from pathlib import Path
 
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 import mlx.core as mx
@@ -14,20 +13,18 @@ import pytest
 from mlx.utils import tree_flatten
 from test_policy_training import Corridor
 
-from mlx_tokprune.train.policy import student, worlds
-from mlx_tokprune.train.policy.worlds import SIZE, TASKS
+from mlx_tokprune.scenes import worlds
+from mlx_tokprune.scenes.worlds import SIZE, TASKS
+from recipes.policy import student
 
 torch = pytest.importorskip("torch", reason="torch is in the parity extra")
 
 
 @pytest.fixture(scope="module")
 def twin():
-    patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import policy_in_torch
+    from recipes.policy import in_torch
 
-    yield policy_in_torch
-    patch.undo()
+    return in_torch
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +96,7 @@ class Workers:
     """Those of `workers`, in threads and in worlds without a simulator."""
 
     def __init__(self, tasks):
-        import workers
+        from recipes.policy import workers
 
         self.tasks, self.ends = tasks, []
         self.ask = workers.Workers.ask.__get__(self)

@@ -13,21 +13,14 @@ from mlx_tokprune import InputError, load
 from mlx_tokprune.features import Selection
 from mlx_tokprune.measure.intervals import wilson
 from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, prune_at_prompt
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import Pruner
 from mlx_tokprune.pruners.text import prompt_scores
-from mlx_tokprune.train.policy import __main__ as program
-from mlx_tokprune.train.policy import (
-    cloning,
-    collecting,
-    demonstrations,
-    student,
-    success,
-    table,
-    worlds,
-)
-from mlx_tokprune.train.policy.demonstrations import Episodes, demonstrate, join
-from mlx_tokprune.train.policy.worlds import SIZE, TASKS
+from mlx_tokprune.scenes import worlds
+from mlx_tokprune.scenes.worlds import SIZE, TASKS
+from recipes.policy import __main__ as program
+from recipes.policy import cloning, collecting, demonstrations, student, success, table
+from recipes.policy.demonstrations import Episodes, demonstrate, join
 
 PLAN = cloning.Cloning(
     demonstrations=2,

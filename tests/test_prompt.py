@@ -11,9 +11,9 @@ from conftest import TINY
 from mlx_tokprune import Pruner, generate, stream_generate
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.features import Selection
-from mlx_tokprune.image import load_image
 from mlx_tokprune.pipeline import Scene, assemble, grouped, look
-from mlx_tokprune.prompt import Prompt, place_pictures
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.prompt import Prompt, place_pictures
 
 IMAGES = [TINY / "image_0.png", TINY / "image_1.png"]
 QUARTER = (Pruner("norm", 0.25),)

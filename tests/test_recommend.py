@@ -7,7 +7,7 @@ import pytest
 
 from mlx_tokprune import Pruner
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.evaluate.data import Item
+from mlx_tokprune.evaluate.items import Item
 from mlx_tokprune.evaluate.recommend import recommend, sentence
 from mlx_tokprune.measure.intervals import of_loss
 from mlx_tokprune.measure.results import Row

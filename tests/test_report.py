@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mlx_tokprune import cli as options
 from mlx_tokprune.bench import guest, plots
-from mlx_tokprune.bench import table as bench_table
+from mlx_tokprune.bench import speed_table as bench_table
 from mlx_tokprune.bench.__main__ import main as bench
-from mlx_tokprune.commands import options, report
-from mlx_tokprune.commands.report import picture, table_of
-from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.evaluate import table as evaluation_table
+from mlx_tokprune.evaluate import accuracy_table as evaluation_table
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.evaluate.results import accuracies
-from mlx_tokprune.report import main
+from mlx_tokprune.measure.accuracy import accuracies
+from mlx_tokprune.report import __main__ as report
+from mlx_tokprune.report.__main__ import main
+from mlx_tokprune.report.page import picture, table_of
 
 
 @pytest.fixture(scope="module")

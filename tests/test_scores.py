@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_tokprune.evaluate.words import accuracy, normalize
+from mlx_tokprune.evaluate.judge_words import accuracy, normalize
 from mlx_tokprune.measure.intervals import bootstrap, of_share, wilson
 
 

@@ -6,13 +6,13 @@ import pytest
 from conftest import TINY_POLICY
 
 from mlx_tokprune import InputError, Policy, Pruner
-from mlx_tokprune.demo import POLICY_FRAME
-from mlx_tokprune.image import load_image
+from mlx_tokprune.act.action_drafts import correct_draft, read_draft
+from mlx_tokprune.act.heads import Bins
+from mlx_tokprune.act.inputs import observe
+from mlx_tokprune.checkpoints.embedded import POLICY_FRAME
 from mlx_tokprune.pipeline import Scene
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import as_plan
-from mlx_tokprune.robot.heads import Bins
-from mlx_tokprune.robot.inputs import observe
-from mlx_tokprune.robot.speculative import correct_draft, read_draft
 
 STEPS = 7
 

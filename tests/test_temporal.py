@@ -9,11 +9,11 @@ from conftest import TINY
 from PIL import Image
 
 from mlx_tokprune import InputError, Pruner, generate, load
-from mlx_tokprune.answer.temporal import Temporal
-from mlx_tokprune.generate import main as command
+from mlx_tokprune.generate.__main__ import main as command
+from mlx_tokprune.generate.temporal import Temporal
 from mlx_tokprune.pipeline import Scene
 from mlx_tokprune.pipeline import look as see
-from mlx_tokprune.prompt import Prompt
+from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import as_plan
 
 

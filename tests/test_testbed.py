@@ -1,7 +1,6 @@
 """The test bed: its family, its pictures, and what is measured and learned on them."""
 
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,18 +10,20 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_tokprune import InputError, Pruner, generate, load
-from mlx_tokprune.convert.families import identify
-from mlx_tokprune.evaluate import data
+from mlx_tokprune.checkpoints.family import identify
+from mlx_tokprune.evaluate import items as data
 from mlx_tokprune.evaluate.__main__ import main as evaluate
+from mlx_tokprune.evaluate.accuracy_table import most_common
 from mlx_tokprune.evaluate.evaluator import describe_run
-from mlx_tokprune.evaluate.table import most_common
 from mlx_tokprune.models import resnet, resnet_vlm
 from mlx_tokprune.pipeline import Scene, prune_at_tower
-from mlx_tokprune.planning import plan_for
-from mlx_tokprune.prompt import Prompt
-from mlx_tokprune.testbed import assemble, scenes, things
+from mlx_tokprune.pipeline.planning import plan_for
+from mlx_tokprune.processing.prompt import Prompt
+from mlx_tokprune.scenes import testbed as scenes
+from mlx_tokprune.scenes import things
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import Questions, answer_logits, answer_losses
+from recipes.testbed import assemble, prepare
 
 TEXT = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48},
@@ -160,8 +161,8 @@ def test_methods_that_need_attention_are_refused_at_a_convolution(loaded, pictur
 
 
 def test_it_is_told_from_other_families_and_converts(folder, tmp_path):
-    from mlx_tokprune.commands.convert import convert
-    from mlx_tokprune.convert.checkpoint import Checkpoint
+    from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+    from mlx_tokprune.convert import convert
 
     assert identify(Checkpoint.open(folder))[0].name == "ResNet-VLM"
     quantized = {"quantize": True, "q_bits": 8, "q_group_size": 32}
@@ -205,7 +206,7 @@ def stocked(tmp_path, monkeypatch):
     colours = {"red": (220, 10, 10), "blue": (10, 20, 230)}
     for split in things.SPLITS:
         for kind in things.KINDS:
-            target = tmp_path / "testbed" / things.FOLDER / split / kind.name
+            target = tmp_path / "testbed" / things.FOLDER / split / kind
             target.mkdir(parents=True)
             for name, colour in colours.items():
                 _square(colour).save(target / f"{name}.png")
@@ -254,7 +255,7 @@ def test_scenes_and_questions_come_from_the_seed(stocked):
 
 def test_answers_are_what_is_drawn(stocked):
     """Every question of 60 scenes, by looking at where things were put."""
-    kinds, names = set(), {kind.name for kind in things.KINDS}
+    kinds, names = set(), set(things.KINDS)
     for seed in range(60):
         rng = np.random.default_rng(seed)
         scene = scenes.sample_scene(rng, "test")
@@ -302,10 +303,11 @@ def test_needed_tokens_are_those_that_a_thing_covers(stocked):
 
 
 def test_things_of_the_test_are_no_others_than_named():
-    kinds = [kind.name for kind in things.KINDS]
+    kinds = [kind.name for kind in prepare.KINDS]
+    assert tuple(kinds) == things.KINDS
     assert len(set(kinds)) == len(kinds) == 16
-    stamp = things.PurePosixPath
-    (ball,) = (kind for kind in things.KINDS if kind.name == "ball")
+    stamp = prepare.PurePosixPath
+    (ball,) = (kind for kind in prepare.KINDS if kind.name == "ball")
     assert ball.has(stamp("sports/soccerball.png"))
     assert not ball.has(stamp("sports/cartoon/volleyball.png"))
     assert not ball.has(stamp("sports/tennisracket.png"))
@@ -426,12 +428,11 @@ def test_a_projector_that_does_not_fit_is_refused(stocked, folder, tmp_path):
 
 
 def test_torch_learns_from_the_same_loss(stocked, folder, tmp_path, monkeypatch):
-    """`benchmarks/testbed_in_torch.py` against MLX, with an adapter."""
+    """`recipes/testbed/in_torch.py` against MLX, with an adapter."""
     torch = pytest.importorskip("torch", reason="torch is in the parity extra")
     from safetensors.torch import load_file
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import testbed_in_torch as learn
+    from recipes.testbed import in_torch as learn
 
     words = learn.Words.of(load(folder)[1])
     config = json.loads((folder / "config.json").read_text())

@@ -8,8 +8,9 @@ import zipfile
 import pytest
 
 from mlx_tokprune import InputError
-from mlx_tokprune.hub import resolve
-from mlx_tokprune.testbed import parts, things
+from mlx_tokprune.checkpoints.hub import resolve
+from mlx_tokprune.scenes import things
+from recipes.testbed import parts
 
 
 def _tar(files: dict[str, bytes]) -> bytes:

@@ -1,11 +1,8 @@
-"""`benchmarks/testbed_table.py` compares methods question by question."""
-
-from pathlib import Path
+"""`recipes/testbed/table.py` compares methods question by question."""
 
 
 def test_methods_are_compared_on_shared_questions(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import testbed_table
+    from recipes.testbed import table as testbed_table
 
     def answers(label: str, *scores: float) -> list[dict]:
         return [

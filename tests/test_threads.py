@@ -13,8 +13,8 @@ import pytest
 
 from mlx_tokprune import Memory, Policy, Pruner, generate, predict_action
 from mlx_tokprune import stream_generate as stream
-from mlx_tokprune.demo import PICTURES, POLICY_FRAME
-from mlx_tokprune.image import load_image
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
+from mlx_tokprune.processing.image import load_image
 
 WAYS = {
     "unpruned": None,

@@ -11,23 +11,29 @@ from PIL import Image
 from test_learned import features, samples
 
 from mlx_tokprune import Features, InputError, Pruner, load
-from mlx_tokprune.answer.stream import stream_generate
 from mlx_tokprune.bench.__main__ import main as bench
-from mlx_tokprune.commands.report import main as report
+from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.coreml.export import export_package
-from mlx_tokprune.demo import PICTURES
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.generate import main as generate
-from mlx_tokprune.learned import Adaptive, Asking, load_scorer, save_scorer, untold
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.generate.__main__ import main as generate
+from mlx_tokprune.generate.stream import stream_generate
+from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.pruners.saliency import above
+from mlx_tokprune.pruners.scorers import (
+    Adaptive,
+    Asking,
+    load_scorer,
+    save_scorer,
+    untold,
+)
+from mlx_tokprune.report.__main__ import main as report
 from mlx_tokprune.train.__main__ import main as train
+from mlx_tokprune.train.batches import Batches
+from mlx_tokprune.train.gate import above_threshold
+from mlx_tokprune.train.loop import Loop, Schedule
 from mlx_tokprune.train.packing import answer_logits
-from mlx_tokprune.train.tune.batches import Batches
-from mlx_tokprune.train.tune.data import Sample, read_samples
-from mlx_tokprune.train.tune.gate import above_threshold
-from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss, score, scorer_for
+from mlx_tokprune.train.samples import Sample, read_samples
+from mlx_tokprune.train.scorer import Lesson, ScorerLoss, score, scorer_for
 
 
 def counting(scorer, given=None):

@@ -8,15 +8,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_tokprune
+from mlx_tokprune.checkpoints.hub import EMBEDDED
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.hub import EMBEDDED
-from mlx_tokprune.train import questions, scenes
-from mlx_tokprune.train.__main__ import main
-from mlx_tokprune.train.accuracy import HELD_OUT
-from mlx_tokprune.train.batches import make_batch
-from mlx_tokprune.train.export import export
-from mlx_tokprune.train.recipe import STAGES, TRAINING, Trainer
-from mlx_tokprune.train.student import DEMO_CONFIG, Student
+from mlx_tokprune.scenes import pictures as scenes
+from mlx_tokprune.scenes import questions
+from mlx_tokprune.scenes.held_out import HELD_OUT, TRAINING
+from recipes.demo.batches import make_batch
+from recipes.demo.export import export
+from recipes.demo.recipe import STAGES, Trainer
+from recipes.demo.student import DEMO_CONFIG, Student
 
 SMALL = DEMO_CONFIG | {
     "hidden_size": 64,
@@ -163,7 +163,7 @@ def test_every_stage_runs_and_the_export_loads(tmp_path, tokenizer_file):
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, tokenizer_file, monkeypatch):
-    monkeypatch.setattr("mlx_tokprune.train.recipe._SAVE_EVERY", 1)
+    monkeypatch.setattr("recipes.demo.recipe._SAVE_EVERY", 1)
     whole = trainer(tmp_path / "whole", tokenizer_file, 3)
     whole.stages = whole.stages[:2]
     whole.run()
@@ -208,19 +208,3 @@ def test_a_folder_of_other_stages_is_refused(tmp_path):
     Trainer(tmp_path, [], student=Student(SMALL))._save({"stage": 0, "step": 1}, None)
     with pytest.raises(InputError, match="other settings"):
         Trainer(tmp_path, STAGES, student=Student(SMALL))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--model", "demo-policy"], "answers in actions, not in words"),
-        (["--output", "no/such/place.json"], "does not exist"),
-    ],
-)
-def test_accuracy_refuses_first(capsys, options, message):
-    with pytest.raises(SystemExit) as stop:
-        main(["accuracy", *options])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1

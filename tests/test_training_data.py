@@ -11,11 +11,11 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip
 
 from mlx_tokprune import InputError, Pruner, load
-from mlx_tokprune.evaluate.data import read_questions
-from mlx_tokprune.planning import plan_for
+from mlx_tokprune.evaluate.items import read_questions
+from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.train.__main__ import main as train
-from mlx_tokprune.train.tune.data import read_samples
-from mlx_tokprune.train.tune.loop import Loop, Schedule
+from mlx_tokprune.train.loop import Loop, Schedule
+from mlx_tokprune.train.samples import read_samples
 
 PICTURE = str(TINY / "image_0.png")
 

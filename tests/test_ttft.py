@@ -8,16 +8,16 @@ from asking import IMAGE, QUESTIONS, answer, scene_of
 from conftest import TINY
 
 from mlx_tokprune import Pruner, generate, stream_generate
-from mlx_tokprune.answer import image_size as sizes
-from mlx_tokprune.answer.memory import Memory
-from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.generate import main as command
-from mlx_tokprune.image import load_image
+from mlx_tokprune.generate import image_size as sizes
+from mlx_tokprune.generate.__main__ import main as command
+from mlx_tokprune.generate.memory import Memory
 from mlx_tokprune.models.positions import At, LayerCache
 from mlx_tokprune.pipeline import assemble, look, run
+from mlx_tokprune.pipeline.timing import NoClock
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import as_plan
-from mlx_tokprune.timing import NoClock
 
 # Prefill ----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_tokprune.evaluate.data import read_questions
+from mlx_tokprune.evaluate.items import read_questions
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mlx_tokprune.evaluate.words import accuracy
-from mlx_tokprune.image import load_image
+from mlx_tokprune.evaluate.judge_words import accuracy
+from mlx_tokprune.processing.image import load_image
 
 
 def pictures(doc: dict) -> list:

@@ -1,3 +1,1 @@
-"""Pruning in other people's runtimes. Nothing here is imported unless asked for."""
-
-RUNTIMES = ("own", "mlx-vlm")
+"""Kept for folders that `attach` wrote before 0.2; import `mlx_tokprune.attach`."""

@@ -3,30 +3,32 @@
 import itertools
 from pathlib import Path
 
-from ..adapters import RUNTIMES
-from ..answer.drafts import Drafts
-from ..commands.drafts import add_answer_drafts, make_drafts
-from ..commands.options import (
+from ..checkpoints.embedded import PICTURES, POLICY_FRAME
+from ..checkpoints.hub import resolve
+from ..checkpoints.loading import load
+from ..cli import (
+    RUNTIMES,
+    Parser,
     add_adapter,
     add_common,
     add_plans,
     begin_logging,
+    command,
     options_of,
 )
-from ..demo import PICTURES, POLICY_FRAME
-from ..errors import InputError, Parser, command, import_matplotlib
-from ..evaluate.results import accuracies, read_result
+from ..errors import InputError, import_matplotlib
 from ..files import check_name, check_output
-from ..hub import resolve
-from ..image import list_pictures, load_image
-from ..loading import load
+from ..generate.drafts import Drafts
+from ..generate.flags import add_answer_drafts, make_drafts
+from ..measure.accuracy import accuracies, read_result
 from ..measure.subject import Subject, default_methods, subject_of
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS
-from ..planning import plan_for
+from ..pipeline.planning import plan_for
+from ..processing.image import list_pictures, load_image
 from ..pruners import get_method, read_plan
 from .benchmark import Benchmark, make_cases
 from .plots import Accuracy, draw_all
-from .table import markdown
+from .speed_table import markdown
 
 RATIOS = (1.0, 0.5, 0.25, 0.11)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from ..answer.drafts import Drafts, ModelDrafts
+from ..checkpoints.fingerprint import fingerprint
 from ..errors import InputError
 from ..files import write_text
+from ..generate.drafts import Drafts, ModelDrafts
 from ..measure.cost import Cost
 from ..measure.machine import describe, measure_rates
 from ..measure.results import (
@@ -27,16 +28,15 @@ from ..measure.results import (
     Optional,
     Table,
     budgets,
-    fingerprint,
     mismatch,
     read_result,
 )
 from ..measure.subject import Asked, Subject
 from ..pipeline import DEFAULT_POSITIONS
-from ..planning import plan_for
+from ..pipeline.planning import plan_for
+from ..pipeline.timing import STAGES
 from ..pruners import Plan, Pruner, as_plan, read_plan
 from ..pruners.registry import Options
-from ..timing import STAGES
 
 SCHEMA = "mlx_tokprune.bench/1"
 _TIMES = ("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb")

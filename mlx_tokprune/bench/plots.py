@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..errors import import_matplotlib
 from ..files import replacing
-from ..timing import STAGES
+from ..pipeline.timing import STAGES
 from .benchmark import median
-from .table import describe, label, stage
+from .speed_table import describe, label, stage
 
 Accuracy = dict[tuple, float]  # by weights, positions, label and input size
 

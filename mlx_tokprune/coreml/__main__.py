@@ -3,14 +3,16 @@
 import time
 from pathlib import Path
 
-from ..commands.options import (
+from ..checkpoints.hub import resolve
+from ..cli import (
+    Parser,
     add_common,
     begin_logging,
+    command,
     describe_methods,
     read_options,
 )
-from ..errors import InputError, Parser, command
-from ..hub import resolve
+from ..errors import InputError
 from ..pruners import DEFAULT_METHOD, Pruner, get_method
 from .describe import Function
 from .export import COMPRESSIONS, PRECISIONS, TARGETS, ExportOptions, export_package
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     pruners = _pruners(args)
     import mlx.core as mx
 
-    from ..loading import load
+    from ..checkpoints.loading import load
 
     source = resolve("demo" if args.model is None else args.model)
     model, _ = load(source, mx.float32, lazy=True)

@@ -19,11 +19,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from ..checkpoints.loading import check_finite
 from ..errors import InputError, nearest
 from ..features import Features, Selection, keep_rows
 from ..files import new_folder
-from ..loading import check_finite
-from ..planning import plan_for
+from ..pipeline.planning import plan_for
 from ..pruners import Pruner, get_method
 from .capture import Graph, capture
 from .describe import Function, describe

@@ -13,8 +13,8 @@ from ..errors import InputError
 from ..features import Selection
 from ..files import read_json
 from ..pipeline import Scene, VisualTokens, grouped
+from ..pipeline.timing import NO_CLOCK, NoClock
 from ..pruners import Plan
-from ..timing import NO_CLOCK, NoClock
 from .describe import Function, read_functions
 from .export import load_coremltools
 

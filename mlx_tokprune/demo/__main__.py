@@ -3,17 +3,16 @@
 import tempfile
 from pathlib import Path
 
-from ..answer.stream import stream_generate
-from ..commands.act import POLICY_METHOD
-from ..commands.convert import convert
-from ..errors import Parser, command
-from ..image import load_image
-from ..loading import load
-from ..measure.machine import device_name
-from ..overlay import draw_overlay
-from ..pruners import DEFAULT_METHOD, Pruner
-from ..robot.predict import predict_action
-from . import PICTURES, POLICY_FRAME
+from ..act.predict import predict_action
+from ..checkpoints.embedded import PICTURES, POLICY_FRAME
+from ..checkpoints.loading import load
+from ..cli import Parser, command
+from ..convert import convert
+from ..generate.stream import stream_generate
+from ..processing.image import load_image
+from ..processing.overlay import draw_overlay
+from ..pruners import DEFAULT_METHOD, POLICY_METHOD, Pruner
+from ..runtime import device_name
 
 KEEP_RATIOS = (1.0, 0.5)
 

@@ -1,5 +1,5 @@
 """Answers under pruning, beside the unpruned model's and the right ones."""
 
-from .results import SCHEMA, read_result
+from ..measure.accuracy import SCHEMA, read_result
 
 __all__ = ["SCHEMA", "read_result"]

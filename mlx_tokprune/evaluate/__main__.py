@@ -7,34 +7,36 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..adapters import RUNTIMES
-from ..answer.settings import Settings
-from ..commands.options import (
+from ..checkpoints.loading import load
+from ..checkpoints.opening import open_checkpoint
+from ..cli import (
+    RUNTIMES,
+    Parser,
     add_adapter,
     add_common,
     add_plans,
     begin_logging,
+    command,
     options_of,
     read_options,
 )
-from ..errors import InputError, Parser, command, import_matplotlib, printable
+from ..errors import InputError, import_matplotlib, printable
 from ..files import check_apart, check_output, locked, write_text
-from ..loading import load
+from ..generate.settings import Settings
+from ..measure.accuracy import SCHEMA
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
 from ..measure.subject import Subject, default_methods, subject_of
-from ..opening import open_checkpoint
 from ..pipeline import DEFAULT_POSITIONS, POSITIONS
-from ..planning import plan_for
-from ..processor import PADDINGS
+from ..pipeline.planning import plan_for
+from ..processing.processor import PADDINGS
 from ..pruners import get_method, read_plan
-from .data import DESCRIBE, Questions, blinded, read_questions
+from .accuracy_table import draw, markdown, most_common, summarize
 from .evaluator import Evaluator, describe_run
 from .gather import Workers, launch
+from .items import DESCRIBE, Questions, blinded, read_questions
 from .journal import Journal, answer_all
 from .recommend import recommend, sentence
-from .results import SCHEMA
-from .table import draw, markdown, most_common, summarize
 
 RATIOS = (0.5, 0.25, 0.11)
 

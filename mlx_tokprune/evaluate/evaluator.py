@@ -8,17 +8,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..answer.settings import Settings
+from ..checkpoints.fingerprint import fingerprint
 from ..features import Features
-from ..measure.results import Row, fingerprint
+from ..generate.settings import Settings
+from ..measure.accuracy import SCHEMA
+from ..measure.results import Row
 from ..measure.subject import Subject
 from ..pipeline import Scene, VisualTokens, encode, prune_at_tower, run
-from ..planning import plan_for
+from ..pipeline.planning import plan_for
 from ..pruners import Plan
-from .actions import Actions
-from .data import Item
-from .results import SCHEMA
-from .words import Words
+from .items import Item
+from .judge_actions import Actions
+from .judge_words import Words
 
 
 class Evaluator:

@@ -6,8 +6,8 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..measure.guest import Guest, GuestRow
-from .data import Item, Questions
-from .words import judge
+from .items import Item, Questions
+from .judge_words import judge
 
 
 def readable(guest: Guest, rows: Sequence[GuestRow], questions: Questions) -> Questions:

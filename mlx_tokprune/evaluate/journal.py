@@ -7,9 +7,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..files import write_text
+from ..measure.accuracy import ANSWER
 from ..measure.results import mismatch
-from .data import Item
-from .results import ANSWER
+from .items import Item
 
 
 class Journal:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..measure.intervals import of_loss
 from ..measure.results import Row
 from ..pruners import get_method
-from .data import Item
+from .items import Item
 
 
 def recommend(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from PIL import Image
 
-from ..adapters.mlx_vlm import Handle, attach, load_mlx_vlm
+from ..attach.mlx_vlm import Handle, attach, load_mlx_vlm
 from ..errors import InputError
 from ..pruners import Pruner, get_method, list_pruners
 from ..pruners.registry import Options

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..runtime import device_name
+
 _SIDE = 1024  # of the matrices whose product is timed
 _COPIED = 1 << 26  # floats
 
@@ -27,12 +29,6 @@ def describe() -> dict:
         "commit": _commit(),
         "power": _power(),
     }
-
-
-def device_name() -> str:
-    """The device MLX runs on, by name where it has one."""
-    device = mx.default_device()
-    return str(mx.device_info(device).get("device_name", device.type.name))
 
 
 def measure_rates(runs: int = 20) -> dict[str, float]:

@@ -1,15 +1,10 @@
 """Result files: the rows that were measured, whole files, and what they come from."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..pruners import Plan, Pruner, get_method
@@ -66,15 +61,6 @@ def budgets(
     if known.counts_itself(options):
         return [None]
     return [None, *shares] if known.learned_count else shares
-
-
-def fingerprint(model) -> str:
-    """Of a model's weights: what each tensor is called, and its bytes."""
-    digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)))
-    return digest.hexdigest()[:16]
 
 
 # Reading ----------------------------------------------------------------------------

@@ -8,26 +8,19 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from ..answer.drafts import Drafts
-from ..answer.stream import stream_generate
+from ..act.heads import Head, head_of
+from ..act.inputs import check_images, observe, tell
+from ..act.predict import predict_action
 from ..errors import InputError
 from ..features import Selection
-from ..limits import check_memory
-from ..models.family import VisionModel
+from ..generate.drafts import Drafts
+from ..generate.stream import stream_generate
 from ..models.language import TokenSequence
+from ..models.protocol import VisionModel
 from ..pipeline import Scene, VisualTokens, ask, encode, look, prune_at_prompt
-from ..processor import ActionProcessor, Processor
-from ..pruners import (
-    Counts,
-    Plan,
-    Pruner,
-    count_tokens,
-    get_method,
-    list_pruners,
-)
-from ..robot.heads import Head, head_of
-from ..robot.inputs import check_images, observe, tell
-from ..robot.predict import predict_action
+from ..pipeline.limits import check_memory
+from ..processing.processor import ActionProcessor, Processor
+from ..pruners import Counts, Plan, Pruner, count_tokens, get_method, list_pruners
 from .cost import Cost, count
 
 LOWER_SIZES = (256, 512, 768)  # rows without pruning, to compare with

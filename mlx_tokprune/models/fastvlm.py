@@ -15,12 +15,12 @@ import mlx.nn as nn
 from ..errors import InputError
 from ..features import Features
 from ..files import object_of
-from ..prompt import Prompt
+from ..processing.prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import PROVIDES, Chat
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
 from .layers import projector
+from .protocol import PROVIDES, Chat
 
 
 @dataclass(frozen=True)

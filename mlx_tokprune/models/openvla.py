@@ -12,22 +12,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..actions import MOST_NUMBERS
 from ..errors import InputError
 from ..features import Features
 from ..files import object_of
-from ..prompt import Prompt
-from .checks import (
-    check_language,
-    check_token,
-    expect,
-    is_number,
-    is_size,
-)
-from .family import POLICY_PROVIDES, Common
+from ..processing.actions import MOST_NUMBERS
+from ..processing.prompt import Prompt
+from .checks import check_language, check_token, expect, is_number, is_size
 from .language import Decoder
 from .layers import gelu
 from .oft import ActionHead, OFTConfig, ProprioProjector
+from .protocol import POLICY_PROVIDES, Common
 from .vit import ViT, ViTConfig, tower_config
 
 TOWERS = ("featurizer", "fused_featurizer")

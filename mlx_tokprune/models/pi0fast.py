@@ -12,14 +12,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..actions import RULES
 from ..errors import InputError
 from ..features import Features
 from ..files import object_of
-from ..prompt import Prompt
+from ..processing.actions import RULES
+from ..processing.prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import POLICY_PROVIDES, Common
 from .language import Decoder
+from .protocol import POLICY_PROVIDES, Common
 from .vit import ViT, ViTConfig, check_tower
 
 DIALECTS = ("lerobot", "openpi")

@@ -15,11 +15,11 @@ import numpy as np
 
 from ..features import Features
 from ..files import object_of
-from ..prompt import Prompt
+from ..processing.prompt import Prompt
 from .checks import check_language, expect, is_size
-from .family import PROVIDES, Chat
 from .language import Decoder
 from .layers import projector
+from .protocol import PROVIDES, Chat
 from .resnet import CHANNELS, STAGES, STRIDE, ResNet50
 
 _FREQUENCIES = 4  # of a token's place, along each side

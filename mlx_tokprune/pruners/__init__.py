@@ -1,21 +1,22 @@
 """Choosing which visual tokens stay: `Pruner`, `list_pruners`, and the methods."""
 
-from . import (  # noqa: F401  (registers them)
+from . import (  # noqa: F401  (registers the methods)
     absorbing,
     baseline,
     diversity,
+    inside,
     merging,
-    recipes,
     saliency,
     text,
 )
 from .notation import read_place, read_plan, read_pruner
 from .plans import Counts, Plan, Pruners, as_plan, count_tokens
-from .pruner import DEFAULT_METHOD, Pruner, check_seed, count_kept
+from .pruner import DEFAULT_METHOD, POLICY_METHOD, Pruner, check_seed, count_kept
 from .registry import Place, get_method, is_registered, list_pruners, register
 
 __all__ = [
     "DEFAULT_METHOD",
+    "POLICY_METHOD",
     "Counts",
     "Place",
     "Plan",

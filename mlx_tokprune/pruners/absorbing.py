@@ -8,12 +8,7 @@ import mlx.core as mx
 
 from ..features import Features, Selection, place_marked
 from .registry import in_ranges, register
-from .saliency import (
-    keep_highest,
-    keep_marked,
-    normalize,
-    one_hot,
-)
+from .saliency import keep_highest, keep_marked, normalize, one_hot
 
 _CONTEXTUAL = 10 / 64  # VisionZip's share of the budget
 _NEIGHBOURS = 32  # tokens that a kept one of PruMerge takes in

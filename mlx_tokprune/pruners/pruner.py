@@ -12,11 +12,12 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from ..features import Features, Selection
-from ..learned import is_scorer, load_scorer
 from .registry import Depths, Method, Options, Place, get_method
+from .scorers import is_scorer, load_scorer
 
 log = logging.getLogger("mlx_tokprune")
 DEFAULT_METHOD = "norm"
+POLICY_METHOD = "trimvla"  # default of policies
 
 
 def count_kept(total: int, keep_ratio: float) -> int:

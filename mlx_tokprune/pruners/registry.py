@@ -23,7 +23,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, nearest
 from ..features import Selection
-from ..learned import counts_itself, is_scorer
+from .scorers import counts_itself, is_scorer
 
 Place = Literal["tower", "prompt"] | int
 Depths = tuple[float, ...]  # shares of a language model's depth, ascending

@@ -1,20 +1,19 @@
 """Train scorers or the demo model, or measure it: `python -m mlx_tokprune.train`."""
 
-import json
 from pathlib import Path
 
-from ..commands.options import (
+from ..cli import (
+    Parser,
     add_budget,
     add_method,
     add_option,
+    command,
     describe_methods,
     make_pruners,
 )
-from ..errors import InputError, Parser, command, nearest, printable
-from ..files import check_output, write_text
-from ..learned import SCORERS, is_scorer, load_scorer
-from ..pipeline import POSITIONS
-from .scenes import check_fonts
+from ..errors import InputError, nearest, printable
+from ..pruners.scorers import SCORERS, is_scorer, load_scorer
+from ..scenes.pictures import check_fonts
 
 _QUESTIONS = 5  # about each picture in a step
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,17 +22,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 def build_parser() -> Parser:
     parser = Parser(prog="mlx_tokprune.train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train, resuming what is in the folder")
-    run.add_argument("--folder", required=True, help="where training state is kept")
-    run.add_argument("--output", required=True, help="checkpoint folder to write")
-    run.add_argument(
-        "--scale", type=float, default=1.0, help="of the steps (default 1)"
-    )
-    accuracy = commands.add_parser("accuracy", help="measure on held-out pictures")
-    accuracy.add_argument("--model", default="demo")
-    accuracy.add_argument("--pictures", type=int, default=512)
-    accuracy.add_argument("--positions", choices=POSITIONS, default="original")
-    accuracy.add_argument("--output", help="also write the table as JSON")
     _add_prune(commands)
     _add_lora(commands)
     fuse = commands.add_parser("fuse", help="write a checkpoint with its adapter in it")
@@ -119,13 +107,12 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if getattr(args, "data", "demo") == "demo" and args.command != "fuse":
         check_fonts()
-    commands = {"run": _train, "accuracy": _measure, "prune": _prune}
-    commands |= {"lora": _lora, "fuse": _fuse}
+    commands = {"prune": _prune, "lora": _lora, "fuse": _fuse}
     commands[args.command](args)
 
 
 def _prune(args) -> None:
-    from .tune.scorer import Lesson, goal_of, train_scorer
+    from .scorer import Lesson, goal_of, train_scorer
 
     if args.scorer not in SCORERS and not is_scorer(args.scorer):
         raise InputError(
@@ -171,7 +158,7 @@ def _prune(args) -> None:
 
 def _lora(args) -> None:
     from ..pruners import DEFAULT_METHOD, get_method
-    from .tune.lora import Adapter, train_adapter
+    from .lora import Adapter, train_adapter
 
     unset = not args.prune and args.keep_ratio is None and args.keep_tokens is None
     if unset and get_method(args.method or DEFAULT_METHOD).lacks_budget({}):
@@ -190,7 +177,7 @@ def _lora(args) -> None:
 
 
 def _fuse(args) -> None:
-    from .tune.lora import fuse
+    from .lora import fuse
 
     fuse(args.model, args.adapter_path, args.output)
     print(f"wrote {args.output}")
@@ -199,15 +186,15 @@ def _fuse(args) -> None:
 def _load(args) -> tuple:
     import mlx.core as mx
 
-    from ..loading import load
+    from ..checkpoints.loading import load
 
     return load(args.model, getattr(mx, args.dtype) if args.dtype else None)
 
 
 def _training(args) -> tuple:
     """Samples, schedule, the folder of the state, and that of the result."""
-    from .tune.data import read_samples
-    from .tune.loop import Schedule
+    from .loop import Schedule
+    from .samples import read_samples
 
     questions = _QUESTIONS if args.questions is None else args.questions
     if min(args.pictures, args.batch, questions) < 1:
@@ -225,43 +212,6 @@ def _training(args) -> tuple:
         print(f"skipped line {number}: {printable(reason)}")
     folder = Path(args.folder or f"{args.output}.training")
     return samples, schedule, folder, output
-
-
-def _train(args) -> None:
-    import dataclasses
-
-    from .export import export
-    from .recipe import STAGES, Trainer
-
-    if Path(args.output).exists():
-        raise InputError(f"{args.output} already exists; choose a new folder")
-    stages = [
-        dataclasses.replace(s, steps=max(1, int(s.steps * args.scale))) for s in STAGES
-    ]
-    trainer = Trainer(Path(args.folder), stages)
-    trainer.run()
-    export(trainer.student, trainer.tokenizer, Path(args.output))
-    print(f"wrote {args.output}")
-
-
-def _measure(args) -> None:
-    from ..answer.stream import check_answers
-    from ..loading import load
-    from .accuracy import markdown, measure
-
-    if args.pictures < 1:
-        raise InputError(f"cannot measure on {args.pictures} pictures; the least is 1")
-    if args.output:
-        check_output(args.output)
-    model, processor = load(args.model)
-    check_answers(model)
-    table = measure(model, processor, args.pictures, positions=args.positions)
-    print(
-        f"{args.pictures} held-out pictures, {args.positions} positions, exact match %"
-    )
-    print(markdown(table))
-    if args.output:
-        write_text(args.output, json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

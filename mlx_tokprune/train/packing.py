@@ -12,8 +12,8 @@ import mlx.nn as nn
 
 from ..models.fastvlm import FastVLM
 from ..models.language import TokenSequence
-from .questions import Question
-from .stages import IGNORE, Pair, padded_arrays, pairs_of, question_mask
+from ..scenes.questions import Question
+from .layout import IGNORE, Pair, padded_arrays, pairs_of, question_mask
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _folder(path: Path) -> str | None:
     if path.name.endswith(".training"):  # kept, so that a training can go on
         return None
     if (path / "scorer.json").exists():
-        from mlx_tokprune.learned import load_scorer
+        from mlx_tokprune.pruners.scorers import load_scorer
 
         load_scorer(path)
         return None
@@ -75,7 +75,7 @@ def _folder(path: Path) -> str | None:
         json.loads((path / "adapter_config.json").read_text())
         return None if (path / "adapters.safetensors").exists() else "lacks weights"
     if (path / "config.json").exists():
-        from mlx_tokprune.opening import open_checkpoint
+        from mlx_tokprune.checkpoints.opening import open_checkpoint
 
         open_checkpoint(path)
         return None

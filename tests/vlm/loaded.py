@@ -9,7 +9,7 @@ from mlx_vlm.prompt_utils import apply_chat_template
 from mlx_vlm.utils import prepare_inputs
 
 from mlx_tokprune import Pruner
-from mlx_tokprune.adapters.mlx_vlm import attach
+from mlx_tokprune.attach.mlx_vlm import attach
 
 from .families import picture, prompt
 

@@ -1,0 +1,186 @@
+"""Convert a checkpoint of Hugging Face to MLX format."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from ..checkpoints.carried import carry, read_carried
+from ..checkpoints.checkpoint import (
+    BYTES,
+    FLOATS,
+    Checkpoint,
+    copy_beside,
+    copy_companions,
+    write_config,
+    write_shards,
+)
+from ..checkpoints.family import BITS, GROUPS, QUANTIZED, Family
+from ..checkpoints.hub import resolve
+from ..checkpoints.loading import check_finite, load_tokenizer, tokenizer_folder
+from ..checkpoints.opening import check_plan, expected_shapes, open_checkpoint
+from ..errors import InputError
+from ..files import new_folder
+from ..pruners import Pruners, as_plan
+from .openvla import OPENVLA
+
+log = logging.getLogger(__name__)
+INT8_WARNING = (
+    "8 bits cost OpenVLA success: its paper saw 58.1 % of tasks done, against 71.3 % "
+    "without quantization and 71.9 % with 4 bits (arXiv 2406.09246)"
+)
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def convert(
+    hf_path: str,
+    mlx_path: str,
+    dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int = 4,
+    q_group_size: int = 64,
+    actions_per_chunk: int | None = None,
+    pictures: int | None = None,
+    pruner: Pruners = None,
+    lora_adapter: str = "auto",
+    base_model: str | None = None,
+) -> Path:
+    """Write the checkpoint `hf_path` (hub id or folder) as an MLX checkpoint.
+
+    dtype: of float tensors, the source's own when `None`.
+    quantize: the language model only, to `q_bits` in groups of `q_group_size`.
+    actions_per_chunk, pictures: of an OpenVLA-OFT policy whose robot is not known here.
+    lora_adapter: what becomes of the `lora_adapter/` of OpenVLA-OFT's training: `merge`
+    adds it to the weights, `ignore` does not; `auto` adds it unless the weights hold it
+    already, which they are asked, since files do not say. base_model: what it was
+    trained on, where its folder has no weights.
+    pruner: one, or several, that the checkpoint carries from then on, and that prune
+    wherever none is given; those that the source carries when `None`.
+
+    Tensors are streamed, so memory holds about one shard of 1 GB. The source is only
+    read; its tokenizer, licence and model card are copied. Returns the new folder.
+    Raises `InputError` for a source that cannot be read or an existing target.
+    """
+    if q_bits not in BITS or q_group_size not in GROUPS:
+        raise InputError(
+            f"cannot quantize to {q_bits} bits in groups of {q_group_size}; expected "
+            + QUANTIZED
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(
+            f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}"
+        )
+    target = Path(mlx_path)
+    source = resolve(hf_path)
+    inside = Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source))
+    if source.is_dir() and inside:
+        raise InputError(
+            f"{target} is inside {source}, which is only read; choose a folder "
+            "elsewhere"
+        )
+    family, checkpoint, config = open_checkpoint(source, lora_adapter, base_model)
+    for note in checkpoint.notes:
+        log.warning(note)
+    if pruner is None:
+        pruner = read_carried(config, checkpoint.folder)
+    if as_plan(pruner):
+        check_plan(family, config, pruner)
+    _override_oft(config, actions_per_chunk, pictures)
+    beside = family.beside(checkpoint)
+    load_tokenizer(tokenizer_folder(checkpoint, beside), config)  # or of no use
+    if quantize and q_bits == 8 and family is OPENVLA:
+        log.warning(INT8_WARNING)
+    if quantize and config.get("quantization"):
+        raise InputError(f"{checkpoint.folder} is already quantized; leave out -q")
+    quantization = (q_group_size, q_bits) if quantize else None
+    tensors = _stream(family, checkpoint, dtype, quantization)
+    size = _bytes_to_write(family, checkpoint, dtype, quantization)
+    with new_folder(target) as folder:
+        if checkpoint.base:  # its licence; what the policy has, too, is the policy's
+            copy_companions(checkpoint.base, folder)
+        copy_companions(checkpoint.folder, folder)
+        copy_beside(beside, folder)
+        target_config = _target_config(config, dtype, quantize, q_bits, q_group_size)
+        write_config(folder, carry(pruner, target_config, folder))
+        write_shards(folder, tensors, size)
+    return target
+
+
+def _stream(
+    family: Family,
+    checkpoint: Checkpoint,
+    dtype: str | None,
+    quantization: tuple[int, int] | None,
+) -> Iterator[tuple[str, mx.array]]:
+    """The MLX-layout tensors one by one, each released once it is consumed."""
+    weights = family.to_mlx_layout(checkpoint.load())
+    names = sorted(weights)
+    for name in tqdm(names, desc="converting", unit="tensor", disable=None):
+        array = weights.pop(name)
+        if mx.issubdtype(array.dtype, mx.floating):
+            check_finite({name: array})
+            array = array.astype(DTYPES[dtype]) if dtype else array
+        if quantization and _can_quantize(name, array.shape, quantization[0]):
+            path = name.removesuffix(".weight")
+            parts = mx.quantize(array, *quantization)
+            mx.eval(parts)  # or the source would stay until the shard is written
+            yield from zip(
+                (name, f"{path}.scales", f"{path}.biases"), parts, strict=True
+            )
+            del parts
+        else:
+            yield name, array
+        del array
+
+
+def _can_quantize(name: str, shape: tuple[int, ...], group_size: int) -> bool:
+    """Matrices of the language model whose rows divide into groups."""
+    matrix = name.startswith("language_model.") and len(shape) == 2
+    return matrix and name.endswith(".weight") and shape[1] % group_size == 0
+
+
+def _override_oft(config: dict, chunk: int | None, pictures: int | None) -> None:
+    given = {"chunk": chunk, "pictures": pictures}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not config.get("oft"):
+        raise InputError(
+            "actions per chunk and pictures are said of OpenVLA-OFT policies, and this "
+            "checkpoint is none; leave them out"
+        )
+    if any(value < 1 for value in given.values()):
+        raise InputError("actions per chunk and pictures are whole numbers from 1")
+    if given:
+        config["oft"] |= given
+        expected_shapes(OPENVLA, config)  # refuses what does not fit
+
+
+def _target_config(config: dict, dtype, quantize: bool, bits: int, group: int) -> dict:
+    config = {k: v for k, v in config.items() if k != "auto_map"}
+    if dtype:
+        config["torch_dtype"] = dtype
+    if quantize:
+        config["quantization"] = {"group_size": group, "bits": bits, "mode": "affine"}
+        config["quantization_config"] = config["quantization"]
+    return config
+
+
+def _bytes_to_write(
+    family: Family,
+    checkpoint: Checkpoint,
+    dtype: str | None,
+    quantization: tuple[int, int] | None,
+) -> int:
+    """What the tensors will take on the disk."""
+    total, stored = 0.0, family.dtypes(checkpoint)
+    for name, shape in family.shapes(checkpoint).items():
+        cast = dtype is not None and stored[name] in FLOATS
+        size = float(DTYPES[dtype].size if cast else BYTES[stored[name]])
+        if quantization and _can_quantize(name, shape, quantization[0]):
+            group, bits = quantization
+            size = bits / 8 + 2 * size / group  # weights, and a scale and a bias each
+        total += math.prod(shape) * size
+    return int(total)

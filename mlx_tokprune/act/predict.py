@@ -1,0 +1,112 @@
+"""`predict_action`: the action for one observation, with its times.
+
+`policy.py` is for control loops.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from ..models.protocol import VisionModel
+from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_positions
+from ..pipeline.planning import plan_for
+from ..pipeline.timing import NO_CLOCK, Clock
+from ..processing.chunks import ChunkProcessor
+from ..processing.processor import ActionProcessor
+from ..pruners import Pruners
+from ..runtime import end_streams_with_thread
+from .heads import head_of
+from .inputs import check_action, check_acts, check_images, check_scorers, observe, tell
+
+log = logging.getLogger("mlx_tokprune")
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a policy answers to one observation.
+
+    values: (A,) in robot units, or (chunk, A) from OpenVLA-OFT and pi0-FAST.
+    normalized: the same in [-1, 1]. token_ids: the A tokens, or those of pi0-FAST's
+    answer; `None` for OFT, which has none. visual: the
+    kept visual tokens. ttft_ms: from decoded pictures to the first action token on the
+    host (OFT: to the whole chunk). total_ms: to the last. stages_ms: of each stage,
+    where a clock fenced them. wrong: what was wrong with the answer of a pi0-FAST
+    policy, whose values are then padded or cut.
+    """
+
+    values: np.ndarray
+    normalized: np.ndarray
+    token_ids: tuple[int, ...] | None
+    visual: VisualTokens = field(repr=False)
+    ttft_ms: float
+    total_ms: float
+    stages_ms: dict[str, float] | None = None
+    wrong: str | None = None
+
+
+def predict_action(
+    model: VisionModel,
+    processor: ActionProcessor | ChunkProcessor,
+    images: Sequence | Mapping,
+    instruction: str,
+    *,
+    unnorm_key: str | None = None,
+    proprio: Sequence[float] | None = None,
+    pruner: Pruners = None,
+    positions: str = DEFAULT_POSITIONS,
+    stages: bool = False,
+) -> Action:
+    """The action for one observation.
+
+    images: files, arrays or PIL images, in the policy's order, or by the names of its
+    cameras, of which any may be absent (pi0-FAST). unnorm_key: the data set
+    whose units are wanted; may be left out where there is one. proprio: robot state in
+    its own units, for policies that read it. pruner: one, or several at different
+    places; when `None` those that the checkpoint carries, mostly none. stages: fence
+    the run and time its stages. Raises `InputError` for anything that does not fit the
+    policy.
+    """
+    check_acts(model, processor)
+    plan = plan_for(model, pruner)
+    check_positions(positions)
+    images = check_images(model, images)
+    bounds = processor.bounds("action", unnorm_key)
+    head = head_of(model, processor, len(bounds.low))
+    head.check(bounds)
+    size = len(bounds.low)
+    check_scorers(plan, size)
+    states = None if proprio is None else [proprio]
+    clock = Clock() if stages else NO_CLOCK
+    end_streams_with_thread()
+    start = time.perf_counter()
+    with clock.stage("preprocess") as done:
+        told = tell(model, processor, instruction, states, unnorm_key)
+        scene = observe(processor, [images], *told, mx.zeros((1, size)))
+        done.append(scene.pixels)
+    parts, visual = head.act(model, scene, plan, positions=positions, clock=clock)
+    with clock.stage("prefill"):
+        mx.eval(parts[0])
+    first = time.perf_counter()
+    with clock.stage("decode"):
+        said = np.array(head.joined(parts))[0]
+    last = time.perf_counter()
+    mx.eval(visual.indices)  # other threads could not
+    log.debug("action after %.1f ms", (last - start) * 1e3)
+    normalized = check_action(head.normalized(said))
+    wrong = head.wrong(said)
+    if wrong:
+        log.warning("the policy gave %s", wrong)
+    return Action(
+        bounds.to_units(normalized),
+        normalized,
+        head.ids(said),
+        visual,
+        (first - start) * 1e3,
+        (last - start) * 1e3,
+        clock.times,
+        wrong,
+    )

@@ -1,0 +1,1 @@
+"""Checkpoint folders: find, open, check and load them."""

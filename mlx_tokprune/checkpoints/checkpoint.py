@@ -1,0 +1,322 @@
+"""Checkpoint folders: find shards, check them, read lazily, write atomically.
+
+Knows safetensors and folders, no model family. Headers are read and checked before any
+tensor is, so a damaged checkpoint is refused before work begins.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..files import read_json
+from .hub import COMPANIONS
+
+ADAPTER = "lora_adapter"  # OpenVLA-OFT's, beside the weights or in their place
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 1 << 30
+_ORBAX = (".", "params", "default")  # where its _METADATA lies
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_LARGEST_COMPANION = 256 << 20  # bytes
+FLOATS = ("F64", "F32", "F16", "BF16")
+Shape = tuple[int, ...]
+Weights = dict[str, mx.array]
+# Bytes of each safetensors type that MLX reads.
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
+BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+# What arrays that are made here are called there.
+TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies and its shape, from a safetensors header."""
+
+    file: Path
+    dtype: str
+    shape: Shape
+
+
+class Checkpoint:
+    """An opened folder: `config`, and `tensors` by name, not yet read.
+
+    extra: tensors that came from other files and are in memory already. base: where
+    config and weights are, when not in the folder. finish: what is done to the weights
+    once they are read. notes: what people should know of all this.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        tensors: dict[str, Tensor],
+        extra: Mapping[str, mx.array] | None = None,
+        base: Path | None = None,
+    ):
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self.extra = dict(extra or {})
+        self.base = base
+        self.finish: Callable[[Weights], Weights] | None = None
+        self.notes: list[str] = []
+
+    @classmethod
+    def open(cls, folder: str | Path, base: Path | None = None) -> "Checkpoint":
+        """Read config and headers. Raises `InputError` for anything unusable."""
+        folder = Path(folder)
+        for place in (folder, base):
+            _check_folder(place or folder)
+        if base and any(folder.glob("*.safetensors")):
+            raise InputError(
+                f"{folder} has weights of its own; leave out the base model {base}"
+            )
+        config = read_json((base or folder) / "config.json")
+        tensors: dict[str, Tensor] = {}
+        for file in _shards(base or folder):
+            header = read_header(file)
+            for name in header.keys() & tensors.keys():
+                raise InputError(
+                    f"tensor {name} is both in {tensors[name].file.name} and in "
+                    f"{file.name}; expected it once"
+                )
+            tensors.update(header)
+        return cls(folder, config, tensors, base=base)
+
+    def load(self) -> Weights:
+        """All tensors, lazily: nothing is read until it is evaluated."""
+        weights: Weights = {}
+        stored = {n: t for n, t in self.tensors.items() if n not in self.extra}
+        for file in sorted({t.file for t in stored.values()}):
+            weights.update(mx.load(str(file), format="safetensors"))
+        weights = {n: weights[n] for n in stored}
+        return (self.finish(weights) if self.finish else weights) | self.extra
+
+
+def _check_folder(folder: Path) -> None:
+    """A pipe or a device in it would be waited for, or read for ever."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder; expected a checkpoint folder with "
+            "config.json and safetensors files"
+        )
+    weights = any(folder.glob("*.safetensors"))
+    if not weights and any((folder / p / "_METADATA").is_file() for p in _ORBAX):
+        raise InputError(
+            f"{folder} is an Orbax checkpoint, which is not read; expected the "
+            "safetensors that lerobot saves: take lerobot/pi0fast-base, or write the "
+            "weights under lerobot's names (openpi's convert_jax_model_to_pytorch.py "
+            "refuses pi0-FAST)"
+        )
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(
+                f"{path} is neither a file nor a folder; expected a checkpoint of files"
+            )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        files = sorted(folder.glob("model*.safetensors"))
+        files = files or sorted(folder.glob("*.safetensors"))
+        if files:
+            return files
+        if (folder / ADAPTER).is_dir():
+            raise InputError(
+                f"{folder} has {ADAPTER} but no weights, as OpenVLA-OFT saves a policy "
+                "that is to be merged later; expected what it was trained on, as in "
+                "mlx_tokprune.convert --base-model openvla/openvla-7b"
+            )
+        torch = sorted(p.name for p in folder.glob("*.bin"))
+        found = f"only {torch[0]}, a torch pickle" if torch else "no weights"
+        raise InputError(
+            f"{folder} has {found}; expected safetensors files "
+            f"(model.safetensors, or shards with {INDEX})"
+        )
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index} has no weight_map of tensor names to shards")
+    return [_shard(folder, name) for name in sorted(set(map(str, names.values())))]
+
+
+def _shard(folder: Path, name: str) -> Path:
+    path = Path(name)
+    if path.is_absolute() or path.name != name or name in ("", ".", ".."):
+        raise InputError(
+            f"{INDEX} names the shard {name!r}, which leaves {folder}; expected "
+            "file names inside the folder"
+        )
+    if not os.path.isfile(folder / name):
+        raise InputError(
+            f"shard {name} is missing from {folder}, though {INDEX} names it; "
+            "download it again"
+        )
+    return folder / name
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Names and shapes in one safetensors file, whose length is checked too."""
+    if not file.is_file():
+        raise InputError(f"{file} is not a file; expected a safetensors file")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length + 8 > size:
+            raise InputError(f"{file} is truncated: {size} bytes hold no whole header")
+        if length > _LONGEST_HEADER:
+            raise InputError(
+                f"{file} has a header of {length} bytes; safetensors allows "
+                f"{_LONGEST_HEADER}"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            _check_metadata(header.pop("__metadata__", None) or {})
+            tensors = {name: _tensor(file, entry) for name, entry in header.items()}
+            spans = sorted(tuple(t["data_offsets"]) for t in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{file} is not a safetensors file") from None
+    ends = [0, *(end for _, end in spans)]
+    if any(begin != before for (begin, _), before in zip(spans, ends, strict=False)):
+        raise InputError(f"{file} is not a safetensors file: its tensors overlap")
+    expected = 8 + length + ends[-1]
+    if size != expected:
+        problem = "truncated" if size < expected else "too long"
+        raise InputError(f"{file} is {problem}: {size} bytes, expected {expected}")
+    return tensors
+
+
+def _check_metadata(metadata: dict) -> None:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata are texts")
+
+
+def _tensor(file: Path, entry: dict) -> Tensor:
+    """One entry of a header; `ValueError` or the like where it contradicts itself."""
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("sizes are whole numbers")
+    if end - begin != math.prod(shape) * BYTES[entry["dtype"]]:
+        raise ValueError("size and shape disagree")
+    return Tensor(file, entry["dtype"], shape)
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Every expected tensor once, with its shape, and no other; else `InputError`."""
+    for name, shape in expected.items():
+        if name not in found:
+            more = len(expected.keys() - found.keys()) - 1
+            others = f" and {more} more" if more else ""
+            raise InputError(f"{source} lacks tensor {name}{others}")
+        if tuple(found[name]) != tuple(shape):
+            raise InputError(
+                f"tensor {name} of {source} has shape {tuple(found[name])}; "
+                f"expected {tuple(shape)}"
+            )
+    if extra := sorted(found.keys() - expected.keys()):
+        others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise InputError(f"{source} has the unknown tensor {extra[0]}{others}")
+
+
+def copy_beside(files: Mapping[str, Path], target: Path) -> None:
+    """Files that lay elsewhere, under the names they have beside the weights."""
+    for name, path in files.items():
+        _check_companion(path, path.parent)
+        shutil.copyfile(path, target / name)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, licence and model card travel with the weights; code does not."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                _check_companion(path, source)
+                shutil.copyfile(path, target / path.name)
+
+
+def _check_companion(path: Path, source: Path) -> None:
+    """Links stay in the folder, or in the hub's cache that the folder is a part of."""
+    allowed = [source.resolve()]
+    allowed += [p.parent / "blobs" for p in allowed[0].parents if p.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+        raise InputError(
+            f"{path} is a link that leaves {source}; expected the file itself"
+        )
+    if path.stat().st_size > _LARGEST_COMPANION:
+        raise InputError(
+            f"{path} has {path.stat().st_size} bytes; expected at most "
+            f"{_LARGEST_COMPANION} beside the weights"
+        )
+
+
+def write_config(folder: Path, config: dict) -> None:
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, mx.array]],
+    total_bytes: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write lazy `tensors` as one safetensors file or as shards with an index.
+
+    Each shard is evaluated, written and released before the next is begun, so memory
+    holds one shard. `total_bytes` is an estimate that only the free disk space is
+    checked against. Raises `OSError` (ENOSPC) when the disk is full.
+    """
+    if shutil.disk_usage(folder).free < total_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    written: list[tuple[Path, list[str], int]] = []
+    shard: dict[str, mx.array] = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > shard_bytes:
+            written.append(_write_shard(folder, len(written), shard))
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+        del array
+    written.append(_write_shard(folder, len(written), shard))
+    if len(written) == 1:
+        written[0][0].rename(folder / "model.safetensors")
+        return
+    names: dict[str, str] = {}
+    for number, (path, keys, _) in enumerate(written, 1):
+        name = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.rename(folder / name)
+        names |= dict.fromkeys(keys, name)
+    size = sum(nbytes for *_, nbytes in written)
+    index = {"metadata": {"total_size": size}, "weight_map": names}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(folder: Path, number: int, shard: dict[str, mx.array]):
+    path = folder / f"shard-{number}.safetensors"
+    names, nbytes = list(shard), sum(a.nbytes for a in shard.values())
+    try:
+        mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
+    except RuntimeError:
+        if shutil.disk_usage(folder).free > nbytes:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    # MLX does not report a short write.
+    if path.stat().st_size < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    shard.clear()
+    mx.clear_cache()
+    return path, names, nbytes

@@ -1,0 +1,105 @@
+"""A model's folder on disk from its name: the one door of every command."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InputError, nearest
+from ..files import DEMO, cache_folder
+
+# What travels with the weights: tokenizer, licence and model card.
+COMPANIONS = (
+    "tokenizer*",
+    "fast_*.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "dataset_statistics.json",
+    "processor_config.json",
+    "chat_template.*",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "ACKNOWLEDG*",
+    "USE_POLICY*",
+    "*.md",
+)
+
+_PATTERNS = (
+    "*.json",
+    "*.safetensors",
+    "*_checkpoint.pt",
+    "*.mlpackage/*",
+    "lora_adapter/*",
+    "tokenizer/*",
+    "fast/*.json",
+    "assets/*/norm_stats.json",
+    *COMPANIONS,
+)
+
+
+# The embedded demo models, by name.
+EMBEDDED = {
+    "demo": DEMO / "checkpoint",
+    "demo-policy": DEMO / "policy",
+    "demo-pi0": DEMO / "pi0",
+}
+
+
+# The model that `python -m recipes.testbed` makes, by its name and folder.
+TESTBED, CHECKPOINT = "testbed", "checkpoint"
+
+
+def is_local(name: str) -> bool:
+    """Whether `resolve` finds it without the hub."""
+    return name in (*EMBEDDED, TESTBED) or os.path.exists(name)
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """An embedded model, `testbed`, a folder, or a snapshot of a hub id.
+
+    Raises `InputError` when it is none of these.
+    """
+    if str(path_or_id) in EMBEDDED:
+        return EMBEDDED[str(path_or_id)]
+    if str(path_or_id) == TESTBED:
+        built = cache_folder(TESTBED) / CHECKPOINT
+        if not built.is_dir():
+            raise InputError(
+                f"the test bed is not in {built}; make it from a clone, with "
+                "`python -m recipes.testbed`"
+            )
+        return built
+    path = Path(path_or_id)
+    if os.path.exists(path):
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        raise InputError(
+            f"{path_or_id} does not exist; expected a checkpoint folder, a hub id such "
+            f"as apple/FastVLM-0.5B, or {' or '.join(EMBEDDED)}."
+            + nearest(str(path_or_id), EMBEDDED)
+        )
+    return fetch(str(path_or_id), _PATTERNS)
+
+
+def fetch(hub_id: str, files: Sequence[str]) -> Path:
+    """A downloaded snapshot of a hub id, of the files that match these patterns.
+
+    Raises `InputError` when there is none.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (
+            str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        )
+        raise InputError(
+            f"{hub_id} is no folder here and cannot be fetched from the hub ({reason})"
+        ) from None

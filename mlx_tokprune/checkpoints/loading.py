@@ -1,0 +1,263 @@
+"""From a name to `(model, processor)`, whatever layout the folder has."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from PIL import Image
+
+from ..errors import InputError
+from ..files import object_of, read_json
+from ..models.protocol import VisionModel
+from ..processing.chunks import ChunkProcessor
+from ..processing.fast import FastCode
+from ..processing.processor import ActionProcessor, Processor
+from ..pruners.scorers import signs_of
+from ..runtime import end_streams_with_thread
+from .carried import read_carried
+from .checkpoint import Checkpoint, check_shapes
+from .opening import MISFITS, build, named_tensors, open_checkpoint
+
+log = logging.getLogger(__name__)
+PROJECTOR = "projector.safetensors"  # of an adapter that comes with one
+AnyProcessor = Processor | ActionProcessor | ChunkProcessor
+
+
+def default_dtype() -> mx.Dtype | None:
+    """float32 on MLX's CPU backend, whose half precision is slow; else as stored."""
+    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    dtype: mx.Dtype | None = None,
+    lazy: bool = False,
+    adapter_path: str | Path | None = None,
+) -> tuple[VisionModel, AnyProcessor]:
+    """Load a checkpoint, converted or original: `demo`, a folder, or one of the hub.
+
+    dtype: of float weights; `default_dtype()` when `None`. lazy: leave most weights on
+    the disk until something needs them. adapter_path: the folder of an adapter in
+    mlx-lm's format, LoRA or DoRA, for the language model. A model that answers comes
+    with a `Processor`, a policy with an `ActionProcessor`, or for chunks of actions in
+    code with a `ChunkProcessor`. Pruners that the checkpoint carries prune wherever
+    none is given. Raises `InputError` when the folder cannot be used, or, unless lazy,
+    a weight is not finite.
+    """
+    end_streams_with_thread()
+    family, checkpoint, config = open_checkpoint(path_or_hf_repo)
+    for note in checkpoint.notes:
+        log.info(note)
+    model = build(family, config, True)
+    weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
+    if dtype is not None:  # before anything is folded, which costs precision
+        weights = {k: _cast(v, dtype) for k, v in weights.items()}
+    weights = model.sanitize(weights)
+    if config.get("quantization"):
+        _take_quantized(model, config["quantization"], weights)
+    model.load_weights(list(weights.items()))
+    model.signs = signs_of(model)
+    if adapter_path is not None:
+        _add_adapter(model, Path(adapter_path))
+    model.carried = read_carried(config, checkpoint.folder)
+    model.eval()
+    if not lazy:
+        mx.eval(model.parameters())
+        check_finite(named_tensors(model))
+    beside = family.beside(checkpoint)
+    tokenizer = load_tokenizer(tokenizer_folder(checkpoint, beside), config)
+    vocabulary = tokenizer.get_vocab()
+    longest = max(map(len, vocabulary), default=1)
+    if model.answers == "chunks":
+        code = _fast_code(checkpoint.folder, beside)
+        return model, _chunk_processor(model, tokenizer, config, longest, code)
+    _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
+    make = _processor if model.answers == "text" else _action_processor
+    return model, make(model, tokenizer, config, longest)
+
+
+def tokenizer_folder(checkpoint: Checkpoint, beside: Mapping[str, Path]) -> Path:
+    """Where the tokenizer of a checkpoint is."""
+    file = beside.get("tokenizer.json")
+    return checkpoint.folder if file is None else file.parent
+
+
+def _add_adapter(model: Any, folder: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} has no {name}; expected an adapter of mlx_tokprune.train "
+                "lora, or of mlx_lm.lora"
+            )
+    config = read_json(folder / "adapter_config.json")
+    scale = object_of(config, "lora_parameters").get("scale", 1)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise InputError(
+            f"the adapter {folder} has the scale {scale!r}; expected a number"
+        )
+    read: Any = {}
+    try:
+        load_adapters(model.language_model, str(folder))
+        if (folder / PROJECTOR).is_file():
+            read = mx.load(str(folder / PROJECTOR))
+    except (*MISFITS, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the adapter {folder} does not fit ({reason})") from None
+    if read:
+        given, own = dict(read), projector_of(model)
+        check_shapes(
+            {name: array.shape for name, array in given.items()},
+            {name: array.shape for name, array in own.items()},
+            f"the projector of the adapter {folder}",
+        )
+        given = {n: array.astype(own[n].dtype) for n, array in given.items()}
+        model.load_weights(list(given.items()), strict=False)
+
+
+def projector_of(model) -> dict[str, mx.array]:
+    """The tensors of a projector, by the names that they have in a checkpoint."""
+    named = named_tensors(model).items()
+    return {n: array for n, array in named if n.startswith("mm_projector.")}
+
+
+def check_finite(tensors: Mapping[str, mx.array]) -> None:
+    """Raise `InputError` that names a tensor with NaN or infinity."""
+    floats = [(n, a) for n, a in tensors.items() if mx.issubdtype(a.dtype, mx.floating)]
+    sums = [mx.all(mx.isfinite(mx.sum(mx.abs(a)))) for _, a in floats]
+    for (name, array), finite in zip(floats, sums, strict=True):
+        # A sum may overflow where no number does.
+        if not finite.item() and not mx.all(mx.isfinite(array)).item():
+            raise InputError(
+                f"tensor {name} has numbers that are not finite; the checkpoint is "
+                "damaged, or its training went wrong"
+            )
+
+
+def _processor(model, tokenizer, _: Mapping, longest: int) -> Processor:
+    return Processor(
+        tokenizer,
+        model.image_size,
+        model.image_token,
+        model.prompt_prefix,
+        model.prompt_suffix,
+        model.stride,
+        model.args.context,
+        longest=longest,
+    )
+
+
+def _action_processor(model, tokenizer, config: Mapping, longest: int):
+    args = model.args
+    if tokenizer.bos_token_id is None:
+        raise InputError(
+            "the tokenizer has no token that opens a sequence; expected <s>"
+        )
+    return ActionProcessor(
+        tokenizer,
+        model.image_size,
+        args.vocabulary,
+        args.bins,
+        args.empty_token_id,
+        args.longest_prompt,
+        config["norm_stats"],
+        args.rule,
+        args.crop,
+        Image.Resampling.LANCZOS if args.oft else Image.Resampling.BICUBIC,
+        longest,
+    )
+
+
+def _fast_code(folder: Path, beside: Mapping[str, Path]) -> FastCode:
+    names = ("fast_tokenizer.json", "fast_processor_config.json")
+    return FastCode.read(*(beside.get(name, folder / name) for name in names))
+
+
+def _chunk_processor(model, tokenizer, config: Mapping, longest: int, code: FastCode):
+    args = model.args
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is None:
+            raise InputError("the tokenizer has no <bos> or no <eos>; expected both")
+    return ChunkProcessor(
+        tokenizer,
+        model.image_size,
+        code,
+        config["norm_stats"],
+        args.rules,
+        args.horizon,
+        args.action_dim,
+        args.skipped,
+        args.text["vocab_size"],
+        args.longest_prompt,
+        args.dialect,
+        args.strict,
+        longest,
+    )
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _take_quantized(model: nn.Module, quantization: dict, weights: dict) -> None:
+    def is_quantized(path: str, module: nn.Module) -> bool:
+        return model.quant_predicate(path, module) and f"{path}.scales" in weights
+
+    nn.quantize(
+        model,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=is_quantized,
+    )
+
+
+def load_tokenizer(folder: Path, config: dict):
+    """mlx-lm's tokenizer of a folder, with every stop token that the folder names.
+
+    Raises `InputError` when there is none.
+    """
+    from mlx_lm.tokenizer_utils import load as load_mlx_lm_tokenizer
+
+    stops: set[int] = set()
+    for source in (config, _optional_json(folder / "generation_config.json")):
+        ids = source.get("eos_token_id") or []
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(number) is int for number in ids):
+            raise InputError(
+                f"{folder} says eos_token_id {ids}; expected a token id or a list"
+            )
+        stops |= set(ids)
+    # transformers warns that it has no model type `llava_qwen2`; it needs none.
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        # Else transformers asks on the terminal whether to run the checkpoint's code.
+        safe = {"trust_remote_code": False}
+        tokenizer = load_mlx_lm_tokenizer(folder, safe, eos_token_ids=stops)
+    except Exception as error:  # tokenizers raises bare Exception on a bad file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
+    finally:
+        theirs.setLevel(level)
+    tokenizer.model_max_length = 1 << 30  # prompts that do not fit are refused here
+    return tokenizer
+
+
+def _check_vocabulary(vocabulary: dict, size: int, folder: Path) -> None:
+    highest = max(vocabulary.values(), default=0)
+    if highest >= size:
+        raise InputError(
+            f"the tokenizer of {folder} has token id {highest}, but the model only "
+            f"{size} embeddings"
+        )
+
+
+def _optional_json(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}

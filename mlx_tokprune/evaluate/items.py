@@ -1,0 +1,226 @@
+"""Questions about pictures: from JSON lines, a folder, or generated ones."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import InputError
+from ..files import read_lines
+from ..processing.image import list_pictures, load_image
+
+DESCRIBE = "Describe the image."
+_TESTBED_SEED = 12
+FRAME_SEEDS = 80_000_000  # first seed of Meta-World's frames
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question. picture: what tells pictures apart. answers: empty if not known.
+
+    draw: makes the picture, where it is no file. needed: which visual tokens the answer
+    is in, by their number in the unpruned picture; empty if nobody knows. line: where
+    in the data it stands, from 1.
+    """
+
+    picture: str
+    question: str
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+    image: Image.Image | None = field(default=None, repr=False, compare=False)
+    needed: tuple[int, ...] = ()
+    draw: Callable[[], Image.Image] | None = field(
+        default=None, repr=False, compare=False
+    )
+    line: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def is_file(self) -> bool:
+        return self.image is None and self.draw is None
+
+    def load(self) -> Image.Image:
+        if self.draw is not None:
+            return self.draw()
+        return self.image or load_image(self.picture)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What was read, and the lines that were skipped: (line number, reason)."""
+
+    items: tuple[Item, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+
+def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
+    """`demo`, `metaworld`, `testbed`, a JSONL file, or pictures, asked `prompt`.
+
+    pictures: of the first three, how many. Raises `InputError` when nothing is left.
+    """
+    path, makers = Path(source), {"demo": _demo, "metaworld": _tasks}
+    makers["testbed"] = _testbed
+    if source in makers:
+        found = Questions(tuple(makers[source](pictures)))
+    elif path.is_dir():
+        found = _folder(path, prompt or DESCRIBE)
+    elif path.is_file():
+        found = _lines(path)
+    else:
+        raise InputError(
+            f"{source!r} does not exist; expected `demo`, `metaworld`, `testbed`, a "
+            "folder of pictures, or a file with a line of JSON for each question"
+        )
+    if not found.items:
+        reasons = "; ".join(f"line {n}: {why}" for n, why in found.skipped[:3])
+        raise InputError(
+            f"{source} has no question that can be asked"
+            + (f" ({reasons})" if reasons else "")
+        )
+    return found
+
+
+def blinded(questions: Questions) -> Questions:
+    """The same about black pictures of the same sizes, under names of their own."""
+
+    def black(item: Item) -> Item:
+        def draw() -> Image.Image:
+            return Image.new("RGB", item.load().size)
+
+        name = f"{item.picture}, black"  # a run of these is none of the others
+        return replace(item, picture=name, image=None, draw=draw)
+
+    return replace(questions, items=tuple(map(black, questions.items)))
+
+
+def _folder(folder: Path, prompt: str) -> Questions:
+    files, items, skipped = list_pictures(folder), [], []
+    for number, file in enumerate(files, 1):
+        try:
+            load_image(file)
+        except InputError as error:
+            skipped.append((number, str(error)))
+        else:
+            items.append(Item(str(file), prompt, line=number))
+    return Questions(tuple(items), tuple(skipped))
+
+
+def _lines(file: Path) -> Questions:
+    items: dict[tuple, Item] = {}
+    skipped, first = [], {}
+    try:
+        lines = read_lines(file.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        raise InputError(f"{file} is no UTF-8 text; expected lines of JSON") from None
+    for number, line in lines:
+        try:
+            item = _item(line, file.parent)
+        except InputError as error:
+            skipped.append((number, str(error)))
+            continue
+        key = (item.picture, item.question)
+        if key in items:
+            skipped.append((number, f"asks what line {first[key]} asks"))
+            continue
+        items[key], first[key] = replace(item, line=number), number
+    # Questions about one picture together, so that it is encoded once.
+    order = {picture: i for i, (picture, _) in reversed(list(enumerate(items)))}
+    return Questions(
+        tuple(sorted(items.values(), key=lambda item: order[item.picture])),
+        tuple(skipped),
+    )
+
+
+def _item(line: str, folder: Path) -> Item:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InputError("no JSON") from None
+    if not isinstance(entry, dict):
+        raise InputError("no object; expected image, question and answer")
+    for name in ("image", "question"):
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
+            raise InputError(f"{name} is {entry.get(name)!r}; expected a text")
+    answers = entry.get("answer", entry.get("answers", []))
+    answers = [answers] if isinstance(answers, (str, int)) else answers
+    texts = isinstance(answers, list) and all(
+        isinstance(a, (str, int)) and not isinstance(a, bool) for a in answers
+    )
+    if not texts:
+        raise InputError(f"answer is {answers!r}; expected a text or a list of them")
+    kind = entry.get("kind", "")
+    if not isinstance(kind, str):
+        raise InputError(f"kind is {kind!r}; expected a text")
+    needed = entry.get("needed", [])
+    numbers = isinstance(needed, list) and all(
+        type(n) is int and n >= 0 for n in needed
+    )
+    if not numbers:
+        raise InputError(f"needed is {needed!r}; expected numbers of visual tokens")
+    picture = str(folder / entry["image"])
+    load_image(picture)
+    answers = tuple(map(str, answers))
+    return Item(picture, entry["question"], answers, kind, needed=tuple(needed))
+
+
+def _demo(pictures: int) -> Iterator[Item]:
+    """The held-out pictures of the demo model's training, which knows the answers."""
+    from ..scenes.held_out import held_out
+    from ..scenes.pictures import check_fonts
+
+    check_fonts()
+    for number, (image, questions) in enumerate(held_out(pictures)):
+        for question in filter(None, questions):
+            yield Item(
+                f"demo {number}",
+                question.prompt,
+                (question.answer,),
+                question.kind,
+                image,
+            )
+
+
+def _testbed(pictures: int) -> Iterator[Item]:
+    """Things and backgrounds that the test bed's model was not trained on."""
+    import numpy as np
+
+    from ..scenes import testbed as scenes
+
+    for number in range(pictures):
+        rng = np.random.default_rng((_TESTBED_SEED, number))
+        scene = scenes.sample_scene(rng, "test")
+        for asked in scenes.ask(rng, scene):
+            yield Item(
+                f"testbed {number}",
+                asked.prompt,
+                (asked.answer,),
+                asked.kind,
+                needed=scenes.covered(asked.needed),
+                draw=scene.draw,
+            )
+
+
+def _tasks(pictures: int) -> Iterator[Item]:
+    """Frames of Meta-World's experts on seeds never trained on, and what they do.
+
+    One frame of each episode, the tasks in turn.
+    """
+    import numpy as np
+
+    from ..scenes.worlds import HORIZON, TASKS, World, import_simulator
+
+    import_simulator()
+    worlds: dict[str, World] = {}
+    for number in range(pictures):
+        task = list(TASKS.values())[number % len(TASKS)]
+        world = worlds.setdefault(task.name, World(task.name))
+        world.reset(FRAME_SEEDS + number)
+        steps = int(np.random.default_rng(number).integers(HORIZON // 3))
+        for _ in range(steps):
+            if world.step(world.expert()):
+                world.reset(FRAME_SEEDS + number)
+        answer = " ".join(f"{value:.4f}" for value in world.expert())
+        image = Image.fromarray(world.frame())
+        name = f"metaworld {number}"
+        yield Item(name, task.instruction, (answer,), task.name, image)

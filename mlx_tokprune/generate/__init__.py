@@ -1,0 +1,7 @@
+"""Answers in words: streams, memory of pictures, frames of a video, input sizes."""
+
+from .memory import Memory
+from .stream import generate, stream_generate
+from .temporal import Temporal
+
+__all__ = ["Memory", "Temporal", "generate", "stream_generate"]

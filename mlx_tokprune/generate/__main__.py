@@ -1,0 +1,276 @@
+"""Answers about pictures, from the command line."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..checkpoints.embedded import PICTURES
+from ..checkpoints.loading import load
+from ..cli import (
+    Parser,
+    add_adapter,
+    add_budget,
+    add_common,
+    add_method,
+    begin_logging,
+    check_overlay,
+    command,
+    describe_methods,
+    make_pruners,
+    methods,
+    places,
+    write_overlay,
+)
+from ..errors import InputError
+from ..models.language import PREFILL_STEP
+from ..models.protocol import VisionModel
+from ..pipeline import VisualTokens
+from ..pipeline.planning import given_or_carried
+from ..processing.image import list_pictures, load_image
+from ..processing.processor import PADDINGS, Processor
+from ..pruners import DEFAULT_METHOD, Plan
+from ..runtime import device_name
+from .drafts import Drafts
+from .flags import add_answer_drafts, make_drafts
+from .image_size import fit_image_size
+from .memory import Memory
+from .settings import Settings
+from .stream import Vision, check_answers, stream_generate
+from .temporal import Temporal
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="mlx_tokprune.generate",
+        description=__doc__.splitlines()[0],
+        epilog=describe_methods(),
+    )
+    add = parser.add_argument
+    add("--model", help="demo, a folder or hub id (default: demo)")
+    add("--image", action="append", default=[], help="a picture, or a folder; repeat")
+    help_ = "ask about each picture alone, as about those of a folder"
+    add("--each", action="store_true", help=help_)
+    help_ = "a question; <image> marks a picture's place; repeat to ask more than one"
+    add("--prompt", action="append", default=[], help=help_)
+    add_method(parser, DEFAULT_METHOD)
+    add_budget(parser)
+    package = "a package of mlx_tokprune.coreml that sees and prunes (macOS)"
+    add("--vision", metavar="FILE.mlpackage", help=package)
+    help_ = "pictures are frames: ask about each, encoding what changed since the last"
+    add("--temporal", action="store_true", help=help_)
+    help_ = "encode the black border of a padded picture, or leave it out"
+    add("--padding", choices=PADDINGS, default="keep", help=f"{help_} (default: keep)")
+    size = parser.add_mutually_exclusive_group()
+    help_ = "pixels of the longer side (default: as trained)"
+    size.add_argument("--image-size", type=int, help=help_)
+    help_ = "the largest input size whose TTFT is expected to stay below MS"
+    names = ("--latency-target", "--vision-budget")
+    size.add_argument(*names, type=float, metavar="MS", help=help_)
+    add("--max-tokens", type=int, default=256)
+    add("--temp", type=float, default=0.0, help="sampling temperature (default: 0)")
+    add("--top-p", type=float, default=0.0)
+    add("--seed", type=int, default=0, help="of sampling and of method random")
+    add("--prefill-step-size", type=int, default=PREFILL_STEP)
+    add("--kv-bits", type=int, help="quantize the cache to 4 or 8 bits")
+    add("--kv-group-size", type=int, default=64)
+    add("--quantized-kv-start", type=int, default=5000, help="token from which on")
+    help_ = "fence the run and time its stages, which makes its TTFT a little longer"
+    add("--stages", action="store_true", help=help_)
+    add_answer_drafts(parser)
+    help_ = "write a picture of what was kept, at last, to this PNG"
+    add("--overlay", help=help_)
+    add("--json", action="store_true", help="a line of JSON after each answer")
+    add_adapter(parser)
+    add_common(parser)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    begin_logging(args.verbose)
+    pruners, vision = _pruners_and_vision(args)
+    names = [one.name for one in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    pictures, prompts = args.image, args.prompt
+    if args.model is None:
+        pictures = pictures or [PICTURES[0].path]
+        prompts = prompts or [PICTURES[0].question]
+    if not prompts:
+        raise InputError("no prompt was given; say --prompt TEXT")
+    if not pictures:
+        raise InputError("no picture was given; say --image FILE")
+    target = args.latency_target
+    if target is not None and not (math.isfinite(target) and target > 0):
+        raise InputError(
+            f"a TTFT of {target:g} ms cannot be kept; expected more than 0"
+        )
+    check_overlay(args.overlay, pictures)
+    each = args.each or any(os.path.isdir(picture) for picture in pictures)
+    if each:
+        pictures = [path for picture in pictures for path in list_pictures(picture)]
+    images = [load_image(picture) for picture in pictures]
+    model, processor = load(
+        "demo" if args.model is None else args.model, adapter_path=args.adapter_path
+    )
+    check_answers(model)
+    plan = given_or_carried(model, pruners)
+    drafts = make_drafts(args)
+    vision = Temporal(plan) if args.temporal else vision
+    apart = each or args.temporal
+    asked = [[image] for image in images] if apart else [images]
+    asking = _Asking(args, model, processor, plan, vision, settings, drafts)
+    for prompt in prompts:  # refuse any before answering the first
+        processor.check(prompt, len(asked[0]))
+    asking.fit(asked[0], prompts[0])
+    shown = pictures if each else [None] * len(asked)
+    for (seen, name), prompt in itertools.product(
+        zip(asked, shown, strict=True), prompts
+    ):
+        record, visual = asking.answer(seen, prompt)
+        if name is not None:
+            record = {"image": str(name), **record}
+        print(format_report(record), file=sys.stderr if args.json else sys.stdout)
+        if args.json:
+            print(json.dumps(record))
+    if args.overlay:
+        write_overlay(args.overlay, seen, visual)
+
+
+@dataclass
+class _Asking:
+    """The command's questions, one after another."""
+
+    args: argparse.Namespace
+    model: VisionModel
+    processor: Processor
+    plan: Plan
+    vision: Vision | None
+    settings: Settings
+    drafts: Drafts | None
+    memory: Memory = field(default_factory=Memory)
+
+    def fit(self, images: list, prompt: str) -> None:
+        """Choose the input size."""
+        args, size = self.args, self.processor.image_size
+        if self.vision and not args.temporal:
+            given = (args.image_size, args.latency_target)
+            if any(one is not None for one in given) or args.padding != "keep":
+                raise InputError(
+                    "input size and padding can only be chosen for a FastVLM that sees "
+                    "by itself; leave them out"
+                )
+            return
+        size = size if args.image_size is None else args.image_size
+        self.processor = self.processor.at(size, args.padding)
+        if args.latency_target is not None:
+            fit = fit_image_size(
+                *(self.model, self.processor, images, prompt, self.plan),
+                *(self.settings.positions, args.latency_target),
+            )
+            self.processor = self.processor.at(fit.image_size)
+
+    def answer(self, images: list, prompt: str) -> tuple[dict, VisualTokens]:
+        """Prints an answer; gives its record and visual tokens."""
+        mx.reset_peak_memory()
+        pieces = []
+        for piece in stream_generate(
+            *(self.model, self.processor, images, prompt),
+            pruner=None if self.vision else self.plan,
+            vision=self.vision,
+            memory=self.memory if len(self.args.prompt) > 1 else None,
+            draft=self.drafts,
+            stages=self.args.stages,
+            **dataclasses.asdict(self.settings),
+        ):
+            pieces.append(piece)
+            print(piece.text, end="", flush=True)
+        print()
+        visual = piece.visual
+        record = {
+            "prompt": prompt,
+            "text": "".join(piece.text for piece in pieces),
+            "token_ids": [piece.token for piece in pieces],
+            "visual_tokens": visual.total,
+            "kept_indices": visual.left(),
+            "stages_ms": piece.stages_ms,
+            "ttft_ms": piece.ttft_ms,
+            "decode_tokens_per_second": piece.decode_tokens_per_second,
+            "calls": piece.calls,
+            "peak_memory_mb": mx.get_peak_memory() / 1e6,
+            "method": self._method,
+            "keep": max(map(len, visual.left())),
+            "places": places(visual),
+            "positions": self.settings.positions,
+            "image_size": self.processor.image_size,
+            "padding": self.processor.padding,
+            "reused_tokens": piece.reused,
+            "encoded": self.vision.encoded if self.args.temporal else None,
+            "device": device_name(),
+        }
+        return record, visual
+
+    @property
+    def _method(self) -> str:
+        if self.vision and not self.args.temporal:
+            return self.vision.function.method
+        return methods(self.plan)
+
+
+def _pruners_and_vision(args) -> tuple[Plan | None, Vision | None]:
+    """What prunes, and the package that sees in place of the model's tower, if any."""
+    if args.vision is None:
+        return make_pruners(args, DEFAULT_METHOD), None
+    if args.temporal:
+        raise InputError("a package sees whole frames; leave out --temporal")
+    own = (args.method, args.at, args.option, args.prune)
+    if args.keep_tokens is not None or any(own):
+        raise InputError(
+            "a package has its own method; with --vision, say only --keep-ratio, to "
+            "choose one of its functions"
+        )
+    from ..coreml.vision import open_vision
+
+    return (), open_vision(args.vision, args.keep_ratio)
+
+
+def format_report(record: dict) -> str:
+    """The figures of one answer, for people."""
+    stages, reused = record["stages_ms"], record["reused_tokens"]
+    seen, lines = record["encoded"], []
+    if "image" in record:
+        lines.append(f"picture         {Path(record['image']).name}")
+    lines.append(
+        f"visual tokens   {record['visual_tokens']} per picture of "
+        f"{record['image_size']} px, kept {record['keep']} "
+        f"({record['method']}, {record['positions']} positions)"
+    )
+    if stages:
+        times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
+        lines.append(f"stages          {times} ms (fenced)")
+    ttft = f"TTFT            {record['ttft_ms']:.1f} ms"
+    ttft += " (fenced)" if stages else " (not fenced)"
+    ttft += f", {reused} tokens of the prompt known" if reused else ""
+    ttft += "" if seen is None else f", {100 * seen:.0f} % of the frame encoded"
+    return "\n".join(
+        [
+            *lines,
+            ttft,
+            f"decode          {record['decode_tokens_per_second']:.1f} tokens/s, "
+            f"{record['calls']} calls of the language model",
+            f"peak memory     {record['peak_memory_mb']:.0f} MB (MLX arrays)",
+            f"device          {record['device']}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What a pi0-FAST policy takes and gives: prompts with the state, chunks of actions.
+
+The two references differ, and a checkpoint belongs to one of them. `openpi` writes
+tasks in lower case, ends at the stop token and gives zeros for damaged answers.
+`lerobot` puts a second <bos> behind the prompt, ends at "|", and pads or cuts damaged
+answers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from .actions import Bounds, Scale, choose_statistics, read_bounds, read_deviations
+from .fast import FastCode
+from .image import preprocess_fitted
+from .prompt import Prompt, state_prompt
+
+Dialect = Literal["lerobot", "openpi"]
+_EDGES = np.linspace(-1, 1, 257)[:-1]
+
+
+@dataclass(frozen=True)
+class ChunkProcessor:
+    """Pictures, instructions and robot states to what a policy takes, and back.
+
+    rules: what scales `action` and `proprio`, "identity" for nothing. horizon, size:
+    actions of a chunk, and numbers of an action. skipped: tokens at the end of the
+    tokenizer's vocabulary that FAST's are counted down from. embedded: token ids that
+    the model has embeddings of. limit: the most tokens of a prompt. strict: an answer
+    must begin with "Action:". longest: characters of the longest token.
+    """
+
+    tokenizer: Any
+    image_size: int
+    code: FastCode
+    norm_stats: dict
+    rules: Mapping[str, str]
+    horizon: int
+    size: int
+    skipped: int
+    embedded: int
+    limit: int
+    dialect: Dialect = "lerobot"
+    strict: bool = True
+    longest: int = 64
+    crop = 1.0
+    pads = True
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], on black."""
+        return preprocess_fitted(images, self.image_size)
+
+    def prompt(self, instruction: str, state: np.ndarray) -> Prompt:
+        """The ids that follow the pictures; state: (p,) normalised.
+
+        Raises `InputError` for an instruction that is empty, does not fit, or has a
+        token that the model has no embedding of. The references cut long ones.
+        """
+        bins = np.digitize(state, _EDGES) - 1
+        text = state_prompt(instruction, bins.tolist(), self.dialect == "openpi")
+        if len(text) > self.limit * self.longest:
+            raise InputError(
+                f"the instruction is too long: {len(text)} characters of task and "
+                f"state are more than the {self.limit} tokens that fit"
+            )
+        ids, start = self.tokenizer.encode(text), self.tokenizer.bos_token_id
+        if self.dialect == "openpi":
+            ids = [start, *self.tokenizer.encode(text, add_special_tokens=False)]
+        if len(ids) > self.limit:
+            raise InputError(
+                f"the instruction is too long: with the state it has {len(ids)} "
+                f"tokens, and the most is {self.limit}"
+            )
+        if max(ids) >= self.embedded:
+            raise InputError(
+                f"the instruction has token {max(ids)}, and the model has embeddings "
+                f"of {self.embedded}; leave out what stands for a picture"
+            )
+        return Prompt(((), (*ids, start) if self.dialect == "lerobot" else tuple(ids)))
+
+    def bounds(self, part: str, unnorm_key: str | None) -> Scale:
+        """The scale of `action` or `proprio` in one data set."""
+        rule = self.rules[part]
+        if rule == "identity":
+            size = self.size if part == "action" else 0
+            return Bounds(np.zeros(size), np.zeros(size), np.zeros(size, bool))
+        statistics = choose_statistics(self.norm_stats, unnorm_key)
+        if rule == "mean_std":
+            return read_deviations(statistics, part)
+        found = read_bounds(statistics, part, rule)
+        if self.dialect == "openpi":
+            return Bounds(found.low, found.high + 1e-6, found.mask)
+        return found
+
+    @property
+    def stop(self) -> int:
+        """The token that ends an answer."""
+        if self.dialect == "openpi":
+            return self.tokenizer.eos_token_id
+        return self._id("|")
+
+    def _id(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def answer(self, chunk: np.ndarray) -> list[int]:
+        """(horizon, size) normalised actions -> the token ids of an answer."""
+        head = self.tokenizer.encode("Action: ", add_special_tokens=False)
+        last = self.tokenizer.vocab_size - 1 - self.skipped
+        return [*head, *(last - t for t in self.code.encode(chunk)), self.stop]
+
+    def actions(self, said: Sequence[int]) -> tuple[np.ndarray, str | None]:
+        """Answered token ids -> (horizon, size) normalised actions, and what was wrong.
+
+        Raises `InputError` for an answer that does not begin with "Action:", where that
+        is asked for.
+        """
+        ids = [int(number) for number in said]
+        head = self.tokenizer.encode("Action: ", add_special_tokens=False)
+        if self.dialect == "openpi":
+            begin = _find(ids, head)
+            if begin is None:
+                nothing = np.zeros((self.horizon, self.size))
+                return nothing, "an answer without 'Action: '"
+            ids = ids[begin + len(head) :]
+            ids = ids[: _find(ids, head)]
+        elif self.strict and ids[:2] != head[:2]:
+            raise InputError(
+                "the policy's answer does not begin with 'Action:'; it was not trained "
+                "to answer this, or its weights are damaged"
+            )
+        ids = ids[: ids.index(self._id("|"))] if self._id("|") in ids else ids
+        while (at := _find(ids, head)) is not None:
+            ids = ids[:at] + ids[at + len(head) :]
+        last = self.tokenizer.vocab_size - 1 - self.skipped
+        relaxed = self.dialect == "lerobot"
+        codes = [last - number for number in ids]
+        return self.code.decode(codes, self.horizon, self.size, relaxed)
+
+
+def _find(ids: list[int], part: list[int]) -> int | None:
+    """Where `part` first stands in `ids`."""
+    starts = range(len(ids) - len(part) + 1)
+    return next((i for i in starts if ids[i : i + len(part)] == part), None)

@@ -1,0 +1,252 @@
+"""Pictures: file or array -> pixels (B, S, S, 3). Pillow and NumPy only."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import InputError
+
+_LONGEST = 8192  # pixels; longer pictures shrink before they are padded
+
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def list_pictures(path: str | Path) -> list[str | Path]:
+    """The pictures of a folder by name, or the one file.
+
+    Raises `InputError` for a folder without any.
+    """
+    if not os.path.isdir(path):
+        return [path]
+    files = Path(path).iterdir()
+    found: list[str | Path] = []
+    found += sorted(p for p in files if p.suffix.lower() in _SUFFIXES)
+    if not found:
+        raise InputError(f"folder {path} has no pictures; expected PNG, JPEG or WebP")
+    return found
+
+
+def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Image:
+    """A decoded RGB picture from a file, an (H, W, 3) uint8 array or a PIL image.
+
+    EXIF rotation is applied, the first frame of an animation is used, 16-bit grey is
+    scaled to 8 bits, and transparency is laid over white. Raises `InputError` when
+    there is no such file or it is no picture.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise InputError(
+                f"an array picture is (H, W, 3) uint8; got {source.shape} "
+                f"{source.dtype}"
+            )
+        if not source.size:
+            raise InputError(f"a picture of shape {source.shape} has no pixels")
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        plain = source.mode == "RGB" and type(source) is Image.Image
+        return source if plain and not source.info else _decode(source, "the picture")
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"a picture is a file, an array or a PIL image, not {type(source).__name__}"
+        )
+    path = Path(source)
+    if not os.path.isfile(path):
+        raise InputError(
+            f"picture {str(source)!r} does not exist or is not a file; expected a PNG, "
+            "JPEG, WebP or similar file"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a picture is refused, or it is not
+            with Image.open(path) as image:
+                return _decode(image, f"picture {path}")
+    except (InputError, PermissionError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large a picture ({error})") from None
+    except Exception:  # Pillow raises whatever a damaged header runs into
+        raise InputError(
+            f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, WebP "
+            "or similar file"
+        ) from None
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    if not image.width * image.height:
+        raise InputError(f"{name} of {image.width} x {image.height} has no pixels")
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises whatever damaged data run into
+        raise InputError(f"{name} is damaged ({error})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says it is shown, as it is when the EXIF is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises whatever parsing the tags runs into
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("its pixels are not all finite")
+        scale = 255 if values.max(initial=0) <= 1 else 1
+        image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float32)
+        wide = image.mode.startswith("I;16") or grey.max(initial=0) > 255
+        scale = 257 if wide else 1
+        image = Image.fromarray(np.clip(grey / scale, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """The picture centred on a black square as wide as its longer side.
+
+    A side of more than 8192 pixels shrinks to that first.
+    """
+    if max(image.size) > _LONGEST:
+        image = image.copy()
+        image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BICUBIC)
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    square = Image.new("RGB", (side, side))
+    square.paste(image, square_offset(image.size))
+    return square
+
+
+def square_offset(size: tuple[int, int]) -> tuple[int, int]:
+    """(left, top) of a (width, height) picture centred on its square."""
+    width, height = size
+    side = max(size)
+    return (side - width) // 2, (side - height) // 2
+
+
+def preprocess(images: Sequence[Image.Image], size: int) -> np.ndarray:
+    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], padded and resized."""
+    return np.stack([_pixels(image, size) for image in images])
+
+
+def _pixels(image: Image.Image, size: int) -> np.ndarray:
+    square = pad_to_square(image)
+    if square.width != size:
+        square = square.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(square, dtype=np.float32) / 255
+
+
+def preprocess_content(
+    images: Sequence[Image.Image], size: int, stride: int
+) -> np.ndarray:
+    """RGB pictures -> (B, h, w, 3) float32 in [0, 1], without padding to a square.
+
+    Longer sides get `size` pixels, as when padded; every picture is centred on the
+    smallest black rectangle of multiples of `stride` that holds all of them.
+    """
+    contents = [_content_size(image.size, size) for image in images]
+    width, height = (
+        -(-max(sides) // stride) * stride for sides in zip(*contents, strict=True)
+    )
+    frames = np.zeros((len(images), height, width, 3), np.float32)
+    for frame, image, (w, h) in zip(frames, images, contents, strict=True):
+        if image.size != (w, h):
+            image = image.resize((w, h), Image.Resampling.BICUBIC)
+        left, top = (width - w) // 2, (height - h) // 2
+        frame[top : top + h, left : left + w] = np.asarray(image, np.float32) / 255
+    return frames
+
+
+def _content_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """(width, height) scaled so that the longer one is `longest`."""
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return width, height
+
+
+def preprocess_fitted(images: Sequence[Image.Image], size: int) -> np.ndarray:
+    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], centred on black.
+
+    Resized bilinearly between the four nearest pixels however much they shrink, as
+    openpi's and lerobot's policies were trained.
+    """
+    frames = np.zeros((len(images), size, size, 3), np.float32)
+    for frame, image in zip(frames, images, strict=True):
+        pixels = np.asarray(image, np.float32) / 255
+        rows, columns = pixels.shape[:2]
+        ratio = max(rows, columns) / size
+        height, width = (max(1, int(n / ratio)) for n in (rows, columns))
+        if (height, width) != (rows, columns):
+            pixels = _interpolated(pixels, height).swapaxes(0, 1)
+            pixels = _interpolated(pixels, width).swapaxes(0, 1)
+        top, left = (size - height) // 2, (size - width) // 2
+        frame[top : top + height, left : left + width] = np.clip(pixels, 0, 1)
+    return frames
+
+
+def _interpolated(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(R, C, 3) -> (size, C, 3), linear along the first axis."""
+    rows = len(pixels)
+    at = (np.arange(size) + 0.5) * (rows / size) - 0.5
+    at = np.clip(at, 0, rows - 1)
+    low = np.minimum(at.astype(int), rows - 1)
+    high = np.minimum(low + 1, rows - 1)
+    share = (at - low).astype(np.float32)[:, None, None]
+    return pixels[low] * (1 - share) + pixels[high] * share
+
+
+def center_crop(image: Image.Image, share: float) -> Image.Image:
+    """The middle of a picture, `share` of its area, cut between pixels if need be."""
+    margin = (1 - share**0.5) / 2
+    width, height = image.size
+    box = (margin * width, margin * height, (1 - margin) * width, (1 - margin) * height)
+    return image.resize(image.size, Image.Resampling.BILINEAR, box=box)
+
+
+def preprocess_naive(
+    images: Sequence[Image.Image],
+    size: int,
+    crop: float = 1.0,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], stretched to a square.
+
+    crop: share of the area that stays, around the middle, as OpenVLA-OFT trains; it
+    is cut after resizing and resized again, bilinearly. resample: of the first
+    resizing; OFT's is Lanczos, after a round trip through JPEG that is left out here.
+    """
+    return np.stack([_stretched(image, size, crop, resample) for image in images])
+
+
+def _stretched(
+    image: Image.Image, size: int, crop: float, resample: Image.Resampling
+) -> np.ndarray:
+    if image.size != (size, size):
+        image = image.resize((size, size), resample)
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    if crop == 1:
+        return pixels
+    # The corners of the crop map to the corners of the result, as in TensorFlow's
+    # crop_and_resize, which OFT uses.
+    side = np.sqrt(crop)
+    at = (size - 1) * np.linspace((1 - side) / 2, (1 + side) / 2, size)
+    low = np.minimum(at.astype(int), size - 2)
+    share = (at - low).astype(np.float32)
+    rows = pixels[low] + share[:, None, None] * (pixels[low + 1] - pixels[low])
+    across = share[None, :, None]
+    cropped = rows[:, low] + across * (rows[:, low + 1] - rows[:, low])
+    # TensorFlow's way from [0, 1] to bytes.
+    return np.floor(np.clip(cropped * 255.5, 0, 255)) / np.float32(255)

@@ -1,0 +1,154 @@
+"""What models take and give: pixels, token ids, and the numbers of actions."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from .actions import Bounds, bin_values, choose_statistics, read_bounds
+from .image import preprocess, preprocess_content, preprocess_naive
+from .prompt import Prompt, action_prompt, place_pictures, tokenize
+
+PADDINGS = ("keep", "skip")
+_LARGEST = 4096  # px of an input, four times what FastVLM was trained on
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Pictures and text to what the model takes; `tokenizer` is mlx-lm's wrapper.
+
+    stride: pixels per side of a visual token. context: tokens that the model can read.
+    longest: characters of the longest token.
+    """
+
+    tokenizer: Any
+    image_size: int
+    image_token: str
+    prefix: str
+    suffix: str
+    stride: int
+    context: int
+    padding: str = "keep"
+    longest: int = 64
+    pads = True
+
+    def at(self, image_size: int, padding: str | None = None) -> "Processor":
+        """The same for another input size, or another way with padding.
+
+        padding: `keep` pads pictures to a square, as the model was trained; `skip`
+        leaves the padding out. Raises `InputError` for a size that cannot be encoded.
+        """
+        padding = padding or self.padding
+        if padding not in PADDINGS:
+            raise InputError(f"padding is {' or '.join(PADDINGS)}, not {padding!r}")
+        if image_size < self.stride or image_size % self.stride:
+            near = max(self.stride, round(image_size / self.stride) * self.stride)
+            raise InputError(
+                f"cannot encode pictures of {image_size} px; expected a multiple of "
+                f"{self.stride}, such as {near}"
+            )
+        if image_size > _LARGEST:
+            raise InputError(
+                f"cannot encode pictures of {image_size} px; the most is {_LARGEST}"
+            )
+        return dataclasses.replace(self, image_size=image_size, padding=padding)
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], or (B, h, w, 3) if skipping.
+
+        The longer side of a skipped picture is S.
+        """
+        if self.padding == "skip":
+            return preprocess_content(images, self.image_size, self.stride)
+        return preprocess(images, self.image_size)
+
+    def check(self, text: str, pictures: int) -> str:
+        """The text with a mark for each picture; `InputError` unless it can be asked.
+
+        Nothing is tokenized.
+        """
+        text = place_pictures(text, pictures, self.image_token)
+        _check_length(text, self.context, self.longest, "the prompt")
+        return text
+
+    def prompt(self, text: str, pictures: int) -> Prompt:
+        """The user's text in the chat template, as token ids around the pictures."""
+        text = self.check(text, pictures)
+        chat = f"{self.prefix}{text}{self.suffix}"
+        prompt = tokenize(chat, self.image_token, self._encode)
+        length = sum(map(len, prompt.segments))
+        if length > self.context:
+            raise InputError(
+                f"the prompt is too long: it has {length} tokens, and the model reads "
+                f"{self.context}"
+            )
+        return prompt
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class ActionProcessor:
+    """Pictures, instructions and robot states to what a policy takes, and back.
+
+    limit: the most tokens that an instruction's prompt may have. norm_stats: of each
+    data set, by unnorm key. crop: share of the picture's area that is looked at.
+    resample: how pictures are resized. longest: characters of the longest token.
+    """
+
+    tokenizer: Any
+    image_size: int
+    vocabulary: int
+    bins: int
+    empty_token_id: int
+    limit: int
+    norm_stats: dict
+    rule: str = "bounds_q99"
+    crop: float = 1.0
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    longest: int = 64
+    pads = False
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], resized without padding."""
+        return preprocess_naive(images, self.image_size, self.crop, self.resample)
+
+    def prompt(self, instruction: str) -> Prompt:
+        """The id that opens the sequence, and the ids that follow the pictures.
+
+        Raises `InputError` for an empty instruction or one that does not fit.
+        """
+        text = action_prompt(instruction)
+        _check_length(text, self.limit, self.longest, "the instruction")
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if ids[-1:] != [self.empty_token_id]:
+            ids = [*ids, self.empty_token_id]
+        if len(ids) > self.limit:
+            raise InputError(
+                f"the instruction is too long: with its prompt it has {len(ids)} "
+                f"tokens, and the most is {self.limit}"
+            )
+        return Prompt(((self.tokenizer.bos_token_id,), tuple(ids)))
+
+    def bounds(self, part: str, unnorm_key: str | None) -> Bounds:
+        """The range of `action` or `proprio` in one data set."""
+        statistics = choose_statistics(self.norm_stats, unnorm_key)
+        return read_bounds(statistics, part, self.rule)
+
+    def values(self, ids: np.ndarray) -> np.ndarray:
+        """(..., A) action token ids -> values in [-1, 1]."""
+        return bin_values(ids, self.vocabulary, self.bins)
+
+
+def _check_length(text: str, limit: int, longest: int, name: str) -> None:
+    """Refuse a text that cannot fit, before the time that its tokens would take."""
+    if len(text) > limit * longest:
+        raise InputError(
+            f"{name} is too long: it has {len(text)} characters, and the {limit} "
+            f"tokens that fit have at most {limit * longest}"
+        )

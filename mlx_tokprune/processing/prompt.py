@@ -1,0 +1,88 @@
+"""Prompts: the chat template, and token ids around pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of the text around pictures: one segment more than places of pictures.
+
+    Segments are tuples of numbers, arrays (L,) in a compiled call, or arrays (B, L)
+    where the samples of a scene are told different things.
+    """
+
+    segments: tuple[tuple[int, ...] | mx.array, ...]
+
+    @property
+    def places(self) -> int:
+        """Where pictures go."""
+        return len(self.segments) - 1
+
+    def arrays(self) -> list[mx.array]:
+        """Each segment as (1 or B, L) int32."""
+        arrays = [mx.array(ids, mx.int32) for ids in self.segments]
+        return [ids if ids.ndim == 2 else ids[None] for ids in arrays]
+
+
+def place_pictures(text: str, pictures: int, image_token: str) -> str:
+    """The user's text with one `image_token` per picture.
+
+    Text without any gets them in front, a line each. Raises `InputError` for an empty
+    text, or when it has some but not one per picture.
+    """
+    check_text(text, "the prompt")
+    if not text.replace(image_token, "").strip():
+        raise InputError("the prompt is empty; expected a question or an instruction")
+    placed = text.count(image_token)
+    if placed == 0:
+        return f"{image_token}\n" * pictures + text
+    if placed != pictures:
+        raise InputError(
+            f"the prompt has {placed} {image_token} but there "
+            f"{'is 1 picture' if pictures == 1 else f'are {pictures} pictures'}; "
+            f"write one {image_token} per picture, or none to put them in front"
+        )
+    return text
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise `InputError` unless `text` can be given to a tokenizer."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is a text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is not valid Unicode text") from None
+
+
+def action_prompt(instruction: str) -> str:
+    """OpenVLA's question for an instruction, which its scripts write in lower case."""
+    check_text(instruction, "the instruction")
+    if not instruction.strip():
+        raise InputError("the instruction is empty; expected what the robot should do")
+    return (
+        f"In: What action should the robot take to {instruction.strip().lower()}?\nOut:"
+    )
+
+
+def state_prompt(instruction: str, bins: Sequence[int], lower: bool) -> str:
+    """pi0-FAST's question: the task, and the bins of the state, from -1 to 255.
+
+    lower: in lower case, as openpi writes it; lerobot leaves it as it is.
+    """
+    check_text(instruction, "the instruction")
+    task = instruction.strip().replace("_", " ").replace("\n", " ")
+    if not task.strip():
+        raise InputError("the instruction is empty; expected what the robot should do")
+    task = task.lower() if lower else task
+    return f"Task: {task}, State: {' '.join(map(str, bins))};\n"
+
+
+def tokenize(text: str, image_token: str, encode: Callable[[str], list[int]]) -> Prompt:
+    """Split at the pictures and encode each part on its own, as LLaVA does."""
+    return Prompt(tuple(tuple(encode(part)) for part in text.split(image_token)))

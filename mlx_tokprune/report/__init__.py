@@ -1,0 +1,5 @@
+"""One HTML page from results of `bench` and `evaluate`."""
+
+from .page import page
+
+__all__ = ["page"]

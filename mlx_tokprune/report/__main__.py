@@ -1,0 +1,71 @@
+"""Write one HTML page from results of `bench` and `evaluate`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..bench import benchmark as bench
+from ..bench import guest as bench_guest
+from ..cli import Parser, command
+from ..errors import InputError, import_matplotlib
+from ..files import check_apart, check_output, write_text
+from ..measure import accuracy as evaluation
+from ..measure.results import read_any
+from .page import (
+    bench_section,
+    evaluation_section,
+    guest_section,
+    page,
+    picture_sections,
+)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mlx_tokprune.report", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("results", nargs="+", help="JSON files of bench and evaluate")
+    add("--output", default="report.html")
+    add("--title", default="Visual tokens, pruned")
+    add("--pictures", type=int, default=4, help="to show answers of (default: 4)")
+    help_ = "a method of yours that the results name, as package.module:function"
+    add("--method", action="append", default=[], help=help_)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.pictures < 0:
+        raise InputError("pictures is a whole number from 0")
+    import_matplotlib()
+    check_output(args.output)
+    check_apart(args.output, args.results)
+    speeds, guests, answers = _read(args.results)
+    accuracy = {}
+    for result in answers:
+        accuracy |= evaluation.accuracies(result)
+    sections = [bench_section(result, accuracy) for result in speeds]
+    sections += [guest_section(result) for result in guests]
+    for result in answers:
+        sections.append(evaluation_section(result))
+        if args.pictures:
+            sections += picture_sections(result, args.pictures, args.method)
+    write_text(args.output, page(args.title, sections))
+    print(f"wrote {args.output}")
+
+
+def _read(files: Sequence[str]) -> tuple[list[dict], list[dict], list[dict]]:
+    """Results of `bench`, of those in mlx-vlm's runtime, and of `evaluate`."""
+    speeds, guests, answers = [], [], []
+    for name in map(Path, files):
+        schema = read_any(name).get("schema")
+        if schema == bench.SCHEMA:
+            speeds.append(bench.read_bench(name))
+        elif schema == bench_guest.SCHEMA:
+            guests.append(bench_guest.read_guest(name))
+        else:
+            answers.append(evaluation.read_result(name))
+    return speeds, guests, answers
+
+
+if __name__ == "__main__":
+    main()

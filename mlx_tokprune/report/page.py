@@ -1,0 +1,251 @@
+"""One HTML page from results of `bench` and `evaluate`: tables, plots and pictures.
+
+Self-contained: styles and pictures are inside, nothing is fetched.
+"""
+
+import base64
+import html
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..bench import guest as bench_guest
+from ..bench import plots
+from ..bench import speed_table as bench_table
+from ..checkpoints.fingerprint import fingerprint
+from ..checkpoints.hub import is_local
+from ..checkpoints.loading import load
+from ..cli import draw_choices
+from ..errors import InputError
+from ..evaluate import accuracy_table as evaluation_table
+from ..evaluate.items import Item, blinded, read_questions
+from ..measure.guest import Guest, GuestRow
+from ..measure.subject import Subject, subject_of
+from ..pipeline import run
+from ..pipeline.planning import plan_for
+from ..processing.overlay import draw_overlay
+from ..pruners import Pruner, Pruners, get_method, is_registered
+from ..pruners.scorers import is_scorer
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem;
+  padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+.plot { max-width: 100%; height: auto; background: white; }
+.cards { display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+figure { margin: 0; } figure img { width: 100%; height: auto; }
+figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+.right { color: #17803d; } .wrong { color: #c2410c; }
+small, .note { color: #777; }
+"""
+_SIDE = 320  # pixels of a picture on the page
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """The whole document."""
+    body = "\n".join(sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def table_of(markdown: str) -> str:
+    """The Markdown table in a text as HTML, and what stands around it as notes."""
+    rows, notes = [], []
+    for line in filter(None, markdown.splitlines()):
+        if not line.startswith("|"):
+            notes.append(f'<p class="note">{html.escape(line)}</p>')
+        elif not set(line) <= set("|-:"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            kind = "td" if rows else "th"
+            rows.append("".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells))
+    lines = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table>{lines}</table></div>{"".join(notes)}'
+
+
+def picture(image: Image.Image, text: str, style: str = "") -> str:
+    """A figure with its caption."""
+    image = image.convert("RGB")
+    image.thumbnail((_SIDE, _SIDE))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    shown = html.escape(text)
+    source = _inline(data.getvalue(), "jpeg")
+    return (
+        f'<figure><img src="{source}" alt="{shown}">'
+        f'<figcaption class="{style}">{shown}</figcaption></figure>'
+    )
+
+
+def _inline(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _plot(file: Path) -> str:
+    name = html.escape(file.stem.replace("_", " "))
+    source = _inline(file.read_bytes(), "png")
+    return f'<p><img class="plot" src="{source}" alt="{name}"></p>'
+
+
+# Sections ---------------------------------------------------------------------------
+
+
+def bench_section(result: dict, accuracy: plots.Accuracy) -> str:
+    """Speed: the table and the plots of a benchmark."""
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = plots.draw_all(result, Path(folder), accuracy)
+        shown = "".join(_plot(file) for file in drawn)
+    return f"<h2>Speed</h2>{table_of(bench_table.markdown(result))}{shown}"
+
+
+def guest_section(result: dict) -> str:
+    """Speed in mlx-vlm's runtime: the table."""
+    return f"<h2>Speed in mlx-vlm</h2>{table_of(bench_guest.markdown(result))}"
+
+
+def evaluation_section(result: dict) -> str:
+    """Answers: the table, and accuracy against FLOPs."""
+    title = html.escape(f"{result['questions']} questions of {result['data']}")
+    machine = result["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "curve.png"
+        evaluation_table.draw(result["rows"], file)
+        curve = _plot(file)
+    where = html.escape(f"{machine['device']}, {versions}, commit {machine['commit']}")
+    table = table_of(evaluation_table.markdown(result["rows"]))
+    return (
+        f"<h2>Answers: {title}</h2>{table}"
+        f'<p class="note">Shares in percent with 95 % intervals; KL against the '
+        f"unpruned model, per token. {where}</p>{curve}"
+    )
+
+
+def picture_sections(
+    result: dict, pictures: int, methods: Sequence[str]
+) -> Iterator[str]:
+    """For some questions, what each method kept beside what was answered."""
+    _check_methods(result, methods)
+    name = result["model"]
+    if not is_local(name):
+        raise InputError(
+            f"model {name!r} of the results is no folder here, and a file must not say "
+            "what is fetched; give --pictures 0"
+        )
+    draw = _drawing(name, result)
+    chosen = result["answers"][:: max(1, len(result["answers"]) // pictures)]
+    items = _items(result)
+    for answer in chosen[:pictures]:
+        key = (answer["picture"], answer["question"])
+        if key not in items:
+            raise InputError(
+                f"question {key[1]!r} about {key[0]} is no longer in {result['data']}; "
+                "give --pictures 0, or the questions as they were"
+            )
+        yield _picture_section(draw, result, answer, items[key])
+
+
+def _check_methods(result: dict, methods: Sequence[str]) -> None:
+    """A file must not say whose code is imported: the user does. A scorer has none."""
+    for name in methods:
+        get_method(name)
+    for row in result["run"]["rows"]:
+        for name in [described["method"] for described in _described(row)]:
+            if not is_registered(name) and not is_scorer(name):
+                raise InputError(
+                    f"method {name!r} of the results is none that is known here; if it "
+                    f"is yours, allow it with --method {name}"
+                )
+
+
+def _items(result: dict) -> dict[tuple[str, str], Item]:
+    names = {answer["picture"] for answer in result["answers"]}
+    asked = result["answers"][0]["question"] if result["answers"] else None
+    found = read_questions(result["data"], max(1, len(names)), asked)
+    found = blinded(found) if result["run"].get("blind") else found
+    return {(item.picture, item.question): item for item in found.items}
+
+
+def _drawing(name: str, result: dict) -> Callable[..., Image.Image]:
+    """What draws a picture, with a question, as a row of the results saw it."""
+    run = result["run"]
+    if run.get("runtime") == "mlx-vlm":
+        guest = Guest(name, None if run["positions"] == "original" else "contiguous")
+        return lambda *asked: _guest_overlay(guest, *asked)
+    subject = subject_of(name, *load(name, adapter_path=run.get("adapter")))
+    if fingerprint(subject.model) != run["weights"]:
+        raise InputError(
+            f"{name} has other weights here than those that were measured, or another "
+            "precision; --pictures 0 leaves pictures out"
+        )
+    subject = subject.at(result["image_size"], run.get("padding"))
+
+    def draw(image: Image.Image, text: str, row: dict) -> Image.Image:
+        pruners = map(_pruner, _described(row))
+        return _overlay(subject, image, text, pruners, run["positions"])
+
+    return draw
+
+
+def _picture_section(draw, result: dict, answer: dict, item: Item) -> str:
+    image, right = item.load(), answer["answers"]
+    told = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
+    cards = []
+    for row in result["run"]["rows"]:
+        overlay = draw(image, item.question, row)
+        label = row["label"]
+        score, given = answer["scores"][label], answer["given"][label]
+        style = "" if score is None else "right" if score > 0.5 else "wrong"
+        cards.append(picture(overlay, f"{label}: {given}", style))
+    question = html.escape(answer["question"] + told)
+    return f'<h2>{question}</h2><div class="cards">{"".join(cards)}</div>'
+
+
+def _described(row: dict) -> list[dict]:
+    """A row's pruners."""
+    return [row["pruner"], *row.get("others", [])]
+
+
+def _pruner(described: dict) -> Pruner:
+    try:
+        return Pruner(**described)
+    except TypeError:
+        raise InputError(
+            f"the results describe a pruner as {str(described)[:80]}; expected one of "
+            "mlx_tokprune.evaluate"
+        ) from None
+
+
+def _overlay(
+    subject: Subject, image: Image.Image, text: str, pruners: Pruners, positions: str
+) -> Image.Image:
+    """The picture with what was dropped dimmed, as the run saw it."""
+    model, plan = subject.model, plan_for(subject.model, pruners)
+    scene = subject.scene([image], text)
+    _, visual = run(model, scene, plan, positions=positions)
+    return draw_choices([image], visual, padded=subject.processor.pads)
+
+
+def _guest_overlay(
+    guest: Guest, image: Image.Image, text: str, row: dict
+) -> Image.Image:
+    """The same in mlx-vlm; the picture alone where its tokens are no one grid."""
+    pruner = _pruner(row["pruner"])
+    found = guest.ask(GuestRow(row["label"], pruner), image, text, 1)
+    grids = guest.grids(image, text)
+    if len(grids) != 1 or found.places is None or len(found.places) != 1:
+        return image
+    return draw_overlay([image], [np.array(found.places[0])], grids[0], False)

@@ -1,1 +1,0 @@
-"""Robot actions: one observation, control loops, action heads, drafts."""

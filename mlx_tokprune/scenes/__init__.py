@@ -1,0 +1,1 @@
+"""Generated pictures, the questions about them, and the right answers."""

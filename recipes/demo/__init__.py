@@ -1,0 +1,1 @@
+"""The demo: a small FastVLM that answers questions about drawn scenes."""

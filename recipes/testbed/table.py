@@ -1,0 +1,117 @@
+"""One table and one plot from several results of `mlx_tokprune.evaluate`.
+
+    mlx_tokprune.evaluate --data testbed --pictures 32 --methods M... \
+        --keep-ratios 0.25 0.11 --max-tokens 5 --output a.json
+    mlx_tokprune.evaluate --data testbed --pictures 16 --methods M... \
+        --keep-ratios 0.5 0.05 --max-tokens 5 --output b.json
+    python -m recipes.testbed.table a.json b.json --plot docs/testbed.png
+
+Right answers in percent with the 95 % interval, and after it the share of needed tokens
+that are left. Results may be about different numbers of questions: each column has its
+own row of the unpruned model. A label is `METHOD RATIO`.
+
+    python -m recipes.testbed.table a.json scorers.json --against norm
+
+compares on the questions that all results share, question by question: right answers,
+and how many points more they are than those of that method at the same ratio.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_tokprune.evaluate.accuracy_table import draw
+from mlx_tokprune.files import read_json
+from mlx_tokprune.measure.intervals import bootstrap
+
+Rows = dict[tuple[str, float], dict]
+
+
+def by_label(results: Sequence[list[dict]]) -> Rows:
+    """Rows by method and ratio; the unpruned one is at every ratio of its result."""
+    found: Rows = {}
+    for none, *rows in results:
+        for row in rows:
+            method, ratio = row["label"].split()
+            found["none", float(ratio)] = none
+            found[method, float(ratio)] = row
+    return found
+
+
+def table(rows: Rows) -> str:
+    ratios = sorted({ratio for _, ratio in rows}, reverse=True)
+    heads = [f"{100 * r:g} %, n={_accuracy(rows['none', r])['n']}" for r in ratios]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(ratios)]
+    for method in dict.fromkeys(method for method, _ in rows):
+        cells = [_cell(rows.get((method, ratio))) for ratio in ratios]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _accuracy(row: dict) -> dict:
+    return row["accuracy"]["all"]
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    value, low, high = (100 * _accuracy(row)[name] for name in ("value", "low", "high"))
+    needed = 100 * row["needed"]["all"]["value"]
+    return f"{value:.1f} ({low:.0f}-{high:.0f}); {needed:.0f}"
+
+
+def paired(results: Sequence[list[dict]], against: str) -> str:
+    """A line for each label, on the shared questions; intervals over pictures."""
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    shared = set.intersection(
+        *({(a["picture"], a["question"]) for a in answers} for answers in results)
+    )
+    for answers in results:
+        for one in answers:
+            scores.setdefault((one["picture"], one["question"]), {}).update(
+                one["scores"]
+            )
+    asked = sorted(shared)
+    pictures = [picture for picture, _ in asked]
+    lines = [
+        f"| {len(asked)} questions, {len(set(pictures))} pictures | right, % | "
+        f"more than `{against}`, points |",
+        "|---|---:|---:|",
+    ]
+    for label in dict.fromkeys(label for key in asked for label in scores[key]):
+        ratio = label.partition(" ")[2]
+        beside = f"{against} {ratio}" if ratio else against
+        mine = [scores[key][label] for key in asked]
+        others = [scores[key].get(beside) for key in asked]
+        cells = [f"{100 * sum(mine) / len(mine):.1f}", ""]
+        if None not in others and beside != label:
+            more = [one - other for one, other in zip(mine, others, strict=True)]
+            low, high = bootstrap(more, pictures)
+            mean = sum(more) / len(more)
+            cells[1] = f"{100 * mean:+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
+        lines.append(f"| `{label}` | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--against", metavar="METHOD")
+    args = parser.parse_args()
+    found = [read_json(file) for file in args.results]
+    if args.against:
+        if len({result["model"] for result in found}) > 1:
+            parser.error("the results are of several models; expected one's")
+        print(paired([result["answers"] for result in found], args.against))
+        return
+    results = [result["rows"] for result in found]
+    print(table(by_label(results)))
+    if args.plot:
+        first, *others = results
+        rows = [*first, *(row for result in others for row in result[1:])]
+        draw(rows, args.plot, over_tokens=True)
+
+
+if __name__ == "__main__":
+    main()
