@@ -21,9 +21,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_tokprune.checkpoints.embedded import PICTURES
-from mlx_tokprune.files import DEMO
 from mlx_tokprune.convert import convert
 from mlx_tokprune.evaluate.__main__ import main as evaluate
+from mlx_tokprune.files import DEMO
 from mlx_tokprune.measure.subject import subject_of
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.pipeline.planning import plan_for

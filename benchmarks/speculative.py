@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_tokprune import Policy, Pruner
+from mlx_tokprune.act.heads import head_of
 from mlx_tokprune.act.inputs import check_images, observe, tell
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.scenes.worlds import HORIZON, TASKS, World
@@ -136,7 +137,9 @@ def time_calls(model, processor, widths: set[int], reads: set[int], runs: int):
     picture = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
     images = check_images(model, [picture] * len(model.cameras))
     state = [0.0] * model.args.state_size
-    about = tell(model, processor, "pick up the cup", [state], None)
+    size = len(processor.bounds("action", None).low)
+    head = head_of(model, processor, size)
+    about = tell(head, model, "pick up the cup", [state], None)
     scene = observe(processor, [images], *about)
     visual = mlx_tokprune.pipeline.look(model, scene, ())
     mx.eval(visual.embeddings)

@@ -3,7 +3,6 @@
 import importlib
 import sys
 
-from . import __version__
 from .cli import Parser, command
 
 # In the order of use; a command is the package of its name.
@@ -30,7 +29,9 @@ def build_parser() -> Parser:
         description="Visual-token pruning for vision-language models in MLX.",
         epilog=f"commands:\n{lines}\n\n`mlx_tokprune COMMAND --help` describes each.",
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="COMMAND", help="one below"
+    )
     return parser
 
 

@@ -1,4 +1,7 @@
-"""What the commands share: flags of methods and budgets, overlays, and logging."""
+"""The command line: parsers, how errors are reported, and flags that commands share.
+
+Only the `__main__` of a command imports from here.
+"""
 
 import argparse
 import functools
@@ -10,30 +13,67 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 
 from PIL import Image
 
-from .errors import InputError, printable
+from .errors import InputError, nearest, printable
 from .files import replacing
 from .pipeline import DEFAULT_POSITIONS, POSITIONS, VisualTokens
 from .processing.overlay import draw_overlay, stack
-from .pruners import Plan, Pruner, get_method, list_pruners, read_place, read_plan
+from .pruners import Plan, Pruner, get_method, read_place, read_plan
 from .pruners.registry import Depths, Options, Place
 
 RUNTIMES = ("own", "mlx-vlm")
+PLAN = "PLAN"  # METHOD[:BUDGET][@PLACE], places joined by +
+
+
+# Parsers and commands ---------------------------------------------------------------
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help beside its flag, in 80 columns or what the terminal has up to 100."""
+
+    def __init__(self, prog: str):
+        columns = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns
+        super().__init__(prog, max_help_position=28, width=min(columns, 100) - 2)
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    try:
+        return _Formatter(prog)
+    except (OSError, ValueError):  # no terminal
+        return argparse.RawDescriptionHelpFormatter(prog, 2, 28, 78)
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence and exit code 2.
 
-    Numbers such as -1e-3 are values, not flags; argparse knows them since Python 3.14.
+    example: a command line, shown at the end of `--help`. A mistyped flag names the
+    nearest one. Numbers such as -1e-3 are values, not flags; argparse knows them since
+    Python 3.14.
     """
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, example: str = "", **options):
+        options.setdefault("usage", "%(prog)s [options]")
+        options.setdefault("formatter_class", _formatter)
+        if example:
+            options["epilog"] = f"example:\n  {example}"
         super().__init__(*args, **options)
+        version = f"mlx-tokprune {metadata.version('mlx-tokprune')}"
+        help_ = "show the version and exit"
+        self.add_argument("--version", action="version", version=version, help=help_)
         self._negative_number_matcher = re.compile(
             r"-(\d+\.?|\.\d)\d*(e[-+]?\d+)?$", re.I
         )
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            hint = nearest(flag, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+        return parsed
 
     def _get_values(self, action, arg_strings):
         # Python 3.11 makes an empty list of `--name=--`.
@@ -69,8 +109,8 @@ def command(main: Callable[[list[str] | None], None]):
             raise SystemExit(141) from None
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            said = printable(f"{error.strerror or error}{where}")
-            print(f"error: {said}", file=sys.stderr)
+            reason = printable(f"{error.strerror or error}{where}")
+            print(f"error: {reason}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
@@ -78,107 +118,211 @@ def command(main: Callable[[list[str] | None], None]):
     return run
 
 
-def add_common(parser: Parser) -> None:
-    """`--option` and `--verbose`, which every command that prunes has."""
-    add_option(parser)
-    help_ = "log places, counts and times to stderr"
-    parser.add_argument("--verbose", action="store_true", help=help_)
-
-
-def add_option(parser: Parser) -> None:
-    """`--option`, of methods."""
-    help_ = "an option of a method, such as coverage=0.2; repeat for several"
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help=help_
-    )
-
-
-def add_adapter(parser: Parser) -> None:
-    """`--adapter-path`, as in mlx-lm."""
-    help_ = "folder of an adapter (LoRA, DoRA) for the language model"
-    parser.add_argument("--adapter-path", metavar="FOLDER", help=help_)
-
-
 def begin_logging(verbose: bool) -> None:
-    """The package's one logger, at DEBUG where that is asked for."""
+    """Log the package at DEBUG to stderr where `--verbose` was given."""
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("mlx_tokprune").setLevel(logging.DEBUG)
 
 
+# Flags ------------------------------------------------------------------------------
+
+
+def add_verbose(parser) -> None:
+    """`--verbose`."""
+    help_ = "log places, counts and times to stderr"
+    parser.add_argument("--verbose", action="store_true", help=help_)
+
+
+def add_adapter(parser) -> None:
+    """`--adapter-path`, as in mlx-lm."""
+    help_ = "folder of a LoRA or DoRA adapter"
+    parser.add_argument("--adapter-path", metavar="FOLDER", help=help_)
+
+
+def add_option(parser) -> None:
+    """`--option`, of methods."""
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="method option, such as alpha=0.2; repeatable",
+    )
+
+
+def add_seed(parser) -> None:
+    """`--seed`, of the method `random`."""
+    help_ = "seed of the method random (default: 0)"
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help=help_)
+
+
+def add_prune(parser, help_: str) -> None:
+    """`--prune`, the one grammar of what is pruned how and where."""
+    parser.add_argument(
+        "--prune", action="append", default=[], metavar=PLAN, help=help_
+    )
+
+
+def add_pruning(parser, default: str) -> None:
+    """One plan: `--prune`, its short form for one place, and `--positions`."""
+    group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
+    add = group.add_argument
+    add_prune(group, "METHOD[:BUDGET][@PLACE], + for several places")
+    keep = group.add_mutually_exclusive_group()
+    help_ = "share of visual tokens to keep, in (0, 1]"
+    keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)
+    help_ = "number of visual tokens to keep"
+    keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
+    help_ = f"name or package.module:function (default: {default})"
+    add("--method", help=help_)
+    help_ = "tower, prompt or a number of layers"
+    add("--at", metavar="PLACE", help=help_)
+    add_option(group)
+    help_ = f"{' or '.join(POSITIONS)} (default: {DEFAULT_POSITIONS})"
+    how = {"choices": POSITIONS, "metavar": "WHICH"}
+    add("--positions", default=DEFAULT_POSITIONS, help=help_, **how)
+
+
+def add_rows(parser, ratios: Sequence[float], budgets: bool = False) -> None:
+    """A table's rows: `--prune`, each a plan, and every method at every ratio.
+
+    budgets: also `--eval-budgets`.
+    """
+    group = parser.add_argument_group("rows (methods: mlx_tokprune methods)")
+    add = group.add_argument
+    add_prune(group, "row of the table, METHOD[:BUDGET][@PLACE]; repeatable")
+    add("--plans", nargs="+", default=[], metavar="PLAN", help="same as --prune")
+    help_ = "methods to cross with the keep ratios (default: all with a budget)"
+    add("--methods", nargs="+", metavar="METHOD", help=help_)
+    keep = group.add_mutually_exclusive_group()
+    help_ = f"keep ratios (default: {' '.join(f'{ratio:g}' for ratio in ratios)})"
+    many = {"nargs": "+", "help": help_}
+    keep.add_argument("--keep-ratios", type=float, default=ratios, metavar="R", **many)
+    if budgets:
+        many = {"nargs": "+", "default": [], "help": "visual tokens instead of ratios"}
+        keep.add_argument("--eval-budgets", type=int, metavar="K", **many)
+    add_option(group)
+    help_ = "positions of kept tokens (default: original; mlx-vlm: its own)"
+    add("--positions", choices=POSITIONS, help=help_)
+
+
+def add_drafts(parser, words: Sequence[str], help_: str) -> None:
+    """`--draft`, and another model that drafts, with pruners of its own."""
+    add = parser.add_argument
+    add("--draft", nargs="?", const=words[0], choices=words, help=help_)
+    help_ = "smaller model of the same family that drafts"
+    add("--draft-model", metavar="MODEL", help=help_)
+    many = {"action": "append", "default": [], "metavar": PLAN}
+    add("--draft-prune", help="pruning of the draft; repeatable", **many)
+
+
+# Reading flags ----------------------------------------------------------------------
+
+
+def draft_plan(args) -> Plan | None:
+    """Return the plan of a draft, `None` where none is given."""
+    if args.draft and args.draft_model:
+        raise InputError("--draft and --draft-model both draft; give one of them")
+    if args.draft_prune and not (args.draft_model or args.draft == "self"):
+        raise InputError(
+            "--draft-prune prunes what a model drafts from; say --draft-model, too, "
+            "or, of a model that answers, --draft self"
+        )
+    return read_plans(args.draft_prune, {}) if args.draft_prune else None
+
+
 def read_options(texts: Sequence[str]) -> dict[str, float | str]:
-    """`name=value` texts as numbers or words by name."""
-    found = {}
+    """`name=value` texts -> numbers or words by name."""
+    options: dict[str, float | str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise InputError(f"--option is NAME=VALUE, not {text!r}")
         try:
-            found[name] = float(value)
+            options[name] = float(value)
         except ValueError:
-            found[name] = value
-    return found
+            options[name] = value
+    return options
 
 
 def options_by_method(
     methods: Iterable[str], options: Options
 ) -> dict[str, dict[str, float | str]]:
-    """Which of the options each method takes; `InputError` for one that none takes."""
-    known = {name: get_method(name).options for name in methods}
+    """Return the options that each method takes; `InputError` for one none takes."""
+    names_of = {name: get_method(name).options for name in methods}
     for option in options:
-        if not any(option in names for names in known.values()):
-            every = sorted({name for names in known.values() for name in names})
+        if not any(option in names for names in names_of.values()):
+            every = sorted({name for names in names_of.values() for name in names})
             takes = f"they take {', '.join(every)}" if every else "they take none"
             raise InputError(
-                f"none of the methods {', '.join(known)} has an option {option!r}; "
+                f"none of the methods {', '.join(names_of)} has an option {option!r}; "
                 + takes
             )
     return {
         method: {name: value for name, value in options.items() if name in names}
-        for method, names in known.items()
+        for method, names in names_of.items()
     }
 
 
+def row_plans(args) -> list[str]:
+    """Return the plans that each are a row, as they are written."""
+    return [*args.prune, *args.plans]
+
+
 def options_of(methods: Iterable[str], args) -> dict[str, dict[str, float | str]]:
-    """`--option`s of methods and of those in `--plans`, each as far as it has them."""
-    planned = (p.method for text in args.plans for p in read_plan(text))
+    """Return the `--option`s of methods, those in plans included."""
+    planned = (p.method for text in row_plans(args) for p in read_plan(text))
     return options_by_method([*methods, *planned], read_options(args.option))
 
 
-def add_method(parser: Parser, default: str) -> None:
-    """`--method`, which also takes somebody's own, `--at`, its place, and `--prune`."""
-    help_ = f"see below, or package.module:function (default: {default})"
-    parser.add_argument("--method", help=help_)
-    help_ = "where it prunes: tower, prompt, or after so many layers (default: its own)"
-    parser.add_argument("--at", metavar="PLACE", help=help_)
-    add_prune(parser, "prune at several places instead, such as norm:0.5@tower")
+def read_plans(texts: Sequence[str], options: Options, seed: int = 0) -> Plan:
+    """Return the places of one plan; `InputError` for an option none of them takes."""
+    plan = tuple(p for text in texts for p in read_plan(text, options, seed))
+    options_by_method([pruner.method for pruner in plan], options)
+    return plan
 
 
-def add_prune(parser: Parser, help_: str) -> None:
-    """`--prune`, a place of a plan each time."""
-    metavar = "METHOD[:BUDGET][@PLACE]"
-    parser.add_argument(
-        "--prune", action="append", default=[], metavar=metavar, help=f"{help_}; repeat"
-    )
+def plan_of(args, default: str, own: Options | None = None) -> Plan | None:
+    """Return the plan of the flags; `None`, for the checkpoint's, where none is given.
+
+    default: the method without `--method`. own: options with flags of their own.
+    """
+    options = read_options(args.option) | dict(own or {})
+    names = ("method", "at", "keep_ratio", "keep_tokens")
+    short = any(getattr(args, name, None) is not None for name in names)
+    if args.prune and short:
+        raise InputError(
+            "--prune says method, budget and place; leave out --method, --at, "
+            "--keep-ratio and --keep-tokens"
+        )
+    if args.prune:
+        return read_plans(args.prune, options, args.seed)
+    return (_pruner_of(args, default, options),) if short or options else None
 
 
-def add_plans(parser: Parser) -> None:
-    """`--plans`, each a row of the table."""
-    help_ = "pruners at several places, such as norm:0.5@tower+attention:0.5@2"
-    parser.add_argument("--plans", nargs="+", default=[], metavar="PLAN", help=help_)
+def _pruner_of(args, default: str, options: Options) -> Pruner:
+    """One pruner. No method means `default`, or `none` when nothing is dropped."""
+    ratio, tokens, at = args.keep_ratio, args.keep_tokens, getattr(args, "at", None)
+    method, unset = args.method, ratio is None and tokens is None
+    if method is None:
+        full = not options and (unset or ratio == 1)
+        if full and at:
+            raise InputError("--at says where to prune; give --keep-ratio, too")
+        method = "none" if full else default
+    if unset and get_method(method).lacks_budget(options):
+        raise InputError(
+            f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
+        )
+    at = read_place(at) if at else None
+    return Pruner(method, ratio, tokens, at=at, seed=args.seed, options=options)
 
 
-def add_budget(parser: Parser) -> None:
-    """`--keep-ratio` or `--keep-tokens`, and `--positions`."""
-    keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
-    tokens = "visual tokens, per picture where it prunes at the tower"
-    keep.add_argument("--keep-tokens", type=int, help=tokens)
-    parser.add_argument("--positions", choices=POSITIONS, default=DEFAULT_POSITIONS)
+# Words and overlays -----------------------------------------------------------------
 
 
 def where(place: Place | Depths) -> str:
-    """A place of pruning, in words."""
+    """Return a place of pruning, in words."""
     if isinstance(place, str):
         return f"at the {place}"
     if isinstance(place, tuple):
@@ -186,80 +330,28 @@ def where(place: Place | Depths) -> str:
     return f"after {place} layer{'s' * (place > 1)}"
 
 
-def describe_methods() -> str:
-    """A line on every method, for `--help`."""
-    methods = [get_method(name) for name in list_pruners()]
-    lines = [f"{m.name} ({where(m.at)}): {m.summary}" for m in methods]
-    return f"Pruning methods. {'; '.join(lines)}"
-
-
-def make_pruners(args, default: str, own: Options | None = None) -> Plan | None:
-    """What prunes, from command line options; `own`: options with their own flags.
-
-    `None` where nobody says, which leaves it to the checkpoint.
-    """
-    alone = ("method", "at", "keep_ratio", "keep_tokens")
-    unsaid = all(getattr(args, name) is None for name in alone)
-    if not args.prune:
-        if unsaid and not args.option and not own:
-            return None
-        return (_make_pruner(args, default, own or {}),)
-    if not unsaid:
-        raise InputError(
-            "--prune says method, budget and place; leave out --method, --at, "
-            "--keep-ratio and --keep-tokens"
-        )
-    options = read_options(args.option) | dict(own or {})
-    return read_plans(args.prune, options, args.seed)
-
-
-def read_plans(texts: Sequence[str], options: Options, seed: int = 0) -> Plan:
-    """The places of one plan; `InputError` for an option that none of them takes."""
-    plan = tuple(p for text in texts for p in read_plan(text, options, seed))
-    options_by_method([pruner.method for pruner in plan], options)
-    return plan
-
-
-def _make_pruner(args, default: str, own: Options) -> Pruner:
-    """One pruner. No method means `default`, or `none` when nothing is dropped."""
-    ratio, tokens = args.keep_ratio, args.keep_tokens
-    options = read_options(args.option) | dict(own)
-    method, unset = args.method, ratio is None and tokens is None
-    if method is None:
-        full = not options and (unset or ratio == 1)
-        if full and args.at:
-            raise InputError("--at says where to prune; give --keep-ratio, too")
-        method = "none" if full else default
-    if unset and get_method(method).lacks_budget(options):
-        raise InputError(
-            f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
-        )
-    at = read_place(args.at) if args.at else args.at
-    return Pruner(method, ratio, tokens, at=at, seed=args.seed, options=options)
-
-
 def methods(plan: Plan) -> str:
-    """What prunes, in words: its name, or with several their places, too."""
+    """Return the methods of a plan, with their places where there are several."""
     if len(plan) > 1:
         return ", ".join(f"{p.method} {where(p.at)}" for p in plan)
     return plan[0].method if plan else "none"
 
 
 def places(visual: VisualTokens) -> list[dict]:
-    """As JSON: each place of pruning, and what was left of each group after it."""
+    """Return each place of pruning and the tokens left after it, for JSON."""
     return [{"at": place, "kept_indices": kept} for place, kept in visual.by_place()]
 
 
 def write_overlay(
     path: str, images: list, visual: VisualTokens, padded: bool = True
 ) -> None:
-    """Write the picture of what was kept as a PNG, a row for each place of pruning."""
+    """Write the picture of the kept tokens as a PNG, a row for each place."""
     with replacing(path) as file:
         draw_choices(images, visual, padded).save(file, format="PNG")
 
 
 def draw_choices(images: list, visual: VisualTokens, padded: bool) -> Image.Image:
-    """The pictures with what was kept of them, a row for each place of pruning."""
+    """Draw the kept tokens on the images, a row for each place of pruning."""
     selection, places = visual.selection, visual.by_place()
     inside = any(isinstance(place, int) for place, _ in places)
     if len(places) < 2 and not inside and len(selection.indices) == len(images):
@@ -278,7 +370,7 @@ def _is_png(path: str) -> bool:
 
 
 def check_overlay(path: str | None, pictures: list[str]) -> None:
-    """Refuse before any work what could not be written after it."""
+    """Refuse before any work an overlay that could not be written after it."""
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
@@ -296,27 +388,3 @@ def check_overlay(path: str | None, pictures: list[str]) -> None:
         raise InputError(
             f"--overlay {path} would overwrite the picture; choose another"
         )
-
-
-def add_drafts(parser: Parser, words: Sequence[str], help_: str) -> None:
-    """`--draft`, and another model that drafts, with pruners of its own."""
-    parser.add_argument("--draft", nargs="?", const=words[0], choices=words, help=help_)
-    help_ = "a smaller model of the same family, which drafts; output stays the same"
-    parser.add_argument("--draft-model", metavar="MODEL", help=help_)
-    metavar = "METHOD[:BUDGET][@PLACE]"
-    help_ = "how what drafts is pruned, such as norm:0.25; repeat"
-    parser.add_argument(
-        "--draft-prune", action="append", default=[], metavar=metavar, help=help_
-    )
-
-
-def draft_plan(args) -> Plan | None:
-    """What prunes a draft; `None` where nobody says."""
-    if args.draft and args.draft_model:
-        raise InputError("--draft and --draft-model both draft; give one of them")
-    if args.draft_prune and not (args.draft_model or args.draft == "self"):
-        raise InputError(
-            "--draft-prune prunes what a model drafts from; say --draft-model, too, "
-            "or, of a model that answers, --draft self"
-        )
-    return read_plans(args.draft_prune, {}) if args.draft_prune else None

@@ -8,6 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+# Extras with a value, or a row, for each visual token.
+PER_TOKEN = ("attention", "attention_middle", "blocks", "keys", "scores")
+PER_TOKEN += ("scores_previous",)
+# Extras at the prompt that a policy's episode carries from one step to the next.
+EPISODE_EXTRAS = ("action_previous",)
+
 
 @dataclass(frozen=True)
 class Features:
@@ -55,10 +61,8 @@ class Features:
             raise ValueError(
                 f"{self.pictures} grids {self.grid} have other than {total} tokens"
             )
-        per_token = ("attention", "attention_middle", "blocks", "keys")
-        per_token += ("scores", "scores_previous")
         for name, array in self.extras.items():
-            size = (batch, total) if name in per_token else (batch,)
+            size = (batch, total) if name in PER_TOKEN else (batch,)
             if array.shape[: len(size)] != size:
                 raise ValueError(f"{name} has shape {array.shape}, not {size} in front")
 

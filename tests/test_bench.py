@@ -21,6 +21,7 @@ from mlx_tokprune.features import Selection
 from mlx_tokprune.generate import stream
 from mlx_tokprune.measure.results import read_result
 from mlx_tokprune.measure.subject import Asked, subject_of
+from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.pipeline import timing
 from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import Pruner, as_plan
@@ -164,7 +165,7 @@ def test_a_stopped_run_goes_on_and_loses_nothing(bench, monkeypatch):
 
 def test_the_table_says_what_was_measured(bench):
     result = bench().run(2)
-    shown = table.markdown(result)
+    shown = table.tabulate(result).markdown()
     assert "| norm 0.5 | 32/64 |" in shown
     assert "not a TTFT" in shown
     *_, none, pruned = (
@@ -186,7 +187,7 @@ def test_columns_of_what_is_saved(bench, tiny):
     base, norm = result["rows"][1:]
     for times, factor, cell in (([9.9], "1.01x", "1.0 %"), ([1.0], "10.00x", "~ 90")):
         base["samples"]["ttft_ms"], norm["samples"]["ttft_ms"] = [10.0], times
-        shown = {line["method"]: line for line in lines(table.markdown(result))}
+        shown = {line["method"]: line for line in lines(table.tabulate(result))}
         assert shown["norm 0.5"]["faster"] == factor
         assert shown["norm 0.5"]["saved"].startswith(cell)
         assert shown["none"]["faster"] == shown["none"]["saved"] == ""
@@ -200,14 +201,9 @@ def test_columns_of_what_is_saved(bench, tiny):
     assert shown["norm 0.5"]["cache MB"] == f"{each * (words + 32) / 1e6:.2f}"
 
 
-def lines(markdown: str) -> list[dict]:
-    """The rows of a table by column; the last one of each method counts."""
-    head, _, *rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    names = [cell.strip() for cell in head.split("|")]
-    return [
-        dict(zip(names, (cell.strip() for cell in row.split("|")), strict=True))
-        for row in rows
-    ]
+def lines(shown: Table) -> list[dict]:
+    """Return the rows of a table by column; the last one of each method counts."""
+    return [dict(zip(shown.columns, row, strict=True)) for row in shown.rows]
 
 
 def test_what_is_saved_is_compared_within_a_round():

@@ -189,6 +189,47 @@ def test_functions_share_weights(demo, packages):
     assert weights(path) <= 1.05 * weights(packages("norm"))
 
 
+@pytest.mark.parametrize("target", ["iOS18", "iOS16"])
+def test_the_tower_is_traced_and_converted_once(tmp_path, monkeypatch, target):
+    """However many functions a package has, and in a package for each, too."""
+    calls = []
+
+    def count(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **options):
+            calls.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Equal, "encode")
+    count(coremltools, "convert")
+    pruners = [Pruner("attention", keep_ratio=ratio) for ratio in (0.5, 0.25, 0.125)]
+    options = ExportOptions(projector=False, image=False, target=target)
+    export_package(Equal(), pruners, tmp_path / "p.mlpackage", options)
+    assert calls == ["encode", "convert"]
+
+
+def test_functions_of_several_methods_share_a_tower(demo, tmp_path):
+    """Methods that read other extras of the tower, and two with the same choice."""
+    model, processor = demo
+    pixels = pixels_of(processor)
+    pruners = {
+        "keep_50": Pruner("attention", keep_ratio=0.5),
+        "tokens_32": Pruner("attention", keep_tokens=32),
+        "keep_25": Pruner("visionzip", keep_ratio=0.25),
+        "tokens_8": Pruner("spatial", keep_tokens=8),
+        "unpruned": Pruner("none"),
+    }
+    path = tmp_path / "p.mlpackage"
+    export_package(model, list(pruners.values()), path, FLOAT32)
+    package = Package(path)
+    assert set(package.functions) == set(pruners)
+    for name, pruner in pruners.items():
+        compare(run(package, pixels, name), model, pixels, pruner)
+
+
 def test_older_targets_get_a_package_each(demo, tmp_path):
     pruners = [Pruner("norm", keep_tokens=number) for number in (32, 16)]
     options = ExportOptions(target="macOS13")

@@ -48,14 +48,15 @@ class Case:
 
     def __init__(self, tiny_chunks, plan, positions="original"):
         self.model, processor = tiny_chunks
-        told = tell(self.model, processor, "Pick up the cup", [STATE], None)
+        head = head_of(self.model, processor, 3)
+        told = tell(head, self.model, "Pick up the cup", [STATE], None)
         images = check_images(self.model, [IMAGES[0], IMAGES[2]])
         self.scene = observe(processor, [images], *told)
-        self.head = head_of(self.model, processor, 3)
+        self.head = head
         self.plan = plan_for(self.model, plan)
         self.how = {"positions": positions}
         about = (self.model, self.scene, self.plan)
-        parts, _ = self.head.act(*about, **self.how)
+        parts, _ = self.head.decode(*about, **self.how)
         self.answer = np.array(self.head.joined(parts))[0].tolist()
 
     def drafted(self, last: list[int]) -> int:

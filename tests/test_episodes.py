@@ -25,7 +25,7 @@ VLAPRUNER = Pruner("vlapruner", keep_tokens=16)
 def frames():
     """Pictures of one episode, each turned a little further."""
     image = load_image(POLICY_FRAME.path)
-    return [image.rotate(40 * number) for number in range(5)]
+    return [image.rotate(35 * number) for number in range(5)]
 
 
 def scene_of(processor, robots, state=None):
@@ -86,7 +86,7 @@ def test_tokens_note_what_they_attend_to(demo_policy, frames, layer, text):
     model, processor = demo_policy
     scene = scene_of(processor, [[frames[1]]])
     plan, head = plan_for(model, read_plan(text)), head_of(model, processor, 4)
-    parts, visual = head.act(model, scene, plan, attention_of=layer)
+    parts, visual = head.decode(model, scene, plan, attention_of=layer)
     ids = head.joined(parts)
     read, seen = run(model, scene, plan, attention_of=layer)
     first = np.array(read.attended)
@@ -149,7 +149,7 @@ def test_slots_note_what_they_attend_to(oft_policy, oft_pictures):
     model, processor = oft_policy
     state = mx.array([[0.1, -0.4, 0.9, 0.0, 0.3]])
     scene = scene_of(processor, [oft_pictures], state)
-    _, visual = head_of(model, processor, 7).act(model, scene, (), attention_of=1)
+    _, visual = head_of(model, processor, 7).decode(model, scene, (), attention_of=1)
     sequence = assemble(model, scene, look(model, scene, ()))
     length = sequence.embeddings.shape[1]
     expected = by_hand(model, sequence, 1, range(length - 23, length), own_key=True)
@@ -173,8 +173,8 @@ def test_three_steps_keep_all_and_later_ones_look_back(demo_policy, frames):
         assert policy.kept == 64
     for frame in frames[3:]:
         scene, before = scene_of(processor, [[frame]]), policy._attended
-        looking = dataclasses.replace(scene, attended=before)
-        parts, visual = head.act(model, looking, plan)
+        looking = dataclasses.replace(scene, extras={"scores_previous": before})
+        parts, visual = head.decode(model, looking, plan)
         said = policy([frame], TOLD)
         assert policy.kept == visual.keep == 16
         values = head.normalized(np.array(head.joined(parts))[0])
@@ -205,7 +205,7 @@ def test_the_first_attended_is_the_mean_over_an_action(demo_policy, frames):
     model, processor = demo_policy
     scene, head = scene_of(processor, [[frames[0]]]), head_of(model, processor, 4)
     found = attended_of(demo_policy, frames[0])
-    _, visual = head.act(model, scene, (), attention_of=2)
+    _, visual = head.decode(model, scene, (), attention_of=2)
     expected = mx.mean(visual.attended, axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
     inside = [VLAPRUNER, Pruner("norm", 0.5, at=1)]

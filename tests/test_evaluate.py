@@ -15,9 +15,10 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import items as data
 from mlx_tokprune.evaluate import read_result
 from mlx_tokprune.evaluate.__main__ import main
-from mlx_tokprune.evaluate.evaluator import Answer, Evaluator, _Asked
+from mlx_tokprune.evaluate.evaluator import Answer, Evaluator
 from mlx_tokprune.evaluate.judge_actions import accuracy as action_accuracy
 from mlx_tokprune.evaluate.judge_words import accuracy
+from mlx_tokprune.evaluate.own_runtime import OwnRuntime
 from mlx_tokprune.generate.settings import Settings
 from mlx_tokprune.measure.results import Row, make_rows
 from mlx_tokprune.measure.subject import Asked, Counted, subject_of
@@ -117,7 +118,7 @@ ROWS = make_rows(["norm", "similarity", "uniform"], [0.5, 0.11])
 
 def evaluator_of(loaded, rows=ROWS, positions="original", most=8, **cache) -> Evaluator:
     settings = Settings(positions, most, **cache)
-    return Evaluator(subject_of("it", *loaded), rows, settings)
+    return Evaluator(OwnRuntime(subject_of("it", *loaded), rows, settings), rows)
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
@@ -158,8 +159,8 @@ def test_answers_of_a_quantized_cache_are_those_of_generate(demo, monkeypatch):
 
 def decoded(evaluator, item, plan, ids) -> mx.array:
     """Logits from which each of `ids` would follow: token by token, with a cache."""
-    model = evaluator.model
-    scene = evaluator.subject.scene([item.load()], item.question)
+    model = evaluator.runtime.model
+    scene = evaluator.runtime.subject.scene([item.load()], item.question)
     read, _ = run(model, scene, plan, cache=model.decoder.make_cache())
     found = [model.decoder.logits(read.hidden)[0, -1]]
     for token in ids[:-1]:
@@ -202,15 +203,13 @@ def test_told_answers_are_those_of_decoding(tiny, same):
     own = [p.token for p in stream_generate(*tiny, [picture], "Hi", **how)]
     assert len(own) == 4
     told = [*own[:same], *[(token + 1) % 64 for token in own[same:]]]
-    scene = evaluator.subject.scene([item.load()], item.question)
-    features = evaluator._features(scene, item)
-    asked = _Asked(*(tiny[0], scene, (pruner,)), evaluator.settings, features)
+    evaluator.runtime.begin(item)
     unpruned = Answer(told, mx.zeros((4, 64)))
-    found = evaluator._answer(asked, unpruned)
+    found = evaluator.runtime.answer(evaluator.rows[1], item, unpruned)
     assert found.ids == own
     expected = decoded(evaluator, item, as_plan(pruner), told)
     expected = expected - mx.logsumexp(expected, axis=-1, keepdims=True)
-    assert mx.allclose(found._logs, expected, rtol=1e-3, atol=1e-4)
+    assert mx.allclose(found.logs, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_picture_is_encoded_once(demo, monkeypatch):
@@ -223,7 +222,9 @@ def test_a_picture_is_encoded_once(demo, monkeypatch):
     )
     # Counting FLOPs traces the tower, which computes nothing.
     none = Counted({}, 0, Counts(64, 64, 64, 64, 64))
-    monkeypatch.setattr(type(evaluator.subject), "count_shapes", lambda *_: none)
+    monkeypatch.setattr(
+        type(evaluator.runtime.subject), "count_shapes", lambda *_: none
+    )
     for question in ("What?", "Where?"):
         evaluator.ask(data.Item(str(PICTURES[0].path), question))
     assert len(encoded) == 1
@@ -414,7 +415,7 @@ def test_flops_are_those_of_each_question(demo, folder):
         record = evaluator.ask(data.Item(picture, question))["norm 0.5"]
         asked = ([data.Item(picture, question).load()], question)
         plan = as_plan(ROWS[1].pruners)
-        counted = evaluator.subject.count(Asked(*asked, plan, "original"))
+        counted = evaluator.runtime.subject.count(Asked(*asked, plan, "original"))
         assert record["flops"] == counted.flops
         flops.append(record["flops"])
     assert flops[1] > 1.1 * flops[0]

@@ -14,10 +14,11 @@ from test_policy_tuning import Corridor, batch_of, corridor  # noqa: F401
 
 from mlx_tokprune import InputError, Policy, Pruner, generate, load, predict_action
 from mlx_tokprune.act.__main__ import main as act
+from mlx_tokprune.act.episode import RUNTIME_INPUTS
 from mlx_tokprune.act.heads import head_of
-from mlx_tokprune.act.inputs import normalize_states, observe
+from mlx_tokprune.act.inputs import observe
 from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
-from mlx_tokprune.features import Selection
+from mlx_tokprune.features import EPISODE_EXTRAS, Selection
 from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, look, prune_at_prompt
 from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.processing.prompt import Prompt
@@ -57,12 +58,21 @@ def frames():
     return [image.rotate(40 * number) for number in range(5)]
 
 
+def before(action) -> dict[str, mx.array]:
+    """The run-time inputs after this action (B, A)."""
+    return {"action_previous": mx.array(np.asarray(action, np.float32))}
+
+
+def test_policies_supply_the_extras_that_they_provide():
+    assert tuple(RUNTIME_INPUTS) == EPISODE_EXTRAS
+
+
 def chosen(loaded, pruner, robots, acted=None, state=None) -> list[list[int]]:
     """The tokens that stay of each robot, after these last actions (B, A)."""
     model, processor = loaded
     told = processor.prompt(TOLD)
-    acted = None if acted is None else mx.array(np.asarray(acted, np.float32))
-    scene = observe(processor, robots, told, state, acted)
+    extras = {} if acted is None else before(acted)
+    scene = observe(processor, robots, told, state, extras)
     return prune_at_prompt(
         model, scene, (pruner,), look(model, scene, ())
     ).indices.tolist()
@@ -76,7 +86,7 @@ def watched(policy) -> list[np.ndarray]:
     seen, act_ = [], policy._act
 
     def spy(scene, arrays):
-        seen.append(np.array(scene.acted))
+        seen.append(np.array(scene.extras["action_previous"]))
         return act_(scene, arrays)
 
     policy._act = spy
@@ -111,10 +121,11 @@ def test_the_last_action_changes_what_is_kept(demo_policy, frames):
         assert (alone.visual.left() == here) == same
     kept = [chosen(demo_policy, pruner, [[frames[1]]], [[0.0] * 4])]
     for sign in (1, -1):
-        policy._acted = before = mx.full((1, 4), sign * 0.9)
-        kept.append(chosen(demo_policy, pruner, [[frames[1]]], before))
-        scene = observe(processor, [[frames[1]]], processor.prompt(TOLD), None, before)
-        parts, _ = head.act(model, scene, (pruner,))
+        previous = mx.full((1, 4), sign * 0.9)
+        policy._inputs.values = extras = before(previous)
+        kept.append(chosen(demo_policy, pruner, [[frames[1]]], previous))
+        scene = observe(processor, [[frames[1]]], processor.prompt(TOLD), None, extras)
+        parts, _ = head.decode(model, scene, (pruner,))
         values = head.normalized(np.array(head.joined(parts))[0])
         said = policy([frames[1]], TOLD)
         np.testing.assert_array_equal(said, policy.bounds.to_units(values))
@@ -137,7 +148,7 @@ def test_robots_of_a_batch_are_told_their_own(demo_policy, frames, text):
         values = together.act_on_batch([[frame] for frame in seen], TOLD)
         for robot, frame, action in zip(robots, seen, values, strict=True):
             np.testing.assert_array_equal(alone[robot]([frame], TOLD), action)
-    acted = np.array(together._acted)
+    acted = np.array(together._inputs.values["action_previous"])
     assert acted.shape == (2, 4)
     assert not np.allclose(acted[0], acted[1])
     with pytest.raises(InputError, match="the episode has 2 robots, not 3"):
@@ -158,11 +169,12 @@ def test_of_a_chunk_the_last_that_was_done(oft_policy):
         np.testing.assert_array_equal(seen[0], np.zeros((1, 7)))
         last = policy.bounds.to_units(seen[1][0])
         np.testing.assert_allclose(last, said[0][1], rtol=1e-5, atol=1e-6)
-    state = normalize_states(*oft_policy, [[0.1] * 5], None, 1)
+    head, bounds = head_of(*oft_policy, 7), oft_policy[1].bounds("proprio", None)
+    state = head.state(np.full((1, 5), 0.1), bounds)
     robots = [[image, image.rotate(90)]]
-    scene = observe(oft_policy[1], robots, oft_policy[1].prompt(TOLD), state, seen[1])
-    scene = dataclasses.replace(scene, acted=mx.array(seen[1]))
-    parts, _ = head_of(*oft_policy, 7).act(oft_policy[0], scene, (pruner,))
+    scene = observe(oft_policy[1], robots, oft_policy[1].prompt(TOLD), state)
+    scene = dataclasses.replace(scene, extras=before(seen[1]))
+    parts, _ = head_of(*oft_policy, 7).decode(oft_policy[0], scene, (pruner,))
     expected = policy.bounds.to_units(np.array(parts[0])[0, :2])
     np.testing.assert_allclose(said[1], expected, rtol=1e-4, atol=1e-5)
 
@@ -272,8 +284,8 @@ def test_training_chooses_and_sees_what_acting_does(tmp_path, kind):
         ids = batch.prompts[row, : batch.lengths[row].item()].tolist()
         every = mx.arange(64)[None]
         seen = VisualTokens(visual[row : row + 1], every, Selection(every), (8, 8))
-        prompt, before = Prompt(((student.START,), ids)), batch.before[row : row + 1]
-        scene = Scene(None, prompt, acted=before)
+        prompt = Prompt(((student.START,), ids))
+        scene = Scene(None, prompt, extras=before(batch.before[row : row + 1]))
         kept = prune_at_prompt(made.policy, scene, (pruner_of(made.scorer),), seen)
         opened = mx.argsort(-gate[row])[:6]
         assert sorted(here[row][opened].tolist()) == kept.indices[0].tolist()

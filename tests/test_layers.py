@@ -400,7 +400,7 @@ def test_slots_are_no_text(oft_policy, looking):
     state = mx.array([[0.1, -0.4, 0.9, 0.0, 0.3]])
     scene = observe(processor, [images], processor.prompt("lift the block"), state)
     head, plan = head_of(model, processor, 7), (Pruner("looking", 0.5, at=2),)
-    head.act(model, scene, plan)
+    head.decode(model, scene, plan)
     check_extras(model, scene, (), looking[0], 2, state_rows=22)
     words = len(scene.prompt.segments[-1])
     assert looking[0].extras["text"].shape[1] == 1 + words

@@ -61,8 +61,10 @@ def test_equals_the_full_prompt_with_what_is_dropped_masked(loaded, monkeypatch)
     assert kept.keep == kept.total // 2
     (row,) = rows[0]
     dropped = np.delete(row.visual, kept.indices)
+    # Stock Gemma 3n's first logits are others where its prompt is not read in steps.
+    step = {} if loaded.family.name == "gemma3n" else {"prefill_step_size": None}
     with masked(loaded.model, dropped):
-        wanted, full = loaded.ask(prefill_step_size=None)
+        wanted, full = loaded.ask(**step)
     assert answer == wanted
     assert full - count == len(dropped) or loaded.family.name == "fastvlm"
     assert answer != loaded.ask()[0]

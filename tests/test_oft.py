@@ -56,7 +56,7 @@ def act(policy, pruner: Pruner, positions="original") -> np.ndarray:
     """(chunk, A) normalised actions."""
     model, processor = policy
     head, scene = head_of(model, processor, 7), scene_of(processor)
-    parts, _ = head.act(model, scene, as_plan(pruner), positions=positions)
+    parts, _ = head.decode(model, scene, as_plan(pruner), positions=positions)
     return np.array(head.joined(parts)[0])
 
 

@@ -159,7 +159,7 @@ def test_decoding_continues_at_original_positions(tiny_policy):
     model, processor = tiny_policy
     scene, pruner = scene_of(processor), Pruner("norm", 0.25)
     head = head_of(model, processor, 7)
-    tokens = head.joined(head.act(model, scene, (pruner,))[0])
+    tokens = head.joined(head.decode(model, scene, (pruner,))[0])
     visual, sequence = see(model, scene, pruner)
     whole = sequence.extended(model.decoder.embed(tokens))
     logits = model.decoder.logits(states(model, whole))

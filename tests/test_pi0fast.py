@@ -41,7 +41,7 @@ def pictures(case: str) -> dict:
 
 def scene_of(tiny_chunks, case: str) -> pipeline.Scene:
     model, processor = tiny_chunks
-    told = tell(model, processor, INSTRUCTION, [STATE], None)
+    told = tell(head_of(model, processor, 3), model, INSTRUCTION, [STATE], None)
     return observe(processor, [check_images(model, pictures(case))], *told)
 
 
@@ -115,11 +115,11 @@ def test_openpi_answers_a_position_later(tiny_chunks, expected, positions):
     ids = processor.tokenizer.encode(CONFIG["openpi_prompt"])
     scene = dataclasses.replace(scene, prompt=Prompt(((), tuple(ids))))
     head = head_of(model, processor, 3)
-    said = head.joined(head.act(model, scene, (), positions=positions)[0])
+    said = head.joined(head.decode(model, scene, (), positions=positions)[0])
     assert said[0].tolist() == expected["openpi_ids"].tolist()
     # With lerobot's positions the same weights answer otherwise.
     lerobot = head_of(*tiny_chunks, 3)
-    other = lerobot.joined(lerobot.act(tiny_chunks[0], scene, ())[0])
+    other = lerobot.joined(lerobot.decode(tiny_chunks[0], scene, ())[0])
     assert other[0].tolist() != said[0].tolist()[: other.shape[1]]
 
 
@@ -219,7 +219,7 @@ def test_decoding_equals_reading_prompt_and_answer_at_once(tiny_chunks, plan, di
     model, processor = with_dialect(tiny_chunks, dialect)
     scene, head = scene_of(tiny_chunks, "02"), head_of(model, processor, 3)
     plan = planning.plan_for(model, plan)
-    said = head.joined(head.act(model, scene, plan)[0])
+    said = head.joined(head.decode(model, scene, plan)[0])
     assert said.shape[1] > 3
     whole, _ = pipeline.run(model, scene, plan, after=said[:, :-1])
     again = mx.argmax(model.decoder.logits(whole.hidden), axis=-1)
@@ -231,12 +231,12 @@ def test_two_robots_answer_as_each_does_alone(tiny_chunks):
     model, processor = tiny_chunks
     scene, head = two_robots(tiny_chunks), head_of(model, processor, 3)
     plan = planning.plan_for(model, Pruner("norm", 0.5))
-    together = np.array(head.joined(head.act(model, scene, plan)[0]))
+    together = np.array(head.joined(head.decode(model, scene, plan)[0]))
     lengths = []
     for row, said in enumerate(together):
         pixels = scene.pixels[2 * row : 2 * row + 2]
         alone = dataclasses.replace(scene, pixels=pixels, batch=1)
-        answer = np.array(head.joined(head.act(model, alone, plan)[0]))[0]
+        answer = np.array(head.joined(head.decode(model, alone, plan)[0]))[0]
         assert said[: len(answer)].tolist() == answer.tolist()
         assert not said[len(answer) :].any()
         assert head.normalized(together)[row].tolist() == (

@@ -84,16 +84,16 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, corridor, monkeypatch):
     stopped = cloning.Trainer(tmp_path / "parts", PLAN)
     draw = stopped._draw
 
-    def fail_late(step, *about):
+    def fail_late(step):
         if step == 5:
             raise KeyboardInterrupt
-        return draw(step, *about)
+        return draw(step)
 
     stopped._draw = fail_late
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     again = cloning.Trainer(tmp_path / "parts", PLAN)
-    assert again.step == 4
+    assert again.loop.begin == 4
     again.run()
     for one, other in zip(state(whole), state(again), strict=True):
         assert mx.allclose(one, other, rtol=1e-4, atol=1e-6)
@@ -479,7 +479,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path, corridor):
     cloning.Trainer(tmp_path, PLAN).run()
     with pytest.raises(InputError, match="other settings"):
         cloning.Trainer(tmp_path, cloning.Cloning())
-    assert cloning.Trainer(tmp_path, PLAN).step == PLAN.steps
+    assert cloning.Trainer(tmp_path, PLAN).loop.begin == PLAN.steps
 
 
 def test_a_table_s_times_are_of_policies_with_a_state_too():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mlx_tokprune import cli as options
-from mlx_tokprune.bench import guest, plots
+from mlx_tokprune.bench import mlx_vlm_benchmark, plots
 from mlx_tokprune.bench import speed_table as bench_table
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.checkpoints.embedded import PICTURES
@@ -18,9 +18,10 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import accuracy_table as evaluation_table
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.measure.accuracy import accuracies
+from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.report import __main__ as report
 from mlx_tokprune.report.__main__ import main
-from mlx_tokprune.report.page import picture, table_of
+from mlx_tokprune.report.page import picture, render_table
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +65,16 @@ def test_nothing_is_fetched(results):
     assert not re.findall(r"url\(|@import|<script|<link", text)
 
 
-def test_tables_are_read_from_markdown():
-    shown = table_of("Machine <x>.\n\n| a | b |\n|---|---:|\n| 1 | <2> |\n\nNote.")
-    assert shown.startswith('<div class="wide"><table><tr><th>a</th><th>b</th></tr>')
-    assert "<tr><td>1</td><td>&lt;2&gt;</td></tr>" in shown
-    assert '<p class="note">Machine &lt;x&gt;.</p>' in shown
+def test_a_table_as_html_and_as_markdown():
+    table = Table(["", "b"], [["1|", "<2>"], ["", ""]], ["Machine <x>."], ["Note."])
+    assert render_table(table) == (
+        '<div class="wide"><table><tr><th></th><th>b</th></tr>'
+        "<tr><td>1|</td><td>&lt;2&gt;</td></tr><tr><td></td><td></td></tr></table>"
+        '</div><p class="note">Machine &lt;x&gt;.</p><p class="note">Note.</p>'
+    )
+    assert table.markdown() == (
+        "Machine <x>.\n\n| | b |\n|---|---:|\n| 1/ | <2> |\n|  |  |\n\nNote."
+    )
 
 
 def test_answers_are_text_not_markup():
@@ -176,12 +182,12 @@ def damaged(whole: dict, path: tuple, wrong) -> dict:
 def shown(speeds: list, guests: list, answers: list) -> None:
     """What a page says in words of these results."""
     for result in speeds:
-        bench_table.markdown(result)
+        bench_table.tabulate(result)
     for result in guests:
-        guest.markdown(result)
+        mlx_vlm_benchmark.tabulate(result)
     for result in answers:
         accuracies(result)
-        evaluation_table.markdown(result["rows"])
+        evaluation_table.tabulate(result["rows"])
 
 
 def paths(value, start: tuple = ()):

@@ -26,7 +26,7 @@ class Case:
 
     def decode(self) -> np.ndarray:
         head, asked = Bins(self.processor, STEPS), (self.model, self.scene, self.plan)
-        parts, _ = head.act(*asked, positions=self.positions)
+        parts, _ = head.decode(*asked, positions=self.positions)
         return np.array(head.joined(parts))
 
     def drafted(self, draft) -> tuple[np.ndarray, int]:

@@ -13,6 +13,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.scenes import pictures as scenes
 from mlx_tokprune.scenes import questions
 from mlx_tokprune.scenes.held_out import HELD_OUT, TRAINING
+from mlx_tokprune.train.loop import Loop
 from recipes.demo.batches import make_batch
 from recipes.demo.export import export
 from recipes.demo.recipe import STAGES, Trainer
@@ -163,27 +164,48 @@ def test_every_stage_runs_and_the_export_loads(tmp_path, tokenizer_file):
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, tokenizer_file, monkeypatch):
+    """In the language stage, behind a stage with running statistics."""
     monkeypatch.setattr("recipes.demo.recipe._SAVE_EVERY", 1)
-    whole = trainer(tmp_path / "whole", tokenizer_file, 3)
-    whole.stages = whole.stages[:2]
-    whole.run()
-    stopped = trainer(tmp_path / "stopped", tokenizer_file, 3)
-    stopped.stages = stopped.stages[:2]
 
-    def stop(state, optimizer, save=stopped._save):
-        save(state, optimizer)
-        if state == {"stage": 1, "step": 1}:
+    def run(name: str) -> dict[str, mx.array]:
+        made = trainer(tmp_path / name, tokenizer_file, 3)
+        made.stages = made.stages[:2]
+        made.run()
+        return dict(tree_flatten(made.student.parameters()))
+
+    def stop(loop, step):
+        save(loop, step)
+        if (loop.folder.name, step) == ("stage-1", 1):
             raise KeyboardInterrupt
 
-    stopped._save = stop
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run()
-    again = trainer(tmp_path / "stopped", tokenizer_file, 3)
-    again.stages = again.stages[:2]
-    again.run()
-    expected = dict(tree_flatten(whole.student.parameters()))
-    for name, array in tree_flatten(again.student.parameters()):
-        assert mx.allclose(array, expected[name], atol=1e-5), name
+    save, expected = Loop._save, run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped")
+    for name, array in run("stopped").items():
+        assert mx.array_equal(array, expected[name]), name
+
+
+def test_a_stage_with_frozen_weights_goes_on_where_it_was(tmp_path, tokenizer_file):
+    """A finished training is read back whole, from the states of all stages."""
+    ends = []
+    for _ in range(2):
+        run = trainer(tmp_path / "run", tokenizer_file)
+        run.run()
+        ends.append(dict(tree_flatten(run.student.parameters())))
+    assert all(mx.array_equal(ends[1][name], a) for name, a in ends[0].items())
+
+
+def test_the_compiled_update_is_the_eager_one(tmp_path, tokenizer_file, monkeypatch):
+    ends = []
+    for name in ("compiled", "eager"):
+        run = trainer(tmp_path / name, tokenizer_file, 3)
+        run.stages = run.stages[:1]
+        run.run()
+        ends.append(dict(tree_flatten(run.student.parameters())))
+        monkeypatch.setattr(mx, "compile", lambda function, **how: function)
+    assert all(mx.array_equal(ends[1][name], a) for name, a in ends[0].items())
 
 
 def test_learning_lowers_the_loss(tmp_path, tokenizer_file):
@@ -204,7 +226,9 @@ def test_learning_lowers_the_loss(tmp_path, tokenizer_file):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_folder_of_other_stages_is_refused(tmp_path):
-    Trainer(tmp_path, [], student=Student(SMALL))._save({"stage": 0, "step": 1}, None)
+def test_a_folder_of_other_stages_is_refused(tmp_path, tokenizer_file):
+    run = trainer(tmp_path, tokenizer_file, 1)
+    run.stages = run.stages[1:2]
+    run.run()
     with pytest.raises(InputError, match="other settings"):
         Trainer(tmp_path, STAGES, student=Student(SMALL))

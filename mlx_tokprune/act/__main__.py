@@ -1,4 +1,4 @@
-"""The action of a robot policy, from the command line."""
+"""Print the action of a robot policy for one observation."""
 
 import json
 import os
@@ -14,18 +14,17 @@ from ..checkpoints.loading import load
 from ..cli import (
     Parser,
     add_adapter,
-    add_budget,
-    add_common,
     add_drafts,
-    draft_plan,
-    add_method,
+    add_pruning,
+    add_seed,
+    add_verbose,
     begin_logging,
     check_overlay,
     command,
-    describe_methods,
-    make_pruners,
+    draft_plan,
     methods,
     places,
+    plan_of,
     write_overlay,
 )
 from ..errors import InputError
@@ -33,47 +32,53 @@ from ..pipeline.planning import given_or_carried
 from ..processing.image import center_crop, load_image
 from ..pruners import POLICY_METHOD, Plan
 from ..runtime import device_name
-from .inputs import check_first, check_images
+from .heads import head_of
+from .inputs import check_acts, check_images
 from .policy import Policy
 from .predict import predict_action
+
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="mlx_tokprune.act",
-        description=__doc__.splitlines()[0],
-        epilog=describe_methods(),
+        description=__doc__,
+        example="mlx_tokprune act --model openvla-7b-mlx --image frame.png \\\n"
+        '    --instruction "open the drawer" --unnorm-key bridge_orig --keep-ratio 0.5',
     )
     add = parser.add_argument
-    add(
-        "--model",
-        help="demo-policy, demo-pi0, a folder or hub id (default: demo-policy)",
-    )
-    help_ = "a picture, or CAMERA=FILE; repeat for several"
-    add("--image", action="append", default=[], help=help_)
-    add("--instruction", help="what the robot should do")
-    add("--unnorm-key", help="the data set whose units are wanted")
-    help_ = "robot state, in its own units"
-    add("--proprio", "--state", type=float, nargs="+", help=help_)
-    add_method(parser, POLICY_METHOD)
-    add_budget(parser)
-    add("--coverage", type=float, help="of trimvla without a budget (default: 0.15)")
-    add("--min-keep-ratio", type=float, help="of the same (default: 0.1)")
-    add("--seed", type=int, default=0, help="of method random")
-    help_ = "of a chunk, the actions to do before looking again (default: all)"
-    add("--first", type=int, metavar="N", help=help_)
-    help_ = "warm runs of a compiled policy, for actions/s (default: none)"
-    add("--runs", type=int, default=0, help=help_)
-    help_ = (
-        "draft each of these by the last one's tokens (last), by them without what was "
-        "done (shifted) or only by how they went on (ngram); actions stay the same"
-    )
-    add_drafts(parser, ("last", "shifted", "ngram"), help_)
-    help_ = "fence the run and time its stages, which makes its TTFT a little longer"
-    add("--stages", action="store_true", help=help_)
-    add("--overlay", help="write a picture of what was kept to this PNG")
-    add("--json", action="store_true", help="end stdout with one line of JSON")
+    help_ = "demo-policy, demo-pi0, folder or hub id (default: demo-policy)"
+    add("--model", help=help_)
     add_adapter(parser)
-    add_common(parser)
+    help_ = "image, or CAMERA=FILE; repeatable"
+    add("--image", action="append", default=[], help=help_)
+    add("--instruction", metavar="TEXT", help="task of the robot")
+    add("--unnorm-key", metavar="NAME", help="data set whose action units are used")
+    help_ = "robot state in its own units, for policies that read it"
+    add("--proprio", "--state", type=float, nargs="+", metavar="X", help=help_)
+    add_pruning(parser, POLICY_METHOD)
+    add = parser.add_argument_group("options of trimvla without a budget").add_argument
+    help_ = "coverage of attention to reach (default: 0.15)"
+    add("--coverage", type=float, metavar="SHARE", help=help_)
+    help_ = "share of tokens that is always kept (default: 0.1)"
+    add("--min-keep-ratio", type=float, metavar="RATIO", help=help_)
+    group = parser.add_argument_group("control loop")
+    add = group.add_argument
+    help_ = "actions of a chunk to execute before the next image (default: all)"
+    add("--first", type=int, metavar="N", help=help_)
+    help_ = "warm runs of a compiled policy, to print actions/s (default: 0)"
+    add("--runs", type=int, metavar="N", default=0, help=help_)
+    help_ = "draft from the previous action (last), its rest (shifted) or n-grams"
+    add_drafts(group, ("last", "shifted", "ngram"), help_)
+    add_seed(group)
+    add = parser.add_argument_group("output").add_argument
+    add("--overlay", metavar="PNG", help="write a picture of the kept tokens")
+    add("--json", action="store_true", help="end stdout with one line of JSON")
+    add(
+        "--stages",
+        action="store_true",
+        help="time each stage, which slows the run a little",
+    )
+    add_verbose(parser)
     return parser
 
 
@@ -83,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
     own = {name: value for name, value in own.items() if value is not None}
-    pruners = make_pruners(args, POLICY_METHOD, own)
+    pruners = plan_of(args, POLICY_METHOD, own)
     names, pictures = split_names(args.image)
     instruction = args.instruction
     if args.model is None:
@@ -104,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     if names:
         images = dict(zip(names, images, strict=True))
-    check_first(model, args.first)
+    check_acts(processor)
+    bounds = processor.bounds("action", args.unnorm_key)
+    head_of(model, processor, len(bounds.low)).first(args.first)
     plan = given_or_carried(model, pruners)
     mx.reset_peak_memory()
     asked = {"pruner": plan, "positions": args.positions}

@@ -7,8 +7,9 @@ decodes a chunk in FAST's code (pi0-FAST, arXiv 2501.09747), whose length shows 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -20,31 +21,129 @@ from ..pipeline import Scene, VisualTokens, run
 from ..processing.actions import Scale
 from ..processing.chunks import ChunkProcessor
 from ..processing.processor import ActionProcessor
+from ..processing.prompt import Prompt
 from ..pruners import Plan
 
 
-def _watching(model: VisionModel, read: Read, layer, visual: slice, found: list):
-    """What puts into `found` what tokens attend to in a layer, of `visual` there."""
+class Head(Protocol):
+    """How a policy answers: what it is prompted with, and what becomes of its output.
+
+    kind: its name. size: numbers of an action. rows: positions of the prompt that it
+    reads. calls: forward passes of the language model for an answer, at most. stops:
+    token ids that end an answer. has_tokens: whether an answer is token ids. compiles:
+    whether a whole call has static shapes. alone: whether each robot has a prompt of
+    its own, so that robots of a batch act one after the other.
+    """
+
+    processor: Any
+    kind: str
+    has_tokens: bool
+    compiles: bool
+    alone: bool
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def calls(self) -> int: ...
+
+    @property
+    def stops(self) -> frozenset[int]: ...
+
+    def check(self, bounds: Scale) -> None:
+        """Raise `InputError` unless `bounds` scale this head's actions."""
+        ...
+
+    def first(self, count: int | None) -> None:
+        """Raise `InputError` unless an answer has `count` first actions."""
+        ...
+
+    def state(self, values: np.ndarray, bounds: Scale) -> Any:
+        """(robots, p) states in their own units -> as `tell` takes them."""
+        ...
+
+    def tell(
+        self, instruction: str, state: Any, prompt: Callable[[str], Prompt] | None
+    ) -> tuple[Prompt, mx.array | None]:
+        """The prompt, and the states that the model reads beside it.
+
+        prompt: makes the prompt in the place of the processor, which has no cache.
+        """
+        ...
+
+    def decode(
+        self, model: VisionModel, scene: Scene, plan: Plan, **how
+    ) -> tuple[list, VisualTokens]:
+        """Parts of an answer, for `joined`, and its visual tokens. Lazy."""
+        ...
+
+    def joined(self, parts: list) -> mx.array:
+        """The answers of all robots, batch first."""
+        ...
+
+    def ids(self, answer: np.ndarray) -> tuple[int, ...] | None:
+        """The token ids of one answer, where it has such."""
+        ...
+
+    def normalized(self, answer: np.ndarray) -> np.ndarray:
+        """Answers -> actions in [-1, 1], NaN for what is none."""
+        ...
+
+    def wrong(self, answer: np.ndarray) -> str | None:
+        """The fault of one answer, in words; `None` for a sound one."""
+        ...
+
+
+def _attention_recorder(
+    model: VisionModel, read: Read, layer: int | None, visual: slice, attention: list
+):
+    """Return a callback that appends to `attention` that of new tokens in one layer.
+
+    visual: the columns of the visual tokens, which alone are kept.
+    """
 
     def watch(number: int, hidden: mx.array) -> None:
         if number == layer:
-            part = read.cache[number]
-            seen = model.decoder.attention_to_cache(number, hidden, part)
-            found.append(seen[..., visual])
+            cache = read.cache[number]
+            weights = model.decoder.attention_to_cache(number, hidden, cache)
+            attention.append(weights[..., visual])
 
     return watch
 
 
+class _FixedLength:
+    """What heads share whose answers have one length: robots share a prompt."""
+
+    processor: ActionProcessor
+    compiles = True
+    alone = False
+    stops: frozenset[int] = frozenset()
+
+    def state(self, values: np.ndarray, bounds: Scale) -> mx.array:
+        """(robots, p) states -> normalised and clipped."""
+        check_scale(bounds, values.shape[1], "proprio", "the policy reads")
+        return mx.array(bounds.from_units(values).astype(np.float32))
+
+    def tell(self, instruction: str, state, prompt=None):
+        """The prompt, and the states beside it."""
+        return (prompt or self.processor.prompt)(instruction), state
+
+    def wrong(self, answer: np.ndarray) -> None:
+        """Every answer is an action."""
+
+
 @dataclass(frozen=True)
-class Bins:
-    """Greedy action tokens. size: numbers of an action."""
+class Bins(_FixedLength):
+    """Greedy action tokens, one for each of the `size` numbers of an action."""
 
     processor: ActionProcessor
     size: int
-    decodes = True
-    compiles = True
+    kind = "bins"
+    has_tokens = True
     rows = 1
-    stops = frozenset()
 
     @property
     def calls(self) -> int:
@@ -54,7 +153,14 @@ class Bins:
     def check(self, bounds: Scale) -> None:
         """Any number of dimensions can be decoded."""
 
-    def act(
+    def first(self, count: int | None) -> None:
+        """Refuse a count: an answer is one action."""
+        if count is not None:
+            raise InputError(
+                "this policy answers one action at a time; leave out first"
+            )
+
+    def decode(
         self,
         model: VisionModel,
         scene: Scene,
@@ -74,7 +180,7 @@ class Bins:
         start = len(scene.prompt.segments[0])
 
         where = slice(start, start + visual.keep)
-        watch = _watching(model, read, attention_of, where, attended)
+        watch = _attention_recorder(model, read, attention_of, where, attended)
         while True:
             token, known = greedy(decoder.logits(hidden)[:, -1])
             said.append(known)
@@ -98,24 +204,21 @@ class Bins:
         """(..., A) token ids -> values in [-1, 1], NaN for what is none."""
         return np.where(said >= 0, self.processor.values(said), np.nan)
 
-    def wrong(self, said: np.ndarray) -> None:
-        """Every token is an action."""
-
 
 @dataclass(frozen=True)
-class Slots:
+class Slots(_FixedLength):
     """Chunks of actions from slots. slots: in the sequence. size: numbers of an action.
 
     Each is read from the state before its slot, as a language model would; counted from
     the end, the kept visual tokens count, not all of them.
     """
 
+    processor: ActionProcessor
     slots: int
     size: int
-    decodes = False
-    compiles = True
+    kind = "slots"
+    has_tokens = False
     calls = 1
-    stops = frozenset()
 
     @property
     def rows(self) -> int:
@@ -124,9 +227,13 @@ class Slots:
 
     def check(self, bounds: Scale) -> None:
         """Raise `InputError` unless `bounds` scale this head's actions."""
-        _check_size(bounds, self.size)
+        check_scale(bounds, self.size)
 
-    def act(
+    def first(self, count: int | None) -> None:
+        """Raise `InputError` unless a chunk has `count` first actions."""
+        _check_first(count, self.slots // self.size)
+
+    def decode(
         self, model: VisionModel, scene: Scene, plan: Plan, **how
     ) -> tuple[list[mx.array], VisualTokens]:
         """One array (B, chunk, A); `how` is that of `run`."""
@@ -144,15 +251,26 @@ class Slots:
         """(..., chunk, A) as they are."""
         return said
 
-    def wrong(self, said: np.ndarray) -> None:
-        """Numbers are actions as they are."""
 
-
-def _check_size(bounds: Scale, size: int) -> None:
+def check_scale(
+    bounds: Scale,
+    size: int,
+    name: str = "action",
+    owner: str = "the policy's actions have",
+) -> None:
+    """Raise `InputError` unless the statistics are those of `size` numbers."""
     if len(bounds.low) != size:
         raise InputError(
-            f"norm_stats scale {len(bounds.low)} numbers of action, but the "
-            f"policy's actions have {size}"
+            f"norm_stats scale {len(bounds.low)} numbers of {name}, but {owner} {size}"
+        )
+
+
+def _check_first(count: int | None, chunk: int) -> None:
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= chunk:
+        raise InputError(
+            f"cannot do the first {count!r} actions of a chunk; expected 1 to {chunk}"
         )
 
 
@@ -167,8 +285,10 @@ class Chunks:
     processor: ChunkProcessor
     size: int
     most: int
-    decodes = True
+    kind = "chunks"
+    has_tokens = True
     compiles = False
+    alone = True
     rows = 1
 
     @property
@@ -183,9 +303,25 @@ class Chunks:
 
     def check(self, bounds: Scale) -> None:
         """Raise `InputError` unless `bounds` scale this head's actions."""
-        _check_size(bounds, self.size)
+        check_scale(bounds, self.size)
 
-    def act(
+    def first(self, count: int | None) -> None:
+        """Raise `InputError` unless a chunk has `count` first actions."""
+        _check_first(count, self.processor.horizon)
+
+    def state(self, values: np.ndarray, bounds: Scale) -> np.ndarray:
+        """The one robot's state (p,), which is not clipped; as it is without bounds."""
+        if not len(bounds.low):
+            return values[0]
+        check_scale(bounds, values.shape[1], "proprio", "the policy reads")
+        return bounds.from_units_unclipped(values[0])
+
+    def tell(self, instruction: str, state, prompt=None):
+        """The prompt, which has the state as text."""
+        state = np.zeros(0) if state is None else state
+        return self.processor.prompt(instruction, state), None
+
+    def decode(
         self,
         model: VisionModel,
         scene: Scene,
@@ -205,7 +341,8 @@ class Chunks:
         attended: list[mx.array] = []
         token, known = greedy(model.decoder.logits(read.hidden)[:, -1])
 
-        watch = _watching(model, read, attention_of, slice(visual.keep), attended)
+        columns = slice(visual.keep)
+        watch = _attention_recorder(model, read, attention_of, columns, attended)
         rest = self._follow(model, token, known, read.cache, watch)
         if attention_of is None or visual.attended is None:
             return [known, rest], visual
@@ -269,13 +406,11 @@ class Chunks:
         return self.processor.actions(self.ids(said))
 
 
-Head = Bins | Slots | Chunks
-
-
 def head_of(model: VisionModel, processor, size: int) -> Head:
-    """How this policy acts, with actions of `size` numbers."""
-    if model.answers == "slots":
-        return Slots(model.args.oft.slots, model.args.oft.action_dim)
-    if model.answers == "chunks":
+    """Return how this policy acts, with actions of `size` numbers."""
+    if isinstance(processor, ChunkProcessor):
         return Chunks(processor, model.args.action_dim, model.args.steps)
+    oft = getattr(model.args, "oft", None)
+    if oft is not None:
+        return Slots(processor, oft.slots, oft.action_dim)
     return Bins(processor, size)

@@ -15,28 +15,15 @@ from ..processing.image import load_image
 from ..processing.processor import ActionProcessor
 from ..processing.prompt import Prompt
 from ..pruners import Plan
+from .heads import Head
 
 
-def check_acts(model: VisionModel, processor) -> None:
-    """Raise `InputError` for a model that answers in words."""
-    acts = isinstance(processor, ActionProcessor | ChunkProcessor)
-    if model.answers == "text" or not acts:
+def check_acts(processor) -> None:
+    """Raise `InputError` for the processor of a model that answers in words."""
+    if not isinstance(processor, ActionProcessor | ChunkProcessor):
         raise InputError(
             "this model answers in words, not in actions; use mlx_tokprune.generate, "
             "or give an OpenVLA checkpoint"
-        )
-
-
-def check_first(model: VisionModel, first: int | None) -> None:
-    """Raise `InputError` unless a chunk has so many first actions; `None` is all."""
-    if first is None:
-        return
-    if model.answers == "bins":
-        raise InputError("this policy answers one action at a time; leave out first")
-    chunk = model.args.horizon if model.answers == "chunks" else model.args.oft.chunk
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 < first <= chunk:
-        raise InputError(
-            f"cannot do the first {first!r} actions of a chunk; expected 1 to {chunk}"
         )
 
 
@@ -45,11 +32,11 @@ def observe(
     robots: Sequence[Sequence[Image.Image]],
     prompt: Prompt,
     state: mx.array | None = None,
-    acted: mx.array | None = None,
+    extras: Mapping[str, mx.array] | None = None,
 ) -> Scene:
-    """What robots see, and what all of them are told. acted: that of `Scene`."""
+    """Return the scene of robots that are told the same. extras: those of `Scene`."""
     pixels = mx.array(processor.pixels([i for images in robots for i in images]))
-    return Scene(pixels, prompt, len(robots), state, acted=acted)
+    return Scene(pixels, prompt, len(robots), state, extras or {})
 
 
 def check_scorers(plan: Plan, size: int) -> None:
@@ -73,22 +60,24 @@ def check_action(normalized: np.ndarray) -> np.ndarray:
 
 
 def tell(
+    head: Head,
     model: VisionModel,
-    processor,
     instruction: str,
-    proprio,
-    unnorm_key,
+    proprio: Sequence | None,
+    unnorm_key: str | None,
     robots: int = 1,
     prompt: Callable[[str], Prompt] | None = None,
 ) -> tuple[Prompt, mx.array | None]:
-    """What robots are told, and their states beside it, unless one is told that, too.
+    """Return the prompt of robots, and the states that the model reads beside it.
 
-    prompt: in the place of the processor's, such as one that remembers.
+    proprio: the state of each robot in its own units. prompt: in the place of the
+    processor's, such as one that remembers.
     """
-    state = normalize_states(model, processor, proprio, unnorm_key, robots)
-    if model.answers != "chunks":
-        return (prompt or processor.prompt)(instruction), state
-    return processor.prompt(instruction, np.zeros(0) if state is None else state), None
+    values = check_states(model, proprio, robots)
+    state = None
+    if values is not None:
+        state = head.state(values, head.processor.bounds("proprio", unnorm_key))
+    return head.tell(instruction, state, prompt)
 
 
 def name_images(model: VisionModel, images: Mapping) -> list:
@@ -145,11 +134,12 @@ def check_images(model: VisionModel, images) -> list[Image.Image]:
     return [load_image(image) for image in images]
 
 
-def normalize_states(model, processor, proprio, unnorm_key, robots: int):
-    """(robots, p) normalised states; `None` for policies that read none.
+def check_states(
+    model: VisionModel, proprio: Sequence | None, robots: int
+) -> np.ndarray | None:
+    """Return (robots, p) states in their own units; `None` for policies without.
 
-    Where the state is a part of what a robot is told, one as a NumPy array (p,), which
-    is not clipped.
+    Raises `InputError` for states that are not what the policy reads.
     """
     wanted = model.args.state_size
     if not wanted and proprio is None:
@@ -173,14 +163,4 @@ def normalize_states(model, processor, proprio, unnorm_key, robots: int):
         )
     if not np.isfinite(state).all():
         raise InputError("proprio has a number that is not finite")
-    bounds = processor.bounds("proprio", unnorm_key)
-    if model.answers == "chunks" and not len(bounds.low):
-        return state[0]  # as it is
-    if len(bounds.low) != wanted:
-        raise InputError(
-            f"norm_stats scale {len(bounds.low)} numbers of proprio, but the policy "
-            f"reads {wanted}"
-        )
-    if model.answers == "chunks":
-        return bounds.from_units_unclipped(state[0])
-    return mx.array(bounds.from_units(state).astype(np.float32))
+    return state

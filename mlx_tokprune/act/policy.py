@@ -27,11 +27,11 @@ from ..processing.prompt import Prompt, check_text
 from ..pruners import Pruners, count_tokens
 from ..runtime import end_streams_with_thread
 from .action_drafts import Checked, correct_draft, draft_chunk, read_draft
+from .episode import EpisodeInputs, check_robots
 from .heads import Chunks, head_of
 from .inputs import (
     check_action,
     check_acts,
-    check_first,
     check_images,
     check_scorers,
     observe,
@@ -80,7 +80,7 @@ class Policy:
         draft: "bool | Literal['shifted', 'ngram'] | Policy" = False,
         first: int | None = None,
     ):
-        check_acts(model, processor)
+        check_acts(processor)
         check_positions(positions)
         self.plan = plan_for(model, pruner)
         self.model, self.processor, self.positions = model, processor, positions
@@ -88,14 +88,14 @@ class Policy:
         self.bounds = processor.bounds("action", unnorm_key)
         self._head = head_of(model, processor, len(self.bounds.low))
         self._head.check(self.bounds)
-        check_first(model, first)
+        self._head.first(first)
         self.first = first
         self._has_own_count = any(pruner.has_own_count for pruner in self.plan)
         check_scorers(self.plan, len(self.bounds.low))
         self._looks_back = any("scores_previous" in p.reads for p in self.plan)
-        self._reads_action = any("action_previous" in p.reads for p in self.plan)
+        self._inputs = EpisodeInputs(self.plan, len(self.bounds.low))
         alone = self._has_own_count or self._looks_back
-        if draft and (alone or not self._head.decodes):
+        if draft and (alone or not self._head.has_tokens):
             raise InputError(
                 "drafts are for policies that decode tokens, under a method with a "
                 "budget that does not look back; leave out draft"
@@ -120,17 +120,19 @@ class Policy:
         self._prompt = functools.lru_cache(maxsize=16)(self.processor.prompt)
         self._last: mx.array | None = None
         self._attended: mx.array | None = None
-        self._acted: mx.array | None = None
+        self._inputs.reset()
         self._steps = 0
         if isinstance(self._drafts, Policy):
             self._drafts.reset()
 
     def keep_robots(self, rows: Sequence[int]) -> None:
         """Go on with these robots of the last batch: the episodes of others ended."""
-        for name in ("_attended", "_acted", "_last"):
+        kept_rows = mx.array(list(rows))
+        for name in ("_attended", "_last"):
             known = getattr(self, name)
             if known is not None:
-                setattr(self, name, known[mx.array(list(rows))])
+                setattr(self, name, known[kept_rows])
+        self._inputs.keep(kept_rows)
         if isinstance(self._drafts, Policy):
             self._drafts.keep_robots(rows)
 
@@ -160,15 +162,15 @@ class Policy:
         """
         if not isinstance(batch, Sequence) or not len(batch):
             raise InputError("the batch is empty; expected the pictures of one robot")
-        if self.model.answers == "chunks" and len(batch) > 1:
+        if self._head.alone and len(batch) > 1:
             return self._one_after_the_other(batch, instruction, proprio)
         end_streams_with_thread()
         robots = [check_images(self.model, images) for images in batch]
         check_text(instruction, "the instruction")
         about = (instruction, proprio, self.unnorm_key, len(batch), self._prompt)
-        told = tell(self.model, self.processor, *about)
-        acted = self._action_before(len(batch)) if self._reads_action else None
-        scene = observe(self.processor, robots, *told, acted)
+        told = tell(self._head, self.model, *about)
+        extras = self._inputs.of(len(batch))
+        scene = observe(self.processor, robots, *told, extras)
         self._seen = len(robots[0])
         self.calls = self._head.calls
         self.kept_each = []
@@ -178,18 +180,15 @@ class Policy:
         said = self._act(scene, self._arrays(scene))
         self.kept_each = self.kept_each or [self.kept] * len(batch)
         normalized = check_action(self._head.normalized(np.array(said)))
-        if self.model.answers == "chunks":
-            self.wrong = self._head.wrong(np.array(said[0]))
+        self.wrong = self._head.wrong(np.array(said[0]))
         self._said = said
         self._last = said if self._drafts else None
-        if self._reads_action:
-            last = normalized.reshape(len(batch), -1, len(self.bounds.low))
-            self._acted = mx.array(last[:, : self.first][:, -1].astype(np.float32))
+        self._inputs.note(normalized, self.first)
         return self.bounds.to_units(normalized)[:, : self.first]
 
     def _one_after_the_other(self, batch, instruction: str, proprio) -> np.ndarray:
         """(B, chunk, A): each robot's state is a text of its own length."""
-        if self._drafts or self._looks_back or self._reads_action:
+        if self._drafts or self._looks_back or self._inputs.names:
             raise InputError(
                 "drafts, and methods that look back or read the last action, know one "
                 "robot of such a policy; give each a Policy of its own"
@@ -205,7 +204,7 @@ class Policy:
         self.kept_each = kept
         return np.stack(actions)
 
-    def _act(self, scene: Scene, arrays: tuple) -> mx.array:
+    def _act(self, scene: Scene, arrays: dict) -> mx.array:
         if self._has_own_count:
             return self._act_with_own_count(scene, arrays)
         if self._looks_back:
@@ -214,7 +213,7 @@ class Policy:
             return self._draft_chunk(self._head, self._last[0], scene)
         if self._last is not None and len(self._last) == scene.batch:
             return self._act_with_draft(self._last, arrays)
-        said = self._whole(*arrays)
+        said = self._whole(arrays)
         self.kept = self._counted()
         if isinstance(self._head, Chunks):
             self.calls = said.shape[1]
@@ -243,41 +242,34 @@ class Policy:
 
     # What compiled calls take: a scene as arrays.
 
-    def _arrays(self, scene: Scene) -> tuple:
-        state = () if scene.state is None else (scene.state,)
-        state += () if scene.acted is None else (scene.acted,)
-        return (scene.pixels, *map(mx.array, scene.prompt.segments), *state)
+    def _arrays(self, scene: Scene) -> dict:
+        state = {} if scene.state is None else {"state": scene.state}
+        segments = list(map(mx.array, scene.prompt.segments))
+        extras = dict(scene.extras)
+        return {"pixels": scene.pixels, "segments": segments, "extras": extras} | state
 
-    def _scene(self, pixels, start, prompt, *more) -> Scene:
+    def _scene(self, arrays: dict) -> Scene:
+        pixels, prompt = arrays["pixels"], Prompt(tuple(arrays["segments"]))
         batch = pixels.shape[0] // self._seen
-        acted = more[-1] if self._reads_action else None
-        state = more[0] if len(more) > self._reads_action else None
-        return Scene(pixels, Prompt((start, prompt)), batch, state, acted=acted)
+        return Scene(pixels, prompt, batch, arrays.get("state"), arrays["extras"])
 
-    def _act_on_pixels(self, *arrays) -> mx.array:
-        scene = self._scene(*arrays)
-        parts, _ = self._head.act(
+    def _act_on_pixels(self, arrays: dict) -> mx.array:
+        scene = self._scene(arrays)
+        parts, _ = self._head.decode(
             self.model, scene, self.plan, positions=self.positions
         )
         return self._head.joined(parts)
 
-    def _action_before(self, batch: int) -> mx.array:
-        """(B, A) what each robot did last, in [-1, 1]; zeros in the first step."""
-        if self._acted is None:
-            return mx.zeros((batch, len(self.bounds.low)))
-        _check_robots(self._acted, batch)
-        return self._acted
-
-    def _act_in_episode(self, batch: int, arrays: tuple) -> mx.array:
+    def _act_in_episode(self, batch: int, arrays: dict) -> mx.array:
         """Every token at first, then also those that the last actions attended to."""
         before = self._attended
         if before is not None:
-            _check_robots(before, batch)
+            check_robots(before, batch)
         warm = before is None or self._steps < _WARM_UP
         if warm:
-            said, attended = self._noted_warm_up(mx.zeros((batch, 0)), *arrays)
+            said, attended = self._noted_warm_up(mx.zeros((batch, 0)), arrays)
         else:
-            said, attended = self._noted(before, *arrays)
+            said, attended = self._noted(before, arrays)
         if before is not None:
             attended = _DECAY * before + (1 - _DECAY) * attended
         mx.eval(said, attended)
@@ -285,16 +277,19 @@ class Policy:
         self.kept = self._counted() if not warm else self._total
         return said
 
-    def _act_and_note(self, before, *arrays, plan=None) -> tuple[mx.array, mx.array]:
+    def _act_and_note(
+        self, before, arrays: dict, plan=None
+    ) -> tuple[mx.array, mx.array]:
         """Actions, and (B, N) what they attended to in a middle layer."""
         plan = self.plan if plan is None else plan
-        scene = self._scene(*arrays)
+        scene = self._scene(arrays)
         if before.shape[1]:
-            scene = dataclasses.replace(scene, attended=before)
+            extras = {**scene.extras, "scores_previous": before}
+            scene = dataclasses.replace(scene, extras=extras)
         inside = [pruner.at for pruner in plan if isinstance(pruner.at, int)]
         layers = len(self.model.decoder.layers)
         layer = min([layers // 2, *(at - 1 for at in inside)])
-        parts, visual = self._head.act(
+        parts, visual = self._head.decode(
             self.model, scene, plan, attention_of=layer, positions=self.positions
         )
         if visual.attended is None:
@@ -304,31 +299,31 @@ class Policy:
         found = mx.put_along_axis(empty, visual.indices, seen, axis=1)
         return self._head.joined(parts), found
 
-    def _read_draft(self, draft, *arrays) -> tuple:
-        scene = self._scene(*arrays)
+    def _read_draft(self, draft, arrays: dict) -> tuple:
+        scene = self._scene(arrays)
         return tuple(read_draft(self.model, scene, self.plan, self.positions, draft))
 
-    def _act_with_draft(self, draft: mx.array, arrays: tuple) -> mx.array:
+    def _act_with_draft(self, draft: mx.array, arrays: dict) -> mx.array:
         """Only what the draft had wrong is decoded after the compiled call."""
-        checked = Checked(*self._read(draft, *arrays))
+        checked = Checked(*self._read(draft, arrays))
         self.kept = self._counted()
         tokens, more = correct_draft(self.model, draft, checked)
         self.calls = 1 + more
         return tokens
 
-    def _encode(self, *arrays) -> tuple[mx.array, dict]:
-        features = encode(self.model, self._scene(*arrays), self.plan)
+    def _encode(self, arrays: dict) -> tuple[mx.array, dict]:
+        features = encode(self.model, self._scene(arrays), self.plan)
         return features.tokens, dict(features.extras)
 
-    def _act_on_tokens(self, embeddings, indices, mask, *arrays) -> mx.array:
+    def _act_on_tokens(self, embeddings, indices, mask, arrays: dict) -> mx.array:
         visual = self._visual(embeddings, indices, mask)
         how = {"positions": self.positions, "vision": lambda *_: visual}
-        parts, _ = self._head.act(self.model, self._scene(*arrays), (), **how)
+        parts, _ = self._head.decode(self.model, self._scene(arrays), (), **how)
         return self._head.joined(parts)
 
-    def _act_with_own_count(self, scene: Scene, arrays: tuple) -> mx.array:
+    def _act_with_own_count(self, scene: Scene, arrays: dict) -> mx.array:
         """The count is only known once the pruner has run: compile around it."""
-        tokens, extras = self._features(*arrays)
+        tokens, extras = self._features(arrays)
         features = Features(tokens, self._grid, extras=extras)
         visual = prune_at_tower(self.model, scene, self.plan, features)
         visual = prune_at_prompt(self.model, scene, self.plan, visual)
@@ -336,7 +331,7 @@ class Policy:
         if visual.mask is not None:
             counts = mx.sum(visual.mask, axis=1)
             self.kept, self.kept_each = mx.mean(counts).item(), counts.tolist()
-        return self._rest(*_padded(visual), *arrays)
+        return self._rest(*_padded(visual), arrays)
 
     @property
     def _grid(self) -> tuple[int, int]:
@@ -350,21 +345,11 @@ class Policy:
         )
 
 
-def _check_robots(known: mx.array, batch: int) -> None:
-    """Raise `InputError` unless what is known of the last step is of as many robots."""
-    if len(known) != batch:
-        raise InputError(
-            f"the episode has {len(known)} robots, not {batch}; say which go on with "
-            "keep_robots, or begin another with reset"
-        )
-
-
 def _check_draft(policy: Policy, draft) -> None:
     """Raise `InputError` unless this can draft for the policy."""
-    chunks = policy.model.answers == "chunks"
     if isinstance(draft, Policy):
         kinds = [
-            f"{one.model.answers} of {len(one.bounds.low)} numbers, in "
+            f"{one._head.kind} of {len(one.bounds.low)} numbers, in "
             f"{one.model.args.text['vocab_size']} tokens"
             for one in (draft, policy)
         ]
@@ -377,7 +362,7 @@ def _check_draft(policy: Policy, draft) -> None:
         raise InputError(
             f"drafts are True, False, 'shifted', 'ngram' or a Policy, not {draft!r}"
         )
-    elif draft not in (False, True) and not chunks:
+    elif draft not in (False, True) and not isinstance(policy._head, Chunks):
         raise InputError(
             f"only the answers of pi0-FAST are drafted {draft!r}; expected True "
             "(--draft last)"

@@ -19,6 +19,7 @@ from ..processing.chunks import ChunkProcessor
 from ..processing.processor import ActionProcessor
 from ..pruners import Pruners
 from ..runtime import end_streams_with_thread
+from .episode import first_inputs
 from .heads import head_of
 from .inputs import check_action, check_acts, check_images, check_scorers, observe, tell
 
@@ -70,7 +71,7 @@ def predict_action(
     the run and time its stages. Raises `InputError` for anything that does not fit the
     policy.
     """
-    check_acts(model, processor)
+    check_acts(processor)
     plan = plan_for(model, pruner)
     check_positions(positions)
     images = check_images(model, images)
@@ -84,10 +85,10 @@ def predict_action(
     end_streams_with_thread()
     start = time.perf_counter()
     with clock.stage("preprocess") as done:
-        told = tell(model, processor, instruction, states, unnorm_key)
-        scene = observe(processor, [images], *told, mx.zeros((1, size)))
+        told = tell(head, model, instruction, states, unnorm_key)
+        scene = observe(processor, [images], *told, first_inputs(1, size))
         done.append(scene.pixels)
-    parts, visual = head.act(model, scene, plan, positions=positions, clock=clock)
+    parts, visual = head.decode(model, scene, plan, positions=positions, clock=clock)
     with clock.stage("prefill"):
         mx.eval(parts[0])
     first = time.perf_counter()

@@ -1,34 +1,48 @@
-"""A folder that mlx-vlm loads and that prunes by itself, from the command line."""
+"""Write a model folder that mlx-vlm loads and that prunes by itself."""
 
-from ..cli import Parser, add_option, command, read_options
+from ..cli import Parser, add_option, add_prune, add_seed, command, plan_of
 from ..errors import InputError
 from ..pipeline import POSITIONS
-from ..pruners import DEFAULT_METHOD, Pruner
+from ..pruners import DEFAULT_METHOD
 from .model_folder import write_folder
 from .pixels import RepeatPruner, TemporalPruner
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mlx_tokprune.attach", description=__doc__)
+    parser = Parser(
+        prog="mlx_tokprune.attach",
+        description=__doc__,
+        example="mlx_tokprune attach --model Qwen2.5-VL-3B-Instruct-4bit \\\n"
+        "    --prune norm:0.5 --mlx-path qwen-half",
+    )
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub id of a checkpoint of mlx-vlm")
-    help_ = "that can choose at the prompt, such as norm, dart, cdpruner or attention"
-    add("--method", help=f"{help_} (default: norm)")
-    keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--keep-ratio", type=float, help="share of visual tokens, (0, 1]")
-    help_ = "visual tokens of a prompt; pictures of fewer keep all"
-    keep.add_argument("--keep-tokens", type=int, help=help_)
-    help_ = "of videos keep what changed by more, of pixels in [0, 1]"
+    add("--model", required=True, help="folder or hub id of an mlx-vlm checkpoint")
+    add(
+        "--mlx-path",
+        required=True,
+        metavar="FOLDER",
+        help="folder to write; must not exist",
+    )
+    group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
+    add = group.add_argument
+    add_prune(group, "prune, such as norm:0.5; one that can choose at the prompt")
+    keep = group.add_mutually_exclusive_group()
+    help_ = "share of visual tokens to keep, in (0, 1]"
+    keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)
+    help_ = "visual tokens of a prompt; images with fewer keep all"
+    keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
+    add("--method", help=f"method of the keep ratio (default: {DEFAULT_METHOD})")
+    add_option(group)
+    help_ = "original works for one prompt at a time (default: contiguous)"
+    add("--positions", choices=POSITIONS, help=help_)
+    add_seed(group)
+    add = parser.add_argument_group("pruning before the tower").add_argument
+    help_ = "videos: keep tokens whose pixels changed by more, in [0, 1]"
     add("--temporal", type=float, metavar="THRESHOLD", help=help_)
-    help_ = "of --temporal: frames after which a token is kept anew (default: none)"
+    help_ = "videos: frames after which a token is kept again (default: never)"
     add("--max-age", type=int, metavar="FRAMES", help=help_)
-    help_ = "leave out patches that repeat neighbours up to this, before the tower"
+    help_ = "skip patches that repeat their neighbours up to this, in [0, 1]"
     add("--drop-repeats", type=float, metavar="THRESHOLD", help=help_)
-    help_ = "of models without M-RoPE: original for one prompt at a time"
-    add("--positions", choices=POSITIONS, help=f"{help_} (default: contiguous)")
-    add("--seed", type=int, default=0, help="of method random")
-    add("--mlx-path", required=True, help="folder to write; must not exist")
-    add_option(parser)
     return parser
 
 
@@ -40,26 +54,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _pruners(args) -> list:
-    """What the flags say, all of it together."""
-    options, found = read_options(args.option), []
-    budget = (args.keep_ratio, args.keep_tokens)
+    """Everything that the flags prune, together."""
+    pruners: list = []
     if args.temporal is not None:
-        found.append(TemporalPruner(args.temporal, args.max_age))
+        pruners.append(TemporalPruner(args.temporal, args.max_age))
     elif args.max_age is not None:
         raise InputError("--max-age is of --temporal THRESHOLD, which is missing")
     if args.drop_repeats is not None:
-        found.append(RepeatPruner(args.drop_repeats))
-    if budget != (None, None):
-        method = args.method or DEFAULT_METHOD
-        pruner = Pruner(method, *budget, seed=args.seed, options=options)
-        if pruner.keeps_all:
-            raise InputError("nothing would be pruned; expected a keep ratio below 1")
-        found.append(pruner)
-    elif args.method is not None:
+        pruners.append(RepeatPruner(args.drop_repeats))
+    unset = args.keep_ratio is None and args.keep_tokens is None
+    if args.method is not None and unset and not args.prune:
         raise InputError("a method needs a budget: --keep-ratio or --keep-tokens")
-    if not found:
+    plan = plan_of(args, DEFAULT_METHOD) or ()
+    if any(pruner.keeps_all for pruner in plan):
+        raise InputError("nothing would be pruned; expected a keep ratio below 1")
+    pruners += plan
+    if not pruners:
         raise InputError(
-            "nothing would be pruned; expected one of --keep-ratio, --keep-tokens, "
-            "--temporal and --drop-repeats"
+            "nothing would be pruned; expected one of --prune, --keep-ratio, "
+            "--keep-tokens, --temporal and --drop-repeats"
         )
-    return found
+    return pruners
+
+
+if __name__ == "__main__":
+    main()

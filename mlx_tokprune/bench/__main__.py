@@ -1,4 +1,4 @@
-"""Time to first token and speed by method, budget and resolution, honestly measured."""
+"""Measure time to first token and generation speed by method and budget."""
 
 import itertools
 from pathlib import Path
@@ -10,65 +10,67 @@ from ..cli import (
     RUNTIMES,
     Parser,
     add_adapter,
-    add_common,
-    add_plans,
+    add_rows,
+    add_verbose,
     begin_logging,
     command,
     options_of,
+    row_plans,
 )
 from ..errors import InputError, import_matplotlib
 from ..files import check_name, check_output
 from ..generate.drafts import Drafts
 from ..generate.flags import add_answer_drafts, make_drafts
 from ..measure.accuracy import accuracies, read_result
-from ..measure.subject import Subject, default_methods, subject_of
-from ..pipeline import DEFAULT_POSITIONS, POSITIONS
+from ..measure.subject import OwnSubject, subject_of
+from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
 from ..processing.image import list_pictures, load_image
 from ..pruners import get_method, read_plan
 from .benchmark import Benchmark, make_cases
 from .plots import Accuracy, draw_all
-from .speed_table import markdown
+from .speed_table import tabulate
 
 RATIOS = (1.0, 0.5, 0.25, 0.11)
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mlx_tokprune.bench", description=__doc__)
+    parser = Parser(
+        prog="mlx_tokprune.bench",
+        description=__doc__,
+        example="mlx_tokprune bench --model FastVLM-0.5B-mlx --image photo.jpg \\\n"
+        "    --methods norm attention --keep-ratios 0.5 0.25 --plots plots",
+    )
     add = parser.add_argument
-    add(
-        "--model",
-        action="append",
-        default=[],
-        help="folder, hub id, demo or demo-policy; repeat for several (default: demo)",
-    )
-    help_ = "a picture or a folder of them, each timed alone; repeat"
-    add("--image", action="append", default=[], help=f"{help_} (default: the demo's)")
-    add("--prompt", action="append", default=[], help="a question; repeat for several")
-    add("--methods", nargs="+", help="default: all that take a budget")
-    add_plans(parser)
-    add("--keep-ratios", nargs="+", type=float, default=RATIOS, metavar="R")
-    add(
-        "--image-sizes",
-        nargs="+",
-        type=int,
-        default=[],
-        metavar="PX",
-        help="input sizes to prune at besides the model's own; FastVLM only",
-    )
-    add("--positions", choices=POSITIONS, help="(default: original; see mlx-vlm's)")
-    help_ = "what runs the model; mlx-vlm's takes whatever that loads"
-    add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
-    add("--tokens", type=int, default=16, help="generated in each run (default: 16)")
-    add("--runs", type=int, default=5, help="of each row (default: 5)")
-    help_ = "result file; resumed when it is there, but for mlx-vlm's runtime"
-    add("--output", default="bench.json", help=help_)
-    add("--plots", help="draw pictures to this folder")
-    help_ = "results of mlx_tokprune.evaluate, for the Pareto plot"
-    add("--accuracy", nargs="+", default=[], metavar="FILE", help=help_)
-    add_answer_drafts(parser)
+    many = {"action": "append", "default": []}
+    help_ = "folder, hub id, demo or demo-policy; repeatable (default: demo)"
+    add("--model", help=help_, **many)
     add_adapter(parser)
-    add_common(parser)
+    add(
+        "--image",
+        help="image or folder, each timed alone; repeatable (default: demo's)",
+        **many,
+    )
+    add("--prompt", help="question; repeatable (default: the demo's)", **many)
+    add_rows(parser, RATIOS)
+    add = parser.add_argument_group("measuring").add_argument
+    help_ = "more input sizes to prune at (FastVLM)"
+    add("--image-sizes", nargs="+", type=int, default=[], metavar="PX", help=help_)
+    help_ = "own runtime, or mlx-vlm for any model that it loads"
+    add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
+    help_ = "tokens generated in each run (default: 16)"
+    add("--tokens", type=int, metavar="N", default=16, help=help_)
+    add(
+        "--runs", type=int, metavar="N", default=5, help="runs of each row (default: 5)"
+    )
+    add_answer_drafts(parser.add_argument_group("speculative decoding"))
+    add = parser.add_argument_group("output").add_argument
+    help_ = "result file; resumed where it exists (default: bench.json)"
+    add("--output", metavar="JSON", default="bench.json", help=help_)
+    add("--plots", metavar="FOLDER", help="draw pictures to this folder")
+    help_ = "results of mlx_tokprune evaluate, for the Pareto plot"
+    add("--accuracy", nargs="+", default=[], metavar="FILE", help=help_)
+    add_verbose(parser)
     return parser
 
 
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     begin_logging(args.verbose)
     _check(args)
     if args.runtime == "mlx-vlm":
-        _measure_guest(args)
+        _measure_mlx_vlm(args)
         return
     args.positions = args.positions or DEFAULT_POSITIONS
     subjects = _load(args.model or ["demo"], args.adapter_path)
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         one.at(size)
     methods = args.methods
     if methods is None:
-        methods = [] if args.plans else default_methods(subject)
+        methods = [] if row_plans(args) else subject.default_methods()
     options = options_of(methods, args)
     example = POLICY_FRAME if subject.kind == "acting" else PICTURES[0]
     images = _images(args, example.path)
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     drafts = _drafts(args, subject)
     cases = make_cases(
         *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
-        *(args.positions, len(images), options, args.plans, list(drafts)),
+        *(args.positions, len(images), options, row_plans(args), list(drafts)),
     )
     for one, case in itertools.product(subjects, cases):  # refuse any before measuring
         plan = plan_for(one.model, case.pruners)
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             drafts[case.draft].check(one.model, one.processor, plan)
     output, asked = Path(args.output), (images, args.tokens, drafts)
     result = Benchmark(output, subjects, cases, *asked).run(args.runs)
-    print(markdown(result))
+    print(tabulate(result).markdown())
     print(f"\nwrote {output}")
     if args.plots:
         drawn = draw_all(result, Path(args.plots), _accuracy(args.accuracy))
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             print("no accuracy is of these weights, rows and positions: no Pareto plot")
 
 
-def _drafts(args, subject: Subject) -> dict[str, Drafts]:
+def _drafts(args, subject: OwnSubject) -> dict[str, Drafts]:
     """What drafts, under its name in the table."""
     drafts = make_drafts(args)
     if drafts is None:
@@ -134,29 +136,29 @@ def _images(args, example) -> list:
     return [load_image(file) for path in paths for file in list_pictures(path)]
 
 
-def _measure_guest(args) -> None:
-    """A model that mlx-vlm runs."""
-    from ..measure.guest import Guest, check_guest
-    from . import guest as bench_guest
+def _measure_mlx_vlm(args) -> None:
+    """Measure a model in mlx-vlm's runtime."""
+    from ..measure.mlx_vlm_subject import MlxVlmSubject, check_mlx_vlm
+    from . import mlx_vlm_benchmark
 
-    names = ("plans", "image_sizes", "adapter_path", "plots", "accuracy")
+    names = ("plans", "prune", "image_sizes", "adapter_path", "plots", "accuracy")
     names += ("draft", "draft_model", "draft_prune", "num_draft_tokens")
-    check_guest(**{name: getattr(args, name) for name in names})
+    check_mlx_vlm(**{name: getattr(args, name) for name in names})
     if len(args.model) != 1:
         raise InputError("mlx-vlm's runtime measures one model; give one --model")
-    guest = Guest(args.model[0], args.positions)
-    methods = guest.methods() if args.methods is None else args.methods
-    rows = guest.rows(methods, args.keep_ratios, options_of(methods, args))
+    subject = MlxVlmSubject(args.model[0], args.positions)
+    methods = subject.default_methods() if args.methods is None else args.methods
+    rows = subject.rows(methods, args.keep_ratios, options_of(methods, args))
     images, prompts = _images(args, PICTURES[0].path), args.prompt
     for image in images:
-        guest.check(image, rows)
+        subject.check(image, rows)
     asked = (images, prompts or [PICTURES[0].question], args.tokens, args.runs)
-    result = bench_guest.measure(guest, rows, *asked, Path(args.output))
-    print(bench_guest.markdown(result))
+    result = mlx_vlm_benchmark.measure(subject, rows, *asked, Path(args.output))
+    print(mlx_vlm_benchmark.tabulate(result).markdown())
     print(f"\nwrote {args.output}")
 
 
-def _load(names: list[str], adapter: str | None) -> list[Subject]:
+def _load(names: list[str], adapter: str | None) -> list[OwnSubject]:
     """Under their last names in the table, where those tell them apart."""
     shown = [Path(name).name for name in names]
     shown = shown if len(set(shown)) == len(shown) else names
@@ -178,7 +180,7 @@ def _check(args) -> None:
             raise InputError(f"model {name} was given twice; each is measured once")
     for name in args.methods or []:
         get_method(name)
-    for text in args.plans:
+    for text in row_plans(args):
         read_plan(text)
     check_output(args.output)
     if args.plots:

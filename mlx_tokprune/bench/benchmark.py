@@ -31,7 +31,7 @@ from ..measure.results import (
     mismatch,
     read_result,
 )
-from ..measure.subject import Asked, Subject
+from ..measure.subject import Asked, OwnSubject
 from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
 from ..pipeline.timing import STAGES
@@ -93,7 +93,7 @@ class Case:
 
 
 def make_cases(
-    subjects: Sequence[Subject],
+    subjects: Sequence[OwnSubject],
     methods: Sequence[str],
     ratios: Sequence[float],
     sizes: Sequence[int],
@@ -131,7 +131,7 @@ def make_cases(
 # Measuring --------------------------------------------------------------------------
 
 
-def run_once(subject: Subject, asked: Asked, tokens: int) -> dict:
+def run_once(subject: OwnSubject, asked: Asked, tokens: int) -> dict:
     """One sample of each quantity; `tokens` is how many are generated."""
     mx.reset_peak_memory()
     times = subject.run(asked, tokens)
@@ -157,7 +157,7 @@ class Benchmark:
     def __init__(
         self,
         file: Path,
-        subjects: Sequence[Subject],
+        subjects: Sequence[OwnSubject],
         cases: Sequence[Case],
         images: list,
         tokens: int,

@@ -1,8 +1,9 @@
-"""A benchmark for people: a Markdown table, one row per combination."""
+"""Table of a benchmark: one row per combination."""
 
 import statistics
 
 from ..errors import printable
+from ..measure.tables import Table
 from .benchmark import is_base, median
 
 _NOISE = "~"  # before a saving above its ceiling
@@ -12,6 +13,7 @@ _COLUMNS = (
     *("limit", "x limit", "pre", "vision", "prune", "project", "prefill"),
     *("no vision*", "tok/s", "calls", "tok/call", "total ms", "MB", "cache MB"),
 )
+_STAGES = ("preprocess", "vision", "prune", "project", "prefill")
 NOTE = (
     "TTFT: from decoded picture and prompt to the first token id, unfenced; median "
     "(least-most). Saved: of the unpruned TTFT of the same model, picture, size and "
@@ -26,19 +28,17 @@ NOTE = (
 )
 
 
-def markdown(result: dict) -> str:
-    """The machine, the table and what its columns mean."""
+def tabulate(result: dict) -> Table:
+    """Build the table, with the machine before it and the column notes after it."""
     rows = result["rows"]
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "---:|" * 1 + "---|"]
-    lines[1] += "---:|" * (len(_COLUMNS) - 3)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    for prompt in prompts:
-        lines += [_line(row, rows) for row in rows if row["prompt"] == prompt]
-    return "\n".join([describe(result), "", *lines, "", NOTE])
+    ordered = sorted(rows, key=lambda row: prompts.index(row["prompt"]))
+    cells = [_cells(row, rows) for row in ordered]
+    return Table(_COLUMNS, cells, [describe(result)], [NOTE], left=(0, 2))
 
 
 def describe(result: dict) -> str:
-    """One sentence on where the figures come from."""
+    """Return one sentence on the machine, the versions and the number of runs."""
     machine, rates = result["machine"], result["rates"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     runs = len(result["rows"][0]["samples"]["ttft_ms"]) if result["rows"] else 0
@@ -51,70 +51,71 @@ def describe(result: dict) -> str:
 
 
 def unpruned(row: dict, rows: list[dict]) -> dict:
-    """The row of the same model, size and prompt that keeps every token."""
+    """Return the row of the same model, size and prompt that keeps every token."""
     return next(other for other in rows if is_base(other, row))
 
 
 def saved(row: dict, base: dict) -> float:
-    """The share of TTFT saved: median of the rounds, each row beside the unpruned."""
+    """Return the saved share of the unpruned TTFT, as the median over the rounds."""
     pairs = zip(row["samples"]["ttft_ms"], base["samples"]["ttft_ms"], strict=True)
     return 1 - statistics.median(pruned / whole for pruned, whole in pairs)
 
 
 def flops(row: dict) -> float:
-    """Up to the first token."""
+    """Return the FLOPs up to the first token."""
     return sum(cost["flops"] for cost in row["costs"].values())
 
 
 def stage(row: dict, name: str) -> float | None:
+    """Return the median time of a stage in ms, if it was measured."""
     return median([sample.get(name) for sample in row["samples"]["stages_ms"]])
 
 
-def _line(row: dict, rows: list[dict]) -> str:
-    base = unpruned(row, rows)
-    times = row["samples"]["ttft_ms"]
-    if not times:
-        return f"| {row['model']} | {row['image_size']} | {label(row)} | not measured |"
-    ttft = statistics.median(times)
-    pruned, share = base is not row, saved(row, base)
-    ceiling = 1 - flops(row) / flops(base)
-    noise = f"{_NOISE} " if share > ceiling else ""
-    stages = [stage(row, n) for n in ("preprocess", "vision", "prune", "project")]
-    prefill = stage(row, "prefill")
-    cells = [
-        printable(row["model"]).replace("|", "/"),
-        row["image_size"],
-        label(row),
+def _cells(row: dict, rows: list[dict]) -> list[str]:
+    samples = row["samples"]
+    names = [printable(row["model"]), str(row["image_size"]), label(row)]
+    if not samples["ttft_ms"]:
+        return [*names, "not measured"]
+    stages = [stage(row, name) for name in _STAGES]
+    return [
+        *names,
         f"{row.get('mean_kept', row['kept']):.4g}/{row['visual_tokens']}",
-        f"{ttft:.1f} ({min(times):.1f}-{max(times):.1f})",
-        f"{noise}{_percent(share)}" if pruned else "",
-        _percent(ceiling) if pruned else "",
-        f"{1 / (1 - share):.2f}x" if pruned else "",
-        f"{row['limit_ms']:.1f}",
-        f"{ttft / row['limit_ms']:.1f}",
-        *map(_number, (*stages, prefill)),
-        _number(stages[3] + prefill),
-        _number(median(row["samples"]["decode_tokens_per_second"])),
-        *_calls(row["samples"]),
-        _number(median(row["samples"]["total_ms"])),
-        f"{max(row['samples']['peak_memory_mb']):.0f}",
+        *_ttft(row, unpruned(row, rows)),
+        *map(_number, (*stages, stages[3] + stages[4])),
+        _number(median(samples["decode_tokens_per_second"])),
+        *_calls(samples),
+        _number(median(samples["total_ms"])),
+        f"{max(samples['peak_memory_mb']):.0f}",
         f"{row.get('cache_bytes', 0) / 1e6:.2f}",
     ]
-    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _ttft(row: dict, base: dict) -> list[str]:
+    """Cells from `TTFT ms` to `x limit`."""
+    times, limit = row["samples"]["ttft_ms"], row["limit_ms"]
+    ttft, share = statistics.median(times), saved(row, base)
+    ceiling = 1 - flops(row) / flops(base)
+    noise = f"{_NOISE} " if share > ceiling else ""
+    savings = ["", "", ""]
+    if base is not row:
+        savings = [f"{noise}{_percent(share)}", _percent(ceiling)]
+        savings.append(f"{1 / (1 - share):.2f}x")
+    spread = f"{ttft:.1f} ({min(times):.1f}-{max(times):.1f})"
+    return [spread, *savings, f"{limit:.1f}", f"{ttft / limit:.1f}"]
 
 
 def _calls(samples: dict) -> tuple[str, str]:
-    """Calls of the language model, and tokens in each of those that decode."""
+    """Cells `calls` and `tok/call`."""
     calls, tokens = samples.get("calls"), samples.get("tokens")
     if not calls or not tokens:
         return "", ""
     pairs = zip(calls, tokens, strict=True)
-    each = median([(told - 1) / (ran - 1) if ran > 1 else None for ran, told in pairs])
+    each = median([(t - 1) / (c - 1) if c > 1 else None for c, t in pairs])
     return f"{statistics.median(calls):g}", "" if each is None else f"{each:.2f}"
 
 
 def label(row: dict) -> str:
-    """Method and keep ratio, and what drafts."""
+    """Return the method, its keep ratio and the drafting method."""
     draft = row.get("draft")
     return f"{_pruned(row)}, draft {printable(draft)}" if draft else _pruned(row)
 

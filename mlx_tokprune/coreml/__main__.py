@@ -1,4 +1,4 @@
-"""Export a model's pruned vision path as a Core ML package."""
+"""Export the pruned vision path of a model as a Core ML package."""
 
 import time
 from pathlib import Path
@@ -6,11 +6,14 @@ from pathlib import Path
 from ..checkpoints.hub import resolve
 from ..cli import (
     Parser,
-    add_common,
+    add_option,
+    add_prune,
+    add_seed,
+    add_verbose,
     begin_logging,
     command,
-    describe_methods,
     read_options,
+    read_plans,
 )
 from ..errors import InputError
 from ..pruners import DEFAULT_METHOD, Pruner, get_method
@@ -23,41 +26,44 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="mlx_tokprune.coreml",
         description=__doc__,
-        epilog=describe_methods(),
+        example="mlx_tokprune coreml --model FastVLM-0.5B-mlx --prune norm:0.5 \\\n"
+        "    --output fastvlm-half.mlpackage",
     )
     add = parser.add_argument
-    add("--model", help="demo, a folder or hub id (default: demo)")
-    add("--method", default=DEFAULT_METHOD, help="pruning method (default: norm)")
-    help_ = "prune at the tower, with methods of another place that can, such as dart"
+    add("--model", help="demo, folder or hub id (default: demo)")
+    add(
+        "--output",
+        required=True,
+        metavar="MLPACKAGE",
+        help="package to write; must not exist",
+    )
+    group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
+    add = group.add_argument
+    add_prune(group, "prune at the tower; several become functions that share weights")
+    keep = group.add_mutually_exclusive_group()
+    many = {"nargs": "+", "default": []}
+    help_ = "shares of visual tokens to keep, in (0, 1); a function each"
+    keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_, **many)
+    help_ = "numbers of visual tokens to keep; a function each"
+    keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_, **many)
+    add("--method", help=f"method of the keep ratios (default: {DEFAULT_METHOD})")
+    help_ = "prune at the tower by a method of another place, such as dart"
     add("--at", choices=("tower",), help=help_)
-    several = "several become functions of one package that shares their weights"
-    keep = parser.add_mutually_exclusive_group()
-    options = {"nargs": "+", "default": []}
-    ratios = f"shares of visual tokens, (0, 1); {several}"
-    keep.add_argument("--keep-ratio", type=float, help=ratios, **options)
-    tokens = f"visual tokens to keep; {several}"
-    keep.add_argument("--keep-tokens", type=int, help=tokens, **options)
-    add("--output", required=True, help="the .mlpackage to write; must not exist")
-    add("--seed", type=int, default=0, help="of method random")
-    add(
-        "--no-projector",
-        dest="projector",
-        action="store_false",
-        help="stop before the projector, as Apple's FastVLM app expects",
-    )
-    add(
-        "--input",
-        choices=("image", "tensor"),
-        default="image",
-        help="an RGB image named 'image', or numbers in [0, 1] of shape (1, 3, S, S) "
-        "named 'images' (default: image)",
-    )
+    add_option(group)
+    add_seed(group)
+    add = parser.add_argument_group("package").add_argument
+    help_ = "leave the projector out, as Apple's FastVLM app expects"
+    add("--no-projector", dest="projector", action="store_false", help=help_)
+    help_ = "RGB image, or tensor (1, 3, S, S) in [0, 1] (default: image)"
+    add("--input", choices=("image", "tensor"), default="image", help=help_)
     add("--target", default="iOS18", help=f"{', '.join(TARGETS)} (default: iOS18)")
-    add("--precision", default="float16", help=f"{' or '.join(PRECISIONS)}")
-    add("--compress", help=f"weights: {', '.join(COMPRESSIONS)} (default: as they are)")
-    plan = "say on which device Core ML means to run each operation (macOS)"
-    add("--compute-plan", action="store_true", help=plan)
-    add_common(parser)
+    help_ = f"{' or '.join(PRECISIONS)} (default: float16)"
+    add("--precision", default="float16", help=help_)
+    help_ = f"weights: {', '.join(COMPRESSIONS)} (default: uncompressed)"
+    add("--compress", help=help_)
+    help_ = "print the device that Core ML plans for each operation (macOS)"
+    add("--compute-plan", action="store_true", help=help_)
+    add_verbose(parser)
     return parser
 
 
@@ -94,8 +100,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _pruners(args) -> list[Pruner]:
+    """One pruner for each function of the package."""
     method, ratios, tokens = args.method, args.keep_ratio, args.keep_tokens
-    how = {"at": args.at, "seed": args.seed, "options": read_options(args.option)}
+    options = read_options(args.option)
+    if args.prune:
+        if method or args.at or ratios or tokens:
+            raise InputError(
+                "--prune says method, budget and place; leave out --method, --at, "
+                "--keep-ratio and --keep-tokens"
+            )
+        plans = [read_plans([text], options, args.seed) for text in args.prune]
+        if any(len(plan) > 1 for plan in plans):
+            raise InputError("Core ML packages prune at the tower only; leave out +")
+        return [_at_tower(plan[0]) for plan in plans]
+    method = method or DEFAULT_METHOD
+    how = {"at": args.at, "seed": args.seed, "options": options}
     if get_method(method).name == "none" and not ratios and not tokens:
         return [Pruner("none")]
     if not ratios and not tokens:
@@ -111,6 +130,16 @@ def _pruners(args) -> list[Pruner]:
     budgets = [{"keep_ratio": ratio} for ratio in ratios]
     budgets += [{"keep_tokens": number} for number in tokens]
     return [Pruner(method, **how, **budget) for budget in budgets]
+
+
+def _at_tower(pruner: Pruner) -> Pruner:
+    """Refuse a place inside the language model, which no package holds."""
+    if pruner.place == "layer":
+        raise InputError(
+            f"Core ML packages prune at the tower only, not {pruner.at!r}; say "
+            f"{pruner.method}:BUDGET@tower"
+        )
+    return pruner
 
 
 def format_package(

@@ -62,7 +62,7 @@ def capture(function: Callable, *arrays: mx.array) -> Graph:
     return Graph(
         tuple(name for name, *_ in found["inputs"]),
         tuple(name for name, *_ in found["outputs"]),
-        {name: np.array(array) for name, array in found["constants"]},
+        {name: np.asarray(array) for name, array in found["constants"]},
         tuple(nodes),
     )
 

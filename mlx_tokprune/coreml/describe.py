@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..errors import InputError
 
 _KEY = "mlx_tokprune"  # key in the package's user defined metadata
-_OUTPUTS = {
+OUTPUTS = {
     "image_features": "(1, K, C): the visual tokens that were kept, in raster order",
     "kept_indices": "(1, K): which of the N visual tokens they are",
     "assignment": "(1, N): the kept token (0 to K - 1) that most of each token was "
@@ -46,8 +46,13 @@ class Function:
 
     @property
     def input(self) -> str:
-        """The name of the input; that of numbers is the one of Apple's FastVLM app."""
-        return "image" if self.image else "images"
+        """The name of the input."""
+        return input_name(self.image)
+
+
+def input_name(image: bool) -> str:
+    """The name of a function's input; Apple's FastVLM app calls numbers `images`."""
+    return "image" if image else "images"
 
 
 def describe(
@@ -77,7 +82,7 @@ def describe(
     }
     for described in (spec.description, *spec.description.functions):
         for feature in (*described.input, *described.output):
-            feature.shortDescription = (inputs | _OUTPUTS)[feature.name]
+            feature.shortDescription = (inputs | OUTPUTS)[feature.name]
 
 
 def _license(source: Path | None) -> str:

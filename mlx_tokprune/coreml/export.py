@@ -1,23 +1,22 @@
 """A model's pruned vision path as a Core ML package: `export_package`.
 
-Tower, pruner and projector are traced apart, so that the pruner's part can keep float32
-where the others have float16: sums of squares would overflow, and rounding would change
-which tokens stay.
+All functions come from one program, whose vision tower is traced, converted and
+compressed once; `split` cuts them apart. Tower, pruner and projector are traced
+separately, so that the pruner's part can keep float32 where the rest has float16: sums
+of squares would overflow, and rounding would change which tokens are kept.
 """
 
 import contextlib
 import gc
 import io
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from tqdm import tqdm
 
 from ..checkpoints.loading import check_finite
 from ..errors import InputError, nearest
@@ -26,8 +25,9 @@ from ..files import new_folder
 from ..pipeline.planning import plan_for
 from ..pruners import Pruner, get_method
 from .capture import Graph, capture
-from .describe import Function, describe
+from .describe import Function, describe, input_name
 from .lower import lower
+from .split import output_name, split
 
 TARGETS = {
     **{"iOS16": "iOS16", "iOS17": "iOS17", "iOS18": "iOS18", "iOS26": "iOS26"},
@@ -133,21 +133,19 @@ def export_package(
     # The language model may stay on the disk.
     mx.eval([array for _, array in _exported(model)])
     check_finite(dict(_exported(model)))
-    whole = len(pruners) == 1 or options.shares
-    groups = {output: pruners}
-    if not whole:
-        groups = {
-            output.with_stem(f"{output.stem}-{function_name(p)}"): [p] for p in pruners
-        }
-    made = {}
+    apart, paths = len(pruners) > 1 and not options.shares, [output]
+    if apart:
+        stems = (f"{output.stem}-{function_name(pruner)}" for pruner in pruners)
+        paths = [output.with_stem(stem) for stem in stems]
     with contextlib.ExitStack() as stack:
-        bar = tqdm(total=len(pruners), desc="exporting", unit="function", disable=None)
-        stack.enter_context(bar)
-        folders = {path: stack.enter_context(new_folder(path)) for path in groups}
-        for path, folder in folders.items():
-            made[path] = _write(model, groups[path], folder, options, bar)
-            _describe(folder, made[path], options, source, name)
-    return made
+        folders = [stack.enter_context(new_folder(path)) for path in paths]
+        functions, package = _convert(model, pruners, options)
+        groups = [[function] for function in functions] if apart else [functions]
+        for folder, group in zip(folders, groups, strict=True):
+            _write(package, group, folder, options, source, name)
+    del package
+    gc.collect()  # coremltools' programs hold each other
+    return dict(zip(paths, groups, strict=True))
 
 
 def _check(model, pruners: Sequence[Pruner]) -> None:
@@ -207,44 +205,22 @@ def _exported(model) -> list[tuple[str, mx.array]]:
     return tree_flatten(parts)
 
 
-def _write(model, pruners, folder: Path, options: ExportOptions, bar) -> list[Function]:
-    """Fill `folder` as a package."""
-    ct, functions = load_coremltools(), []
-    work = folder / "work"
-    merged = ct.utils.MultiFunctionDescriptor()
-    for pruner in pruners:
-        function, package = _convert(model, pruner, options)
-        alone = str(work / f"{function.name}.mlpackage")
-        package.save(alone)
-        del package
-        gc.collect()  # coremltools' programs hold each other
-        merged.add_function(alone, "main", function.name)
-        merged.default_function_name = (functions or [function])[0].name
-        functions.append(function)
-        bar.update()
-    if len(functions) > 1:
-        alone = str(work / "merged.mlpackage")
-        with _quiet():
-            ct.utils.save_multifunction(merged, alone)
-    for part in Path(alone).iterdir():
+def _write(package, functions, folder: Path, options, source, name) -> None:
+    """Fill `folder` with the part of `package` that computes `functions`."""
+    work = folder / "work.mlpackage"
+    package.save(str(work))
+    for part in work.iterdir():
         part.rename(folder / part.name)
-    shutil.rmtree(work)
+    work.rmdir()
     for part in folder.rglob("*"):  # coremltools leaves them private
         part.chmod(0o755 if part.is_dir() else 0o644)
-    return functions
-
-
-def _describe(folder: Path, functions, options: ExportOptions, source, name) -> None:
     (file,) = folder.glob("Data/*/*.mlmodel")
     spec = load_coremltools().utils.load_spec(str(file))
-    describe(
-        spec,
-        functions,
-        Path(source) if source else None,
-        name,
-        precision=options.precision,
-        compression=options.compress or "none",
-    )
+    split(spec, functions)
+    settings = {"precision": options.precision}
+    settings["compression"] = options.compress or "none"
+    source = Path(source) if source else None
+    describe(spec, functions, source, name, **settings)
     file.write_bytes(spec.SerializeToString())
 
 
@@ -255,95 +231,36 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-# One function -----------------------------------------------------------------------
+# The program of all functions --------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The graphs of one function. `prune` is `None` for a choice without looking."""
-
-    encode: Graph
-    prune: Graph | None
-    finish: Graph
-    selection: Selection
-    grid: tuple[int, int]
-    channels: int
-
-
-def _trace(model, pruner: Pruner, projector: bool) -> _Parts:
-    """Nothing is evaluated but a choice that does not depend on the picture."""
+def _trace(model, pruners: Sequence[Pruner]) -> tuple[Graph, Features]:
+    """The tower's graph, and features of zeros in the shapes of its outputs."""
+    needs, traced = dict.fromkeys(n for p in pruners for n in p.reads), []
 
     def encode(pixels):
-        return model.encode(pixels, pruner.reads).arrays()
+        traced.append(model.encode(pixels, tuple(needs)))
+        return traced[0].arrays()
 
-    def prune(*arrays):
-        tokens, *extras = arrays
-        extras = dict(zip(names, extras, strict=True))
-        return _arrays(pruner(Features(tokens, grid, extras=extras)))
-
-    def finish(tokens, chosen):
-        tokens = tokens if pruner.keeps_all else keep_rows(tokens, chosen)
-        return [model.project(tokens) if projector else tokens]
-
-    pixels = mx.zeros((1, model.image_size, model.image_size, 3))
-    features = model.encode(pixels, pruner.reads)
-    grid, names, seen = features.grid, list(features.extras), features.arrays()
-    total = grid[0] * grid[1]
-    if not pruner.keeps_all and pruner.count(total) == total:
-        raise InputError(
-            f"all {total} visual tokens would stay, which is no pruning; expected to "
-            "keep fewer, or method 'none'"
-        )
-    pruned = capture(prune, *seen)
-    looks = any(pruned.reaches())
-    blank = [mx.zeros(array.shape) for array in seen]
-    extras = dict(zip(names, blank[1:], strict=True))
-    selection = pruner(Features(blank[0], grid, extras=extras))
-    chosen = selection.indices if selection.weights is None else selection.weights
-    (result,) = finish(seen[0], chosen)
-    return _Parts(
-        capture(encode, pixels),
-        pruned if looks else None,
-        capture(finish, blank[0], mx.zeros(chosen.shape, chosen.dtype)),
-        selection,
-        grid,
-        result.shape[-1],
-    )
+    graph = capture(encode, mx.zeros((1, model.image_size, model.image_size, 3)))
+    blank = traced[0].each(lambda array: mx.zeros(array.shape, array.dtype))
+    for pruner in pruners:
+        if not pruner.keeps_all and pruner.count(blank.total) == blank.total:
+            raise InputError(
+                f"all {blank.total} visual tokens would stay, which is no pruning; "
+                "expected to keep fewer, or method 'none'"
+            )
+    return graph, blank
 
 
-def _arrays(selection: Selection) -> list[mx.array]:
-    """Indices, and for merging methods weights and assignment."""
-    found = (selection.indices, selection.weights, selection.assignment())
-    return [array for array in found if array is not None]
-
-
-def _convert(model, pruner: Pruner, options: ExportOptions):
-    """(what the function does, its coremltools model)."""
-    from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil import mil
-
+def _convert(model, pruners: Sequence[Pruner], options: ExportOptions):
+    """The functions, and one coremltools model that computes the outputs of all."""
     ct = load_coremltools()
-    parts = _trace(model, pruner, options.projector)
-    function = Function(
-        function_name(pruner),
-        pruner.method,
-        pruner.keep_ratio,
-        parts.selection.keep,
-        parts.grid,
-        parts.channels,
-        model.image_size,
-        options.projector,
-        options.image,
-    )
     target = ct.target[TARGETS[options.target]]
-    shape = (1, 3, model.image_size, model.image_size)
-    inputs = {function.input: mb.placeholder(shape)}
-    with mil.Function(inputs, opset_version=target) as body:
-        body.set_outputs(_body(mb, parts, body.inputs[function.input]))
-    program = mil.Program()
-    program.add_function("main", body)
+    name, shape = input_name(options.image), (1, 3, *[model.image_size] * 2)
+    program, functions = _build(model, pruners, options, {name: shape}, target)
     color = ct.colorlayout.RGB
-    image = ct.ImageType(function.input, shape, scale=1 / 255, color_layout=color)
+    image = ct.ImageType(name, shape, scale=1 / 255, color_layout=color)
     with _quiet():
         package = ct.convert(
             program,
@@ -354,31 +271,98 @@ def _convert(model, pruner: Pruner, options: ExportOptions):
             compute_precision=_precision(ct, options),
             skip_model_load=True,
         )
-        return function, _compressed(package, options.compress)
+        return functions, _compressed(package, options.compress)
 
 
-def _body(mb, parts: _Parts, image) -> list:
-    """The outputs of the MIL function being built, from (1, 3, S, S) pixels."""
-    pixels = mb.transpose(x=image, perm=[0, 2, 3, 1])
-    features = lower("encode", parts.encode, [pixels])
-    if parts.prune is None:
-        chosen = [mb.const(val=np.array(array)) for array in _arrays(parts.selection)]
-    else:
-        chosen = lower("prune", parts.prune, features)
-    indices, *merging = chosen
-    weights = merging[0] if merging else indices
-    (result,) = lower("finish", parts.finish, [features[0], weights])
+def _build(model, pruners: Sequence[Pruner], options: ExportOptions, inputs, target):
+    """The MIL program that computes the outputs of all functions, and the functions."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import mil
+
+    tower, blank = _trace(model, pruners)
+    functions, outputs = [], []
+    inputs = {name: mb.placeholder(shape) for name, shape in inputs.items()}
+    with mil.Function(inputs, opset_version=target) as body:
+        (image,) = body.inputs.values()
+        pixels = mb.transpose(x=image, perm=[0, 2, 3, 1])
+        arrays = lower("encode", tower, [pixels])
+        seen = dict(zip(("tokens", *blank.extras), arrays, strict=True))
+        for pruner in pruners:
+            made = _add_function(mb, model, pruner, options.projector, blank, seen)
+            functions.append(_function(model, pruner, options, blank, made[0].shape))
+            outputs += made
+        body.set_outputs(outputs)
+    program = mil.Program()
+    program.add_function("main", body)
+    return program, functions
+
+
+def _function(model, pruner: Pruner, options, blank: Features, shape) -> Function:
+    """The description of a function whose features have `shape`."""
+    return Function(
+        name=function_name(pruner),
+        method=pruner.method,
+        keep_ratio=pruner.keep_ratio,
+        keep=shape[1],
+        grid=blank.grid,
+        channels=shape[2],
+        image_size=model.image_size,
+        projector=options.projector,
+        image=options.image,
+    )
+
+
+def _add_function(
+    mb, model, pruner: Pruner, projector: bool, blank: Features, seen: dict
+) -> list:
+    """Prune and project `seen` in the MIL function being built; returns the outputs."""
+
+    def finish(tokens, chosen):
+        tokens = tokens if pruner.keeps_all else keep_rows(tokens, chosen)
+        return [model.project(tokens) if projector else tokens]
+
+    function = function_name(pruner)
+    (indices, *merging), is_computed = _choose(mb, pruner, blank, seen)
+    weights, dtype = (merging[0], mx.float32) if merging else (indices, mx.int32)
+    graph = capture(finish, blank.tokens, mx.zeros(tuple(weights.shape), dtype))
+    (result,) = lower(f"finish_{function}", graph, [seen["tokens"], weights])
     numbers = {"kept_indices": indices}
     if merging:
         numbers["assignment"] = merging[1]
-    if parts.prune is None:
+    if not is_computed:
         # Core ML promises nothing for outputs that are constants: add a computed zero.
         first = mb.slice_by_size(x=result, begin=[0, 0, 0], size=[1, 1, 1])
         zero = mb.cast(x=mb.greater(x=first, y=first), dtype="int32")
         zero = mb.reshape(x=zero, shape=[1, 1])
         numbers = {name: mb.add(x=var, y=zero) for name, var in numbers.items()}
     outputs = {"image_features": result} | numbers
-    return [mb.identity(x=var, name=name) for name, var in outputs.items()]
+    return [
+        mb.identity(x=var, name=output_name(function, name))
+        for name, var in outputs.items()
+    ]
+
+
+def _choose(mb, pruner: Pruner, blank: Features, seen: dict) -> tuple[list, bool]:
+    """The choice as MIL variables (see `_arrays`), and whether `seen` decides it."""
+    extras = {n: array for n, array in blank.extras.items() if n in pruner.reads}
+    blank = replace(blank, extras=extras)
+
+    def prune(tokens, *arrays):
+        known = dict(zip(extras, arrays, strict=True))
+        return _arrays(pruner(replace(blank, tokens=tokens, extras=known)))
+
+    graph = capture(prune, *blank.arrays())
+    if any(graph.reaches()):
+        inputs = [seen[name] for name in ("tokens", *extras)]
+        return lower(f"prune_{function_name(pruner)}", graph, inputs), True
+    constants = prune(*blank.arrays())
+    return [mb.const(val=np.array(array)) for array in constants], False
+
+
+def _arrays(selection: Selection) -> list[mx.array]:
+    """Indices, and for merging methods weights and assignment."""
+    found = (selection.indices, selection.weights, selection.assignment())
+    return [array for array in found if array is not None]
 
 
 def _precision(ct, options: ExportOptions):

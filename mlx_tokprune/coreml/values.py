@@ -74,4 +74,4 @@ def _narrow(array: np.ndarray) -> np.ndarray:
     if array.dtype == bool:
         return array
     whole = np.issubdtype(array.dtype, np.integer)
-    return array.astype(np.int32 if whole else np.float32)
+    return array.astype(np.int32 if whole else np.float32, copy=False)

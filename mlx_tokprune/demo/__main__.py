@@ -1,27 +1,41 @@
-"""The whole path on the embedded models: convert, prune, generate or act, draw."""
+"""Convert the embedded models, prune them, and time what they answer and do."""
 
+import statistics
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..act.predict import predict_action
-from ..checkpoints.embedded import PICTURES, POLICY_FRAME
+from ..act import predict_action
+from ..checkpoints.embedded import PICTURES, POLICY_FRAME, Picture
 from ..checkpoints.loading import load
 from ..cli import Parser, command
 from ..convert import convert
-from ..generate.stream import stream_generate
+from ..generate import stream_generate
 from ..processing.image import load_image
 from ..processing.overlay import draw_overlay
 from ..pruners import DEFAULT_METHOD, POLICY_METHOD, Pruner
 from ..runtime import device_name
 
 KEEP_RATIOS = (1.0, 0.5)
+RUNS = 3  # warm ones, of which the median is shown
+_NEXT = """
+next:
+  mlx_tokprune generate --image YOUR.jpg --prompt "..." --keep-ratio 0.5
+  mlx_tokprune convert --hf-path apple/FastVLM-0.5B --mlx-path FastVLM-0.5B-mlx
+  mlx_tokprune methods"""
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mlx_tokprune.demo", description=__doc__)
+    parser = Parser(
+        prog="mlx_tokprune.demo",
+        description=__doc__,
+        example="mlx_tokprune demo --method attention",
+    )
     add = parser.add_argument
-    add("--output", default="demo-output", help="folder for overlays (made if missing)")
-    add("--method", default=DEFAULT_METHOD, help="pruning method")
+    help_ = "folder for the overlays (default: demo-output)"
+    add("--output", metavar="FOLDER", default="demo-output", help=help_)
+    help_ = f"method of the questions (default: {DEFAULT_METHOD})"
+    add("--method", default=DEFAULT_METHOD, help=help_)
     return parser
 
 
@@ -33,20 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"converting the embedded checkpoints, on {device_name()}")
     model, processor = _convert("demo")
     output.mkdir(parents=True, exist_ok=True)
+    print(
+        f"TTFT: time to first token, median of {RUNS} warm runs; the first run is cold"
+    )
     for number, picture in enumerate(PICTURES):
-        images = [load_image(picture.path)]
-        print(f"\n{picture.path.name}: {picture.question} (right: {picture.answer})")
-        for pruner in pruners:
-            asked = (images, picture.question)
-            how = {"pruner": pruner, "stages": True}
-            pieces = list(stream_generate(model, processor, *asked, **how))
-            visual = pieces[-1].visual
-            answer = "".join(p.text for p in pieces)
-            _print(visual.keep, visual.total, answer, pieces[-1].stages_ms)
-        path = output / f"overlay_{number}.png"
-        draw_overlay(images, visual.selection, visual.grid).save(path)
-        print(f"  kept at {pruners[-1].keep_ratio:g}: {path}")
+        _answer(model, processor, picture, pruners, output / f"overlay_{number}.png")
     _act(output / "overlay_policy.png")
+    print(_NEXT)
 
 
 def _convert(checkpoint: str):
@@ -54,26 +61,53 @@ def _convert(checkpoint: str):
         return load(convert(checkpoint, f"{scratch}/model"))
 
 
-def _act(path: Path) -> None:
-    """One action of the demo policy, from all visual tokens and from half of them."""
+def _answer(
+    model, processor, picture: Picture, pruners: Sequence[Pruner], file: Path
+) -> None:
+    """Answer one question from all visual tokens and from half of them."""
+    images = [load_image(picture.path)]
+    print(f"\n{picture.path.name}: {picture.question} (right: {picture.answer})")
+
+    def run(pruner: Pruner):
+        asked = (model, processor, images, picture.question)
+        pieces = list(stream_generate(*asked, pruner=pruner))
+        last = pieces[-1]
+        return last.ttft_ms, "".join(piece.text for piece in pieces), last.visual
+
+    visual = _compare(run, pruners)
+    draw_overlay(images, visual.selection, visual.grid).save(file)
+    print(f"  kept at {pruners[-1].keep_ratio:g}: {file}")
+
+
+def _act(file: Path) -> None:
+    """Predict one action of the demo policy from all visual tokens and half of them."""
     model, processor = _convert("demo-policy")
     images, instruction = [load_image(POLICY_FRAME.path)], POLICY_FRAME.question
     print(f"\n{POLICY_FRAME.path.name}: {instruction} (expert: {POLICY_FRAME.answer})")
-    for ratio in KEEP_RATIOS:
-        pruner = Pruner("none" if ratio == 1 else POLICY_METHOD, ratio)
-        asked = (model, processor, images, instruction)
-        action = predict_action(*asked, pruner=pruner, stages=True)
-        visual = action.visual
+    pruners = [Pruner("none" if r == 1 else POLICY_METHOD, r) for r in KEEP_RATIOS]
+
+    def run(pruner: Pruner):
+        action = predict_action(model, processor, images, instruction, pruner=pruner)
         values = " ".join(f"{value:+.2f}" for value in action.values)
-        _print(visual.keep, visual.total, values, action.stages_ms)
-    overlay = draw_overlay(images, visual.selection, visual.grid, padded=False)
-    overlay.save(path)
-    print(f"  kept at {ratio:g}: {path}")
+        return action.ttft_ms, values, action.visual
+
+    visual = _compare(run, pruners)
+    draw_overlay(images, visual.selection, visual.grid, padded=False).save(file)
+    print(f"  kept at {pruners[-1].keep_ratio:g}: {file}")
 
 
-def _print(kept: int, total: int, answer: str, stages: dict[str, float]) -> None:
-    times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
-    print(f"  {kept:3} of {total} tokens: {answer}\n      {times} ms")
+def _compare(run: Callable, pruners: Sequence[Pruner]):
+    """Print answers and times under each pruner, runs interleaved; the last's tokens.
+
+    run: pruner -> (TTFT in ms, answer, visual tokens).
+    """
+    cold = [run(pruner) for pruner in pruners]
+    warm = [[run(pruner)[0] for pruner in pruners] for _ in range(RUNS)]
+    for (first, answer, visual), *times in zip(cold, *warm, strict=True):
+        ttft = statistics.median(times)
+        print(f"  {visual.keep:3} of {visual.total} tokens: {answer}")
+        print(f"      TTFT {ttft:.1f} ms warm ({first:.0f} ms cold)")
+    return visual
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Accuracy, agreement and divergence of pruned answers, on your questions or ours."""
+"""Measure accuracy, agreement and divergence of pruned answers."""
 
 import glob
 import json
@@ -13,12 +13,13 @@ from ..cli import (
     RUNTIMES,
     Parser,
     add_adapter,
-    add_common,
-    add_plans,
+    add_rows,
+    add_verbose,
     begin_logging,
     command,
     options_of,
     read_options,
+    row_plans,
 )
 from ..errors import InputError, import_matplotlib, printable
 from ..files import check_apart, check_output, locked, write_text
@@ -26,57 +27,65 @@ from ..generate.settings import Settings
 from ..measure.accuracy import SCHEMA
 from ..measure.machine import describe
 from ..measure.results import Row, make_rows
-from ..measure.subject import Subject, default_methods, subject_of
-from ..pipeline import DEFAULT_POSITIONS, POSITIONS
+from ..measure.subject import OwnSubject, subject_of
+from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
 from ..processing.processor import PADDINGS
 from ..pruners import get_method, read_plan
-from .accuracy_table import draw, markdown, most_common, summarize
+from .accuracy_table import draw, most_common, summarize, tabulate
 from .evaluator import Evaluator, describe_run
 from .gather import Workers, launch
 from .items import DESCRIBE, Questions, blinded, read_questions
 from .journal import Journal, answer_all
+from .own_runtime import OwnRuntime
 from .recommend import recommend, sentence
 
 RATIOS = (0.5, 0.25, 0.11)
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mlx_tokprune.evaluate", description=__doc__)
-    add = parser.add_argument
-    add("--model", help="folder, hub id, demo, testbed or demo-policy")
-    help_ = "JSONL, folder of pictures, demo, testbed or metaworld"
-    add("--data", default="demo", help=help_)
-    add("--pictures", type=int, default=64, help="that are generated (default: 64)")
-    add("--prompt", help=f"asked of a folder's pictures (default: {DESCRIBE!r})")
-    add("--methods", nargs="+", help="default: all that take a budget")
-    add_plans(parser)
-    budget = parser.add_mutually_exclusive_group()
-    ratios = {"nargs": "+", "type": float, "metavar": "R"}
-    budget.add_argument("--keep-ratios", default=RATIOS, **ratios)
-    tokens = {"nargs": "+", "type": int, "metavar": "K", "default": []}
-    budget.add_argument("--eval-budgets", help="visual tokens instead", **tokens)
-    add("--image-size", type=int, help="of the input, px (default: the model's own)")
-    add("--padding", choices=PADDINGS, default="keep", help="of pictures to squares")
-    add("--positions", choices=POSITIONS, help="(default: original; see mlx-vlm's)")
-    help_ = "show black pictures: what is right without looking"
-    add("--blind", action="store_true", help=help_)
-    help_ = "what runs the model; mlx-vlm's takes whatever that loads"
-    add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
-    add("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
-    add(
-        "--kv-bits",
-        type=int,
-        help="quantize the cache behind the prompt to 4 or 8 bits",
+    parser = Parser(
+        prog="mlx_tokprune.evaluate",
+        description=__doc__,
+        example="mlx_tokprune evaluate --model FastVLM-0.5B-mlx --data q.jsonl \\\n"
+        "    --methods norm attention --keep-ratios 0.5 0.25 --recommend 0.02",
     )
-    add("--kv-group-size", type=int, default=64, help="(default: 64)")
-    help_ = "name the cheapest that loses at most this share of answers, such as 0.02"
-    add("--recommend", type=float, metavar="LOSS", help=help_)
-    add("--workers", type=int, default=1, help="processes on this machine")
-    add("--output", default="evaluate.json", help="result file")
-    add("--plot", help="draw accuracy against FLOPs to this PNG")
+    add = parser.add_argument
+    help_ = "folder, hub id, demo, testbed or demo-policy (default: by the data)"
+    add("--model", help=help_)
     add_adapter(parser)
-    add_common(parser)
+    help_ = "JSON lines, folder of images, demo, testbed or metaworld (default: demo)"
+    add("--data", default="demo", help=help_)
+    help_ = "number of images that are generated (default: 64)"
+    add("--pictures", type=int, metavar="N", default=64, help=help_)
+    help_ = f"question about the images of a folder (default: {DESCRIBE!r})"
+    add("--prompt", help=help_)
+    add_rows(parser, RATIOS, budgets=True)
+    add = parser.add_argument_group("images").add_argument
+    help_ = "longer side of the input in pixels (default: as trained)"
+    add("--image-size", type=int, metavar="PX", help=help_)
+    help_ = "encode or skip the black border of padded images (default: keep)"
+    add("--padding", choices=PADDINGS, default="keep", help=help_)
+    help_ = "show black images, to see what is right without looking"
+    add("--blind", action="store_true", help=help_)
+    add = parser.add_argument_group("generation").add_argument
+    help_ = "own runtime, or mlx-vlm for any model that it loads"
+    add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
+    help_ = "tokens of an answer at most (default: 32)"
+    add("--max-tokens", "-m", type=int, metavar="N", default=32, help=help_)
+    help_ = "bits of a quantized cache, 4 or 8 (default: not quantized)"
+    add("--kv-bits", type=int, metavar="BITS", help=help_)
+    help_ = "group size of a quantized cache (default: 64)"
+    add("--kv-group-size", type=int, metavar="N", default=64, help=help_)
+    help_ = "number of processes on this machine (default: 1)"
+    add("--workers", type=int, metavar="N", default=1, help=help_)
+    add = parser.add_argument_group("output").add_argument
+    help_ = "name the cheapest row that loses at most this share, such as 0.02"
+    add("--recommend", type=float, metavar="LOSS", help=help_)
+    help_ = "result file (default: evaluate.json)"
+    add("--output", metavar="JSON", default="evaluate.json", help=help_)
+    add("--plot", metavar="PNG", help="draw accuracy against FLOPs")
+    add_verbose(parser)
     return parser
 
 
@@ -101,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
-    begin = _begin_guest if args.runtime == "mlx-vlm" else _begin
+    begin = _begin_mlx_vlm if args.runtime == "mlx-vlm" else _begin
     evaluator, header, questions = begin(args, name, questions)
     if workers.is_first:
         for number, reason in questions.skipped:
@@ -147,39 +156,39 @@ def _begin(args, name: str, questions: Questions) -> tuple:
         blind=args.blind,
         adapter=args.adapter_path,
     )
-    return Evaluator(subject, rows, settings), header, questions
+    return Evaluator(OwnRuntime(subject, rows, settings), rows), header, questions
 
 
-def _resized(subject: Subject, args) -> Subject:
+def _resized(subject: OwnSubject, args) -> OwnSubject:
     size = subject.image_size if args.image_size is None else args.image_size
     return subject.at(size, args.padding)
 
 
-def _begin_guest(args, name: str, questions: Questions) -> tuple:
-    """The same for a model that mlx-vlm runs."""
-    from ..measure.guest import Guest, check_guest
-    from .guest import GuestEvaluator, readable
+def _begin_mlx_vlm(args, name: str, questions: Questions) -> tuple:
+    """The same for a model in mlx-vlm's runtime."""
+    from ..measure.mlx_vlm_subject import MlxVlmSubject, check_mlx_vlm
+    from .mlx_vlm_runtime import MlxVlmRuntime, readable
 
-    names = ("plans", "image_size", "adapter_path", "kv_bits", "eval_budgets")
-    check_guest(**{name: getattr(args, name) for name in names})
+    names = ("plans", "prune", "image_size", "adapter_path", "kv_bits", "eval_budgets")
+    check_mlx_vlm(**{name: getattr(args, name) for name in names})
     if args.data == "metaworld":
         raise InputError("Meta-World's frames are for policies; choose other data")
-    check_guest(recommend=args.recommend is not None, padding=args.padding == "skip")
-    guest = Guest(name, args.positions)
-    methods = guest.methods() if args.methods is None else args.methods
-    options = options_of(methods, args)
-    rows = guest.rows(methods, args.keep_ratios, options)
-    questions = readable(guest, rows, questions)
+    check_mlx_vlm(recommend=args.recommend is not None, padding=args.padding == "skip")
+    subject = MlxVlmSubject(name, args.positions)
+    methods = subject.default_methods() if args.methods is None else args.methods
+    rows = subject.rows(methods, args.keep_ratios, options_of(methods, args))
+    questions = readable(subject, rows, questions)
     header = describe_run(
-        guest.model,
+        subject.model,
         questions.items,
         rows,
-        positions=guest.kind_of_positions,
+        positions=subject.kind_of_positions,
         max_tokens=args.max_tokens,
         image_size=0,
         runtime="mlx-vlm",
     )
-    return GuestEvaluator(guest, rows, args.max_tokens), header, questions
+    runtime = MlxVlmRuntime(subject, args.max_tokens)
+    return Evaluator(runtime, rows), header, questions
 
 
 def _check(args) -> None:
@@ -192,7 +201,7 @@ def _check(args) -> None:
         raise InputError(f"a loss of {loss:g} is outside [0, 1]; 0.02 is 2 points")
     for name in args.methods or ():
         get_method(name)
-    for text in args.plans:
+    for text in row_plans(args):
         read_plan(text)
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
@@ -214,15 +223,15 @@ def _settings(args) -> Settings:
     )
 
 
-def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
+def _rows(args, subject: OwnSubject, questions: Questions) -> list[Row]:
     methods = args.methods
     if methods is None:
         everywhere = args.recommend is not None
-        methods = [] if args.plans else default_methods(subject, everywhere)
+        methods = [] if row_plans(args) else subject.default_methods(everywhere)
     options = options_of(methods, args)
     ratios = () if args.eval_budgets else args.keep_ratios
     every = read_options(args.option)
-    plans = {text: read_plan(text, every) for text in args.plans}
+    plans = {text: read_plan(text, every) for text in row_plans(args)}
     counts = _possible(args, subject, questions)
     rows = make_rows(methods, ratios, counts, options, plans)
     for row in rows:
@@ -230,7 +239,7 @@ def _rows(args, subject: Subject, questions: Questions) -> list[Row]:
     return rows
 
 
-def _possible(args, subject: Subject, questions: Questions) -> list[int]:
+def _possible(args, subject: OwnSubject, questions: Questions) -> list[int]:
     """More visual tokens than there are means all of them, which is said once.
 
     Pictures whose padding is left out differ: the least of them counts.
@@ -281,7 +290,7 @@ def _report(args, result: dict) -> None:
         f"{result['run']['positions']} "
         f"positions, padding {args.padding}, {machine['device']}, MLX {mx.__version__}"
     )
-    print(markdown(result["rows"]))
+    print(tabulate(result["rows"]).markdown())
     if result["most_common"] is not None:
         share = f"{100 * result['most_common']:.1f} %"
         print(f"\nalways the most common answer to its kind of question: {share}")

@@ -1,4 +1,4 @@
-"""Records of single questions to rows with intervals, and rows to tables and plots."""
+"""Rows of an evaluation from the records of its questions; their table and plot."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,11 +7,12 @@ from pathlib import Path
 from ..errors import import_matplotlib, printable
 from ..files import replacing
 from ..measure.intervals import bootstrap, of_share
+from ..measure.tables import Table
 from .items import Item
 
 
 def summarize(items: Sequence[Item], records: dict[int, dict]) -> list[dict]:
-    """A row for each label: accuracy and agreement by kind, divergence, and FLOPs."""
+    """Return a row for each label: accuracy and agreement by kind, KL and FLOPs."""
     labels = list(next(iter(records.values())))
     return [_row(label, items, records) for label in labels]
 
@@ -62,7 +63,7 @@ def _share(values: list[float], items: list[Item]) -> dict:
 
 
 def most_common(items: Sequence[Item]) -> float | None:
-    """What always giving the commonest answer to a kind of question gets, if known."""
+    """Return the accuracy of the most common answer to each kind of question."""
     answers: dict[str, Counter] = {}
     for item in items:
         if item.answers:
@@ -72,30 +73,29 @@ def most_common(items: Sequence[Item]) -> float | None:
     return right / asked if asked else None
 
 
-def markdown(rows: list[dict]) -> str:
-    """The table for people, shares in percent with 95 % intervals."""
-    kinds = [k for k in rows[0]["accuracy"] if k != "all"]
-    named = [printable(kind).replace("|", "/") for kind in kinds]
-    known, needed = bool(rows[0]["accuracy"]), bool(rows[0]["needed"])
-    head = ["method", "kept", "GFLOP", *(["accuracy"] if known else []), "agreement"]
-    head += ["KL, nats", *(["needed kept"] if needed else []), *named]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for row in rows:
-        gflop = "" if row["flops"] is None else f"{row['flops'] / 1e9:.2f}"
-        cells = [row["label"], _kept(row), gflop]
-        cells += [_percent(row["accuracy"]["all"])] if known else []
-        cells += [
-            _percent(row["agreement"]["all"]),
+def tabulate(rows: list[dict]) -> Table:
+    """Build the table: shares in percent, with 95 % intervals."""
+    kinds = [kind for kind in rows[0]["accuracy"] if kind != "all"]
+    accuracy = ["accuracy"] if rows[0]["accuracy"] else []
+    needed = ["needed"] if rows[0]["needed"] else []
+    columns = ["method", "kept", "GFLOP", *accuracy, "agreement", "KL, nats"]
+    columns += [*(f"{name} kept" for name in needed), *map(printable, kinds)]
+
+    def cells(row: dict) -> list[str]:
+        return [
+            *(row["label"], _kept(row)),
+            "" if row["flops"] is None else f"{row['flops'] / 1e9:.2f}",
+            *(_percent(row[name]["all"]) for name in [*accuracy, "agreement"]),
             f"{row['divergence']['value']:.3g}",
+            *(_percent(row[name]["all"]) for name in needed),
+            *(f"{100 * row['accuracy'][kind]['value']:.1f}" for kind in kinds),
         ]
-        cells += [_percent(row["needed"]["all"])] if needed else []
-        cells += [f"{100 * row['accuracy'][kind]['value']:.1f}" for kind in kinds]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    return Table(columns, [cells(row) for row in rows])
 
 
 def _kept(row: dict) -> str:
-    """The mean, with the least and the most where questions differ."""
+    """Mean, with the minimum and the maximum where they differ."""
     kept = row["kept"]
     least, most = row.get("least", kept), row.get("most", kept)
     return f"{kept:.1f} ({least:g}-{most:g})" if least < most else f"{kept:.0f}"
@@ -107,11 +107,11 @@ def _percent(share: dict) -> str:
 
 
 def draw(rows: list[dict], file: Path, over_tokens: bool = False) -> None:
-    """Accuracy (else agreement) against FLOPs, a line per method, as a PNG.
+    """Draw accuracy (else agreement) against FLOPs, a line per method, as a PNG.
 
-    Against visual tokens if asked, or where FLOPs are not known. Beside it, where
-    somebody knows them, the share of the needed tokens that is kept. Bars are 95 %
-    intervals. Raises `InputError` without matplotlib.
+    `over_tokens`, or unknown FLOPs: against visual tokens. Where the needed tokens are
+    known, a second plot shows the kept share of them. Bars are 95 % intervals. Raises
+    `InputError` without matplotlib.
     """
     import_matplotlib()
     from matplotlib.figure import Figure

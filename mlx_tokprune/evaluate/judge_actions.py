@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import InputError
-from ..measure.subject import Subject
+from ..measure.subject import OwnSubject
 
 TOLERANCE = 0.1  # of the range [-1, 1] within which a number is right
 
@@ -36,9 +36,9 @@ class Actions:
     stops: tokens that end an action. most: tokens of one.
     """
 
-    def __init__(self, subject: Subject, most: int):
+    def __init__(self, subject: OwnSubject, most: int):
         self._head = subject.head
-        if not self._head.decodes:
+        if not self._head.has_tokens:
             raise InputError(
                 "OpenVLA-OFT's actions are no tokens that could be compared; measure "
                 "its success in closed loop"

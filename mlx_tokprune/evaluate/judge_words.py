@@ -8,7 +8,7 @@ three of ten people gave it.
 import re
 from collections.abc import Sequence
 
-from ..measure.subject import Subject
+from ..measure.subject import OwnSubject
 
 _NUMBERS = {
     **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"},
@@ -61,7 +61,7 @@ class Words:
     stops: tokens that end an answer. most: tokens of one.
     """
 
-    def __init__(self, subject: Subject, most: int):
+    def __init__(self, subject: OwnSubject, most: int):
         self._tokenizer = subject.processor.tokenizer
         self.stops, self.most = self._tokenizer.eos_token_ids, most
 

@@ -177,7 +177,7 @@ class OwnRuntime:
         self.positions = positions or DEFAULT_POSITIONS
         self._memory = Memory(memory) if memory else None
         self.model, self.processor = load(name, adapter_path=adapter)
-        check_answers(self.model)
+        check_answers(self.processor)
         self.plan = plan_for(self.model, plan)
 
     def answer(

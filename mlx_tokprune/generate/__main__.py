@@ -1,4 +1,4 @@
-"""Answers about pictures, from the command line."""
+"""Answer questions about images."""
 
 import argparse
 import dataclasses
@@ -17,16 +17,14 @@ from ..checkpoints.loading import load
 from ..cli import (
     Parser,
     add_adapter,
-    add_budget,
-    add_common,
-    add_method,
+    add_pruning,
+    add_verbose,
     begin_logging,
     check_overlay,
     command,
-    describe_methods,
-    make_pruners,
     methods,
     places,
+    plan_of,
     write_overlay,
 )
 from ..errors import InputError
@@ -50,47 +48,76 @@ from .temporal import Temporal
 def build_parser() -> Parser:
     parser = Parser(
         prog="mlx_tokprune.generate",
-        description=__doc__.splitlines()[0],
-        epilog=describe_methods(),
+        description=__doc__,
+        example="mlx_tokprune generate --model FastVLM-0.5B-mlx --image photo.jpg \\\n"
+        '    --prompt "What is this?" --keep-ratio 0.5 --overlay kept.png',
     )
     add = parser.add_argument
-    add("--model", help="demo, a folder or hub id (default: demo)")
-    add("--image", action="append", default=[], help="a picture, or a folder; repeat")
-    help_ = "ask about each picture alone, as about those of a folder"
-    add("--each", action="store_true", help=help_)
-    help_ = "a question; <image> marks a picture's place; repeat to ask more than one"
-    add("--prompt", action="append", default=[], help=help_)
-    add_method(parser, DEFAULT_METHOD)
-    add_budget(parser)
-    package = "a package of mlx_tokprune.coreml that sees and prunes (macOS)"
-    add("--vision", metavar="FILE.mlpackage", help=package)
-    help_ = "pictures are frames: ask about each, encoding what changed since the last"
-    add("--temporal", action="store_true", help=help_)
-    help_ = "encode the black border of a padded picture, or leave it out"
-    add("--padding", choices=PADDINGS, default="keep", help=f"{help_} (default: keep)")
-    size = parser.add_mutually_exclusive_group()
-    help_ = "pixels of the longer side (default: as trained)"
-    size.add_argument("--image-size", type=int, help=help_)
-    help_ = "the largest input size whose TTFT is expected to stay below MS"
-    names = ("--latency-target", "--vision-budget")
-    size.add_argument(*names, type=float, metavar="MS", help=help_)
-    add("--max-tokens", type=int, default=256)
-    add("--temp", type=float, default=0.0, help="sampling temperature (default: 0)")
-    add("--top-p", type=float, default=0.0)
-    add("--seed", type=int, default=0, help="of sampling and of method random")
-    add("--prefill-step-size", type=int, default=PREFILL_STEP)
-    add("--kv-bits", type=int, help="quantize the cache to 4 or 8 bits")
-    add("--kv-group-size", type=int, default=64)
-    add("--quantized-kv-start", type=int, default=5000, help="token from which on")
-    help_ = "fence the run and time its stages, which makes its TTFT a little longer"
-    add("--stages", action="store_true", help=help_)
-    add_answer_drafts(parser)
-    help_ = "write a picture of what was kept, at last, to this PNG"
-    add("--overlay", help=help_)
-    add("--json", action="store_true", help="a line of JSON after each answer")
+    add("--model", help="demo, folder or hub id (default: demo)")
     add_adapter(parser)
-    add_common(parser)
+    many = {"action": "append", "default": []}
+    add("--image", help="image file or folder; repeatable", **many)
+    add("--prompt", help="question; <image> marks a place; repeatable", **many)
+    add(
+        "--each",
+        action="store_true",
+        help="ask about each image alone (folders: always)",
+    )
+    add_pruning(parser, DEFAULT_METHOD)
+    _add_vision(parser.add_argument_group("images"))
+    _add_sampling(parser.add_argument_group("generation (as in mlx-lm)"))
+    add_answer_drafts(parser.add_argument_group("speculative decoding"))
+    add = parser.add_argument_group("output").add_argument
+    add("--overlay", metavar="PNG", help="write a picture of the last kept tokens")
+    add("--json", action="store_true", help="print a line of JSON after each answer")
+    add(
+        "--stages",
+        action="store_true",
+        help="time each stage, which slows the run a little",
+    )
+    add_verbose(parser)
     return parser
+
+
+def _add_vision(group) -> None:
+    """Flags of what the vision tower reads."""
+    add = group.add_argument
+    help_ = "Core ML package in place of the tower (macOS)"
+    add("--vision", metavar="MLPACKAGE", help=help_)
+    help_ = "images are video frames; encode what changed"
+    add("--temporal", action="store_true", help=help_)
+    help_ = "black border of padded images (default: keep)"
+    add("--padding", choices=PADDINGS, default="keep", help=help_)
+    size = group.add_mutually_exclusive_group()
+    help_ = "longer side of the input (default: as trained)"
+    size.add_argument("--image-size", type=int, metavar="PX", help=help_)
+    help_ = "choose the largest input with TTFT below MS"
+    size.add_argument("--latency-target", type=float, metavar="MS", help=help_)
+    hidden = {"dest": "latency_target", "help": argparse.SUPPRESS}  # its old name
+    size.add_argument("--vision-budget", type=float, **hidden)
+
+
+def _add_sampling(group) -> None:
+    """Flags of `Settings`."""
+    add = group.add_argument
+    names = ("--max-tokens", "-m")
+    add(
+        *names, type=int, metavar="N", default=256, help="tokens at most (default: 256)"
+    )
+    help_ = "sampling temperature (default: 0)"
+    add("--temp", type=float, default=0.0, metavar="T", help=help_)
+    help_ = "nucleus sampling threshold (default: off)"
+    add("--top-p", type=float, default=0.0, metavar="P", help=help_)
+    help_ = "seed of sampling and of random (default: 0)"
+    add("--seed", type=int, metavar="N", default=0, help=help_)
+    help_ = f"prompt tokens read at once (default: {PREFILL_STEP})"
+    add("--prefill-step-size", type=int, metavar="N", default=PREFILL_STEP, help=help_)
+    help_ = "bits of the cache, 4 or 8 (default: as stored)"
+    add("--kv-bits", type=int, metavar="BITS", help=help_)
+    help_ = "group size of a quantized cache (default: 64)"
+    add("--kv-group-size", type=int, metavar="N", default=64, help=help_)
+    help_ = "first token to quantize at (default: 5000)"
+    add("--quantized-kv-start", type=int, metavar="N", default=5000, help=help_)
 
 
 @command
@@ -121,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load(
         "demo" if args.model is None else args.model, adapter_path=args.adapter_path
     )
-    check_answers(model)
+    check_answers(processor)
     plan = given_or_carried(model, pruners)
     drafts = make_drafts(args)
     vision = Temporal(plan) if args.temporal else vision
@@ -228,7 +255,7 @@ class _Asking:
 def _pruners_and_vision(args) -> tuple[Plan | None, Vision | None]:
     """What prunes, and the package that sees in place of the model's tower, if any."""
     if args.vision is None:
-        return make_pruners(args, DEFAULT_METHOD), None
+        return plan_of(args, DEFAULT_METHOD), None
     if args.temporal:
         raise InputError("a package sees whole frames; leave out --temporal")
     own = (args.method, args.at, args.option, args.prune)

@@ -89,7 +89,7 @@ class ModelDrafts:
 
     def __post_init__(self):
         _check_tokens(self.tokens)
-        if self.model.answers != "text":
+        if not isinstance(self.processor, Processor):
             raise InputError("a policy cannot draft words; give a model that answers")
         plan_for(self.model, self.pruner)
 

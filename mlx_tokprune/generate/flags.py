@@ -1,22 +1,16 @@
 """Flags of speculative decoding: what drafts, and how that is pruned."""
 
-from collections.abc import Sequence
-
 from ..checkpoints.loading import load
-from ..cli import Parser, add_drafts, draft_plan
+from ..cli import add_drafts, draft_plan
 from ..errors import InputError
-from ..pruners import Plan
 from .drafts import Drafts, ModelDrafts, NgramDrafts, SelfDrafts
 
 
-def add_answer_drafts(parser: Parser) -> None:
-    """The same for models that answer, and `--num-draft-tokens`, as in mlx-lm."""
-    help_ = (
-        "draft tokens by an n-gram of the prompt, or by the model itself with fewer "
-        "visual tokens; answers stay the same"
-    )
+def add_answer_drafts(parser) -> None:
+    """`--draft` and what belongs to it, with `--num-draft-tokens` of mlx-lm."""
+    help_ = "draft by n-grams or by the pruned model itself"
     add_drafts(parser, ("ngram", "self"), help_)
-    help_ = "tokens that are drafted at once (default: 8 of an n-gram, 3 of a model)"
+    help_ = "tokens drafted at once (default: 8, a model: 3)"
     parser.add_argument("--num-draft-tokens", type=int, metavar="N", help=help_)
 
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -126,7 +126,7 @@ def stream_generate(
     """
     chosen = Settings(**settings)
     images = decoded(images)
-    check_answers(model)
+    check_answers(processor)
     if vision is not None and as_plan(pruner):
         raise InputError("what sees also prunes: give the pruner to it, not here")
     plan = plan_for(model, pruner if vision is None else vision.plan)
@@ -160,9 +160,9 @@ def decoded(images) -> list[Image.Image]:
     return [load_image(image) for image in images]
 
 
-def check_answers(model: VisionModel) -> None:
-    """Raise `InputError` for a policy."""
-    if model.answers != "text":
+def check_answers(processor: Any) -> None:
+    """Raise `InputError` for the processor of a policy."""
+    if not isinstance(processor, Processor):
         raise InputError(
             "this model answers in actions, not in words; use mlx_tokprune.act, or "
             "give a FastVLM checkpoint"

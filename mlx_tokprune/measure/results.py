@@ -15,16 +15,22 @@ MOST_BYTES = 1 << 30  # of a result file
 
 @dataclass(frozen=True)
 class Row:
-    """A pruner, or several at different places, under its label in tables."""
+    """A pruner, or several at different places, under its label in tables.
+
+    share: in mlx-vlm, the share of its tokens that the image is shrunk to instead,
+    which spares the tower.
+    """
 
     label: str
     pruners: Plan
+    share: float | None = None
 
     def described(self) -> dict:
-        """As JSON: the first pruner, and if there are any the others."""
+        """As JSON: the first pruner, the others if there are any, and the share."""
         first, *others = [pruner.described() for pruner in self.pruners]
-        found = {"label": self.label, "pruner": first}
-        return found | ({"others": others} if others else {})
+        row = {"label": self.label, "pruner": first}
+        row |= {"others": others} if others else {}
+        return row | ({"share": self.share} if self.share else {})
 
 
 def make_rows(

@@ -4,10 +4,12 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ..act.episode import first_inputs
 from ..act.heads import Head, head_of
 from ..act.inputs import check_images, observe, tell
 from ..act.predict import predict_action
@@ -69,11 +71,27 @@ class _Subject:
     name: str
     model: VisionModel
     processor: Processor | ActionProcessor
+    default_places: ClassVar[tuple[str, ...]] = ()
     _counted: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def image_size(self) -> int:
         return self.processor.image_size
+
+    def default_methods(self, everywhere: bool = False) -> list[str]:
+        """Methods with a budget that this kind of model is pruned by.
+
+        everywhere: at all places, not only those usual for this kind.
+        """
+        provided = self.model.provides
+        return [
+            m.name
+            for m in map(get_method, list_pruners())
+            if (everywhere or m.at in self.default_places)
+            and set(m.needs) <= set(provided.get(m.place, ()))
+            and m.name != "none"
+            and m.counts != "own"
+        ]
 
     def total(self, images: Sequence) -> int:
         """Visual tokens of a picture before pruning."""
@@ -280,8 +298,8 @@ class Acting(_Subject):
         state = self._state
         states = None if state is None else [state]
         images = check_images(self.model, self._wanted(images))
-        told = tell(self.model, self.processor, prompt, states, self.unnorm_key)
-        return observe(self.processor, [images], *told, mx.zeros((1, self._actions)))
+        told = tell(self.head, self.model, prompt, states, self.unnorm_key)
+        return observe(self.processor, [images], *told, first_inputs(1, self._actions))
 
     def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
         """Times of one action, fenced with `stages`; `tokens` does not matter."""
@@ -322,27 +340,25 @@ class Acting(_Subject):
         return (bounds.low + bounds.high) / 2
 
 
-Subject = Answering | Acting
+OwnSubject = Answering | Acting
 
 
-def subject_of(name: str, model: VisionModel, processor) -> Subject:
-    """A loaded model as a subject."""
-    kind = Answering if model.answers == "text" else Acting
-    return kind(name, model, processor)
+class Subject(Protocol):
+    """What bench and evaluate measure: a model in our runtime or in mlx-vlm's.
 
-
-def default_methods(subject: Subject, everywhere: bool = False) -> list[str]:
-    """Methods that are measured unless others are asked for: those with a budget.
-
-    everywhere: of all places, not only of those that this kind of model is pruned at.
+    kind: `answering` or `acting`.
     """
-    methods = map(get_method, list_pruners())
-    provided = subject.model.provides
-    return [
-        m.name
-        for m in methods
-        if (everywhere or m.at in subject.default_places)
-        and set(m.needs) <= set(provided.get(m.place, ()))
-        and m.name != "none"
-        and m.counts != "own"
-    ]
+
+    name: str
+    kind: str
+    model: Any
+
+    def default_methods(self) -> list[str]:
+        """Methods that are measured unless others are given."""
+        ...
+
+
+def subject_of(name: str, model: VisionModel, processor) -> OwnSubject:
+    """Return a loaded model as a subject."""
+    kind = Answering if isinstance(processor, Processor) else Acting
+    return kind(name, model, processor)

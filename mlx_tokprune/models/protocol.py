@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..features import Features
+from ..features import EPISODE_EXTRAS, Features
 from ..processing.prompt import Prompt
 from .language import Decoder
 
@@ -23,7 +23,7 @@ PROVIDES: Mapping[str, tuple[str, ...]] = {
 # Of policies, whose robot did something before.
 POLICY_PROVIDES: Mapping[str, tuple[str, ...]] = {
     **PROVIDES,
-    "prompt": (*PROVIDES["prompt"], "action_previous"),
+    "prompt": (*PROVIDES["prompt"], *EPISODE_EXTRAS),
 }
 
 

@@ -9,14 +9,14 @@ chunks of a long prompt, methods that choose their own count, and what a clock f
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..features import Features, Selection
+from ..features import PER_TOKEN, Features, Selection
 from ..models.language import PREFILL_STEP, Read, TokenSequence
 from ..models.protocol import VisionModel
 from ..processing.processor import Processor
@@ -30,21 +30,19 @@ DEFAULT_POSITIONS = "original"
 
 @dataclass(frozen=True)
 class Scene:
-    """What B samples see and are told.
+    """B samples: their pixels, prompt and run-time inputs.
 
     pixels: (B * G * n, h, w, 3), for each sample and each of the G places of the prompt
     its n pictures after each other; `None` where their visual tokens are known. state:
-    (B, p) normalised robot states, or `None`. attended: (B, N) how much the last
-    actions of an episode attended to each visual token, or `None`. acted: (B, A) what
-    each robot did last, in [-1, 1], zeros at first, or `None`.
+    (B, p) normalised robot states, or `None`. extras: inputs of pruners at the prompt
+    that neither picture nor prompt holds, by their names in `Features`, batch first.
     """
 
     pixels: mx.array | None
     prompt: Prompt
     batch: int = 1
     state: mx.array | None = None
-    attended: mx.array | None = None
-    acted: mx.array | None = None
+    extras: Mapping[str, mx.array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -311,11 +309,11 @@ def _asked(
         queries, keys = model.decoder.queries_and_keys(*prepared)
         keys = mx.broadcast_to(keys, (tokens.shape[0], *keys.shape[1:]))
         extras |= {"queries": queries, "text_keys": keys}
-    if "scores_previous" in reads and scene.attended is not None:
-        before = mx.take_along_axis(scene.attended, visual.indices, axis=1)
-        extras["scores_previous"] = before
-    if "action_previous" in reads and scene.acted is not None:
-        extras["action_previous"] = scene.acted
+    for name in scene.extras.keys() & set(reads):
+        array = scene.extras[name]
+        if name in PER_TOKEN:
+            array = mx.take_along_axis(array, visual.indices, axis=1)
+        extras[name] = array
     whole = visual.keep == visual.total
     grid = visual.grid if whole else None
     return Features(tokens, grid, visual.pictures if whole else 1, extras)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench import benchmark as bench
-from ..bench import guest as bench_guest
+from ..bench import mlx_vlm_benchmark
 from ..cli import Parser, command
 from ..errors import InputError, import_matplotlib
 from ..files import check_apart, check_output, write_text
@@ -13,7 +13,7 @@ from ..measure.results import read_any
 from .page import (
     bench_section,
     evaluation_section,
-    guest_section,
+    mlx_vlm_section,
     page,
     picture_sections,
 )
@@ -22,11 +22,12 @@ from .page import (
 def build_parser() -> Parser:
     parser = Parser(prog="mlx_tokprune.report", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("results", nargs="+", help="JSON files of bench and evaluate")
-    add("--output", default="report.html")
-    add("--title", default="Visual tokens, pruned")
-    add("--pictures", type=int, default=4, help="to show answers of (default: 4)")
-    help_ = "a method of yours that the results name, as package.module:function"
+    add("results", nargs="+", help="JSON result files of bench and evaluate")
+    add("--output", default="report.html", help="HTML file (default: report.html)")
+    add("--title", default="Visual tokens, pruned", help="title of the page")
+    help_ = "number of questions to show with their pictures (default: 4)"
+    add("--pictures", type=int, default=4, help=help_)
+    help_ = "custom method of the results to import, as package.module:function"
     add("--method", action="append", default=[], help=help_)
     return parser
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     for result in answers:
         accuracy |= evaluation.accuracies(result)
     sections = [bench_section(result, accuracy) for result in speeds]
-    sections += [guest_section(result) for result in guests]
+    sections += [mlx_vlm_section(result) for result in guests]
     for result in answers:
         sections.append(evaluation_section(result))
         if args.pictures:
@@ -54,14 +55,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _read(files: Sequence[str]) -> tuple[list[dict], list[dict], list[dict]]:
-    """Results of `bench`, of those in mlx-vlm's runtime, and of `evaluate`."""
+    """Return the results of `bench`, of `bench` in mlx-vlm, and of `evaluate`."""
     speeds, guests, answers = [], [], []
     for name in map(Path, files):
         schema = read_any(name).get("schema")
         if schema == bench.SCHEMA:
             speeds.append(bench.read_bench(name))
-        elif schema == bench_guest.SCHEMA:
-            guests.append(bench_guest.read_guest(name))
+        elif schema == mlx_vlm_benchmark.SCHEMA:
+            guests.append(mlx_vlm_benchmark.read_mlx_vlm(name))
         else:
             answers.append(evaluation.read_result(name))
     return speeds, guests, answers

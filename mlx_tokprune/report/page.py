@@ -1,6 +1,6 @@
 """One HTML page from results of `bench` and `evaluate`: tables, plots and pictures.
 
-Self-contained: styles and pictures are inside, nothing is fetched.
+The page is self-contained: it holds its styles and pictures and fetches nothing.
 """
 
 import base64
@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..bench import guest as bench_guest
-from ..bench import plots
-from ..bench import speed_table as bench_table
+from ..bench import mlx_vlm_benchmark, plots, speed_table
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.hub import is_local
 from ..checkpoints.loading import load
 from ..cli import draw_choices
 from ..errors import InputError
-from ..evaluate import accuracy_table as evaluation_table
+from ..evaluate import accuracy_table
 from ..evaluate.items import Item, blinded, read_questions
-from ..measure.guest import Guest, GuestRow
-from ..measure.subject import Subject, subject_of
+from ..measure.mlx_vlm_subject import MlxVlmSubject
+from ..measure.results import Row
+from ..measure.subject import OwnSubject, subject_of
+from ..measure.tables import Table
 from ..pipeline import run
 from ..pipeline.planning import plan_for
 from ..processing.overlay import draw_overlay
@@ -52,7 +52,7 @@ _SIDE = 320  # pixels of a picture on the page
 
 
 def page(title: str, sections: Sequence[str]) -> str:
-    """The whole document."""
+    """Return the HTML document."""
     body = "\n".join(sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -62,22 +62,24 @@ def page(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def table_of(markdown: str) -> str:
-    """The Markdown table in a text as HTML, and what stands around it as notes."""
-    rows, notes = [], []
-    for line in filter(None, markdown.splitlines()):
-        if not line.startswith("|"):
-            notes.append(f'<p class="note">{html.escape(line)}</p>')
-        elif not set(line) <= set("|-:"):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            kind = "td" if rows else "th"
-            rows.append("".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells))
-    lines = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table>{lines}</table></div>{"".join(notes)}'
+def render_table(table: Table) -> str:
+    """Return the table as HTML, followed by its notes."""
+    lines = [_row("th", table.columns), *(_row("td", row) for row in table.rows)]
+    notes = [_note(line) for line in (*table.before, *table.after)]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>{"".join(notes)}'
+
+
+def _row(kind: str, cells: Sequence[str]) -> str:
+    shown = "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells)
+    return f"<tr>{shown}</tr>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
 
 
 def picture(image: Image.Image, text: str, style: str = "") -> str:
-    """A figure with its caption."""
+    """Return a figure with its caption as HTML."""
     image = image.convert("RGB")
     image.thumbnail((_SIDE, _SIDE))
     data = io.BytesIO()
@@ -104,40 +106,41 @@ def _plot(file: Path) -> str:
 
 
 def bench_section(result: dict, accuracy: plots.Accuracy) -> str:
-    """Speed: the table and the plots of a benchmark."""
+    """Return the table and the plots of a benchmark."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = plots.draw_all(result, Path(folder), accuracy)
         shown = "".join(_plot(file) for file in drawn)
-    return f"<h2>Speed</h2>{table_of(bench_table.markdown(result))}{shown}"
+    return f"<h2>Speed</h2>{render_table(speed_table.tabulate(result))}{shown}"
 
 
-def guest_section(result: dict) -> str:
-    """Speed in mlx-vlm's runtime: the table."""
-    return f"<h2>Speed in mlx-vlm</h2>{table_of(bench_guest.markdown(result))}"
+def mlx_vlm_section(result: dict) -> str:
+    """Return the table of a benchmark in mlx-vlm."""
+    return (
+        f"<h2>Speed in mlx-vlm</h2>{render_table(mlx_vlm_benchmark.tabulate(result))}"
+    )
 
 
 def evaluation_section(result: dict) -> str:
-    """Answers: the table, and accuracy against FLOPs."""
+    """Return the table of an evaluation and the plot of accuracy against FLOPs."""
     title = html.escape(f"{result['questions']} questions of {result['data']}")
     machine = result["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "curve.png"
-        evaluation_table.draw(result["rows"], file)
+        accuracy_table.draw(result["rows"], file)
         curve = _plot(file)
-    where = html.escape(f"{machine['device']}, {versions}, commit {machine['commit']}")
-    table = table_of(evaluation_table.markdown(result["rows"]))
-    return (
-        f"<h2>Answers: {title}</h2>{table}"
-        f'<p class="note">Shares in percent with 95 % intervals; KL against the '
-        f"unpruned model, per token. {where}</p>{curve}"
+    note = _note(
+        "Shares in percent with 95 % intervals; KL against the unpruned model, per "
+        f"token. {machine['device']}, {versions}, commit {machine['commit']}"
     )
+    table = render_table(accuracy_table.tabulate(result["rows"]))
+    return f"<h2>Answers: {title}</h2>{table}{note}{curve}"
 
 
 def picture_sections(
     result: dict, pictures: int, methods: Sequence[str]
 ) -> Iterator[str]:
-    """For some questions, what each method kept beside what was answered."""
+    """Yield a section for each of N questions: kept tokens and answer of each row."""
     _check_methods(result, methods)
     name = result["model"]
     if not is_local(name):
@@ -159,7 +162,7 @@ def picture_sections(
 
 
 def _check_methods(result: dict, methods: Sequence[str]) -> None:
-    """A file must not say whose code is imported: the user does. A scorer has none."""
+    """Refuse methods that the user did not name: a file must not import code."""
     for name in methods:
         get_method(name)
     for row in result["run"]["rows"]:
@@ -180,11 +183,13 @@ def _items(result: dict) -> dict[tuple[str, str], Item]:
 
 
 def _drawing(name: str, result: dict) -> Callable[..., Image.Image]:
-    """What draws a picture, with a question, as a row of the results saw it."""
+    """Return a function that draws the tokens that a row kept of a picture."""
     run = result["run"]
     if run.get("runtime") == "mlx-vlm":
-        guest = Guest(name, None if run["positions"] == "original" else "contiguous")
-        return lambda *asked: _guest_overlay(guest, *asked)
+        subject = MlxVlmSubject(
+            name, None if run["positions"] == "original" else "contiguous"
+        )
+        return lambda *asked: _mlx_vlm_overlay(subject, *asked)
     subject = subject_of(name, *load(name, adapter_path=run.get("adapter")))
     if fingerprint(subject.model) != run["weights"]:
         raise InputError(
@@ -215,7 +220,7 @@ def _picture_section(draw, result: dict, answer: dict, item: Item) -> str:
 
 
 def _described(row: dict) -> list[dict]:
-    """A row's pruners."""
+    """Return the descriptions of a row's pruners."""
     return [row["pruner"], *row.get("others", [])]
 
 
@@ -230,22 +235,22 @@ def _pruner(described: dict) -> Pruner:
 
 
 def _overlay(
-    subject: Subject, image: Image.Image, text: str, pruners: Pruners, positions: str
+    subject: OwnSubject, image: Image.Image, text: str, pruners: Pruners, positions: str
 ) -> Image.Image:
-    """The picture with what was dropped dimmed, as the run saw it."""
+    """Return the picture with dropped tokens dimmed, as the run encoded it."""
     model, plan = subject.model, plan_for(subject.model, pruners)
     scene = subject.scene([image], text)
     _, visual = run(model, scene, plan, positions=positions)
     return draw_choices([image], visual, padded=subject.processor.pads)
 
 
-def _guest_overlay(
-    guest: Guest, image: Image.Image, text: str, row: dict
+def _mlx_vlm_overlay(
+    subject: MlxVlmSubject, image: Image.Image, text: str, row: dict
 ) -> Image.Image:
-    """The same in mlx-vlm; the picture alone where its tokens are no one grid."""
+    """Return the overlay in mlx-vlm, or the picture if its tokens are not one grid."""
     pruner = _pruner(row["pruner"])
-    found = guest.ask(GuestRow(row["label"], pruner), image, text, 1)
-    grids = guest.grids(image, text)
+    found = subject.ask(Row(row["label"], (pruner,)), image, text, 1)
+    grids = subject.grids(image, text)
     if len(grids) != 1 or found.places is None or len(found.places) != 1:
         return image
     return draw_overlay([image], [np.array(found.places[0])], grids[0], False)

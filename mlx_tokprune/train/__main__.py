@@ -1,15 +1,12 @@
-"""Train scorers or the demo model, or measure it: `python -m mlx_tokprune.train`."""
+"""Train a scorer of visual tokens, or an adapter under pruning."""
 
 from pathlib import Path
 
 from ..cli import (
     Parser,
-    add_budget,
-    add_method,
-    add_option,
+    add_pruning,
     command,
-    describe_methods,
-    make_pruners,
+    plan_of,
 )
 from ..errors import InputError, nearest, printable
 from ..pruners.scorers import SCORERS, is_scorer, load_scorer
@@ -20,86 +17,142 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mlx_tokprune.train", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(
+        prog="mlx_tokprune.train",
+        description=__doc__,
+        usage="%(prog)s {prune,lora,fuse} [options]",
+        example="mlx_tokprune train prune --data questions.jsonl --output scorer",
+    )
+    kinds = {"dest": "command", "required": True, "prog": parser.prog}
+    commands = parser.add_subparsers(metavar="COMMAND", **kinds)
     _add_prune(commands)
     _add_lora(commands)
-    fuse = commands.add_parser("fuse", help="write a checkpoint with its adapter in it")
-    fuse.add_argument("--model", default="demo", help="folder, hub id or demo")
-    fuse.add_argument("--adapter-path", required=True, help="folder of the adapter")
-    fuse.add_argument("--output", required=True, help="folder to write")
+    help_ = "write a checkpoint with its adapter merged"
+    fuse = commands.add_parser(
+        "fuse",
+        help=help_,
+        description=f"{help_[0].upper()}{help_[1:]}.",
+        example="mlx_tokprune train fuse --adapter-path adapter --save-path fused",
+    )
+    fuse.add_argument(
+        "--model", default="demo", help="demo, folder or hub id (default: demo)"
+    )
+    fuse.add_argument(
+        "--adapter-path", required=True, metavar="FOLDER", help="adapter to merge"
+    )
+    names = ("--save-path", "--output")
+    help_ = "folder to write; must not exist"
+    fuse.add_argument(
+        *names, dest="output", required=True, metavar="FOLDER", help=help_
+    )
     return parser
 
 
 def _add_lora(commands) -> None:
     help_ = "fine-tune the language model under pruning (LoRA or DoRA)"
-    parser = commands.add_parser("lora", help=help_, epilog=describe_methods())
+    parser = commands.add_parser(
+        "lora",
+        help=help_,
+        description=f"{help_[0].upper()}{help_[1:]}.",
+        example="mlx_tokprune train lora --data questions.jsonl --keep-ratio 0.25 \\\n"
+        "    --output adapter",
+    )
     _add_training(parser, steps=300, rate=3e-4)
-    add = parser.add_argument
-    add_method(parser, "norm, a keep ratio of 0.25")
-    add_budget(parser)
-    add_option(parser)
-    add("--rank", type=int, default=8)
-    add("--scale", type=float, default=20.0, help="of the adapter (default: 20)")
-    add("--layers", type=int, help="the last so many (default: all)")
+    add_pruning(parser, "norm at 0.25")
+    add = parser.add_argument_group("adapter").add_argument
+    add(
+        "--rank",
+        type=int,
+        metavar="N",
+        default=8,
+        help="rank of the adapter (default: 8)",
+    )
+    help_ = "factor of the adapter (default: 20)"
+    add("--scale", type=float, metavar="X", default=20.0, help=help_)
+    help_ = "last layers that are adapted (default: all)"
+    add("--num-layers", "--layers", dest="layers", type=int, metavar="N", help=help_)
     add("--dora", action="store_true", help="DoRA in place of LoRA")
-    add("--projector", action="store_true", help="train the projector, too")
-    _add_distill(parser)
-    help_ = "train on the values of quantized weights: more memory, faster on a CPU"
+    add("--projector", action="store_true", help="train the projector as well")
+    _add_distill(add)
+    help_ = "train on dequantized weights: more memory, faster on a CPU"
     add("--dequantize", action="store_true", help=help_)
 
 
-def _add_distill(parser) -> None:
-    help_ = "weight of the divergence from the unpruned answers (default: 0)"
-    parser.add_argument("--distill", type=float, default=0.0, help=help_)
+def _add_distill(add) -> None:
+    help_ = "weight of the KL from unpruned answers (default: 0)"
+    add("--distill", type=float, metavar="X", default=0.0, help=help_)
 
 
 def _add_training(parser, steps: int, rate: float) -> None:
-    """What both kinds of training have."""
+    """Flags of every training, with mlx-lm's names first."""
     add = parser.add_argument
-    add("--model", default="demo", help="folder, hub id or demo (default)")
-    help_ = "JSON lines, LLaVA's conversations, or pictures of demo or testbed"
-    add("--data", default="demo", help=f"{help_} (default)")
-    add("--pictures", type=int, default=2048, help="that are generated (default: 2048)")
-    add("--steps", type=int, default=steps, help=f"(default: {steps})")
-    add("--batch", type=int, default=32, help="pictures in a step (default: 32)")
-    help_ = "about each of them in a step (default: 5)"
-    add("--questions", type=int, help=help_)
-    add("--learning-rate", type=float, default=rate, help=f"(default: {rate:g})")
-    add("--accumulate", type=int, default=1, help="batches of a step (default: 1)")
-    add("--seed", type=int, default=0)
-    help_ = "of weights that stay as they are (default: as stored, float32 on a CPU)"
+    add("--model", default="demo", help="demo, folder or hub id (default: demo)")
+    help_ = "JSONL, LLaVA JSON, demo, testbed (default: demo)"
+    add("--data", default="demo", help=help_)
+    help_ = "number of images that are generated (default: 2048)"
+    add("--pictures", type=int, metavar="N", default=2048, help=help_)
+    names = (
+        ("--adapter-path", "--output")
+        if parser.prog.endswith("lora")
+        else ("--output",)
+    )
+    help_ = "folder to write; must not exist"
+    add(*names, dest="output", required=True, metavar="FOLDER", help=help_)
+    help_ = "state, resumed (default: OUTPUT.training)"
+    add("--folder", metavar="FOLDER", help=help_)
+    add = parser.add_argument_group("training").add_argument
+    names, help_ = ("--iters", "--steps"), f"number of steps (default: {steps})"
+    add(*names, dest="steps", type=int, metavar="N", default=steps, help=help_)
+    names, help_ = ("--batch-size", "--batch"), "images of a batch (default: 32)"
+    add(*names, dest="batch", type=int, metavar="N", default=32, help=help_)
+    help_ = f"questions about each image (default: {_QUESTIONS})"
+    add("--questions", type=int, metavar="N", help=help_)
+    help_ = f"learning rate (default: {rate:g})"
+    add("--learning-rate", type=float, metavar="X", default=rate, help=help_)
+    names = ("--grad-accumulation-steps", "--accumulate")
+    help_ = "batches of a step (default: 1)"
+    add(*names, dest="accumulate", type=int, metavar="N", default=1, help=help_)
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=0,
+        help="seed of the batches (default: 0)",
+    )
+    help_ = "type of frozen weights (default: as stored)"
     add("--dtype", choices=DTYPES, help=help_)
-    help_ = "compute layers again in the backward pass, for less memory"
+    help_ = "recompute layers in the backward pass (less memory)"
     add("--grad-checkpoint", action="store_true", help=help_)
-    help_ = "where training state is kept; resumed (default: OUTPUT.training)"
-    add("--folder", help=help_)
-    add("--output", required=True, help="folder to write; must not exist")
 
 
 def _add_prune(commands) -> None:
-    help_ = "train a scorer, on a model that stays as it is"
-    parser = commands.add_parser("prune", help=help_)
+    help_ = "train a scorer of visual tokens; the model stays as it is"
+    parser = commands.add_parser(
+        "prune",
+        help=help_,
+        description=f"{help_[0].upper()}{help_[1:]}.",
+        example="mlx_tokprune train prune --data questions.jsonl --output scorer",
+    )
     _add_training(parser, steps=300, rate=3e-3)
-    add = parser.add_argument
-    help_ = f"{' or '.join(SCORERS)}, or the folder of one to begin with"
-    add("--scorer", default="adaptive", help=f"{help_} (default: adaptive)")
-    help_ = "between which each batch draws its own (default: 0.05 0.25)"
+    add = parser.add_argument_group("scorer").add_argument
+    help_ = f"{', '.join(SCORERS)} or folder (default: adaptive)"
+    add("--scorer", default="adaptive", help=help_)
+    help_ = "drawn for each batch (default: 0.05 0.25)"
     ratios = {"nargs": 2, "type": float}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
-    help_ = "share of the steps in which the least comes down from all"
-    add("--curriculum", type=float, default=0.0, help=help_)
-    help_ = "in the place of the answers' loss: their gradient, or layers' attention"
+    help_ = "fraction of training in which the ratio falls"
+    add("--curriculum", type=float, metavar="SHARE", default=0.0, help=help_)
+    help_ = "imitate gradients or attention, not answers"
     add("--imitate", metavar="gradient|LAYER", nargs="+", default=[], help=help_)
-    help_ = "where at most so many tokens stay, imitate what each alone answers"
-    add("--alone", type=int, default=0, metavar="TOKENS", help=f"{help_} (default: 0)")
-    help_ = "the power of what --imitate says, for each question (default: 1)"
+    help_ = "largest budget to imitate single tokens at (default: 0)"
+    add("--alone", type=int, default=0, metavar="TOKENS", help=help_)
+    help_ = "power of the imitated scores (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
-    help_ = "learn the count, too: the price of what is kept (with --within: 1)"
-    add("--sparsity", type=float, metavar="PRICE", help=help_)
-    help_ = "learn a count of FOLDER's best with which answers stay so near"
+    help_ = "learn the count, too: penalty of a kept token"
+    add("--sparsity", type=float, metavar="PENALTY", help=help_)
+    help_ = "learn the count that keeps the KL below NATS"
     add("--within", type=float, metavar="NATS", help=help_)
-    _add_distill(parser)
+    _add_distill(add)
 
 
 @command
@@ -163,7 +216,7 @@ def _lora(args) -> None:
     unset = not args.prune and args.keep_ratio is None and args.keep_tokens is None
     if unset and get_method(args.method or DEFAULT_METHOD).lacks_budget({}):
         args.keep_ratio = 0.25
-    plan = make_pruners(args, DEFAULT_METHOD)
+    plan = plan_of(args, DEFAULT_METHOD)
     adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)
     samples, schedule, folder, output = _training(args)
     train_adapter(

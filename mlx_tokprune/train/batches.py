@@ -46,7 +46,7 @@ class Batches:
         samples: Sequence[Sample],
         needs: tuple[str, ...] = (),
     ):
-        if model.answers != "text":
+        if not isinstance(processor, Processor):
             raise InputError("only models that answer in words are trained here")
         self._model, self._processor, self._needs = model, processor, needs
         self.samples = tuple(samples)

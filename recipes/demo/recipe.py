@@ -8,7 +8,6 @@ goes on where it was.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
-from tqdm import tqdm
 
 from mlx_tokprune.scenes.held_out import TRAINING
 from mlx_tokprune.scenes.pictures import CANVAS, CELL
-from mlx_tokprune.train.loop import check_same
+from mlx_tokprune.train.loop import Loop, LossOf, Schedule, check_same, warm_cosine
 from mlx_tokprune.train.packing import answer_logits, answer_loss, pack
 
 from .batches import SceneBatch, as_batch
@@ -126,39 +123,26 @@ class Trainer:
     # Running ------------------------------------------------------------------------
 
     def run(self) -> None:
-        """All stages, from where an earlier run in the same folder stopped."""
-        state = self._read_state()
+        """Run all stages; stages that an earlier run finished are read from disk."""
         for number, stage in enumerate(self.stages):
-            if number >= state["stage"]:
-                self._run_stage(number, stage, state["step"])
-                state = {"stage": number + 1, "step": 0}
-                self._save(state, None)
-
-    def _run_stage(self, number: int, stage: Stage, first: int) -> None:
-        self._freeze(stage)
-        optimizer = optimizer_of(stage)
-        if first:
-            optimizer.state = tree_unflatten(
-                list(mx.load(str(self.folder / "optimizer.safetensors")).items())
+            self._freeze(stage)
+            schedule = Schedule(
+                stage.steps, stage.learning_rate, save_every=_SAVE_EVERY
             )
-        loss_of = self.losses[stage.loss]
+            folder = self.folder / f"stage-{number}"
+            about = (self._loss_of(number, stage), schedule, folder)
+            Loop(self.student, *about, optimizer_of(stage)).run(title=stage.name)
 
-        def loss(model, batch):
-            return loss_of(batch, stage)
+    def _loss_of(self, number: int, stage: Stage) -> LossOf:
+        """Return the loss of a stage, the recipe's `number`, on the batch of a step."""
 
-        gradient = nn.value_and_grad(self.student, loss)
-        bar = tqdm(range(first, stage.steps), desc=stage.name, disable=None)
-        for step in bar:
+        def loss(student, seed, step: int) -> tuple[mx.array, mx.array]:
             mx.random.seed(number * 1_000_003 + step)
             self._rng = choices_of(number, step)
             batch = as_batch(draw_step(stage, number, step))
-            value, gradients = gradient(self.student, batch)
-            gradients, _ = optim.clip_grad_norm(gradients, 1.0)
-            optimizer.update(self.student, gradients)
-            mx.eval(self.student.parameters(), optimizer.state)
-            bar.set_postfix(loss=f"{value.item():.3f}")
-            if (step + 1) % _SAVE_EVERY == 0 and step + 1 < stage.steps:
-                self._save({"stage": number, "step": step + 1}, optimizer)
+            return self.losses[stage.loss](batch, stage), mx.array(1.0)
+
+        return loss
 
     def _freeze(self, stage: Stage) -> None:
         """Aligning trains the projector alone, against features that stand still."""
@@ -169,33 +153,11 @@ class Trainer:
             for layer in self.student.vlm.mm_projector:
                 layer.unfreeze()
 
-    def _read_state(self) -> dict:
-        path = self.folder / "state.json"
-        if not path.exists():
-            return {"stage": 0, "step": 0}
-        self.student.load_weights(str(self.folder / "student.safetensors"))
-        return json.loads(path.read_text())
-
-    def _save(self, state: dict, optimizer) -> None:
-        arrays = {"student": dict(tree_flatten(self.student.parameters()))}
-        if optimizer is not None:
-            arrays["optimizer"] = dict(tree_flatten(optimizer.state))
-        for name, tensors in arrays.items():
-            partial = self.folder / f"{name}.partial.safetensors"
-            mx.save_safetensors(str(partial), tensors)
-            partial.replace(self.folder / f"{name}.safetensors")
-        partial = self.folder / "state.partial.json"
-        partial.write_text(json.dumps(state))
-        partial.replace(self.folder / "state.json")
-
 
 def optimizer_of(stage: Stage) -> optim.AdamW:
-    """Warm-up, then a cosine down to 3 % of the learning rate."""
-    rate, warm_up = stage.learning_rate, stage.warm_up
-    rise = optim.linear_schedule(0, rate, warm_up)
-    fall = optim.cosine_decay(rate, stage.steps, 0.03 * rate)
-    schedule = optim.join_schedules([rise, fall], [warm_up])
-    return optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
+    """Return AdamW with a warm-up and a cosine down to 3 % of the learning rate."""
+    rates = warm_cosine(stage.learning_rate, stage.steps, 0.03)
+    return optim.AdamW(rates, betas=[0.9, 0.98], weight_decay=0.01)
 
 
 def _masked_mean(values: mx.array, mask: mx.array) -> mx.array:

@@ -14,12 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
-from tqdm import tqdm
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_tokprune.act.policy import Policy
 from mlx_tokprune.pruners import Pruner
-from mlx_tokprune.train.loop import check_same
+from mlx_tokprune.train.loop import Loop, Schedule, check_same
 
 from .collecting import Collector
 from .demonstrations import Episodes
@@ -70,83 +69,35 @@ class Trainer:
         check_same(folder / "settings.json", dataclasses.asdict(cloning))
         mx.random.seed(0)
         self.policy = build_policy()
-        self.average = dict(tree_flatten(self.policy.parameters()))
-        self.optimizer = optim.AdamW(
-            cloning.learning_rate, betas=[0.9, 0.98], weight_decay=cloning.weight_decay
+        schedule = Schedule(
+            cloning.steps, cloning.learning_rate, save_every=_SAVE_EVERY
         )
-        self.step = 0
-        self._restore()
+        about = (self._loss, schedule, folder, AveragingAdamW(cloning))
+        self.loop = Loop(self.policy, *about)
+        self._episodes: list[tuple[Episodes, list]] = []
+        self._shares: np.ndarray | None = None
 
     def run(self) -> None:
-        """Goes on from what the folder holds to the end of the steps."""
-        cloning, collector = self.cloning, self.collector
-        collector.demonstrate(cloning.demonstrations)
-        update, episodes = self._updater(), collector.load(self.step)
-        shares = (
-            collector.shares(self.step) if self.step > cloning.first_round else None
-        )
-        steps = range(self.step, cloning.steps)
-        for step in tqdm(steps, desc="cloning", unit="step", disable=None):
-            past = step - cloning.first_round
-            if past >= 0 and past % cloning.round_every == 0:
-                self._correct(step)
-                episodes, shares = collector.load(step), collector.shares(step)
-            self.optimizer.learning_rate = self._rate(step)
-            update(self._draw(step, episodes, shares))
-            mx.eval(self.policy.parameters(), self.optimizer.state)
-            self._follow(step)
-            self.step = step + 1
-            if self.step % _SAVE_EVERY == 0 or self.step == cloning.steps:
-                self._save()
+        """Run the remaining steps and their rounds of corrections."""
+        self.collector.demonstrate(self.cloning.demonstrations)
+        self._correct(self.loop.begin)
+        self._load(self.loop.begin)
+        self.loop.run(self._correct, "cloning")
 
     def averaged(self) -> dict[str, mx.array]:
-        """The running average of the weights, which is what is shipped."""
-        return self.average
+        """Return the running average of the weights, which is shipped."""
+        return dict(tree_flatten(self.loop.optimizer.state["average"]))
 
     # Learning -----------------------------------------------------------------------
 
-    def _updater(self):
-        weight = self.cloning.scores_weight
+    def _loss(self, policy: nn.Module, seed: tuple[int, ...], step: int):
+        loss, off = losses(self.policy, self._draw(step))
+        return loss + self.cloning.scores_weight * off, mx.array(1.0)
 
-        def total(batch: Batch) -> mx.array:
-            loss, off = losses(self.policy, batch)
-            return loss + weight * off
-
-        gradient = nn.value_and_grad(self.policy, total)
-
-        def update(batch: Batch) -> mx.array:
-            loss, grads = gradient(batch)
-            grads, _ = optim.clip_grad_norm(grads, 1.0)
-            self.optimizer.update(self.policy, grads)
-            return loss
-
-        return update
-
-    def _rate(self, step: int) -> float:
-        """Warm-up, then half a cosine to nothing."""
-        done = step / self.cloning.steps
-        warm = min(1.0, (step + 1) / 300)
-        return self.cloning.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
-
-    def _follow(self, step: int) -> None:
-        """Moves the average towards the weights."""
-        share = 1 - min(0.999, (step + 1) / (step + 51))
-        weights = dict(tree_flatten(self.policy.parameters()))
-        self.average = {
-            name: array + share * (weights[name] - array)
-            for name, array in self.average.items()
-        }
-        mx.eval(self.average)
-
-    def _draw(
-        self,
-        step: int,
-        episodes: list[tuple[Episodes, list]],
-        shares: np.ndarray | None,
-    ) -> Batch:
+    def _draw(self, step: int) -> Batch:
         rng = np.random.default_rng((1, step))
         size = self.cloning.batch
-        shown = self.collector.draw(rng, size, episodes, shares)
+        shown = self.collector.draw(rng, size, self._episodes, self._shares)
         keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
         return Batch(
             **vars(shown),
@@ -156,11 +107,21 @@ class Trainer:
         )
 
     def _correct(self, step: int) -> None:
-        """A round of DAgger with the averaged weights and several budgets."""
-        cloning, weights = self.cloning, tree_flatten(self.policy.parameters())
-        self.policy.update(tree_unflatten(list(self.average.items())))
+        """Before a step that is due: a DAgger round with the averaged weights."""
+        cloning = self.cloning
+        past = step - cloning.first_round
+        if past < 0 or past % cloning.round_every or step == cloning.steps:
+            return
+        weights = self.policy.parameters()
+        self.policy.update(self.loop.optimizer.state["average"])
         self.collector.correct(step, cloning.corrections, cloning.mixed, self._actor)
-        self.policy.update(tree_unflatten(weights))
+        self.policy.update(weights)
+        self._load(step)
+
+    def _load(self, step: int) -> None:
+        self._episodes = self.collector.load(step)
+        if self.cloning.first_round <= step < self.cloning.steps:
+            self._shares = self.collector.shares(step)
 
     def _actor(self, rng: np.random.Generator, seed: int) -> Policy:
         keep = int(rng.choice(_KEEP, p=_KEEP_SHARES))
@@ -168,32 +129,34 @@ class Trainer:
         pruner = Pruner(method, keep_tokens=keep, seed=seed)
         return Policy(self.policy, build_processor(), pruner=pruner, compile=False)
 
-    # State --------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        state = {
-            **_prefixed("policy", self.policy.parameters()),
-            **{f"average.{name}": array for name, array in self.average.items()},
-            **_prefixed("optimizer", self.optimizer.state),
-        }
-        partial = self.folder / "partial.safetensors"
-        mx.save_safetensors(str(partial), state, metadata={"step": str(self.step)})
-        partial.rename(self.folder / "state.safetensors")
+class AveragingAdamW(optim.AdamW):
+    """AdamW with a running average of the weights in its state."""
 
-    def _restore(self) -> None:
-        file = self.folder / "state.safetensors"
-        if not file.exists():
-            return
-        state, metadata = mx.load(str(file), return_metadata=True)
-        self.step = int(metadata["step"])
-        parts: dict[str, list] = {"policy": [], "average": [], "optimizer": []}
-        for name, array in state.items():
-            part, _, rest = name.partition(".")
-            parts[part].append((rest, array))
-        self.policy.update(tree_unflatten(parts["policy"]))
-        self.average = dict(parts["average"])
-        self.optimizer.state = tree_unflatten(parts["optimizer"])
+    def __init__(self, cloning: Cloning):
+        steps = range(cloning.steps)
+        rates = mx.array([_rate(cloning, step) for step in steps])
+        shares = [1 - min(0.999, (step + 1) / (step + 51)) for step in steps]
+        self._shares = mx.array(shares)
+        decay = cloning.weight_decay
+        super().__init__(rates.__getitem__, betas=[0.9, 0.98], weight_decay=decay)
+
+    def init(self, parameters: dict) -> None:
+        super().init(parameters)
+        self.state.setdefault("average", parameters)
+
+    def update(self, model: nn.Module, gradients: dict) -> None:
+        share = self._shares[self.step]
+        super().update(model, gradients)
+        self.state["average"] = tree_map(
+            lambda average, weight: average + share * (weight - average),
+            self.state["average"],
+            model.trainable_parameters(),
+        )
 
 
-def _prefixed(part: str, tree) -> dict[str, mx.array]:
-    return {f"{part}.{name}": array for name, array in tree_flatten(tree)}
+def _rate(cloning: Cloning, step: int) -> float:
+    """Return the learning rate: a warm-up times half a cosine to zero."""
+    warm_up = min(1.0, (step + 1) / 300)
+    cosine = math.cos(math.pi * (step / cloning.steps))
+    return cloning.learning_rate * warm_up * 0.5 * (1 + cosine)

@@ -17,6 +17,7 @@ from mlx_tokprune.act.policy import Policy
 from mlx_tokprune.checkpoints.loading import load
 from mlx_tokprune.errors import InputError, nearest
 from mlx_tokprune.features import Features
+from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.pruners import Pruner, count_kept
 from mlx_tokprune.pruners.saliency import keep_highest
 from mlx_tokprune.pruners.scorers import SCORERS, save_scorer
@@ -262,8 +263,6 @@ def _name(layers: tuple[int, ...]) -> str:
 
 
 def markdown(found: dict[str, list[float]]) -> str:
-    """A table of what `compare` says."""
-    lines = [f"| | {' | '.join(f'{b:g}' for b in BUDGETS)} |", "|---|---:|---:|"]
-    for name, values in found.items():
-        lines.append(f"| {name} | {' | '.join(f'{v:.3f}' for v in values)} |")
-    return "\n".join(lines)
+    """Return the divergences of `compare` by keep ratio, as a Markdown table."""
+    rows = [[name, *(f"{v:.3f}" for v in values)] for name, values in found.items()]
+    return Table(["", *(f"{budget:g}" for budget in BUDGETS)], rows).markdown()

@@ -1,4 +1,4 @@
-"""What `success.py` logged, for people: a table and a picture."""
+"""Tables and plots of the logs of `success.py`."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.measure.intervals import wilson
+from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.scenes.worlds import TASKS
 
 _KEYS = {"row", "task", "success", "kept"}
@@ -15,7 +16,7 @@ _AT_BUDGET = re.compile(r"(\S+) ([\d.]+)")  # the label of a method's row
 
 
 def read_log(log: Path) -> list[dict]:
-    """What was measured so far."""
+    """Return the lines of a log; none if there is no file."""
     if not log.exists():
         return []
     lines = []
@@ -34,7 +35,7 @@ def read_log(log: Path) -> list[dict]:
 
 
 def _overall(lines: list[dict]) -> dict[str, tuple[float, int, int]]:
-    """Visual tokens kept, episodes won and episodes run, by row."""
+    """Return kept visual tokens, won episodes and all episodes, by row."""
     found = {}
     for label in dict.fromkeys(line["row"] for line in lines):
         mine = [line for line in lines if line["row"] == label]
@@ -45,32 +46,29 @@ def _overall(lines: list[dict]) -> dict[str, tuple[float, int, int]]:
 
 
 def markdown(lines: list[dict], saved: dict[str, float]) -> str:
-    """The table for people: success in percent; `saved`: share of TTFT, by row.
+    """Return the success of each row in percent, by task, as a Markdown table.
 
-    Without any of those that column is left out.
+    saved: share of TTFT by row; without any, the table has no such column.
     """
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    timed = " TTFT saved |" if saved else ""
-    head = f"| | kept | success (95 %) |{timed} " + " | ".join(tasks) + " |"
-    columns = len(tasks) + 2 + bool(saved)
-    table = [head, "|---|" + "---:|" * columns]
+    timed = ["TTFT saved"] if saved else []
+    rows = []
     for label, (kept, won, total) in _overall(lines).items():
-        mine = {line["task"]: line for line in lines if line["row"] == label}
-        low, high = wilson(won, total)
-        cells = [
-            f"{100 * np.mean(mine[task]['success']):.0f}" if task in mine else ""
-            for task in tasks
-        ]
-        saving = f" {100 * saved[label]:.0f} % |" if label in saved else ""
-        saving = saving or ("  |" if saved else "")
-        rate = f"{100 * won / total:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        mine = {line["task"]: line["success"] for line in lines if line["row"] == label}
         shown = f"{kept:.0f}{_spread(lines, label)}" if kept else ""
-        table.append(f"| {label} | {shown} | {rate} |{saving} {' | '.join(cells)} |")
-    return "\n".join(table)
+        savings = [f"{100 * saved[label]:.0f} %" if label in saved else ""]
+        wins = [f"{100 * np.mean(mine[t]):.0f}" if t in mine else "" for t in tasks]
+        rows.append([label, shown, _rate(won, total), *savings[: len(timed)], *wins])
+    return Table(["", "kept", "success (95 %)", *timed, *tasks], rows).markdown()
+
+
+def _rate(won: int, total: int) -> str:
+    low, high = wilson(won, total)
+    return f"{100 * won / total:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _spread(lines: list[dict], label: str) -> str:
-    """The least and the most tokens that a picture kept, where those differ."""
+    """Minimum and maximum of the kept tokens of a picture, where they differ."""
     mine = [line for line in lines if line["row"] == label and "least" in line]
     if not mine:
         return ""
@@ -79,7 +77,7 @@ def _spread(lines: list[dict], label: str) -> str:
 
 
 def draw(lines: list[dict], file: Path) -> None:
-    """Success against visual tokens kept, a line per method, as a PNG.
+    """Draw success against kept visual tokens, a line per method, as a PNG.
 
     Needs matplotlib. Bars are 95 % intervals.
     """
@@ -115,26 +113,22 @@ def _line(axes, points: list[tuple[float, int, int]], label: str) -> None:
 
 
 def by_step(logs: dict[int, list[dict]]) -> str:
-    """The table of rows by the step of their training: success, 95 %, and tokens."""
+    """Return success and kept tokens of each row by training step, as Markdown."""
     steps = sorted(logs)
-    found = {step: _overall(logs[step]) for step in steps}
-    labels = dict.fromkeys(label for step in steps for label in found[step])
-    head = "| | " + " | ".join(f"step {step}" for step in steps) + " |"
-    table = [head, "|---|" + "---:|" * len(steps)]
-    for label in labels:
-        cells = []
-        for step in steps:
-            kept, won, total = found[step].get(label, (0, 0, 0))
-            low, high = wilson(won, total) if total else (0, 0)
-            rate = f"{100 * won / max(total, 1):.1f} ({100 * low:.1f}-{100 * high:.1f})"
-            tokens = f"{kept:.1f}{_spread(logs[step], label)}"
-            cells.append(f"{rate}, {tokens}" if total else "")
-        table.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(table)
+    overall = {step: _overall(logs[step]) for step in steps}
+    labels = dict.fromkeys(label for step in steps for label in overall[step])
+
+    def cell(step: int, label: str) -> str:
+        kept, won, total = overall[step].get(label, (0, 0, 0))
+        tokens = f"{kept:.1f}{_spread(logs[step], label)}"
+        return f"{_rate(won, total)}, {tokens}" if total else ""
+
+    rows = [[label, *(cell(step, label) for step in steps)] for label in labels]
+    return Table(["", *(f"step {step}" for step in steps)], rows).markdown()
 
 
 def draw_by_step(logs: dict[int, list[dict]], file: Path) -> None:
-    """Success against the step of a training, a line per row, as a PNG."""
+    """Draw success against the training step, a line per row, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

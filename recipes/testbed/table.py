@@ -23,12 +23,13 @@ from pathlib import Path
 from mlx_tokprune.evaluate.accuracy_table import draw
 from mlx_tokprune.files import read_json
 from mlx_tokprune.measure.intervals import bootstrap
+from mlx_tokprune.measure.tables import Table
 
 Rows = dict[tuple[str, float], dict]
 
 
 def by_label(results: Sequence[list[dict]]) -> Rows:
-    """Rows by method and ratio; the unpruned one is at every ratio of its result."""
+    """Return rows by method and ratio, the unpruned row at each ratio of its result."""
     found: Rows = {}
     for none, *rows in results:
         for row in rows:
@@ -39,13 +40,14 @@ def by_label(results: Sequence[list[dict]]) -> Rows:
 
 
 def table(rows: Rows) -> str:
+    """Return accuracy and kept needed tokens by method and ratio, as Markdown."""
     ratios = sorted({ratio for _, ratio in rows}, reverse=True)
     heads = [f"{100 * r:g} %, n={_accuracy(rows['none', r])['n']}" for r in ratios]
-    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(ratios)]
-    for method in dict.fromkeys(method for method, _ in rows):
-        cells = [_cell(rows.get((method, ratio))) for ratio in ratios]
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [
+        [f"`{method}`", *(_cell(rows.get((method, ratio))) for ratio in ratios)]
+        for method in dict.fromkeys(method for method, _ in rows)
+    ]
+    return Table(["method", *heads], cells).markdown()
 
 
 def _accuracy(row: dict) -> dict:
@@ -61,36 +63,40 @@ def _cell(row: dict | None) -> str:
 
 
 def paired(results: Sequence[list[dict]], against: str) -> str:
-    """A line for each label, on the shared questions; intervals over pictures."""
+    """Return a row for each label on the shared questions, as Markdown.
+
+    Intervals are over pictures.
+    """
     scores: dict[tuple[str, str], dict[str, float]] = {}
-    shared = set.intersection(
-        *({(a["picture"], a["question"]) for a in answers} for answers in results)
-    )
-    for answers in results:
-        for one in answers:
-            scores.setdefault((one["picture"], one["question"]), {}).update(
-                one["scores"]
-            )
+    for answer in (answer for answers in results for answer in answers):
+        scores.setdefault(_question(answer), {}).update(answer["scores"])
+    shared = set.intersection(*(set(map(_question, answers)) for answers in results))
     asked = sorted(shared)
     pictures = [picture for picture, _ in asked]
-    lines = [
-        f"| {len(asked)} questions, {len(set(pictures))} pictures | right, % | "
-        f"more than `{against}`, points |",
-        "|---|---:|---:|",
-    ]
+    rows = []
     for label in dict.fromkeys(label for key in asked for label in scores[key]):
         ratio = label.partition(" ")[2]
-        beside = f"{against} {ratio}" if ratio else against
+        base = f"{against} {ratio}" if ratio else against
         mine = [scores[key][label] for key in asked]
-        others = [scores[key].get(beside) for key in asked]
-        cells = [f"{100 * sum(mine) / len(mine):.1f}", ""]
-        if None not in others and beside != label:
-            more = [one - other for one, other in zip(mine, others, strict=True)]
-            low, high = bootstrap(more, pictures)
-            mean = sum(more) / len(more)
-            cells[1] = f"{100 * mean:+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
-        lines.append(f"| `{label}` | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+        theirs = [scores[key].get(base) for key in asked]
+        known = None not in theirs and base != label
+        more = _difference(mine, theirs, pictures) if known else ""
+        rows.append([f"`{label}`", f"{100 * sum(mine) / len(mine):.1f}", more])
+    head = f"{len(asked)} questions, {len(set(pictures))} pictures"
+    columns = [head, "right, %", f"more than `{against}`, points"]
+    return Table(columns, rows).markdown()
+
+
+def _question(answer: dict) -> tuple[str, str]:
+    return answer["picture"], answer["question"]
+
+
+def _difference(mine: list[float], theirs: list[float], pictures: list[str]) -> str:
+    """Mean difference in points, with its 95 % interval over pictures."""
+    more = [one - other for one, other in zip(mine, theirs, strict=True)]
+    low, high = bootstrap(more, pictures)
+    mean = sum(more) / len(more)
+    return f"{100 * mean:+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from vlm.loaded import HALF, LENGTH, MORE, QUESTION
 from mlx_tokprune import InputError
 from mlx_tokprune.attach.model_folder import write_folder
 from mlx_tokprune.bench.__main__ import main as bench
-from mlx_tokprune.bench.guest import markdown, read_guest
+from mlx_tokprune.bench.mlx_vlm_benchmark import read_mlx_vlm, tabulate
 from mlx_tokprune.evaluate import read_result
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.measure.guest import Guest
+from mlx_tokprune.measure.mlx_vlm_subject import MlxVlmSubject
 from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.report.__main__ import main as report
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("not_compiled")
 
 @pytest.fixture(scope="module")
 def guest(qwen):
-    return Guest(str(qwen.folder))
+    return MlxVlmSubject(str(qwen.folder))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_bench_times_every_row_in_every_round(qwen, tmp_path, capsys):
     asked += ["--image", qwen.files[0], "--prompt", QUESTION, "--tokens", "3"]
     asked += ["--methods", "norm", "dart", "--keep-ratios", "0.5"]
     bench([*asked, "--output", str(output)])
-    result = read_guest(output)
+    result = read_mlx_vlm(output)
     labels = ["none", "norm 0.5", "dart 0.5", "max_pixels 0.5"]
     assert [row["label"] for row in result["rows"]] == labels
     for row in result["rows"]:
@@ -151,7 +151,7 @@ def test_any_damage_is_found_or_does_no_harm(qwen, tmp_path):
         for wrong in (..., None, "x", 0, [], 10**400):
             file.write_text(json.dumps(damaged(whole, path, wrong)))
             try:
-                markdown(read_guest(file))
+                tabulate(read_mlx_vlm(file)).markdown()
             except InputError:
                 continue
             except Exception as error:
@@ -220,4 +220,4 @@ def test_a_folder_that_prunes_is_not_measured(qwen, tmp_path, capsys):
 def test_what_mlx_vlm_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(InputError, match="mlx-vlm cannot load"):
-        Guest(str(tmp_path))
+        MlxVlmSubject(str(tmp_path))

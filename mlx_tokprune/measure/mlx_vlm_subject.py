@@ -1,8 +1,8 @@
-"""A model that mlx-vlm runs, as what is measured: answers, times, FLOPs, tokens."""
+"""A model in mlx-vlm's runtime, for bench and evaluate: answers, times and FLOPs."""
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -13,24 +13,9 @@ from ..errors import InputError
 from ..pruners import Pruner, get_method, list_pruners
 from ..pruners.registry import Options
 from .cost import Cost, count
+from .results import Row, make_rows
 
 SMALLER = "max_pixels"  # rows of whole pictures with as few tokens
-
-
-@dataclass(frozen=True)
-class GuestRow:
-    """A line of the table: a pruner, or the share of its tokens a picture shrinks to.
-
-    The other way to have fewer tokens is a smaller picture, which spares the tower.
-    """
-
-    label: str
-    pruner: Pruner
-    share: float | None = None
-
-    def described(self) -> dict:
-        found = {"label": self.label, "pruner": self.pruner.described()}
-        return found | ({"share": self.share} if self.share else {})
 
 
 @dataclass(frozen=True)
@@ -57,8 +42,8 @@ class Reply:
         return (len(self.ids) - 1) / seconds if len(self.ids) > 1 else None
 
 
-class Guest:
-    """A checkpoint loaded by mlx-vlm; nothing of it is changed between rows."""
+class MlxVlmSubject:
+    """A checkpoint loaded by mlx-vlm, unchanged between rows."""
 
     kind = "answering"
 
@@ -91,30 +76,25 @@ class Guest:
 
     def rows(
         self,
-        methods: Sequence[str] | None,
+        methods: Sequence[str],
         ratios: Sequence[float],
-        options: dict[str, Options],
-    ) -> list[GuestRow]:
-        """The untouched model, methods at every ratio, and smaller pictures."""
-        found = [GuestRow("none", Pruner("none"))]
-        for method in self.methods() if methods is None else methods:
-            own = options.get(method, {})
-            found += [
-                GuestRow(f"{method} {ratio:g}", Pruner(method, ratio, options=own))
-                for ratio in ratios
-                if ratio < 1
-            ]
+        options: Mapping[str, Options],
+    ) -> list[Row]:
+        """Return the unpruned model, methods at every ratio, and smaller images.
+
+        Raises `InputError` for a method that cannot choose in this model.
+        """
+        rows = make_rows(methods, ratios, options=options)
         for ratio in ratios if self.resizes else ():
             if ratio < 1:
-                found.append(GuestRow(f"{SMALLER} {ratio:g}", Pruner("none"), ratio))
-        found = list({row.label: row for row in found}.values())
-        for row in found:
-            with self._pruned(row.pruner):
+                rows.append(Row(f"{SMALLER} {ratio:g}", (Pruner("none"),), ratio))
+        for row in rows:
+            with self._pruned(row):
                 pass
-        return found
+        return rows
 
-    def methods(self) -> list[str]:
-        """Those that are known to work after a projector."""
+    def default_methods(self) -> list[str]:
+        """Methods that can choose after a projector and take a budget."""
         provided = set(self._known.provides)
         return [
             name
@@ -126,7 +106,8 @@ class Guest:
         ]
 
     @contextlib.contextmanager
-    def _pruned(self, pruner: Pruner) -> Iterator[Handle]:
+    def _pruned(self, row: Row) -> Iterator[Handle]:
+        (pruner,) = row.pruners
         handle = attach(self.model, self.processor, pruner, self.positions)
         try:
             yield handle
@@ -135,7 +116,7 @@ class Guest:
 
     def ask(
         self,
-        row: GuestRow,
+        row: Row,
         image: Image.Image,
         question: str,
         most: int,
@@ -153,7 +134,7 @@ class Guest:
         if forced is not None:
             how |= {"sampler": _Forcing(forced), "max_tokens": len(forced)}
         ids, logs, first = [], [], None
-        with self._pruned(row.pruner) as handle:
+        with self._pruned(row) as handle:
             mx.reset_peak_memory()
             start = time.perf_counter()
             for piece in stream_generate(
@@ -174,12 +155,12 @@ class Guest:
             last[0].places if last else None,
         )
 
-    def check(self, image: Image.Image, rows: Sequence[GuestRow]) -> None:
+    def check(self, image: Image.Image, rows: Sequence[Row]) -> None:
         """Raise `InputError` for a picture that mlx-vlm's processor does not take."""
         text = self._told("What is this?")
         try:
             for share in dict.fromkeys(row.share for row in rows):
-                row = GuestRow("", Pruner("none"), share)
+                row = Row("", (Pruner("none"),), share)
                 self._inputs(image, text, self._sizes(row, image, text))
         except Exception as error:  # whatever mlx-vlm runs into
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -197,7 +178,7 @@ class Guest:
             self.processor, self.model.config, question, num_images=1
         )
 
-    def _sizes(self, row: GuestRow, image: Image.Image, text: str) -> dict:
+    def _sizes(self, row: Row, image: Image.Image, text: str) -> dict:
         """`max_pixels` of a picture that is to have a share of its tokens."""
         if row.share is None:
             return {}
@@ -227,7 +208,7 @@ class Guest:
         return self._known.grids(self._inputs(image, text, {}), self.model.config)
 
     def cost(
-        self, row: GuestRow, image: Image.Image, question: str, kept: int
+        self, row: Row, image: Image.Image, question: str, kept: int
     ) -> dict[str, Cost] | None:
         """Of the tower with its projector, and of reading the prompt.
 
@@ -286,7 +267,7 @@ class _Forcing:
         return mx.array([self._ids[number]], mx.uint32)
 
 
-def check_guest(**others) -> None:
+def check_mlx_vlm(**others) -> None:
     """Raise `InputError` for options that only this package's own runtime has."""
     for name, value in others.items():
         if value:

@@ -14,12 +14,19 @@ from tqdm import tqdm
 
 from ..errors import InputError, printable
 from ..files import write_text
-from ..measure.guest import Guest, GuestRow
 from ..measure.machine import describe
-from ..measure.results import MACHINE, NUMBER, Optional, read_result
+from ..measure.mlx_vlm_subject import MlxVlmSubject
+from ..measure.results import MACHINE, NUMBER, Optional, Row, read_result
+from ..measure.tables import Table
 
 _MOST = 1e30  # of a time, a rate, or FLOPs
 SCHEMA = "mlx_tokprune.bench.guest/1"
+_NOTE = (
+    "TTFT: from the decoded picture to the first token, median (least-most). "
+    "Ceiling: what is saved of the FLOPs of tower and prompt. max_pixels: a "
+    "smaller picture with at most as many tokens, not pruned. MB: the peak of "
+    "MLX's arrays, weights included."
+)
 _SAMPLES = ("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb")
 SHAPE = {
     "machine": MACHINE,
@@ -36,8 +43,8 @@ SHAPE = {
 
 
 def measure(
-    guest: Guest,
-    rows: Sequence[GuestRow],
+    subject: MlxVlmSubject,
+    rows: Sequence[Row],
     images: Sequence,
     prompts: Sequence[str],
     tokens: int,
@@ -49,7 +56,7 @@ def measure(
     Raises `InputError` where `output` is something else than such a result.
     """
     if output.exists():
-        read_guest(output)
+        read_mlx_vlm(output)
     cases = list(itertools.product(rows, range(len(images)), prompts))
     lines: list[dict] = [{} for _ in cases]
     total = len(cases) * (runs + 1)
@@ -59,10 +66,10 @@ def measure(
             order = [*range(first, len(cases)), *range(first)]
             for number in order:
                 row, picture, prompt = cases[number]
-                reply = guest.ask(row, images[picture], prompt, tokens)
+                reply = subject.ask(row, images[picture], prompt, tokens)
                 if not lines[number]:
                     asked = (row, images[picture], prompt, reply.kept)
-                    cost = guest.cost(*asked)
+                    cost = subject.cost(*asked)
                     lines[number] = {
                         **{"label": row.label, "picture": picture, "prompt": prompt},
                         **{"visual_tokens": reply.total, "kept": reply.kept},
@@ -74,14 +81,14 @@ def measure(
                     lines[number]["samples"][name].append(getattr(reply, name))
                 bar.update()
     result = {
-        **{"schema": SCHEMA, "machine": describe(), "model": guest.name},
-        **{"positions": guest.kind_of_positions, "tokens": tokens, "rows": lines},
+        **{"schema": SCHEMA, "machine": describe(), "model": subject.name},
+        **{"positions": subject.kind_of_positions, "tokens": tokens, "rows": lines},
     }
     write_text(output, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def read_guest(file: str | Path) -> dict:
+def read_mlx_vlm(file: str | Path) -> dict:
     """A result file; `InputError` unless it is one, with an untouched row for each."""
     result = read_result(file, SCHEMA, SHAPE)
     if not result["rows"]:
@@ -116,41 +123,34 @@ def _base(row: dict, rows: list[dict]) -> dict | None:
     return next((r for r in found if r["label"] == "none"), None)
 
 
-def markdown(result: dict) -> str:
-    """The table for people: medians, and what is saved beside the untouched model."""
+def tabulate(result: dict) -> Table:
+    """Build the table of medians and of savings over the unpruned model."""
     machine = result["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     runs = len(result["rows"][0]["samples"]["ttft_ms"])
-    head = ["method", "kept", "prompt", "TTFT ms", "saved", "ceiling", "tok/s", "MB"]
-    lines = [
+    about = (
         f"{printable(result['model'])} in mlx-vlm, {result['positions']} positions; "
-        f"{machine['device']}, {versions}; n={runs}, interleaved.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|---|" + "---:|" * (len(head) - 1),
-    ]
-    for row in result["rows"]:
-        base = _base(row, result["rows"]) or row
-        times, before = (r["samples"]["ttft_ms"] for r in (row, base))
-        ratio = statistics.median(a / b for a, b in zip(times, before, strict=True))
-        rates = [r for r in row["samples"]["decode_tokens_per_second"] if r]
-        known = row["flops"] and base["flops"]
-        pruned = row is not base
-        spread = f"{statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f})"
-        cells = [
-            *(printable(row["label"]), f"{row['kept']}", f"{row['prompt_tokens']}"),
-            *(spread, f"{100 * (1 - ratio):.0f} %" if pruned else ""),
-            f"{100 * (1 - row['flops'] / base['flops']):.0f} %"
-            if known and pruned
-            else "",
-            f"{statistics.median(rates):.1f}" if rates else "",
-            f"{statistics.median(row['samples']['peak_memory_mb']):.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    note = (
-        "TTFT: from the decoded picture to the first token, median (least-most). "
-        "Ceiling: what is saved of the FLOPs of tower and prompt. max_pixels: a "
-        "smaller picture with at most as many tokens, not pruned. MB: the peak of "
-        "MLX's arrays, weights included."
+        f"{machine['device']}, {versions}; n={runs}, interleaved."
     )
-    return "\n".join([*lines, "", note])
+    columns = ("method", "kept", "prompt", "TTFT ms", "saved", "ceiling", "tok/s", "MB")
+    rows = [_cells(row, _base(row, result["rows"]) or row) for row in result["rows"]]
+    return Table(columns, rows, [about], [_NOTE])
+
+
+def _cells(row: dict, base: dict) -> list[str]:
+    samples, savings = row["samples"], ["", ""]
+    times = samples["ttft_ms"]
+    rates = [r for r in samples["decode_tokens_per_second"] if r]
+    if row is not base:
+        pairs = zip(times, base["samples"]["ttft_ms"], strict=True)
+        ratio = statistics.median(a / b for a, b in pairs)
+        savings[0] = f"{100 * (1 - ratio):.0f} %"
+        if row["flops"] and base["flops"]:
+            savings[1] = f"{100 * (1 - row['flops'] / base['flops']):.0f} %"
+    return [
+        *(printable(row["label"]), f"{row['kept']}", f"{row['prompt_tokens']}"),
+        f"{statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f})",
+        *savings,
+        f"{statistics.median(rates):.1f}" if rates else "",
+        f"{statistics.median(samples['peak_memory_mb']):.0f}",
+    ]

@@ -1,0 +1,37 @@
+"""The pruning methods as a table, from their registrations and docstrings."""
+
+import inspect
+import re
+
+from ..pruners import get_method, list_pruners
+from ..pruners.registry import Depths, Method, Place
+
+COLUMNS = ("method", "place", "needs", "source", "options")
+_ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
+
+
+def method_rows() -> list[tuple[str, ...]]:
+    """Return a row for each method: name, place, needs, source and options."""
+    return [_row(get_method(name)) for name in list_pruners()]
+
+
+def _row(method: Method) -> tuple[str, ...]:
+    papers = _ARXIV.findall(method.function.__doc__ or "")
+    counts = {"budget": "", "own": "own count", "either": "budget or own count"}
+    needs = [*method.needs, *filter(None, [counts[method.counts]])]
+    options = " ".join(map(_option(method), method.options))
+    source = f"arXiv {papers[-1]}" if papers else ""
+    return method.name, place_name(method.at), ", ".join(needs), source, options
+
+
+def _option(method: Method):
+    """Return what writes an option with its default."""
+    parameters = inspect.signature(method.function).parameters
+    return lambda name: f"{name}={parameters[name].default}"
+
+
+def place_name(place: Place | Depths) -> str:
+    """Return a place as `--at` takes it, or the depths of several layers."""
+    if isinstance(place, tuple):
+        return ", ".join(f"{100 * depth:.0f} %" for depth in place) + " of layers"
+    return f"layer {place}" if isinstance(place, int) else place

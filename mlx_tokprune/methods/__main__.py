@@ -1,0 +1,42 @@
+"""List the pruning methods."""
+
+import json
+
+from ..cli import Parser, command
+from ..pruners import get_method
+from . import COLUMNS, method_rows
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="mlx_tokprune.methods",
+        description=__doc__,
+        example="mlx_tokprune methods",
+    )
+    help_ = "print JSON in place of the table"
+    parser.add_argument("--json", action="store_true", help=help_)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    rows = method_rows()
+    summaries = {name: get_method(name).summary for name, *_ in rows}
+    if args.json:
+        described = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        for entry in described:
+            entry["summary"] = summaries[entry["method"]]
+        print(json.dumps(described, indent=1))
+        return
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    for row in (COLUMNS, *rows):
+        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    print()
+    for name, summary in summaries.items():
+        print(f"{name}: {summary}")
+
+
+if __name__ == "__main__":
+    main()
