@@ -158,7 +158,8 @@ def test_code_of_the_hub_is_not_run(monkeypatch, tmp_path):
     hub.mkdir()
     config = {"model_type": "qwen2_vl", "model_file": "model.py"}
     (hub / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("mlx_tokprune.adapters.folder.resolve", lambda name: Path(hub))
+    found = "mlx_tokprune.attach.model_folder.resolve"
+    monkeypatch.setattr(found, lambda name: Path(hub))
     from mlx_tokprune.attach.model_folder import write_folder
 
     with pytest.raises(InputError, match="not run from the hub"):

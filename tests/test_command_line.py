@@ -1,19 +1,22 @@
 """`mlx_tokprune.generate` as a user calls it: report, JSON, and one-line refusals."""
 
+import argparse
+import importlib
 import json
 import logging
+import shlex
 import shutil
 
 import pytest
 from conftest import TINY
 from PIL import Image
 
-from mlx_tokprune.act import __main__ as act
-from mlx_tokprune.convert import convert
-from mlx_tokprune.generate import __main__ as generate
+import mlx_tokprune
+from mlx_tokprune import __main__ as program
+from mlx_tokprune import list_pruners
+from mlx_tokprune.cli import plan_of, row_plans
 from mlx_tokprune.generate.__main__ import main
-from mlx_tokprune.pruners import registry
-from mlx_tokprune.report import __main__ as report
+from mlx_tokprune.pruners import read_plan, registry
 
 PICTURE = str(TINY / "image_1.png")
 ASK = ["--model", str(TINY), "--image", PICTURE, "--prompt", "What?"]
@@ -214,13 +217,89 @@ def test_a_picture_and_a_prompt_are_needed(capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [act, convert, generate, report])
-def test_help(command, capsys):
+def parsers() -> dict:
+    """Every parser by its command, those of subcommands included."""
+    found = {"mlx_tokprune": program.build_parser()}
+    for name in program.COMMANDS:
+        module = importlib.import_module(f"mlx_tokprune.{name}.__main__")
+        found[name] = module.build_parser()
+    for action in found["train"]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {f"train {name}": one for name, one in action.choices.items()}
+    return found
+
+
+# First words of a help string that only finishes a sentence begun elsewhere.
+UNFINISHED = {"of", "that", "which", "what", "how", "such", "by", "so"}
+
+
+@pytest.mark.parametrize("name", [*parsers()])
+def test_help_is_short_grouped_and_ends_with_an_example(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = parsers()[name]
+    lines = parser.format_help().rstrip().splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("usage: mlx_tokprune")
+    if name != "mlx_tokprune":
+        assert "example:" in lines[-4:]
+        assert lines[lines.index("example:") + 1].startswith("  mlx_tokprune ")
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        words = action.help.lower().split()
+        hidden = action.help is argparse.SUPPRESS
+        assert hidden or words[0].strip(",;:") not in UNFINISHED, action.help
+
+
+@pytest.mark.parametrize("name", [*parsers()])
+def test_examples_are_commands_that_parse(name):
+    parser = parsers()[name]
+    if name == "mlx_tokprune":
+        return
+    text = parser.epilog.partition("example:")[2].replace("\\\n", " ")
+    _, *words = shlex.split(text)
+    assert words[: len(name.split())] == name.split()
+    parser.parse_args(words[len(name.split()) :])
+
+
+@pytest.mark.parametrize("name", [*parsers()])
+def test_the_version_is_everywhere(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        command.build_parser().parse_args(["--help"])
+        parsers()[name].parse_args(["--version"])
     assert stop.value.code == 0
-    name = command.__name__.rpartition(".")[2]
-    assert f"usage: mlx_tokprune.{name} " in capsys.readouterr().out
+    assert capsys.readouterr().out == f"mlx-tokprune {mlx_tokprune.__version__}\n"
+
+
+def test_a_mistyped_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*ASK, "--keep-ration", "0.5"])
+    assert stop.value.code == 2
+    assert "Did you mean '--keep-ratio'?" in capsys.readouterr().err
+
+
+def test_one_command_line_runs_every_command(capsys):
+    program.main(["methods", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["method"] for row in rows} == set(list_pruners())
+    (attention,) = (row for row in rows if row["method"] == "fastv")
+    assert (attention["place"], attention["source"]) == ("layer 2", "arXiv 2403.06764")
+    with pytest.raises(SystemExit):
+        program.main(["generat"])
+    assert "generat" in capsys.readouterr().err
+
+
+def test_one_plan_is_written_alike_in_every_command():
+    """`--prune` joins places by `+`, or, for one plan, by repeating the flag."""
+    joined = ["--prune", "norm:0.5@tower+fastv:0.5@2"]
+    apart = ["--prune", "norm:0.5@tower", "--prune", "fastv:0.5@2"]
+    plans = [
+        plan_of(parsers()[name].parse_args(flags), "norm")
+        for name in ("generate", "act")
+        for flags in (joined, apart)
+    ]
+    assert all(plan == read_plan(joined[1]) for plan in plans)
+    for name in ("bench", "evaluate"):
+        assert row_plans(parsers()[name].parse_args(joined)) == joined[1:]
 
 
 @pytest.mark.parametrize("flag", ["--model=--", "--prompt=--"])

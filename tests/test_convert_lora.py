@@ -211,7 +211,8 @@ def test_a_base_beside_weights_or_without_an_adapter_is_refused(policy, tmp_path
 
 
 def test_fastvlm_has_no_such_adapter(checkpoint, tmp_path):
-    with pytest.raises(InputError, match="is a FastVLM; leave out --lora-adapter"):
+    refusal = "is a FastVLM checkpoint; leave out --lora-adapter"
+    with pytest.raises(InputError, match=refusal):
         convert(str(checkpoint), str(tmp_path / "mlx"), lora_adapter="merge")
 
 

@@ -362,7 +362,7 @@ def test_an_orbax_checkpoint_is_told_how_to_get_safetensors(tmp_path, place):
 
 
 def test_flags_of_openvla_are_refused(copy, tmp_path):
-    with pytest.raises(InputError, match="is a pi0-FAST policy; leave out"):
+    with pytest.raises(InputError, match="is a pi0-FAST checkpoint; leave out"):
         convert(str(copy), str(tmp_path / "mlx"), lora_adapter="merge")
     with pytest.raises(InputError, match="said of OpenVLA-OFT policies"):
         convert(str(copy), str(tmp_path / "mlx"), actions_per_chunk=4)

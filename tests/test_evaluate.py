@@ -141,13 +141,13 @@ def test_answers_are_those_of_generate(demo, positions):
 def test_answers_of_a_quantized_cache_are_those_of_generate(demo, monkeypatch):
     cache = {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 0}
     evaluator, read = evaluator_of(demo, **cache), []
-    follow = type(evaluator.model.decoder).follow
+    follow = type(evaluator.runtime.model.decoder).follow
 
     def watched(decoder, ids, layers):
         read.extend(type(layer.inner).__name__ for layer in layers)
         return follow(decoder, ids, layers)
 
-    monkeypatch.setattr(type(evaluator.model.decoder), "follow", watched)
+    monkeypatch.setattr(type(evaluator.runtime.model.decoder), "follow", watched)
     item = data.Item(str(PICTURES[0].path), PICTURES[0].question)
     records = evaluator.ask(item)
     assert set(read) == {"QuantizedKVCache"}

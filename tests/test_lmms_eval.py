@@ -306,7 +306,7 @@ def test_the_command_gives_the_scores_of_evaluate(tmp_path):
 
 def test_importing_the_package_imports_neither_torch_nor_lmms_eval(tmp_path):
     code = (
-        "import sys, mlx_tokprune, mlx_tokprune.adapters.lmms_eval; "
+        "import sys, mlx_tokprune, mlx_tokprune.evaluate.lmms_eval; "
         "print([m for m in ('torch', 'lmms_eval') if m in sys.modules])"
     )
     assert alone("-c", code, cwd=tmp_path).strip() == "[]"

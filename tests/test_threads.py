@@ -160,7 +160,7 @@ def test_an_interpreter_whose_threads_computed_ends_well():
     code = """
 from concurrent.futures import ThreadPoolExecutor
 from mlx_tokprune import generate, load
-from mlx_tokprune.demo import PICTURES
+from mlx_tokprune.checkpoints.embedded import PICTURES
 asked = (*load("demo"), [PICTURES[0].path], PICTURES[0].question)
 with ThreadPoolExecutor(2) as pool:
     print([job.result() for job in [pool.submit(generate, *asked) for _ in range(4)]])

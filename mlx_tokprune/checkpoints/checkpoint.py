@@ -75,9 +75,16 @@ class Checkpoint:
         folder = Path(folder)
         for place in (folder, base):
             _check_folder(place or folder)
-        if base and any(folder.glob("*.safetensors")):
+        bare = not any(folder.glob("*.safetensors"))
+        if base and not bare:
             raise InputError(
                 f"{folder} has weights of its own; leave out the base model {base}"
+            )
+        if not base and bare and (folder / ADAPTER).is_dir():
+            raise InputError(
+                f"{folder} has {ADAPTER} but no weights, as OpenVLA-OFT saves a policy "
+                "that is to be merged later; expected what it was trained on, as in "
+                "mlx_tokprune.convert --base-model openvla/openvla-7b"
             )
         config = read_json((base or folder) / "config.json")
         tensors: dict[str, Tensor] = {}
@@ -130,12 +137,6 @@ def _shards(folder: Path) -> list[Path]:
         files = files or sorted(folder.glob("*.safetensors"))
         if files:
             return files
-        if (folder / ADAPTER).is_dir():
-            raise InputError(
-                f"{folder} has {ADAPTER} but no weights, as OpenVLA-OFT saves a policy "
-                "that is to be merged later; expected what it was trained on, as in "
-                "mlx_tokprune.convert --base-model openvla/openvla-7b"
-            )
         torch = sorted(p.name for p in folder.glob("*.bin"))
         found = f"only {torch[0]}, a torch pickle" if torch else "no weights"
         raise InputError(

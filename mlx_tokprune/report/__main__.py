@@ -20,9 +20,13 @@ from .page import (
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mlx_tokprune.report", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="mlx_tokprune.report",
+        description=__doc__,
+        example="mlx_tokprune report bench.json evaluate.json --output report.html",
+    )
     add = parser.add_argument
-    add("results", nargs="+", help="JSON result files of bench and evaluate")
+    add("results", nargs="+", metavar="JSON", help="results of bench and evaluate")
     add("--output", default="report.html", help="HTML file (default: report.html)")
     add("--title", default="Visual tokens, pruned", help="title of the page")
     help_ = "number of questions to show with their pictures (default: 4)"

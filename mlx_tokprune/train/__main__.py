@@ -24,7 +24,8 @@ def build_parser() -> Parser:
         example="mlx_tokprune train prune --data questions.jsonl --output scorer",
     )
     kinds = {"dest": "command", "required": True, "prog": parser.prog}
-    commands = parser.add_subparsers(metavar="COMMAND", **kinds)
+    help_ = "one of:"
+    commands = parser.add_subparsers(metavar="COMMAND", help=help_, **kinds)
     _add_prune(commands)
     _add_lora(commands)
     help_ = "write a checkpoint with its adapter merged"

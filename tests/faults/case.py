@@ -30,14 +30,14 @@ KINDS = (
 )
 FINE = ("refused", "succeeded", "skipped")
 MODULES = {
-    "convert": "mlx_tokprune.commands.convert",
-    "generate": "mlx_tokprune.commands.generate",
-    "act": "mlx_tokprune.commands.act",
-    "report": "mlx_tokprune.commands.report",
+    "convert": "mlx_tokprune.convert.__main__",
+    "generate": "mlx_tokprune.generate.__main__",
+    "act": "mlx_tokprune.act.__main__",
+    "report": "mlx_tokprune.report.__main__",
     "bench": "mlx_tokprune.bench.__main__",
     "evaluate": "mlx_tokprune.evaluate.__main__",
     "coreml": "mlx_tokprune.coreml.__main__",
-    "attach": "mlx_tokprune.commands.attach",
+    "attach": "mlx_tokprune.attach.__main__",
     # Of `mlx_tokprune.train`, by their own names.
     **dict.fromkeys(("prune", "lora", "fuse"), "mlx_tokprune.train.__main__"),
 }
