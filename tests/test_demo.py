@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import mlx_tokprune
-from mlx_tokprune import Pruner, generate, predict_action
+from mlx_tokprune import InputError, Pruner, generate, predict_action
 from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME, POLICY_STATE
-from mlx_tokprune.checkpoints.hub import EMBEDDED
+from mlx_tokprune.checkpoints.hub import EMBEDDED, resolve
 from mlx_tokprune.demo.__main__ import main
 from mlx_tokprune.evaluate import read_result
 from mlx_tokprune.evaluate.__main__ import main as evaluate_main
@@ -196,3 +196,9 @@ def test_the_demo_runs_on_the_gpu(demo):
     for picture in PICTURES:
         asked = ([picture.path], picture.question)
         assert generate(*demo, *asked, pruner=Pruner("norm", 0.5)) == picture.answer
+
+
+def test_a_model_of_clones_alone_is_named_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(EMBEDDED, "demo-pi0", tmp_path / "absent")
+    with pytest.raises(InputError, match="in a clone of the repository, not in the"):
+        resolve("demo-pi0")

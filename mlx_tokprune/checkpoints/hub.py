@@ -64,8 +64,14 @@ def resolve(path_or_id: str | Path) -> Path:
 
     Raises `InputError` when it is none of these.
     """
-    if str(path_or_id) in EMBEDDED:
-        return EMBEDDED[str(path_or_id)]
+    embedded = EMBEDDED.get(str(path_or_id))
+    if embedded is not None and not embedded.is_dir():
+        raise InputError(
+            f"{path_or_id} is in a clone of the repository, not in the wheel; expected "
+            "demo-policy, or an installation from a clone"
+        )
+    if embedded is not None:
+        return embedded
     if str(path_or_id) == TESTBED:
         built = cache_folder(TESTBED) / CHECKPOINT
         if not built.is_dir():
