@@ -1,37 +1,41 @@
 """`mlx_tokprune COMMAND ...`, as `python -m mlx_tokprune.COMMAND ...`."""
 
+import ast
+import functools
 import importlib
+import importlib.util
+import pkgutil
 import sys
+from pathlib import Path
 
 from .cli import Parser, command
 
-# In the order of use; a command is the package of its name.
-COMMANDS = {
-    "convert": "convert a Hugging Face checkpoint to MLX format, once",
-    "generate": "answer questions about images",
-    "act": "print the action of a robot policy",
-    "methods": "list the pruning methods",
-    "attach": "write a model folder that mlx-vlm loads and that prunes",
-    "coreml": "export the pruned vision path to Core ML",
-    "train": "train a scorer, or an adapter under pruning",
-    "bench": "measure time to first token and generation speed",
-    "evaluate": "measure accuracy and agreement of pruned answers",
-    "report": "write an HTML page from results of bench and evaluate",
-    "demo": "run the whole path on the embedded models",
-}
+
+@functools.cache
+def commands() -> dict[str, str]:
+    """Return every command and its first line: packages that have a `__main__`."""
+    package = sys.modules[__package__]
+    names = {m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg}
+    found = {}
+    for name in sorted(names | {"convert"}):  # which lies elsewhere in a clone
+        spec = importlib.util.find_spec(f"{__package__}.{name}.__main__")
+        if spec is not None and spec.origin is not None:
+            text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+            found[name] = text.partition("\n")[0].rstrip(".")
+    return found
 
 
 def build_parser() -> Parser:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    width = max(map(len, commands()))
+    lines = "\n".join(f"  {name:{width}}  {text}" for name, text in commands().items())
     parser = Parser(
         prog="mlx_tokprune",
-        description="Visual-token pruning for vision-language models in MLX.",
+        usage="%(prog)s COMMAND [options]",
+        description="Prune the visual tokens of vision-language models, in MLX.",
         epilog=f"commands:\n{lines}\n\n`mlx_tokprune COMMAND --help` describes each.",
     )
-    parser.add_argument(
-        "command", choices=COMMANDS, metavar="COMMAND", help="one below"
-    )
+    help_ = "name of a command, as listed below"
+    parser.add_argument("command", choices=commands(), metavar="COMMAND", help=help_)
     return parser
 
 

@@ -220,7 +220,7 @@ def test_a_picture_and_a_prompt_are_needed(capsys):
 def parsers() -> dict:
     """Every parser by its command, those of subcommands included."""
     found = {"mlx_tokprune": program.build_parser()}
-    for name in program.COMMANDS:
+    for name in program.commands():
         module = importlib.import_module(f"mlx_tokprune.{name}.__main__")
         found[name] = module.build_parser()
     for action in found["train"]._actions:

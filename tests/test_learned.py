@@ -387,11 +387,11 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_tokprune import load
-from mlx_tokprune.learned import Adaptive
-from mlx_tokprune.train.tune.batches import Batches
-from mlx_tokprune.train.tune.data import read_samples
-from mlx_tokprune.train.tune.loop import Loop, Schedule
-from mlx_tokprune.train.tune.scorer import Lesson, ScorerLoss
+from mlx_tokprune.pruners.scorers import Adaptive
+from mlx_tokprune.train.batches import Batches
+from mlx_tokprune.train.samples import read_samples
+from mlx_tokprune.train.loop import Loop, Schedule
+from mlx_tokprune.train.scorer import Lesson, ScorerLoss
 
 model, processor = load("demo")
 batches = Batches(model, processor, read_samples("demo", 3).items)

@@ -197,17 +197,6 @@ def test_a_stage_with_frozen_weights_goes_on_where_it_was(tmp_path, tokenizer_fi
     assert all(mx.array_equal(ends[1][name], a) for name, a in ends[0].items())
 
 
-def test_the_compiled_update_is_the_eager_one(tmp_path, tokenizer_file, monkeypatch):
-    ends = []
-    for name in ("compiled", "eager"):
-        run = trainer(tmp_path / name, tokenizer_file, 3)
-        run.stages = run.stages[:1]
-        run.run()
-        ends.append(dict(tree_flatten(run.student.parameters())))
-        monkeypatch.setattr(mx, "compile", lambda function, **how: function)
-    assert all(mx.array_equal(ends[1][name], a) for name, a in ends[0].items())
-
-
 def test_learning_lowers_the_loss(tmp_path, tokenizer_file):
     import mlx.nn as nn
     import mlx.optimizers as optim

@@ -1,4 +1,4 @@
-"""Measure time to first token and generation speed by method and budget."""
+"""Measure time to first token and generation speed of pruned models."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Convert the embedded models, prune them, and time what they answer and do."""
+"""Convert, prune and time the embedded models, and draw what is kept."""
 
 import statistics
 import tempfile

@@ -65,9 +65,11 @@ class Loop:
     """Trains the unfrozen weights of `module` and keeps its state in `folder`.
 
     optimizer: AdamW with `warm_cosine` rates when `None`. begin: first step of `run`.
-    The update is compiled, to the same bytes in 6 ms, not 18; the loss is not, since
-    its 0.4 s stay (`training_step.py --compile --batch 4 --questions 2`: LoRA on the
-    demo, two CPU cores, median of 11).
+    Nothing is compiled, unlike in mlx_lm.tuner. A compiled update takes 6 ms in place
+    of 18, but 17 s of a cold C++ compiler, which 300 steps do not give back; batches
+    differ in shape, and a compiled loss takes 0.41 s in place of 0.43 (LoRA on the
+    demo, two busy CPU cores, median of 11: `benchmarks/training_step.py --compile
+    --batch 4 --questions 2`).
     """
 
     def __init__(
@@ -88,8 +90,6 @@ class Loop:
         self.optimizer.init(module.trainable_parameters())
         self.losses: list[float] = []
         self.begin = self._resume()
-        state = [module.state, self.optimizer.state]
-        self._update = mx.compile(self._apply, inputs=state, outputs=state)
 
     @property
     def is_first(self) -> bool:
@@ -120,7 +120,7 @@ class Loop:
     def _step(self, step: int) -> tuple[float, float]:
         """Train one step; return its mean loss and its number of tokens."""
         total, count, gradients = self._gradients(step)
-        self._update(gradients, count)
+        self._apply(gradients, count)
         mx.eval(self._state())
         loss = (total / count).item()
         if not math.isfinite(loss):
