@@ -2,10 +2,16 @@
 
 This folder is the package `mlx_tokprune.convert` (`pyproject.toml` says so), though it
 lies beside `mlx_tokprune/`. Each file of a family registers its key table, and
-importing this package registers all of them.
+importing this package imports every file.
 """
 
-from . import fastvlm, openvla, pi0fast, resnetvlm  # noqa: F401
+import importlib
+import pkgutil
+
 from .converter import convert
 
 __all__ = ["convert"]
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "__main__":
+        importlib.import_module(f".{_module.name}", __name__)

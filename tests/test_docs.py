@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_tokprune.__main__ import COMMANDS
+from mlx_tokprune.__main__ import commands as known_commands
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
@@ -232,7 +232,7 @@ def parser_of(module: str):
     """Return the parser of a command, `None` where it has none to build."""
     package, _, name = module.partition(".")
     if package == "mlx_tokprune":
-        assert name in COMMANDS, f"no command {name!r}"
+        assert name in known_commands(), f"no command {name!r}"
         return importlib.import_module(f"{module}.__main__").build_parser()
     found = importlib.util.find_spec(module)
     assert found is not None, f"no module {module!r}"
