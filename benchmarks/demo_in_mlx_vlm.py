@@ -3,17 +3,17 @@
     pip install -e '.[mlx-vlm]'
     python benchmarks/demo_in_mlx_vlm.py FOLDER [FUSED]
     python examples/lmms_eval/make_questions.py 128      # writes ./questions
-    python -m mlx_tokprune.evaluate --runtime mlx-vlm --model FOLDER \
+    mlx_tokprune evaluate --runtime mlx-vlm --model FOLDER \
         --data questions/all.jsonl --methods norm --keep-ratios 0.25 \
         [--positions original]
-    python -m mlx_tokprune.evaluate --model demo \
-        --data questions/all.jsonl --plans norm:0.25@prompt \
+    mlx_tokprune evaluate --model demo \
+        --data questions/all.jsonl --prune norm:0.25@prompt \
         [--positions contiguous]
 
 mlx-vlm's FastVLM has the sizes of Apple's tower in its code; the folder's `model_file`
 has the demo's. Its chat template is FastVLM's own. There is one question about each of
 128 held-out pictures: mlx-vlm looks at a picture anew for each answer. FUSED is what
-`mlx_tokprune.train fuse` wrote, in the place of the demo.
+`mlx_tokprune train fuse` wrote, in the place of the demo.
 """
 
 import json

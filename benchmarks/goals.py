@@ -3,14 +3,14 @@
     python benchmarks/goals.py --pictures 128 --goals gradient 0 1 2 3 "1 2 3"
 
 Eight questions about each picture; the pictures are the next that a training would draw
-behind the 4,096 of the shipped scorers. A goal is what `train prune --imitate` takes:
-`gradient`, which knows the right answer, or layers whose attention is summed. By the
-question's own goal tokens are kept as a scorer at the prompt would, by the mean of the
-goals of a picture's questions, or of their squares (`--sharpen 2`), as one at the tower
-would; nothing is learned, so this is what learning could come near to. `best` is the
-token that makes the right answer most probable alone, of the eight that `gradient` puts
-first; `--scorers` are trained ones. Right answers in percent, and of one token by the
-question's first two words.
+behind the 4,096 of the shipped scorers. A goal is what `mlx_tokprune train prune
+--imitate` takes: `gradient`, which knows the right answer, or layers whose attention is
+summed. By the question's own goal tokens are kept as a scorer at the prompt would, by
+the mean of the goals of a picture's questions, or of their squares (`--sharpen 2`), as
+one at the tower would; nothing is learned, so this is what learning could come near to.
+`best` is the token that makes the right answer most probable alone, of the eight that
+`gradient` puts first; `--scorers` are trained ones. Right answers in percent, and of
+one token by the question's first two words.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What an adapter wins back of the accuracy that few bits lose, under pruning.
 
-    mlx_tokprune.convert --hf-path demo --mlx-path low -q --q-bits 2 --q-group-size 32
-    mlx_tokprune.train lora --model low --dequantize --steps 60 --output adapter
+    mlx_tokprune convert --hf-path demo --mlx-path low -q --q-bits 2 --q-group-size 32
+    mlx_tokprune train lora --model low --dequantize --iters 60 --output adapter
     python benchmarks/low_bits.py --models low --adapter-paths adapter --pictures 128
 
 Held-out pictures of the demo, one question of each kind about each, greedy answers with

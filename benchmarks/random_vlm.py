@@ -2,7 +2,7 @@
 
     pip install -e '.[test]'
     python benchmarks/random_vlm.py /tmp/qwen
-    python -m mlx_tokprune.bench --runtime mlx-vlm --model /tmp/qwen --image PICTURE \
+    mlx_tokprune bench --runtime mlx-vlm --model /tmp/qwen --image PICTURE \
         --methods norm --keep-ratios 0.5 0.25 --tokens 4 --runs 5
 
 A language model of Qwen2.5-0.5B's layers (24 x 896), a tower of 12 x 640 with windows,

@@ -4,8 +4,8 @@
     OPENBLAS_THREAD_TIMEOUT=26 python benchmarks/under_load.py    # its own default
 
 Starts its own load: processes that do nothing but count. Rows are interleaved. The
-package has OpenBLAS's threads sleep as soon as they have nothing to do (`blas.py`).
-Linux only.
+package has OpenBLAS's threads sleep as soon as they have nothing to do
+(`mlx_tokprune/runtime.py`). Linux only.
 """
 
 import argparse

@@ -34,9 +34,9 @@ pytestmark = pytest.mark.usefixtures("not_compiled")
 PRUNED = [name for name in FAMILIES if name != "llava_next"]
 # A state that has read a token cannot be told to have not.
 RECURRENT = {"qwen3_5"}
-# Stock mlx-vlm is wrong here, or raises (docs/upstream.md).
+# Stock mlx-vlm is wrong here, or raises (docs/notes/upstream.md).
 NO_BATCHES = {"qwen3_vl", "gemma3n", "gemma3", "paligemma"}
-# Pictures of a batch have as many tiles (docs/upstream.md); or all pictures have.
+# Pictures of a batch have as many tiles (docs/notes/upstream.md); or all pictures have.
 TILED = {"idefics3", "smolvlm"}
 ONE_SIZE = {"llava", "fastvlm", "phi3_v", *TILED}
 VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision"}

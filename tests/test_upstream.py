@@ -1,4 +1,4 @@
-"""The bugs of `docs/upstream.md`: is mlx-vlm still as it is described there?"""
+"""The bugs of `docs/notes/upstream.md`: is mlx-vlm still as it is described there?"""
 
 import os
 import re
@@ -15,7 +15,7 @@ try:
 except PackageNotFoundError:
     pytest.skip("needs mlx-vlm", allow_module_level=True)
 
-TEXT = (Path(__file__).parents[1] / "docs" / "upstream.md").read_text()
+TEXT = (Path(__file__).parents[1] / "docs" / "notes" / "upstream.md").read_text()
 BUG = re.compile(
     r"^## (.+?)$.+?^```python$(.+?)^```$\s+^```text$(.+?)^```$", re.M | re.S
 )
@@ -51,7 +51,7 @@ def test_every_bug_has_a_script_that_stands_alone():
 def test_it_is_still_there(title, printed):
     found = printed[title]
     assert found.stdout.strip() == SAID[title], (
-        f"mlx-vlm {VERSION} no longer prints what docs/upstream.md says of {title!r}. "
+        f"mlx-vlm {VERSION} no longer prints what docs/notes/upstream.md says of {title!r}. "
         "If that is fixed upstream, take it out there, and what works around it here; "
         f"if the script is out of date, mend it.\n{found.stderr[-2000:]}"
     )

@@ -1,16 +1,17 @@
 """Train the demo model by a PyTorch twin of `python -m recipes.demo`.
 
-    script="-m recipes.demo.in_torch"
-    python $script prepare --folder FOLDER
-    python $script train --folder FOLDER --output OUT --minutes 10
-    python $script finish --folder FOLDER --weights OUT/weights.npz --output CHECKPOINT
+    recipe="python -m recipes.demo.in_torch"
+    $recipe prepare --folder FOLDER
+    $recipe train --folder FOLDER --output OUT --minutes 10
+    $recipe finish --folder FOLDER --weights OUT/weights.npz --output CHECKPOINT
 
 All need torch; `prepare` and `finish` need MLX, too, and `train` tokenizers, Pillow and
-matplotlib, but nothing of MLX. Stages, pictures, questions, losses (`torch_vlm.py`) and
-optimizer are those of `recipes/demo/recipe.py`. A stage ends with its steps, or
-when its part of the time is over: the learning rate follows what comes first, and time
-that is left goes to later stages. OUT/weights.npz is written as it goes, and
-OUT/begun.npz at the end of each stage, from where the same command goes on.
+matplotlib, but nothing of MLX. Stages, pictures, questions, losses
+(`recipes/torch_vlm.py`) and optimizer are those of `recipes/demo/recipe.py`. A stage
+ends with its steps, or when its part of the time is over: the learning rate follows
+what comes first, and time that is left goes to later stages. OUT/weights.npz is written
+as it goes, and OUT/begun.npz at the end of each stage, from where the same command goes
+on.
 """
 
 import argparse

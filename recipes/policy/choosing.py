@@ -1,7 +1,7 @@
 """What `trimvla` and `lightvla` choose, as gates that a policy learns through.
 
 Forward they are the pruners' choice, with noise; backward they tell the scores which
-tokens the actions would need (`train/tune/gate.py`).
+tokens the actions would need (`mlx_tokprune/train/gate.py`).
 """
 
 import mlx.core as mx

@@ -2,7 +2,7 @@
 
 First its visual tokens learn to be those of the demo policy, then it clones the
 expert, with visual tokens dropped in most batches and rounds of DAgger between. What is
-learned from is `collecting.py`'s, the loop is `tune/loop.py`'s.
+learned from is `collecting.py`'s, the loop is `train/loop.py`'s.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Train the small pi0-FAST on one GPU: a PyTorch twin of `recipes.policy chunks`.
 
-    script="-m recipes.policy.chunks_in_torch"
-    python $script prepare --state STATE --folder FOLDER
-    python $script train --folder FOLDER --output OUT
-    python $script finish --state STATE --weights OUT/weights.npz --output CHECKPOINT
+    recipe="python -m recipes.policy.chunks_in_torch"
+    $recipe prepare --state STATE --folder FOLDER
+    $recipe train --folder FOLDER --output OUT
+    $recipe finish --state STATE --weights OUT/weights.npz --output CHECKPOINT
 
 STATE is the folder of a `recipes.policy chunks` that has collected its demonstrations,
 learned its code, and perhaps done some steps, which are then the start. `check`

@@ -1,17 +1,17 @@
-"""Train the demo policy on one GPU: a PyTorch twin of `recipes.policy run`.
+"""Train the demo policy on one GPU: a PyTorch twin of `python -m recipes.policy run`.
 
-    script="-m recipes.policy.in_torch"
-    python $script prepare --folder FOLDER
-    python $script train --folder FOLDER --output OUT --minutes 10
-    python $script finish --weights OUT/weights.npz --output CHECKPOINT
+    recipe="python -m recipes.policy.in_torch"
+    $recipe prepare --folder FOLDER
+    $recipe train --folder FOLDER --output OUT --minutes 10
+    $recipe finish --weights OUT/weights.npz --output CHECKPOINT
 
 `prepare` and `finish` need MLX. `train` needs torch, MuJoCo and Meta-World, and nothing
 of MLX. Plan, losses, optimizer, average, and how visual tokens are dropped are those of
 `recipes/policy/cloning.py`. A process a task acts in its worlds
-(`workers.py`), all episodes of a round at once, while the training goes on: in a round
-the budget is drawn for each look, there for each episode. Colours are shaken, which is
-not so there, since renderers differ a little. Steps end early where the time is over:
-the learning rate and the rounds follow what comes first.
+(`recipes/policy/workers.py`), all episodes of a round at once, while the training goes
+on: in a round the budget is drawn for each look, there for each episode. Colours are
+shaken, which is not so there, since renderers differ a little. Steps end early where
+the time is over: the learning rate and the rounds follow what comes first.
 """
 
 import argparse

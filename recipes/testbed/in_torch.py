@@ -3,7 +3,7 @@
     python -m recipes.testbed --untrained
     python -m recipes.testbed.in_torch --minutes 4 --output weights
 
-What `mlx_tokprune.train lora --projector --data testbed --method none` does, by the
+What `mlx_tokprune train lora --projector --data testbed --method none` does, by the
 same loss (`tests/test_testbed.py` compares them): the language model's on the answers,
 several questions behind one picture, every visual token there. Extra `parity`.
 Features of pictures are kept on the device, and pictures come again with other

@@ -24,8 +24,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from ..errors import InputError
-from ..files import replacing
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.files import replacing
 
 _DEBIAN = "https://deb.debian.org/debian/pool/main"
 _LARGEST = 256 << 20  # bytes of a package

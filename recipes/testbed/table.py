@@ -4,7 +4,7 @@
         --keep-ratios 0.25 0.11 --max-tokens 5 --output a.json
     mlx_tokprune.evaluate --data testbed --pictures 16 --methods M... \
         --keep-ratios 0.5 0.05 --max-tokens 5 --output b.json
-    python -m recipes.testbed.table a.json b.json --plot docs/testbed.png
+    python -m recipes.testbed.table a.json b.json --plot recipes/testbed/testbed.png
 
 Right answers in percent with the 95 % interval, and after it the share of needed tokens
 that are left. Results may be about different numbers of questions: each column has its
