@@ -70,5 +70,5 @@ def test_the_test_bed_says_how_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_TOKPRUNE_CACHE", str(tmp_path))
     things.stock.cache_clear()
     for ask in (lambda: resolve("testbed"), lambda: things.stock("test")):
-        with pytest.raises(InputError, match=r"python -m mlx_tokprune\.testbed"):
+        with pytest.raises(InputError, match=r"python -m recipes\.testbed"):
             ask()

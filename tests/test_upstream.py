@@ -51,7 +51,8 @@ def test_every_bug_has_a_script_that_stands_alone():
 def test_it_is_still_there(title, printed):
     found = printed[title]
     assert found.stdout.strip() == SAID[title], (
-        f"mlx-vlm {VERSION} no longer prints what docs/notes/upstream.md says of {title!r}. "
+        f"mlx-vlm {VERSION} no longer prints what docs/notes/upstream.md says of "
+        f"{title!r}. "
         "If that is fixed upstream, take it out there, and what works around it here; "
         f"if the script is out of date, mend it.\n{found.stderr[-2000:]}"
     )
