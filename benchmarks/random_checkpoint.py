@@ -22,7 +22,7 @@ import mlx_tokprune  # noqa: F401  (loads the BLAS before MLX)
 
 import mlx.core as mx  # isort: skip
 
-from mlx_tokprune.checkpoints.checkpoint import write_config, write_shards
+from mlx_tokprune.checkpoints.shards import write_config, write_shards
 
 TESTS = Path(__file__).parents[1] / "tests" / "data"
 BLOCK = 1_000_003  # a prime, so that no two rows of a matrix are equal

@@ -256,8 +256,8 @@ def write_transformers(ours: Ours, folder: Path, target: Path) -> None:
     """The weights of `folder` under the names of transformers and timm."""
     import mlx.core as mx
 
-    from mlx_tokprune.checkpoints.checkpoint import Checkpoint
     from mlx_tokprune.checkpoints.family import identify
+    from mlx_tokprune.checkpoints.shards import Checkpoint
 
     family, checkpoint = identify(Checkpoint.open(folder))
     if checkpoint.config.get("quantization"):

@@ -10,7 +10,11 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..checkpoints.carried import carry, read_carried
-from ..checkpoints.checkpoint import (
+from ..checkpoints.family import BITS, GROUPS, QUANTIZED, Family
+from ..checkpoints.hub import resolve
+from ..checkpoints.loading import check_finite, load_tokenizer, tokenizer_folder
+from ..checkpoints.opening import check_plan, expected_shapes, open_checkpoint
+from ..checkpoints.shards import (
     BYTES,
     FLOATS,
     Checkpoint,
@@ -19,10 +23,6 @@ from ..checkpoints.checkpoint import (
     write_config,
     write_shards,
 )
-from ..checkpoints.family import BITS, GROUPS, QUANTIZED, Family
-from ..checkpoints.hub import resolve
-from ..checkpoints.loading import check_finite, load_tokenizer, tokenizer_folder
-from ..checkpoints.opening import check_plan, expected_shapes, open_checkpoint
 from ..errors import InputError
 from ..files import new_folder
 from ..pruners import Pruners, as_plan

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoints.checkpoint import TYPES, Checkpoint, Tensor
+from ..checkpoints.shards import TYPES, Checkpoint, Tensor
 from ..errors import InputError
 from ..files import object_of, read_json
 

@@ -7,8 +7,8 @@ writes the latter, which mlx-vlm loads too.
 import re
 from collections.abc import Mapping
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.family import Family, Shape, register_family
+from ..checkpoints.shards import Checkpoint
 from ..errors import InputError
 from ..files import object_of
 from ..models.fastvlm import FastVLM, ModelArgs

@@ -16,14 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoints.checkpoint import (
-    ADAPTER,
-    FLOATS,
-    Checkpoint,
-    Shape,
-    Tensor,
-    read_header,
-)
+from ..checkpoints.shards import ADAPTER, FLOATS, Checkpoint, Shape, Tensor, read_header
 from ..errors import InputError
 from ..files import read_json
 from .sidefiles import plain

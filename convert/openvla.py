@@ -7,8 +7,8 @@ pooling, which no feature comes from, is left out. There was no MLX layout befor
 import re
 from collections.abc import Mapping
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.family import Family, Shape, register_family
+from ..checkpoints.shards import Checkpoint
 from ..errors import InputError
 from ..files import object_of, read_json
 from ..models.openvla import ModelArgs, OpenVLA

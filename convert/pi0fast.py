@@ -12,9 +12,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoints.checkpoint import Checkpoint, read_header
 from ..checkpoints.family import Family, Shape, register_family
 from ..checkpoints.hub import fetch
+from ..checkpoints.shards import Checkpoint, read_header
 from ..errors import InputError
 from ..files import object_of, read_json
 from ..models.pi0fast import ModelArgs, Pi0Fast

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoints.checkpoint import TYPES, Checkpoint, Tensor
+from ..checkpoints.shards import TYPES, Checkpoint, Tensor
 from ..errors import InputError
 
 _FILE = re.compile(

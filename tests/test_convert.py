@@ -9,9 +9,9 @@ import pytest
 from conftest import MANIFESTS, TINY, read_manifest, write_headers
 
 from mlx_tokprune import load
-from mlx_tokprune.checkpoints import checkpoint as folders
-from mlx_tokprune.checkpoints.checkpoint import INDEX, Checkpoint, write_shards
+from mlx_tokprune.checkpoints import shards as folders
 from mlx_tokprune.checkpoints.opening import expected_shapes, open_checkpoint
+from mlx_tokprune.checkpoints.shards import INDEX, Checkpoint, write_shards
 from mlx_tokprune.convert import convert
 from mlx_tokprune.convert import converter as command
 from mlx_tokprune.convert.__main__ import main

@@ -13,7 +13,7 @@ import pytest
 from conftest import COREMLTOOLS_WARNINGS, DATA, TINY, needs_coremltools
 
 from mlx_tokprune import load
-from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+from mlx_tokprune.checkpoints.shards import Checkpoint
 from mlx_tokprune.convert import convert, coremltower
 from mlx_tokprune.errors import InputError
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import TINY_POLICY, copy_policy
 
 from mlx_tokprune import load
-from mlx_tokprune.checkpoints.checkpoint import Checkpoint
 from mlx_tokprune.checkpoints.family import identify
+from mlx_tokprune.checkpoints.shards import Checkpoint
 from mlx_tokprune.convert import convert, sidefiles
 from mlx_tokprune.convert.__main__ import main
 from mlx_tokprune.convert.oft_adapter import add_adapter

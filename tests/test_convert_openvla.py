@@ -9,8 +9,8 @@ from conftest import DATA, TINY_POLICY, read_manifest, write_headers
 
 from mlx_tokprune import load
 from mlx_tokprune.act.predict import predict_action
-from mlx_tokprune.checkpoints.checkpoint import Checkpoint
 from mlx_tokprune.checkpoints.opening import Opened, expected_shapes, open_checkpoint
+from mlx_tokprune.checkpoints.shards import Checkpoint
 from mlx_tokprune.convert import convert
 from mlx_tokprune.convert.__main__ import main
 from mlx_tokprune.convert.converter import INT8_WARNING

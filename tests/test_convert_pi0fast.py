@@ -11,8 +11,8 @@ from conftest import DATA, TINY_CHUNKS, read_manifest, write_headers
 
 from mlx_tokprune import load
 from mlx_tokprune.act.predict import predict_action
-from mlx_tokprune.checkpoints.checkpoint import Checkpoint
 from mlx_tokprune.checkpoints.opening import expected_shapes, open_checkpoint
+from mlx_tokprune.checkpoints.shards import Checkpoint
 from mlx_tokprune.convert import convert
 from mlx_tokprune.convert.pi0fast import PI0FAST
 from mlx_tokprune.errors import InputError

@@ -6,7 +6,7 @@ from conftest import TINY
 from test_convert import IDS, edit_config
 
 from mlx_tokprune import generate, load
-from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+from mlx_tokprune.checkpoints.shards import Checkpoint
 from mlx_tokprune.convert import convert
 from mlx_tokprune.convert.__main__ import main
 from mlx_tokprune.errors import InputError
@@ -58,5 +58,5 @@ def test_bits_without_quantizing_are_refused(checkpoint, tmp_path, capsys, optio
     with pytest.raises(SystemExit) as stop:
         main([*paths, *option])
     assert stop.value.code == 2
-    assert "are said of -q; add -q" in capsys.readouterr().err
+    assert "require -q" in capsys.readouterr().err
     assert not (tmp_path / "mlx").exists()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_tokprune import InputError
 from mlx_tokprune.bench.benchmark import read_bench
-from mlx_tokprune.checkpoints.checkpoint import read_header
+from mlx_tokprune.checkpoints.shards import read_header
 from mlx_tokprune.evaluate.items import read_questions
 from mlx_tokprune.evaluate.journal import Journal
 from mlx_tokprune.files import read_json

@@ -14,8 +14,8 @@ from mlx_tokprune.act.__main__ import main
 from mlx_tokprune.act.heads import head_of
 from mlx_tokprune.act.inputs import observe
 from mlx_tokprune.act.predict import predict_action
-from mlx_tokprune.checkpoints.checkpoint import Checkpoint
 from mlx_tokprune.checkpoints.opening import open_checkpoint
+from mlx_tokprune.checkpoints.shards import Checkpoint
 from mlx_tokprune.convert import convert, sidefiles
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.processing.actions import read_bounds

@@ -161,7 +161,7 @@ def test_methods_that_need_attention_are_refused_at_a_convolution(loaded, pictur
 
 
 def test_it_is_told_from_other_families_and_converts(folder, tmp_path):
-    from mlx_tokprune.checkpoints.checkpoint import Checkpoint
+    from mlx_tokprune.checkpoints.shards import Checkpoint
     from mlx_tokprune.convert import convert
 
     assert identify(Checkpoint.open(folder))[0].name == "ResNet-VLM"

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import InputError
-from .checkpoint import FLOATS, Checkpoint, Shape, check_shapes
+from .shards import FLOATS, Checkpoint, Shape, check_shapes
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # that MLX quantizes weights to
 QUANTIZED = "2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128"

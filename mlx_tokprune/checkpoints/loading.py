@@ -19,8 +19,8 @@ from ..processing.processor import ActionProcessor, Processor
 from ..pruners.scorers import signs_of
 from ..runtime import end_streams_with_thread
 from .carried import read_carried
-from .checkpoint import Checkpoint, check_shapes
 from .opening import MISFITS, build, named_tensors, open_checkpoint
+from .shards import Checkpoint, check_shapes
 
 log = logging.getLogger(__name__)
 PROJECTOR = "projector.safetensors"  # of an adapter that comes with one

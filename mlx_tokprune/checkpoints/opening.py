@@ -10,9 +10,9 @@ from mlx.utils import tree_flatten
 from ..errors import InputError
 from ..pipeline.planning import plan_for
 from ..pruners import Pruners
-from .checkpoint import Checkpoint
 from .family import Family, identify
 from .hub import resolve
+from .shards import Checkpoint
 
 # What building a model from an impossible config runs into.
 MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)

@@ -172,7 +172,7 @@ def fused_modules(model) -> dict[str, dict[str, mx.array]]:
 
 def write_fused(opened: Opened, merged: dict[str, mx.array], output: Path) -> None:
     """The checkpoint with these tensors in the place of its own."""
-    from ..checkpoints.checkpoint import copy_companions, write_config, write_shards
+    from ..checkpoints.shards import copy_companions, write_config, write_shards
 
     family, checkpoint, config = opened
     weights = family.to_mlx_layout(checkpoint.load())

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_tokprune.checkpoints.checkpoint import write_config
+from mlx_tokprune.checkpoints.shards import write_config
 from mlx_tokprune.files import new_folder
 
 from .student import DEMO_CONFIG, Student

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_tokprune.checkpoints.checkpoint import write_config
+from mlx_tokprune.checkpoints.shards import write_config
 from mlx_tokprune.files import new_folder
 from mlx_tokprune.models.language import TokenSequence
 from mlx_tokprune.models.openvla import ModelArgs, OpenVLA

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_tokprune.checkpoints.checkpoint import write_config, write_shards
+from mlx_tokprune.checkpoints.shards import write_config, write_shards
 from mlx_tokprune.files import new_folder
 from mlx_tokprune.models.resnet import STAGES
 from mlx_tokprune.models.resnet_vlm import ResNetVLM
