@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test faults lint clean
+.PHONY: demo test faults lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m mlx_tokprune.demo
@@ -13,10 +13,15 @@ test: .venv/installed-test
 faults: .venv/installed-test
 	cd tests && ../$(BIN)/python -m faults --cases 2000 --seed 0
 
+docs: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(BIN)/mkdocs build --strict -q
+
 lint: .venv/installed-test
-	$(BIN)/python -m pip install -q ruff pyright
+	$(BIN)/python -m pip install -q ruff pyright codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 .venv/installed: pyproject.toml
@@ -29,4 +34,4 @@ lint: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .venv build dist site *.egg-info demo-output
