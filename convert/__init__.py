@@ -1,8 +1,8 @@
-"""Convert a checkpoint once: `convert(hf_path, mlx_path, ...)`.
+"""Convert a Hugging Face checkpoint to MLX format: `convert(hf_path, mlx_path, ...)`.
 
-This folder is the package `mlx_tokprune.convert` (`pyproject.toml` says so), though it
-lies beside `mlx_tokprune/`. Each file of a family registers its key table, and
-importing this package imports every file.
+This folder is the package `mlx_tokprune.convert` (see `package-dir` in
+`pyproject.toml`), although it lies beside `mlx_tokprune/`. Each family file registers
+its key table, so importing this package imports every file.
 """
 
 import importlib

@@ -7,6 +7,7 @@ from .oft_adapter import CHOICES
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune.convert`."""
     parser = Parser(
         prog="mlx_tokprune.convert",
         description=__doc__,
@@ -50,11 +51,12 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with `argv`, or with the process's arguments when `None`."""
     flags = vars(build_parser().parse_args(argv))
     plans, options = flags.pop("prune"), read_options(flags.pop("option"))
     pruner = read_plans(plans, options) if plans else None
     if options and pruner is None:
-        raise InputError("--option is for what --prune names; say that, too")
+        raise InputError("--option sets a parameter of --prune's method; add --prune")
     sizes = {name: flags.pop(name) for name in ("q_bits", "q_group_size")}
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if sizes and not flags["quantize"]:

@@ -1,4 +1,4 @@
-"""Convert a checkpoint of Hugging Face to MLX format."""
+"""Conversion of a Hugging Face checkpoint to MLX format: `convert`."""
 
 import logging
 import math
@@ -30,8 +30,8 @@ from .openvla import OPENVLA
 
 log = logging.getLogger(__name__)
 INT8_WARNING = (
-    "8 bits cost OpenVLA success: its paper saw 58.1 % of tasks done, against 71.3 % "
-    "without quantization and 71.9 % with 4 bits (arXiv 2406.09246)"
+    "8 bits lower OpenVLA's success rate: its paper reports 58.1 % of tasks, against "
+    "71.3 % without quantization and 71.9 % with 4 bits (arXiv 2406.09246)"
 )
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -51,19 +51,34 @@ def convert(
 ) -> Path:
     """Write the checkpoint `hf_path` (hub id or folder) as an MLX checkpoint.
 
-    dtype: of float tensors, the source's own when `None`.
-    quantize: the language model only, to `q_bits` in groups of `q_group_size`.
-    actions_per_chunk, pictures: of an OpenVLA-OFT policy whose robot is not known here.
-    lora_adapter: what becomes of the `lora_adapter/` of OpenVLA-OFT's training: `merge`
-    adds it to the weights, `ignore` does not; `auto` adds it unless the weights hold it
-    already, which they are asked, since files do not say. base_model: what it was
-    trained on, where its folder has no weights.
-    pruner: one, or several, that the checkpoint carries from then on, and that prune
-    wherever none is given; those that the source carries when `None`.
-
     Tensors are streamed, so memory holds about one shard of 1 GB. The source is only
-    read; its tokenizer, licence and model card are copied. Returns the new folder.
-    Raises `InputError` for a source that cannot be read or an existing target.
+    read; its tokenizer, licence and model card are copied.
+
+    Args:
+        hf_path: hub id or folder of the source.
+        mlx_path: folder to write; must not exist.
+        dtype: type of float tensors; as stored when `None`.
+        quantize: quantize the language model; the vision tower stays float.
+        q_bits: bits per weight.
+        q_group_size: weights per scale.
+        actions_per_chunk: actions per forward pass of an OpenVLA-OFT policy (default:
+            the robot's, else 8).
+        pictures: number of input images of an OpenVLA-OFT policy (default: the
+            robot's, else 2).
+        pruner: one or several pruners to store in the checkpoint; they apply wherever
+            the caller passes none. `None` keeps the pruners of the source.
+        lora_adapter: mode of OpenVLA-OFT's `lora_adapter/`: `merge` adds it to the
+            weights, `ignore` leaves it out, `auto` merges it unless the weights hold it
+            already, which is measured on the weights, as no file records it.
+        base_model: hub id or folder of the model that `lora_adapter/` was trained on,
+            for a source folder without weights.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        InputError: the source cannot be read, the target exists, or an option does not
+            fit the checkpoint.
     """
     if q_bits not in BITS or q_group_size not in GROUPS:
         raise InputError(
@@ -91,7 +106,8 @@ def convert(
         check_plan(family, config, pruner)
     _override_oft(config, actions_per_chunk, pictures)
     beside = family.beside(checkpoint)
-    load_tokenizer(tokenizer_folder(checkpoint, beside), config)  # or of no use
+    # Refuse a source without a usable tokenizer before the long work.
+    load_tokenizer(tokenizer_folder(checkpoint, beside), config)
     if quantize and q_bits == 8 and family is OPENVLA:
         log.warning(INT8_WARNING)
     if quantize and config.get("quantization"):
@@ -100,7 +116,7 @@ def convert(
     tensors = _stream(family, checkpoint, dtype, quantization)
     size = _bytes_to_write(family, checkpoint, dtype, quantization)
     with new_folder(target) as folder:
-        if checkpoint.base:  # its licence; what the policy has, too, is the policy's
+        if checkpoint.base:  # first, so that the policy's own files replace the base's
             copy_companions(checkpoint.base, folder)
         copy_companions(checkpoint.folder, folder)
         copy_beside(beside, folder)
@@ -116,7 +132,7 @@ def _stream(
     dtype: str | None,
     quantization: tuple[int, int] | None,
 ) -> Iterator[tuple[str, mx.array]]:
-    """The MLX-layout tensors one by one, each released once it is consumed."""
+    """Yield the MLX-layout tensors by name; release each once it is consumed."""
     weights = family.to_mlx_layout(checkpoint.load())
     names = sorted(weights)
     for name in tqdm(names, desc="converting", unit="tensor", disable=None):
@@ -127,7 +143,7 @@ def _stream(
         if quantization and _can_quantize(name, array.shape, quantization[0]):
             path = name.removesuffix(".weight")
             parts = mx.quantize(array, *quantization)
-            mx.eval(parts)  # or the source would stay until the shard is written
+            mx.eval(parts)  # else the source stays in memory with the shard
             yield from zip(
                 (name, f"{path}.scales", f"{path}.biases"), parts, strict=True
             )
@@ -138,27 +154,30 @@ def _stream(
 
 
 def _can_quantize(name: str, shape: tuple[int, ...], group_size: int) -> bool:
-    """Matrices of the language model whose rows divide into groups."""
+    """Return whether a tensor is a matrix of the language model, in whole groups."""
     matrix = name.startswith("language_model.") and len(shape) == 2
     return matrix and name.endswith(".weight") and shape[1] % group_size == 0
 
 
 def _override_oft(config: dict, chunk: int | None, pictures: int | None) -> None:
-    given = {"chunk": chunk, "pictures": pictures}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not config.get("oft"):
+    """Set actions per chunk and images of an OFT policy in `config`, in place."""
+    options = {"chunk": chunk, "pictures": pictures}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not config.get("oft"):
         raise InputError(
-            "actions per chunk and pictures are said of OpenVLA-OFT policies, and this "
-            "checkpoint is none; leave them out"
+            "actions per chunk and pictures are options for OpenVLA-OFT policies, and "
+            "this checkpoint is none; leave them out"
         )
-    if any(value < 1 for value in given.values()):
+    if any(value < 1 for value in options.values()):
         raise InputError("actions per chunk and pictures are whole numbers from 1")
-    if given:
-        config["oft"] |= given
-        expected_shapes(OPENVLA, config)  # refuses what does not fit
+    if options:
+        config["oft"] |= options
+        expected_shapes(OPENVLA, config)  # raises `InputError` for impossible values
 
 
-def _target_config(config: dict, dtype, quantize: bool, bits: int, group: int) -> dict:
+def _target_config(
+    config: dict, dtype: str | None, quantize: bool, bits: int, group: int
+) -> dict:
     config = {k: v for k, v in config.items() if k != "auto_map"}
     if dtype:
         config["torch_dtype"] = dtype
@@ -174,7 +193,7 @@ def _bytes_to_write(
     dtype: str | None,
     quantization: tuple[int, int] | None,
 ) -> int:
-    """What the tensors will take on the disk."""
+    """Return the bytes that the converted tensors need on disk."""
     total, stored = 0.0, family.dtypes(checkpoint)
     for name, shape in family.shapes(checkpoint).items():
         cast = dtype is not None and stored[name] in FLOATS

@@ -1,10 +1,10 @@
-"""Apple's app layout: a FastVLM whose vision tower is a Core ML package.
+"""FastVLM in the layout of Apple's app: the vision tower is a Core ML package.
 
-Its language model and projector are MLX tensors; the tower is what coremltools made of
-Apple's PyTorch module: the same layers one after the other, batch norms and most layer
-scales folded into them. So weights are read in the order of the program. Constants that
-kept their names must have those of their place, and shapes are checked as those of any
-checkpoint; a program that goes another way is refused, never guessed at.
+Language model and projector are MLX tensors. coremltools converted the tower from
+Apple's PyTorch module: the layers keep their order, and batch norms and most layer
+scales are folded into them. So weights are read in the order of the program. A constant
+that kept its PyTorch name must have the name of its layer, and shapes are checked as in
+any checkpoint. A program with another structure is refused.
 """
 
 import io
@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -21,26 +22,35 @@ from ..checkpoints.shards import TYPES, Checkpoint, Tensor
 from ..errors import InputError
 from ..files import object_of, read_json
 
+if TYPE_CHECKING:  # coremltools is an extra
+    from coremltools.proto.MIL_pb2 import Operation
+    from coremltools.proto.MIL_pb2 import Value as MILValue
+    from coremltools.proto.Model_pb2 import Model
+
 TOWER = "vision_tower.vision_model"
 _PROJECTOR = "multi_modal_projector."
 _INSTEAD = (
     "download the PyTorch checkpoint (such as apple/FastVLM-0.5B) and convert that"
 )
-_LAYERS = (2, 12, 24, 4, 2)  # FastViTHD's, the last two stages with attention
-_NORM_EPS = 1e-5  # of the batch norms that were folded
-_FLOATS = {10: np.dtype("<f2"), 11: np.dtype("<f4")}  # by the number of their type
-_STORED = {1: np.dtype("<f2"), 2: np.dtype("<f4")}  # the same in the file of weights
-_MARK = 0xDEADBEEF
+_LAYERS = (2, 12, 24, 4, 2)  # blocks per stage of FastViTHD; the last two: attention
+_NORM_EPS = 1e-5  # of PyTorch's batch norms, before coremltools folded them
+_FLOATS = {10: np.dtype("<f2"), 11: np.dtype("<f4")}  # by MIL's DataType
+_STORED = {1: np.dtype("<f2"), 2: np.dtype("<f4")}  # by weight.bin's own type numbers
+_MARK = 0xDEADBEEF  # begins each entry of weight.bin
 
 
 def is_app(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint is in the layout of Apple's app."""
     packages = list(checkpoint.folder.glob("*.mlpackage"))
     projector = any(name.startswith(_PROJECTOR) for name in checkpoint.tensors)
     return bool(packages) and projector
 
 
 def add_tower(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint in the MLX layout, with the tower of the package beside it."""
+    """Return the checkpoint in the MLX layout, with the tower of its Core ML package.
+
+    Raises `InputError` unless the folder has one package, which holds a FastViTHD.
+    """
     packages = sorted(checkpoint.folder.glob("*.mlpackage"))
     if len(packages) > 1:
         names = ", ".join(path.name for path in packages)
@@ -69,9 +79,12 @@ def _depths(sizes: Mapping) -> tuple[int, ...]:
 
 
 def _projector(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """The projector's tensors; Apple quantized them with the language model."""
+    """Return the projector's tensors as floats.
+
+    Apple quantizes the projector with the language model; the MLX layout keeps floats.
+    """
     names = [n for n in checkpoint.tensors if n.startswith(_PROJECTOR)]
-    weights, found = checkpoint.load(), {}
+    weights, tensors = checkpoint.load(), {}
     for layer, number in (("linear_0.", 0), ("linear_2.", 2)):
         start = _PROJECTOR + layer
         parts = {
@@ -80,22 +93,22 @@ def _projector(checkpoint: Checkpoint) -> dict[str, mx.array]:
         if "scales" in parts:
             parts["weight"] = _dequantized(checkpoint, start, parts)
             del parts["scales"], parts["biases"]
-        found |= {f"mm_projector.{number}.{part}": a for part, a in parts.items()}
-    for name, array in found.items():
+        tensors |= {f"mm_projector.{number}.{part}": a for part, a in parts.items()}
+    for name, array in tensors.items():
         if array.dtype not in TYPES:
             raise InputError(
                 f"tensor {name} of {checkpoint.folder} is no float; {_INSTEAD}"
             )
-    return found
+    return tensors
 
 
 def _dequantized(checkpoint: Checkpoint, name: str, parts: Mapping) -> mx.array:
-    given = object_of(checkpoint.config, "quantization")
+    settings = object_of(checkpoint.config, "quantization")
     try:
         return mx.dequantize(
             *(parts[part] for part in ("weight", "scales", "biases")),
-            group_size=given["group_size"],
-            bits=given["bits"],
+            group_size=settings["group_size"],
+            bits=settings["bits"],
         )
     except (KeyError, TypeError, ValueError):
         raise InputError(
@@ -108,18 +121,21 @@ def _dequantized(checkpoint: Checkpoint, name: str, parts: Mapping) -> mx.array:
 
 
 def read_tower(package: Path, layers: tuple[int, ...]) -> dict[str, mx.array]:
-    """The tensors of a tower with so many blocks per stage, in the MLX layout."""
-    program = _Program(package)
-    found, tensors = _Layers(program), {}
+    """Return the tensors of a package's FastViTHD tower, in the MLX layout.
+
+    layers: number of blocks in each of the five stages. Raises `InputError` for a
+    program with other layers.
+    """
+    operations, tensors = _Layers(_Program(package)), {}
     for kind, path in _places(layers):
-        for name, array in found.take(kind, path).items():
+        for name, array in operations.take(kind, path).items():
             tensors[f"{TOWER}.{_mlx_name(path, name)}"] = mx.array(_mlx_axes(array))
-    found.finish()
+    operations.finish()
     return tensors
 
 
 def _places(layers: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """Kind and name of every layer that has weights, as a picture meets them."""
+    """Yield kind and name of every layer with weights, in the order of execution."""
     yield from (("conv", f"patch_embed.{i}.reparam_conv") for i in range(3))
     place = 0
     for stage, depth in enumerate(layers):
@@ -164,68 +180,88 @@ def _mlx_axes(array: np.ndarray) -> np.ndarray:
 
 
 class _Layers:
-    """The program's operations with weights, taken one after the other."""
+    """Program operations with weights, consumed in order.
 
-    def __init__(self, program: "_Program"):
+    position: index of the next operation. bias: bias of the last convolution or linear
+    layer, which has the shape of a layer scale that was folded into it.
+    """
+
+    def __init__(self, program: "_Program") -> None:
         self.program = program
-        self.rest = [op for op in program.operations if self._has_weights(op)]
-        self.at, self.bias = 0, np.zeros(0, np.float32)  # of the last layer
+        self.operations = [op for op in program.operations if self._has_weights(op)]
+        self.position, self.bias = 0, np.zeros(0, np.float32)
 
-    def _has_weights(self, operation) -> bool:
+    def _has_weights(self, operation: "Operation") -> bool:
         kind = operation.type
         if kind != "mul":
             return kind in ("conv", "linear", "batch_norm", "layer_norm")
+        # A layer scale is a vector; a product with one number has no weights.
         return any(self.program.size(name) > 1 for name in _inputs(operation, "x", "y"))
 
     def take(self, kind: str, path: str) -> dict[str, np.ndarray]:
-        """The weights of the next layer, which must be of this kind and place."""
+        """Return the weights of the next layer, by name.
+
+        Raises `InputError` unless the layer has this kind and its names this path.
+        """
         expected = {
             "norm": ("batch_norm", "layer_norm"),
             "scale": ("mul",),
             "bare": ("linear",),
             "linear": ("linear",),
         }.get(kind, ("conv",))
-        operation = self.rest[self.at] if self.at < len(self.rest) else None
+        rest = self.operations[self.position :]
+        operation = rest[0] if rest else None
         if operation is None or operation.type not in expected:
-            if kind == "scale":  # folded into the layer before it
+            if kind == "scale":  # folded into the layer before it, so 1 is left
                 return {"": np.ones_like(self.bias).reshape(1, 1, -1)}
-            found = operation.type if operation is not None else "its end"
-            self._refuse(f"{path} is {found} and not {expected[0]}")
-        self.at += 1
+            actual = operation.type if operation is not None else "its end"
+            self._refuse(f"{path} is {actual} and not {expected[0]}")
+        self.position += 1
         return getattr(self, f"_{kind}")(operation, path)
 
     def finish(self) -> None:
-        if self.at < len(self.rest):
-            self._refuse(f"{len(self.rest) - self.at} layers follow the last one")
+        """Raise `InputError` when operations with weights are left."""
+        left = len(self.operations) - self.position
+        if left:
+            self._refuse(f"{left} layers follow the last one")
 
-    def _conv(self, operation, path: str) -> dict[str, np.ndarray]:
-        found = {
+    def _conv(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+        arrays = {
             part: self._value(operation, part, path) for part in ("weight", "bias")
         }
-        self.bias = found["bias"]
-        return found
+        self.bias = arrays["bias"]
+        return arrays
 
     _linear = _conv
 
-    def _bare(self, operation, path: str) -> dict[str, np.ndarray]:
-        found = self._conv(operation, path)
-        if np.any(found["bias"]):
+    def _bare(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+        """Return a linear layer without bias; coremltools stores zeros for it."""
+        arrays = self._conv(operation, path)
+        if np.any(arrays["bias"]):
             self._refuse(f"{path} has a bias")
-        return {"weight": found["weight"]}
+        return {"weight": arrays["weight"]}
 
-    def _folded(self, operation, path: str) -> dict[str, np.ndarray]:
-        """As a convolution, and a batch norm that adds its bias and scales by 1."""
-        found = self._conv(operation, path)
-        bias = found["bias"]
+    def _folded(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+        """Split a folded convolution: a batch norm adds its bias and scales by 1.
+
+        The MLX layout needs the batch norm. Its variance is 1 - eps, as the norm
+        divides by sqrt(variance + eps).
+        """
+        arrays = self._conv(operation, path)
+        bias = arrays["bias"]
         ones, zeros = np.ones_like(bias), np.zeros_like(bias)
         variance = (ones.astype(np.float32) - np.float32(_NORM_EPS)).astype(bias.dtype)
         return {
-            **{"conv.weight": found["weight"], "bn.weight": ones, "bn.bias": bias},
+            **{"conv.weight": arrays["weight"], "bn.weight": ones, "bn.bias": bias},
             **{"bn.running_mean": zeros, "bn.running_var": variance},
         }
 
-    def _norm(self, operation, path: str) -> dict[str, np.ndarray]:
-        """A layer norm, whose last step may have become a batch norm."""
+    def _norm(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+        """Return a layer norm's weights.
+
+        coremltools may have turned its affine step into a batch norm, whose mean and
+        variance are then folded into weight and bias.
+        """
         weight, bias = (self._value(operation, p, path) for p in ("gamma", "beta"))
         if operation.type == "batch_norm":
             eps, mean, variance = (
@@ -237,13 +273,13 @@ class _Layers:
             weight = (weight * scale).astype(weight.dtype)
         return {"weight": weight, "bias": bias}
 
-    def _scale(self, operation, path: str) -> dict[str, np.ndarray]:
+    def _scale(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
         names = _inputs(operation, "x", "y")
         name = next(n for n in names if self.program.size(n) > 1)
         self._check_name(name, path)
         return {"": self.program.value(name).reshape(1, 1, -1)}
 
-    def _value(self, operation, part: str, path: str) -> np.ndarray:
+    def _value(self, operation: "Operation", part: str, path: str) -> np.ndarray:
         names = _inputs(operation, part)
         if len(names) != 1:
             self._refuse(f"{path} has no {part}")
@@ -251,20 +287,24 @@ class _Layers:
         return self.program.value(names[0])
 
     def _check_name(self, name: str, path: str) -> None:
-        """PyTorch's names stay where nothing was folded; they say the place."""
-        known = any(part in name for part in ("network_", "patch_embed_", "conv_exp_"))
-        if known and f"_{path.replace('.', '_')}_" not in f"_{name}_":
+        """Raise `InputError` for a constant with the PyTorch name of another layer.
+
+        coremltools keeps PyTorch's names where it folds nothing.
+        """
+        parts = ("network_", "patch_embed_", "conv_exp_")
+        is_named = any(part in name for part in parts)
+        if is_named and f"_{path.replace('.', '_')}_" not in f"_{name}_":
             self._refuse(f"{path} is called {name}")
 
-    def _refuse(self, what: str):
+    def _refuse(self, problem: str) -> NoReturn:
         raise InputError(
-            f"{self.program.package} is no FastViTHD as Apple exports it ({what}); "
+            f"{self.program.package} is no FastViTHD as Apple exports it ({problem}); "
             f"{_INSTEAD}"
         )
 
 
-def _inputs(operation, *parts: str) -> list[str]:
-    """Names of what an operation is given under these names."""
+def _inputs(operation: "Operation", *parts: str) -> list[str]:
+    """Return the names of the variables that an operation has as inputs `parts`."""
     return [
         argument.name
         for part in parts
@@ -274,9 +314,9 @@ def _inputs(operation, *parts: str) -> list[str]:
 
 
 class _Program:
-    """A package's operations and the values of its constants."""
+    """Operations of a package's function `main`, and its constants by name."""
 
-    def __init__(self, package: Path):
+    def __init__(self, package: Path) -> None:
         self.package = package
         file = _model_file(package)
         self.weights = file.parent / "weights" / "weight.bin"
@@ -296,12 +336,12 @@ class _Program:
         }
 
     def size(self, name: str) -> int:
-        """Numbers in a constant, 0 for anything else."""
+        """Return the number of elements of a constant; 0 for another variable."""
         value = self.constants.get(name)
         return math.prod(_shape(value)) if value is not None else 0
 
     def value(self, name: str) -> np.ndarray:
-        """A constant of floats. Raises `InputError` for anything else."""
+        """Return a constant of 16- or 32-bit floats; else raise `InputError`."""
         value = self.constants.get(name)
         kind = value.type.tensorType.dataType if value is not None else None
         if value is None or kind not in _FLOATS:
@@ -319,36 +359,41 @@ class _Program:
         return array.reshape(shape)
 
     def _stored(self, offset: int, dtype: np.dtype, name: str) -> np.ndarray:
-        """Numbers of the file of weights, whose entry says how many and where."""
+        """Read a constant from weight.bin, by the header entry at `offset`.
+
+        An entry holds mark, type, bytes and position of the numbers.
+        """
         try:
             size = self.weights.stat().st_size if self.weights.is_file() else 0
             with self.weights.open("rb") if size else io.BytesIO() as stream:
                 stream.seek(offset)
                 mark, kind, count, start = struct.unpack("<IIQQ", stream.read(24))
-                right = mark == _MARK and _STORED.get(kind) == dtype
-                if right and start + count <= size and count % dtype.itemsize == 0:
+                is_valid = mark == _MARK and _STORED.get(kind) == dtype
+                if is_valid and start + count <= size and count % dtype.itemsize == 0:
                     stream.seek(start)
                     return np.frombuffer(stream.read(count), dtype)
         except (OSError, struct.error, OverflowError, ValueError):
             pass
         self._refuse(f"{name} is not in its weights/weight.bin")
 
-    def _refuse(self, what: str):
+    def _refuse(self, problem: str) -> NoReturn:
         raise InputError(
-            f"{self.package} cannot be read as a Core ML package ({what}); {_INSTEAD}"
+            f"{self.package} cannot be read as a Core ML package ({problem}); "
+            f"{_INSTEAD}"
         )
 
 
-def _shape(value) -> tuple[int, ...]:
+def _shape(value: "MILValue") -> tuple[int, ...]:
     dimensions: Iterable = value.type.tensorType.dimensions
     return tuple(dimension.constant.size for dimension in dimensions)
 
 
 def _model_file(package: Path) -> Path:
+    """Return the model file that the manifest names; refuse one outside the package."""
     manifest = read_json(package / "Manifest.json")
     entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
-    named = isinstance(entries, dict) and isinstance(root, str)
-    entry = entries.get(root) if named else None
+    is_named = isinstance(entries, dict) and isinstance(root, str)
+    entry = entries.get(root) if is_named else None
     name = entry.get("path") if isinstance(entry, dict) else None
     short = isinstance(name, str) and len(name) < 256
     parts = PurePosixPath(name).parts if short else ()
@@ -362,8 +407,9 @@ def _model_file(package: Path) -> Path:
     return file
 
 
-def _parse(file: Path, package: Path):
-    logging.getLogger("coremltools").setLevel(logging.ERROR)  # what Linux lacks
+def _parse(file: Path, package: Path) -> "Model":
+    # coremltools warns on Linux about its macOS libraries, which are not needed here.
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
         from coremltools.proto import Model_pb2
     except ImportError:
@@ -375,6 +421,6 @@ def _parse(file: Path, package: Path):
     model = Model_pb2.Model()
     try:
         model.ParseFromString(file.read_bytes())
-    except Exception:  # protobuf's own errors differ by its version
+    except Exception:  # the class of protobuf's error depends on its version
         raise InputError(f"{file} is damaged; {_INSTEAD}") from None
     return model

@@ -1,7 +1,7 @@
-"""FastVLM checkpoints: their key table, and what their tensors say of the config.
+"""FastVLM checkpoints: key table, and config fields that follow from the tensors.
 
 Reads Apple's PyTorch layout, transformers' `fast_vlm` and the MLX community's layout;
-writes the latter, which mlx-vlm loads too.
+writes the MLX community's layout, which mlx-vlm loads, too.
 """
 
 import re
@@ -21,9 +21,10 @@ _TIMM = "model.vision_tower.timm_model."
 
 
 def _timm_keys() -> tuple[tuple[str, str], ...]:
-    """timm's stages -> places in one list of position convolutions, blocks and others.
+    """Map timm's stages to MLX indices in one list, `network`.
 
-    Stage 0 has blocks only; the last two begin with a position convolution.
+    Stage 0 has blocks only; each later stage begins with a downsampling layer, and the
+    last two have a position convolution before their blocks.
     """
     old, keys, place = re.escape(_TIMM), [], 0
     for stage in range(5):
@@ -67,23 +68,25 @@ _KEYS: tuple[tuple[str, str | None], ...] = (
     (r"^model\.mm_projector\.", "mm_projector."),
     (r"^(model\.|lm_head\.)", r"language_model.\1"),
 )
-# Carried along when present, used by no visual token.
+# Copied when present; no visual token uses it.
 _OPTIONAL = re.compile(rf"^{re.escape(_TOWER)}\.head\.")
 
 
 def _matches(checkpoint: Checkpoint) -> bool:
-    """Whether there is a FastViTHD in one of the layouts that can be read."""
+    """Return whether the checkpoint has a FastViTHD tower in a supported layout."""
     towers = (_APPLE, _TIMM, f"{_TOWER}.")
     tensors = checkpoint.tensors
     return is_app(checkpoint) or any(name.startswith(towers) for name in tensors)
 
 
-def _gather(family: Family, checkpoint: Checkpoint, _: str):
+def _gather(
+    family: Family, checkpoint: Checkpoint, _: str
+) -> tuple[Family, Checkpoint]:
     return family, add_tower(checkpoint) if is_app(checkpoint) else checkpoint
 
 
 def _unreadable(checkpoint: Checkpoint) -> str | None:
-    """What a FastVLM in a layout that cannot be read is; `None` for anything else."""
+    """Return the name of an unsupported FastVLM layout; `None` for other models."""
     names = checkpoint.tensors
     if list(checkpoint.folder.glob("*.mlpackage")) or any(
         n.startswith("multi_modal_projector.") for n in names
@@ -118,7 +121,7 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     return config
 
 
-# What transformers' config says that is the same in every FastVLM.
+# Fields of transformers' config that have one value in every FastVLM.
 _FIXED = {
     "vision_feature_select_strategy": "full",
     "vision_feature_layer": -1,
@@ -126,18 +129,18 @@ _FIXED = {
     "multimodal_projector_bias": True,
 }
 _SIZES = ("layers", "embed_dims", "mlp_ratios", "cls_ratio")  # of timm's tower
-_IM_END = 151645  # ends an answer, in Qwen2's vocabulary; the configs forget it
+_IM_END = 151645  # Qwen2's token that ends an answer; missing in the configs
 
 
 def _from_transformers(config: Mapping, shapes: dict[str, Shape]) -> dict:
-    """The config in Apple's form, which mlx-vlm reads too."""
+    """Return transformers' config in Apple's form, which mlx-vlm reads, too."""
     vision, text = object_of(config, "vision_config"), object_of(config, "text_config")
     sizes = _timm_sizes(vision)
     for name, only in _FIXED.items():
         if config.get(name, only) != only:
             raise InputError(
-                f"config.json says {name} {config[name]!r}; expected {only!r}, all "
-                "that is read here"
+                f"config.json says {name} {config[name]!r}; expected {only!r}, the "
+                "only supported value"
             )
     rope = object_of(text, "rope_parameters") or object_of(text, "rope_scaling")
     theta = rope.get("rope_theta", text.get("rope_theta", 10000.0))
@@ -145,7 +148,7 @@ def _from_transformers(config: Mapping, shapes: dict[str, Shape]) -> dict:
     plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
     stops = text.get("eos_token_id", config.get("eos_token_id"))
     stops = {*(stops if isinstance(stops, list) else [stops]), _IM_END} - {None}
-    known = shapes.get("language_model.model.embed_tokens.weight", (0,))[0]
+    vocabulary = shapes.get("language_model.model.embed_tokens.weight", (0,))[0]
     inner = ("architectures", "rope_parameters", "rope_scaling", "layer_types", "dtype")
     flat = {k: v for k, v in text.items() if k not in inner}
     return (
@@ -155,7 +158,8 @@ def _from_transformers(config: Mapping, shapes: dict[str, Shape]) -> dict:
             "model_type": "llava_qwen2",
             "architectures": ["LlavaQwen2ForCausalLM"],
             "rope_theta": theta,
-            "eos_token_id": sorted(i for i in stops if i != _IM_END or i < known),
+            # A smaller vocabulary than Qwen2's does not have <|im_end|>.
+            "eos_token_id": sorted(i for i in stops if i != _IM_END or i < vocabulary),
             "mm_hidden_size": shapes.get("mm_projector.0.weight", (0, 0))[-1],
             "mm_projector_type": "mlp2x_gelu",
             "image_aspect_ratio": "pad",
@@ -166,21 +170,22 @@ def _from_transformers(config: Mapping, shapes: dict[str, Shape]) -> dict:
 
 
 def _timm_sizes(vision: Mapping) -> dict:
-    """The tower's sizes where they are not those of FastViTHD."""
-    name, given = vision.get("architecture"), object_of(vision, "model_args")
-    unknown = sorted(given.keys() - {*_SIZES, "inference_mode"})
+    """Return the tower's sizes that differ from FastViTHD's defaults."""
+    name, arguments = vision.get("architecture"), object_of(vision, "model_args")
+    unknown = sorted(arguments.keys() - {*_SIZES, "inference_mode"})
     if str(name).split(".")[0] != "fastvit_mci3" or unknown:
         raise InputError(
             f"config.json describes the vision tower {name!r}"
             + (f" with {unknown[0]}" if unknown else "")
             + "; expected timm's fastvit_mci3, which FastVLM has"
         )
-    if not given.get("inference_mode", False):
+    if not arguments.get("inference_mode", False):
         raise InputError(
-            "config.json says inference_mode false of the vision tower, whose branches "
-            "are then not folded; expected a FastVLM as transformers publishes it"
+            "config.json says inference_mode false for the vision tower, whose "
+            "branches are then not folded; expected a FastVLM as transformers "
+            "publishes it"
         )
-    sizes = {name: given[name] for name in _SIZES if name in given}
+    sizes = {name: arguments[name] for name in _SIZES if name in arguments}
     return sizes | {k: vision[k] for k in ("image_size",) if k in vision}
 
 

@@ -1,11 +1,13 @@
-"""OpenVLA-OFT's `lora_adapter/`, in peft's format: added to the weights beside it.
+"""OpenVLA-OFT's `lora_adapter/` in peft's format, merged into the weights beside it.
 
-No file says whether weights hold the adapter already. OFT's training and its merge
-script leave it beside weights that do; who lays the base model's weights beside it has
-weights that do not. A wrong guess gives a policy that runs and fails, so the weights
-are asked: the projection of a matrix W on the adapter's change D, <W, D> / <D, D>, is
-1 + x in merged weights and x in others, where x is near 0, since D is no part of what
-a base model knows. Where that is not clear, or D too small to say, nothing is guessed.
+No file records whether the weights hold the adapter already. OFT's training and its
+merge script leave the adapter beside merged weights; a folder made from the base
+model's weights and the adapter is not merged. A policy with the adapter merged twice,
+or not at all, runs and fails. So the share of the adapter in the weights is measured:
+the projection of a matrix W on the adapter's change D, <W, D> / <D, D>, is 1 + x in
+merged weights and x in base weights, where x is near 0, since a base model is not
+trained towards D. Where the share is not clear, or D is too small to measure it, the
+caller must choose.
 """
 
 import math
@@ -13,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import mlx.core as mx
 
@@ -23,10 +26,10 @@ from .sidefiles import plain
 
 CHOICES = ("auto", "merge", "ignore")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_ASKED = 16  # matrices, the most changed ones
-_CLEAR = 0.25  # a share this near to 0 or 1 is one
-_SURE = 0.05  # standard error of a share, at most
-# Settings that say nothing of how factors are added; any other is unset, or refused.
+_MEASURED = 16  # number of matrices to measure, those with the largest change
+_CLEAR = 0.25  # largest distance of a clear share from 0 or 1
+_SURE = 0.05  # largest standard error of a clear share
+# Settings that do not affect how factors are added; any other must be unset.
 _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying"),
     *("eva_config", "exclude_modules", "inference_mode", "layers_pattern"),
@@ -35,20 +38,24 @@ _HARMLESS = {
     *("revision", "target_modules", "task_type"),
 }
 _READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora"}
-# Others move part of the base model's weights into the factors before training.
+# Values of `init_lora_weights` that leave the base model's weights unchanged; others,
+# such as pissa, move a part of them into the factors before training.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Factors by the checkpoint's tensor names: W becomes W + scale * B @ A."""
+    """LoRA factors by the checkpoint's tensor names: W becomes W + scale * B @ A."""
 
     file: Path
     scale: float
     factors: Mapping[str, tuple[str, str]]  # (A, B)
 
     def add(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """All weights, those that are changed computed in float32. Lazy."""
+        """Return `weights` with the adapter added in float32, lazily.
+
+        Changes the dictionary in place; changed tensors keep their type.
+        """
         stored = _load(self.file)
         for name, (down, up) in self.factors.items():
             change = self.scale * (_matrix(stored[up]) @ _matrix(stored[down]))
@@ -58,94 +65,98 @@ class Adapter:
         return weights
 
     def share_in(self, weights: dict[str, mx.array]) -> tuple[float, float] | None:
-        """How much of the adapter the weights hold, and the standard error of that.
+        """Return the share of the adapter in `weights` and its standard error.
 
-        `None` for an adapter that changes nothing. Takes what it reads out of
-        `weights`, so that memory holds one matrix.
+        Returns `None` for an adapter that changes nothing. Removes the matrices that it
+        reads from `weights`, so that memory holds one matrix.
         """
         stored, sizes = _load(self.file), {}
         for name, factors in self.factors.items():
             down, up = (_matrix(stored.pop(factor)) for factor in factors)
-            size = mx.sum((up.T @ up) * (down @ down.T)).item()  # of up @ down
+            # The squared norm of up @ down, without forming the product.
+            size = mx.sum((up.T @ up) * (down @ down.T)).item()
             sizes[name] = size * self.scale**2
-        asked = sorted(sizes, key=lambda name: (-sizes[name], name))[:_ASKED]
-        total = sum(sizes[name] for name in asked)
+        largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:_MEASURED]
+        total = sum(sizes[name] for name in largest)
         if not total:
             return None
-        stored, found, spread = _load(self.file), 0.0, 0.0
-        for name in asked:
+        stored, product, spread = _load(self.file), 0.0, 0.0
+        for name in largest:
             down, up = (_matrix(stored.pop(factor)) for factor in self.factors[name])
             weight = _matrix(weights.pop(name))
-            found += self.scale * mx.sum((up.T @ weight) * down).item()
+            product += self.scale * mx.sum((up.T @ weight) * down).item()
             spread += mx.mean(weight * weight).item() * sizes[name]
             del weight
             mx.clear_cache()
-        return found / total, math.sqrt(spread) / total
+        return product / total, math.sqrt(spread) / total
 
 
-def add_adapter(checkpoint: Checkpoint, how: str = "auto") -> Checkpoint:
-    """The checkpoint with its adapter in its weights, whichever way it got there.
+def add_adapter(checkpoint: Checkpoint, mode: str = "auto") -> Checkpoint:
+    """Merge a checkpoint's `lora_adapter/` into its weights, when they are loaded.
 
-    how: `merge` adds it, `ignore` leaves it, `auto` adds it where the weights do not
-    hold it. Raises `InputError` for an adapter that cannot be added, or when the
-    weights do not say.
+    mode: `merge` adds the adapter, `ignore` leaves it out, `auto` adds it unless the
+    weights hold it already. Raises `InputError` for an adapter that cannot be added, or
+    when `auto` finds no clear share of it in the weights.
     """
-    if how not in CHOICES:
+    if mode not in CHOICES:
         raise InputError(
-            f"unknown lora_adapter {how!r}; expected one of {', '.join(CHOICES)}"
+            f"unknown lora_adapter {mode!r}; expected one of {', '.join(CHOICES)}"
         )
     folder = checkpoint.folder / ADAPTER
     if not folder.is_dir():
-        if how == "merge" or checkpoint.base:
+        if mode == "merge" or checkpoint.base:
             raise InputError(
                 f"{checkpoint.folder} has no {ADAPTER} folder, so there is nothing to "
                 "merge; leave out --lora-adapter and --base-model"
             )
         return checkpoint
-    if how == "ignore":
-        checkpoint.notes.append(f"{ADAPTER} was left out, as you said")
+    if mode == "ignore":
+        checkpoint.notes.append(f"{ADAPTER} was left out, as requested")
         return checkpoint
     adapter = read_adapter(folder, checkpoint)
-    said, merging = _decide(adapter, checkpoint, how)
+    reason, merging = _decide(adapter, checkpoint, mode)
     count = f"{len(adapter.factors)} matrices"
     if merging:
         checkpoint.notes.append(
-            f"{ADAPTER} was added to {count} of the weights ({said})"
+            f"{ADAPTER} was added to {count} of the weights ({reason})"
         )
         checkpoint.finish = adapter.add
     else:
-        checkpoint.notes.append(f"{ADAPTER} was not added to the weights: {said}")
+        checkpoint.notes.append(f"{ADAPTER} was not added to the weights: {reason}")
     return checkpoint
 
 
-def _decide(adapter: Adapter, checkpoint: Checkpoint, how: str) -> tuple[str, bool]:
-    """Why, and whether the adapter is added."""
+def _decide(adapter: Adapter, checkpoint: Checkpoint, mode: str) -> tuple[str, bool]:
+    """Return the reason for a note, and whether to add the adapter."""
     measured = adapter.share_in(checkpoint.load())
     if measured is None:
         return "it changes nothing", False
     share, error = measured
-    said = f"they held {max(share, 0):.2f} of it"
-    if how == "merge":
-        return f"{said}, and you said so", True
+    reason = f"they held {max(share, 0):.2f} of it"
+    if mode == "merge":
+        return f"{reason}, and the merge was requested", True
     if error <= _SURE and abs(share) <= _CLEAR:
-        return said, True
+        return reason, True
     if error <= _SURE and abs(share - 1) <= _CLEAR:
         return f"they hold {share:.2f} of it already", False
     raise InputError(
         f"the weights of {checkpoint.folder} hold {share:.2f} (+- {error:.2f}) of its "
-        f"{ADAPTER}, which does not tell whether they were merged; say it, with "
+        f"{ADAPTER}, which does not tell whether they were merged; choose with "
         "mlx_tokprune.convert --lora-adapter merge or --lora-adapter ignore"
     )
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> Adapter:
-    """Settings and headers of an adapter, checked against the checkpoint's."""
+    """Read an adapter's settings and headers, and check them against the checkpoint.
+
+    Raises `InputError` for a setting that is not supported, or factors that do not fit.
+    """
     rank, scale = _read_settings(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        found = sorted(path.name for path in folder.glob("adapter_model*"))
+        files = sorted(path.name for path in folder.glob("adapter_model*"))
         raise InputError(
-            f"{folder} has {found[0] if found else 'no weights'}; expected "
+            f"{folder} has {files[0] if files else 'no weights'}; expected "
             "adapter_model.safetensors, as peft saves it"
         )
     header = read_header(file)
@@ -167,13 +178,13 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> Adapter:
 
 
 def _read_settings(folder: Path) -> tuple[int, float]:
-    """Rank, and what the product of the factors is multiplied with."""
+    """Return the rank, and the scale of the factors' product."""
     path = folder / "adapter_config.json"
     if not path.exists():
         raise InputError(f"{folder} has no adapter_config.json; expected peft's folder")
     settings = read_json(path)
 
-    def refuse(name: str, expected: str):
+    def refuse(name: str, expected: str) -> NoReturn:
         raise InputError(
             f"{path} says {name} {settings.get(name)!r}; expected {expected}"
         )
@@ -181,13 +192,13 @@ def _read_settings(folder: Path) -> tuple[int, float]:
     if settings.get("peft_type") != "LORA":
         refuse("peft_type", "'LORA'")
     if settings.get("bias", "none") != "none":
-        refuse("bias", "'none', all that is merged here")
+        refuse("bias", "'none', the only supported value")
     for name in sorted(settings.keys() - _HARMLESS - _READ):
         if settings[name]:
-            refuse(name, "it unset, as this is not merged here")
+            refuse(name, "it unset, as merging does not support it")
     start = settings.get("init_lora_weights")
-    if not any(start is known or start == known for known in _STARTS):
-        refuse("init_lora_weights", "a start that leaves the base model as it was")
+    if not any(start is choice or start == choice for choice in _STARTS):
+        refuse("init_lora_weights", "a start that leaves the base model unchanged")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank < 1 << 16:
         refuse("r", "a whole number from 1 to 65535")
@@ -199,13 +210,15 @@ def _read_settings(folder: Path) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if root else rank)
 
 
-def _places(header: Mapping, checkpoint: Checkpoint, file: Path) -> dict:
-    """(path, A or B) -> name, without towers that come from a side file.
+def _places(
+    header: Mapping[str, Tensor], checkpoint: Checkpoint, file: Path
+) -> dict[tuple[str, str], str]:
+    """Return tensor names by (path, "A" or "B"), without towers from a side file.
 
-    OFT wraps the blocks of towers with FiLM after the adapter is laid on, and saves
-    them whole in that file, factors included.
+    OFT wraps the towers' blocks with FiLM after it adds the adapter, and saves them
+    whole in the side file, with the factors.
     """
-    elsewhere = any(name.startswith("vision_backbone.") for name in checkpoint.extra)
+    has_side_tower = any(n.startswith("vision_backbone.") for n in checkpoint.extra)
     places = {}
     for name in header:
         match = _NAME.fullmatch(name)
@@ -216,13 +229,13 @@ def _places(header: Mapping, checkpoint: Checkpoint, file: Path) -> dict:
             )
         path = plain(match[1])
         tower = path.startswith("vision_backbone.")
-        if tower and not elsewhere and path != match[1]:
+        if tower and not has_side_tower and path != match[1]:
             raise InputError(
                 f"{file} is of a policy with FiLM, but {checkpoint.folder} has no "
                 "vision_backbone--*_checkpoint.pt; expected both, as OpenVLA-OFT saves "
                 "them"
             )
-        if tower and elsewhere:
+        if tower and has_side_tower:
             continue
         if (path, match[2]) in places:
             raise InputError(f"{file} has lora_{match[2]} of {path} twice")
@@ -230,13 +243,16 @@ def _places(header: Mapping, checkpoint: Checkpoint, file: Path) -> dict:
     return places
 
 
-def _pair(places: Mapping, header: Mapping, file: Path) -> dict[str, tuple[str, str]]:
+def _pair(
+    places: Mapping[tuple[str, str], str], header: Mapping[str, Tensor], file: Path
+) -> dict[str, tuple[str, str]]:
+    """Return the names of the factors (A, B) by path; refuse one without the other."""
     factors = {}
-    for path, which in places:
-        other = "B" if which == "A" else "A"
+    for path, part in places:
+        other = "B" if part == "A" else "A"
         if (path, other) not in places:
             raise InputError(
-                f"{file} has lora_{which} of {path} but no lora_{other}; expected both"
+                f"{file} has lora_{part} of {path} but no lora_{other}; expected both"
             )
         factors[path] = (places[path, "A"], places[path, "B"])
     if not factors:
@@ -253,9 +269,9 @@ def _pair(places: Mapping, header: Mapping, file: Path) -> dict[str, tuple[str, 
 
 def _check_fit(name: str, weight: Tensor, down: Tensor, up: Tensor, rank: int) -> None:
     ones: Shape = (1,) * (len(weight.shape) - 2)
-    right = len(weight.shape) >= 2 and weight.dtype in FLOATS
-    right = right and down.shape == (rank, *weight.shape[1:])
-    if not right or up.shape != (weight.shape[0], rank, *ones):
+    fits = len(weight.shape) >= 2 and weight.dtype in FLOATS
+    fits = fits and down.shape == (rank, *weight.shape[1:])
+    if not fits or up.shape != (weight.shape[0], rank, *ones):
         raise InputError(
             f"the adapter's factors {up.shape} and {down.shape} of rank {rank} do not "
             f"fit tensor {name}, which has shape {weight.shape} and type {weight.dtype}"
@@ -263,7 +279,7 @@ def _check_fit(name: str, weight: Tensor, down: Tensor, up: Tensor, rank: int) -
 
 
 def _check_finite(file: Path) -> None:
-    """One tensor after the other, so that memory holds one."""
+    """Raise `InputError` for NaN or infinity; memory holds one tensor."""
     stored = _load(file)
     for name in sorted(stored):
         if not mx.all(mx.isfinite(stored.pop(name))).item():
@@ -278,5 +294,5 @@ def _load(file: Path) -> dict[str, mx.array]:
 
 
 def _matrix(array: mx.array) -> mx.array:
-    """In float32; of a convolution one row for each output."""
+    """Return `array` in float32 as a matrix with one row per output."""
     return array.astype(mx.float32).reshape(array.shape[0], -1)

@@ -1,7 +1,7 @@
-"""OpenVLA and Prismatic checkpoints: their key table, statistics and side files.
+"""OpenVLA and Prismatic checkpoints: key table, statistics and side files.
 
-The MLX layout keeps the reference names; convolutions are channels-last and SigLIP's
-pooling, which no feature comes from, is left out. There was no MLX layout before.
+The MLX layout, defined here, keeps the reference names. Convolutions are channels-last.
+SigLIP's attention pooling is left out, as no feature depends on it.
 """
 
 import re
@@ -25,8 +25,9 @@ _PATCHES = re.compile(
     r"^vision_backbone\.(fused_)?featurizer\.patch_embed\.proj\.weight$"
 )
 
-# Actions per forward, pictures and normalisation of OFT's robots; its checkpoints do
-# not say. From prismatic/vla/constants.py of github.com/moojink/openvla-oft.
+# Actions per forward pass, images and normalisation of OFT's robots, which its
+# checkpoints do not record. From prismatic/vla/constants.py of
+# github.com/moojink/openvla-oft.
 _ROBOTS = {
     "libero": {"chunk": 8, "pictures": 2, "rule": "bounds_q99"},
     "aloha": {"chunk": 25, "pictures": 3, "rule": "bounds"},
@@ -39,10 +40,12 @@ def _matches(checkpoint: Checkpoint) -> bool:
     return any(n.startswith("vision_backbone.featurizer.") for n in names)
 
 
-def _gather(family: Family, checkpoint: Checkpoint, adapter: str):
-    """The checkpoint with what OpenVLA-OFT left beside the shards, where it did.
+def _gather(
+    family: Family, checkpoint: Checkpoint, adapter: str
+) -> tuple[Family, Checkpoint]:
+    """Add OpenVLA-OFT's side files and its `lora_adapter/` to the checkpoint.
 
-    adapter: what becomes of `lora_adapter/` (`lora.add_adapter`).
+    adapter: mode of `lora_adapter/` (`oft_adapter.add_adapter`).
     """
     return family, add_adapter(add_side_files(checkpoint), adapter)
 
@@ -65,7 +68,9 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
         config["norm_stats"] = read_json(folder / "dataset_statistics.json")
     stats = config.setdefault("norm_stats", {})
     if not isinstance(stats, dict):
-        raise InputError(f"norm_stats of {folder} are no object of data sets")
+        raise InputError(
+            f"norm_stats of {folder} is no object; expected one entry per data set"
+        )
     text = config.get("text_config")
     if isinstance(text, dict):
         tied = "language_model.lm_head.weight" not in shapes
@@ -76,18 +81,19 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
 
 
 def _oft(checkpoint: Checkpoint, config: dict, shapes: dict[str, Shape]) -> dict:
-    """What the tensors say of an OFT policy, and its robot's habits for the rest."""
+    """Return an OFT policy's settings: from the tensors, else its robot's defaults."""
     action_dim = shapes["action_head.model.fc2.weight"][0]
     words = " ".join([checkpoint.folder.name, *config["norm_stats"]]).lower()
+    # Guess the robot by name; only ALOHA, with two arms, has 14 action dimensions.
     named = [robot for robot in _ROBOTS if robot in words]
     robot = named[0] if named else "aloha" if action_dim == 14 else "libero"
-    given = object_of(config, "oft")
+    stored = object_of(config, "oft")
     proprio = shapes.get("proprio_projector.fc1.weight", (0, 0))[-1]
     film = "vision_backbone.featurizer.blocks.0.scale.weight" in shapes
-    guessed = _ROBOTS[robot] | {"crop": 0.9}
+    defaults = _ROBOTS[robot] | {"crop": 0.9}
     return (
-        guessed
-        | given
+        defaults
+        | stored
         | {
             "action_dim": action_dim,
             "proprio_dim": proprio,

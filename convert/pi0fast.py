@@ -1,14 +1,16 @@
-"""pi0-FAST checkpoints, lerobot's and openpi's: key table, sizes, statistics.
+"""pi0-FAST checkpoints of lerobot and openpi: key table, sizes, statistics.
 
-Neither says its sizes; tensors do. lerobot keeps statistics beside its processors,
-openpi under `assets/`, and both name tokenizers that lie elsewhere. In the MLX layout
-everything is in one folder, with the section `policy` in config.json.
+Neither config has the model's sizes; they follow from the tensors. lerobot keeps the
+statistics beside its processors, openpi under `assets/`, and both name tokenizers in
+other places. The MLX layout has all files in one folder, and the section `policy` in
+config.json.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -41,7 +43,7 @@ _KEYS: tuple[tuple[str, str | None], ...] = (
 _PATCHES = "vision_tower.patch_embed.proj.weight"
 _TABLE = "language_model.model.embed_tokens.weight"
 _HEAD = "language_model.lm_head.weight"
-# Heads of SigLIP towers by width; no checkpoint says them.
+# Attention heads of SigLIP towers by width, which no checkpoint records.
 _HEADS = {1152: 16, 1024: 16, 768: 12}
 _RULES = {
     "QUANTILES": "bounds_q99",
@@ -59,10 +61,12 @@ def _matches(checkpoint: Checkpoint) -> bool:
     return any("paligemma_with_expert." in n or n == _PATCHES for n in names)
 
 
-def _gather(family: Family, checkpoint: Checkpoint, _: str):
-    """The family for names as this checkpoint has them.
+def _gather(
+    family: Family, checkpoint: Checkpoint, _: str
+) -> tuple[Family, Checkpoint]:
+    """Return the family with the key table for this checkpoint's names.
 
-    Raises `InputError` for a policy that draws its actions from noise.
+    Raises `InputError` for pi0 and pi0.5, whose action expert starts from noise.
     """
     names = list(checkpoint.tensors)
     if any(re.search(r"gemma_expert\.|action_(in|out)_proj\.", n) for n in names):
@@ -73,7 +77,7 @@ def _gather(family: Family, checkpoint: Checkpoint, _: str):
     renamed = {family.rename(n) for n in names}
     if _TABLE in renamed or _HEAD not in renamed:
         return family, checkpoint
-    # Stored once, where both are one tensor.
+    # Tied embeddings are stored once, here under the name of the head.
     head = (_ROOT + r"(?:language_model\.)?lm_head\.weight$", _TABLE)
     return dataclasses.replace(family, keys=(head, *_KEYS)), checkpoint
 
@@ -107,7 +111,7 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
 
 def _size(shapes: Mapping[str, Shape], name: str, axis: int) -> int:
     if len(shapes.get(name, ())) <= axis:
-        raise InputError(f"the checkpoint lacks tensor {name}, which says its sizes")
+        raise InputError(f"the checkpoint lacks tensor {name}, which gives its sizes")
     return shapes[name][axis]
 
 
@@ -118,7 +122,7 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
 
 
 def _text(shapes: Mapping[str, Shape]) -> dict:
-    """Gemma's sizes. Its variants share one head of keys."""
+    """Return Gemma's sizes; its variants in pi0-FAST have one key-value head."""
     layer = "language_model.model.layers.0."
     head = _size(shapes, f"{layer}self_attn.k_proj.weight", 0)
     return {
@@ -151,10 +155,10 @@ def _vision(shapes: Mapping[str, Shape]) -> dict:
 
 
 def _lerobot(config: Mapping) -> dict:
-    """What lerobot's config says of the policy; its defaults are those of the code.
+    """Return the policy section from lerobot's config; defaults from lerobot's code.
 
-    A chunk has `chunk_size` actions; how many are done before the next one is up to
-    whoever acts, as `n_action_steps` is in lerobot.
+    A chunk has `chunk_size` actions. The number of executed actions per chunk,
+    `n_action_steps` in lerobot, is a setting of the caller, not of the checkpoint.
     """
     features = object_of(config, "input_features")
     cameras = [n.removeprefix(_CAMERAS) for n in features if n.startswith(_CAMERAS)]
@@ -183,38 +187,39 @@ def _openpi(config: Mapping) -> dict:
     }
 
 
-def _feature(config: Mapping, group: str, name: str):
+def _feature(config: Mapping, group: str, name: str) -> Any:
+    """Return the length of a one-dimensional feature; `None` for another shape."""
     shape = object_of(object_of(config, group), name).get("shape")
     return shape[0] if isinstance(shape, list) and len(shape) == 1 else None
 
 
 def _state_size(config: Mapping, stats: Mapping) -> int:
-    """Numbers of the state: of its statistics, else what the config says."""
+    """Return the size of the robot state: from its statistics, else the config."""
     for entry in stats.values():
         for name, values in object_of(entry, "proprio").items():
-            if name in _READ and isinstance(values, list):
+            if name in _STATISTICS and isinstance(values, list):
                 return len(values)
     return _feature(config, "input_features", "observation.state") or 0
 
 
 # Statistics ---------------------------------------------------------------------------
 
-_READ = ("q01", "q99", "q10", "q90", "min", "max", "mean", "std")
+_STATISTICS = ("q01", "q99", "q10", "q90", "min", "max", "mean", "std")
 _PARTS = {"action": ("action", "ACTION"), "observation.state": ("proprio", "STATE")}
 
 
 def _processors(checkpoint: Checkpoint) -> tuple[dict, dict]:
-    """(statistics by data set, rules by part) of lerobot's saved processors."""
-    given = object_of(checkpoint.config, "normalization_mapping")
-    mapping = {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"} | dict(given)
-    found: dict[str, dict] = {}
+    """Return (statistics by data set, rules by part) of lerobot's saved processors."""
+    configured = object_of(checkpoint.config, "normalization_mapping")
+    mapping = {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"} | dict(configured)
+    stats: dict[str, dict] = {}
     file = checkpoint.folder / "policy_preprocessor.json"
     steps = read_json(file).get("steps") if file.is_file() else []
     for step in steps if isinstance(steps, list) else []:
         if not isinstance(step, dict) or "normalizer" not in _registered(step):
             continue
         mapping |= object_of(object_of(step, "config"), "norm_map")
-        found = _statistics(checkpoint.folder, step.get("state_file"))
+        stats = _statistics(checkpoint.folder, step.get("state_file"))
     rules = {}
     for part, kind in _PARTS.values():
         rule = _RULES.get(str(mapping[kind]).upper())
@@ -224,37 +229,41 @@ def _processors(checkpoint: Checkpoint) -> tuple[dict, dict]:
                 f"one of {', '.join(_RULES)}"
             )
         rules[part] = rule
-    return {"lerobot": found} if found else {}, rules
+    return {"lerobot": stats} if stats else {}, rules
 
 
 def _registered(step: Mapping) -> str:
+    """Return a processor step's name in lower case; empty for an unnormalizer."""
     name = str(step.get("registry_name") or step.get("class") or "")
     return "" if "unnormalizer" in name.lower() else name.lower()
 
 
-def _statistics(folder: Path, name) -> dict:
-    """Lists by part and statistic from a processor's safetensors file."""
+def _statistics(folder: Path, name: object) -> dict[str, dict]:
+    """Return lists by part and statistic from a processor's safetensors file."""
     if not isinstance(name, str) or Path(name).name != name:
         raise InputError(
             f"policy_preprocessor.json of {folder} names the statistics {name!r}; "
             "expected a file in the folder"
         )
-    read_header(folder / name)
-    found: dict[str, dict] = {}
+    read_header(folder / name)  # raises `InputError` for a damaged file
+    stats: dict[str, dict] = {}
     for key, array in mx.load(str(folder / name), format="safetensors").items():
         part, _, statistic = key.rpartition(".")
-        if part in _PARTS and statistic in _READ and array.ndim == 1:
+        if part in _PARTS and statistic in _STATISTICS and array.ndim == 1:
             values = array.astype(mx.float32).tolist()
-            found.setdefault(_PARTS[part][0], {})[statistic] = values
-    return found
+            stats.setdefault(_PARTS[part][0], {})[statistic] = values
+    return stats
 
 
 def _assets(checkpoint: Checkpoint) -> tuple[dict, dict]:
-    """The same of openpi's `assets/<data set>/norm_stats.json`."""
+    """Return (statistics by data set, rules by part) of openpi's assets.
+
+    openpi writes them as `assets/<data set>/norm_stats.json`.
+    """
     stats = {}
     for file in sorted(checkpoint.folder.glob("assets/*/norm_stats.json")):
-        given = object_of(read_json(file), "norm_stats")
-        parts = {"action": given.get("actions"), "proprio": given.get("state")}
+        entry = object_of(read_json(file), "norm_stats")
+        parts = {"action": entry.get("actions"), "proprio": entry.get("state")}
         stats[file.parent.name] = {k: v for k, v in parts.items() if v}
     return stats, {"action": "bounds_q99", "proprio": "bounds_q99"}
 
@@ -266,28 +275,30 @@ _NAMES = {
     "fast": ("fast", "action_tokenizer_name", "lerobot/fast-action-tokenizer"),
 }
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
-# Not the weights that lie beside them on the hub.
+# Files to download, without the weights in the same repository on the hub.
 _FILES = ("*token*.json", "processor_config.json", "LICENSE*", "NOTICE*")
 
 
 def _beside(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Both tokenizers' files, by the names they have in the MLX layout.
+    """Return the files of both tokenizers, by their names in the MLX layout.
 
-    Raises `InputError` where they are neither in the folder nor on the hub.
+    Files that are in the folder already are left out. Raises `InputError` when files
+    are neither in the folder nor on the hub.
     """
-    folder, found = checkpoint.folder, {}
+    folder, files = checkpoint.folder, {}
     if not (folder / "tokenizer.json").is_file():
         source = _tokenizer(checkpoint, "text")
         for file in sorted(source.glob("*token*.json")):
-            found[file.name] = file
+            files[file.name] = file
     if not (folder / "fast_tokenizer.json").is_file():
         source = _tokenizer(checkpoint, "fast")
         for name in ("tokenizer", "processor_config"):
-            found[f"fast_{name}.json"] = source / f"{name}.json"
-    return found
+            files[f"fast_{name}.json"] = source / f"{name}.json"
+    return files
 
 
 def _tokenizer(checkpoint: Checkpoint, kind: str) -> Path:
+    """Return the folder of the text or FAST tokenizer, downloaded when needed."""
     inside, key, default = _NAMES[kind]
     folder = checkpoint.folder / inside
     if (folder / "tokenizer.json").is_file():
@@ -299,12 +310,12 @@ def _tokenizer(checkpoint: Checkpoint, kind: str) -> Path:
             f"id; put its files into {folder}"
         )
     try:
-        found = fetch(name, _FILES)
+        snapshot = fetch(name, _FILES)
     except InputError as error:
         raise InputError(f"{error}; put its files into {folder}") from None
-    if not (found / "tokenizer.json").is_file():
-        raise InputError(f"{found} has no tokenizer.json; put one into {folder}")
-    return found
+    if not (snapshot / "tokenizer.json").is_file():
+        raise InputError(f"{snapshot} has no tokenizer.json; put one into {folder}")
+    return snapshot
 
 
 PI0FAST = register_family(

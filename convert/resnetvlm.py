@@ -1,4 +1,4 @@
-"""ResNet-VLM checkpoints: the test bed's, in the MLX layout from the start."""
+"""ResNet-VLM checkpoints of the test bed, which are written in the MLX layout."""
 
 from ..checkpoints.family import Family, register_family
 from ..models.resnet_vlm import ModelArgs, ResNetVLM

@@ -1,16 +1,20 @@
 """OpenVLA-OFT's side files: torch pickles beside the shards.
 
-Read with `weights_only=True`, so that a pickle can hold tensors and nothing else. Needs
-torch (the extra `oft`), and only to convert.
+They are read with `weights_only=True`, so that a pickle can hold only tensors.
+Conversion needs torch (the extra `oft`) for them; inference does not.
 """
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..checkpoints.shards import TYPES, Checkpoint, Tensor
 from ..errors import InputError
+
+if TYPE_CHECKING:  # torch is an extra
+    import torch
 
 _FILE = re.compile(
     r"(action_head|proprio_projector|vision_backbone|noisy_action_projector)"
@@ -19,23 +23,26 @@ _FILE = re.compile(
 
 
 def find_side_files(folder: Path) -> dict[str, Path]:
-    """The side file of each part. Raises `InputError` when a part has two."""
-    found: dict[str, Path] = {}
+    """Return the side file of each part; raise `InputError` when a part has two."""
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.pt")):
         match = _FILE.match(path.name)
         if not match:
             continue
-        if match[1] in found:
+        if match[1] in files:
             raise InputError(
-                f"{folder} has both {found[match[1]].name} and {path.name}; expected "
+                f"{folder} has both {files[match[1]].name} and {path.name}; expected "
                 f"one {match[1]} file, so move the others away"
             )
-        found[match[1]] = path
-    return found
+        files[match[1]] = path
+    return files
 
 
 def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the side files' tensors under their part's name."""
+    """Return the checkpoint with the side files' tensors, named after their part.
+
+    Raises `InputError` for a diffusion policy, or side files without an action head.
+    """
     files = find_side_files(checkpoint.folder)
     if not files:
         return checkpoint
@@ -53,8 +60,8 @@ def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
     extra: dict[str, mx.array] = {}
     for part, path in files.items():
         for name, array in _read(path).items():
-            whole = name if name.startswith(f"{part}.") else f"{part}.{name}"
-            extra[whole] = array
+            full_name = name if name.startswith(f"{part}.") else f"{part}.{name}"
+            extra[full_name] = array
     extra = _merge_lora({plain(k): v for k, v in extra.items()})
     tensors = dict(checkpoint.tensors)
     if "vision_backbone" in files:
@@ -71,14 +78,14 @@ def _is_tower(name: str) -> bool:
 
 
 def plain(name: str) -> str:
-    """Without the wrappers of data parallelism and FiLM."""
+    """Return a tensor name without the wrappers of data parallelism and FiLM."""
     name = name.replace(".module.", ".")
     name = name.replace("vision_backbone.vision_backbone.", "vision_backbone.")
     return re.sub(r"(\.blocks\.\d+)\.block\.", r"\1.", name)
 
 
 def _merge_lora(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Adapters that were left in a FiLM backbone, added to their matrices.
+    """Merge LoRA adapters that a FiLM backbone was saved with into their matrices.
 
     OpenVLA-OFT trains with rank r and alpha min(r, 16).
     """
@@ -110,18 +117,18 @@ def _read(path: Path) -> dict[str, mx.array]:
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged pickles run into whatever their bytes say
+    except Exception:  # a damaged pickle can raise any error
         raise InputError(
             f"{path} is damaged or holds more than tensors, and is refused; expected "
-            "what torch.save makes of a state_dict"
+            "a state_dict as torch.save writes it"
         ) from None
-    plain = isinstance(state, dict) and all(
+    is_flat = isinstance(state, dict) and all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     )
-    if not plain:
+    if not is_flat:
         raise InputError(
             f"{path} does not hold a flat table of tensors and is refused; expected "
-            "what torch.save makes of a state_dict"
+            "a state_dict as torch.save writes it"
         )
     return {
         name.removeprefix("module."): _to_mlx(tensor, f"{name} of {path}")
@@ -129,7 +136,7 @@ def _read(path: Path) -> dict[str, mx.array]:
     }
 
 
-def _to_mlx(tensor, name: str) -> mx.array:
+def _to_mlx(tensor: "torch.Tensor", name: str) -> mx.array:
     import torch
 
     types = {

@@ -2,7 +2,8 @@
 
 import re
 
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:recipes|examples|benchmarks|tests)[^)#]*)[^)]*\)")
+_FOLDERS = "recipes|examples|benchmarks|tests"
+_OUTSIDE = re.compile(rf"\[([^\]]+)\]\((?:\.\./)+((?:{_FOLDERS})[^)#]*)[^)]*\)")
 
 
 def on_page_markdown(markdown: str, **_) -> str:

@@ -1,4 +1,4 @@
-"""`mlx_tokprune COMMAND ...`, as `python -m mlx_tokprune.COMMAND ...`."""
+"""Entry point: `mlx_tokprune COMMAND` runs `python -m mlx_tokprune.COMMAND`."""
 
 import ast
 import functools
@@ -13,19 +13,23 @@ from .cli import Parser, command
 
 @functools.cache
 def commands() -> dict[str, str]:
-    """Return every command and its first line: packages that have a `__main__`."""
+    """Return the first docstring line of every command, by name.
+
+    Commands are the subpackages with a `__main__`; their code is not imported.
+    """
     package = sys.modules[__package__]
     names = {m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg}
-    found = {}
-    for name in sorted(names | {"convert"}):  # which lies elsewhere in a clone
+    summaries = {}
+    for name in sorted(names | {"convert"}):  # another folder in a clone
         spec = importlib.util.find_spec(f"{__package__}.{name}.__main__")
         if spec is not None and spec.origin is not None:
             text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
-            found[name] = text.partition("\n")[0].rstrip(".")
-    return found
+            summaries[name] = text.partition("\n")[0].rstrip(".")
+    return summaries
 
 
 def build_parser() -> Parser:
+    """Return the parser, whose help lists the commands."""
     width = max(map(len, commands()))
     lines = "\n".join(f"  {name:{width}}  {text}" for name, text in commands().items())
     parser = Parser(
@@ -41,6 +45,7 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Run one command with the rest of the arguments."""
     argv = sys.argv[1:] if argv is None else argv
     parsed = build_parser().parse_args(argv[:1])
     module = importlib.import_module(f".{parsed.command}.__main__", __package__)

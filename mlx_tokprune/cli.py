@@ -1,6 +1,6 @@
-"""The command line: parsers, how errors are reported, and flags that commands share.
+"""Command line: parsers, error reports, and flags that several commands share.
 
-Only the `__main__` of a command imports from here.
+Only the `__main__` of a command imports this module.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -26,13 +27,14 @@ from .pruners.registry import Depths, Options, Place
 
 RUNTIMES = ("own", "mlx-vlm")
 PLAN = "PLAN"  # METHOD[:BUDGET][@PLACE], places joined by +
+Flags = argparse._ActionsContainer  # a parser or a group of one
 
 
 # Parsers and commands ---------------------------------------------------------------
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help beside its flag, in 80 columns or what the terminal has up to 100."""
+    """Help formatter: help beside its flag, in the terminal's width up to 100."""
 
     def __init__(self, prog: str):
         columns = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns
@@ -47,14 +49,14 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence and exit code 2.
+    """Argument parser whose errors are one sentence and exit code 2.
 
     example: a command line, shown at the end of `--help`. A mistyped flag names the
-    nearest one. Numbers such as -1e-3 are values, not flags; argparse knows them since
+    nearest one. Numbers such as -1e-3 are values, not flags, as in argparse since
     Python 3.14.
     """
 
-    def __init__(self, *args, example: str = "", **options):
+    def __init__(self, *args: Any, example: str = "", **options: Any):
         options.setdefault("usage", "%(prog)s [options]")
         options.setdefault("formatter_class", _formatter)
         if example:
@@ -67,7 +69,10 @@ class Parser(argparse.ArgumentParser):
             r"-(\d+\.?|\.\d)\d*(e[-+]?\d+)?$", re.I
         )
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Return the arguments; an unknown flag exits and names the nearest flag."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -75,20 +80,21 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
         return parsed
 
-    def _get_values(self, action, arg_strings):
-        # Python 3.11 makes an empty list of `--name=--`.
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Python 3.11 reads `--name=--` as an empty list.
         if action.nargs is None and arg_strings == ["--"]:
             raise argparse.ArgumentError(action, "expected one value, not '--'")
         return super()._get_values(action, arg_strings)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Print the message as one sentence to stderr and exit with 2."""
         self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
 
 
-def command(main: Callable[[list[str] | None], None]):
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
     """Wrap a `main(argv)`: `InputError` and `OSError` become one line and exit 2.
 
-    A termination signal unwinds like any exit, so that nothing half-written stays.
+    A termination signal unwinds like any exit, so that no half-written file is kept.
     """
 
     @functools.wraps(main)
@@ -128,20 +134,20 @@ def begin_logging(verbose: bool) -> None:
 # Flags ------------------------------------------------------------------------------
 
 
-def add_verbose(parser) -> None:
-    """`--verbose`."""
+def add_verbose(parser: Flags) -> None:
+    """Add `--verbose`."""
     help_ = "log places, counts and times to stderr"
     parser.add_argument("--verbose", action="store_true", help=help_)
 
 
-def add_adapter(parser) -> None:
-    """`--adapter-path`, as in mlx-lm."""
+def add_adapter(parser: Flags) -> None:
+    """Add `--adapter-path`, as in mlx-lm."""
     help_ = "folder of a LoRA or DoRA adapter"
     parser.add_argument("--adapter-path", metavar="FOLDER", help=help_)
 
 
-def add_option(parser) -> None:
-    """`--option`, of methods."""
+def add_option(parser: Flags) -> None:
+    """Add `--option`, the options of methods."""
     parser.add_argument(
         "--option",
         action="append",
@@ -151,21 +157,24 @@ def add_option(parser) -> None:
     )
 
 
-def add_seed(parser) -> None:
-    """`--seed`, of the method `random`."""
+def add_seed(parser: Flags) -> None:
+    """Add `--seed`, the seed of the method `random`."""
     help_ = "seed of the method random (default: 0)"
     parser.add_argument("--seed", type=int, metavar="N", default=0, help=help_)
 
 
-def add_prune(parser, help_: str) -> None:
-    """`--prune`, the one grammar of what is pruned how and where."""
+def add_prune(parser: Flags, help_: str) -> None:
+    """Add `--prune`, plans of methods, budgets and places in one grammar."""
     parser.add_argument(
         "--prune", action="append", default=[], metavar=PLAN, help=help_
     )
 
 
-def add_pruning(parser, default: str) -> None:
-    """One plan: `--prune`, its short form for one place, and `--positions`."""
+def add_pruning(parser: Flags, default: str) -> None:
+    """Add the flags of one plan: `--prune`, its short form, and `--positions`.
+
+    default: the method without `--method`, for its help.
+    """
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
     add_prune(group, "METHOD[:BUDGET][@PLACE], + for several places")
@@ -180,14 +189,14 @@ def add_pruning(parser, default: str) -> None:
     add("--at", metavar="PLACE", help=help_)
     add_option(group)
     help_ = f"{' or '.join(POSITIONS)} (default: {DEFAULT_POSITIONS})"
-    how = {"choices": POSITIONS, "metavar": "WHICH"}
-    add("--positions", default=DEFAULT_POSITIONS, help=help_, **how)
+    choices = {"choices": POSITIONS, "metavar": "WHICH"}
+    add("--positions", default=DEFAULT_POSITIONS, help=help_, **choices)
 
 
-def add_rows(parser, ratios: Sequence[float], budgets: bool = False) -> None:
-    """A table's rows: `--prune`, each a plan, and every method at every ratio.
+def add_rows(parser: Flags, ratios: Sequence[float], budgets: bool = False) -> None:
+    """Add the flags of a table's rows: plans, and every method at every ratio.
 
-    budgets: also `--eval-budgets`.
+    ratios: the default keep ratios. budgets: also add `--eval-budgets`.
     """
     group = parser.add_argument_group("rows (methods: mlx_tokprune methods)")
     add = group.add_argument
@@ -197,7 +206,7 @@ def add_rows(parser, ratios: Sequence[float], budgets: bool = False) -> None:
     add("--methods", nargs="+", metavar="METHOD", help=help_)
     keep = group.add_mutually_exclusive_group()
     help_ = f"keep ratios (default: {' '.join(f'{ratio:g}' for ratio in ratios)})"
-    many = {"nargs": "+", "help": help_}
+    many: dict[str, Any] = {"nargs": "+", "help": help_}
     keep.add_argument("--keep-ratios", type=float, default=ratios, metavar="R", **many)
     if budgets:
         many = {"nargs": "+", "default": [], "help": "visual tokens instead of ratios"}
@@ -207,8 +216,11 @@ def add_rows(parser, ratios: Sequence[float], budgets: bool = False) -> None:
     add("--positions", choices=POSITIONS, help=help_)
 
 
-def add_drafts(parser, words: Sequence[str], help_: str) -> None:
-    """`--draft`, and another model that drafts, with pruners of its own."""
+def add_drafts(parser: Flags, words: Sequence[str], help_: str) -> None:
+    """Add `--draft`, and `--draft-model` with its own `--draft-prune`.
+
+    words: values of `--draft`; the first is the default of a bare flag.
+    """
     add = parser.add_argument
     add("--draft", nargs="?", const=words[0], choices=words, help=help_)
     help_ = "smaller model of the same family that drafts"
@@ -220,20 +232,26 @@ def add_drafts(parser, words: Sequence[str], help_: str) -> None:
 # Reading flags ----------------------------------------------------------------------
 
 
-def draft_plan(args) -> Plan | None:
-    """Return the plan of a draft, `None` where none is given."""
+def draft_plan(args: argparse.Namespace) -> Plan | None:
+    """Return the plan of a draft, or `None` without `--draft-prune`.
+
+    Raises `InputError` for flags that exclude each other.
+    """
     if args.draft and args.draft_model:
         raise InputError("--draft and --draft-model both draft; give one of them")
     if args.draft_prune and not (args.draft_model or args.draft == "self"):
         raise InputError(
-            "--draft-prune prunes what a model drafts from; say --draft-model, too, "
-            "or, of a model that answers, --draft self"
+            "--draft-prune prunes the input of a drafting model; give --draft-model, "
+            "too, or, for a model that answers, --draft self"
         )
     return read_plans(args.draft_prune, {}) if args.draft_prune else None
 
 
 def read_options(texts: Sequence[str]) -> dict[str, float | str]:
-    """`name=value` texts -> numbers or words by name."""
+    """Return `name=value` texts as numbers, or else words, by name.
+
+    Raises `InputError` for a text without name or value.
+    """
     options: dict[str, float | str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -249,7 +267,10 @@ def read_options(texts: Sequence[str]) -> dict[str, float | str]:
 def options_by_method(
     methods: Iterable[str], options: Options
 ) -> dict[str, dict[str, float | str]]:
-    """Return the options that each method takes; `InputError` for one none takes."""
+    """Return the options that each method takes, by method.
+
+    Raises `InputError` for an option that none of the methods takes.
+    """
     names_of = {name: get_method(name).options for name in methods}
     for option in options:
         if not any(option in names for names in names_of.values()):
@@ -265,35 +286,43 @@ def options_by_method(
     }
 
 
-def row_plans(args) -> list[str]:
-    """Return the plans that each are a row, as they are written."""
+def row_plans(args: argparse.Namespace) -> list[str]:
+    """Return the texts of the plans; each plan is one row."""
     return [*args.prune, *args.plans]
 
 
-def options_of(methods: Iterable[str], args) -> dict[str, dict[str, float | str]]:
-    """Return the `--option`s of methods, those in plans included."""
+def options_of(
+    methods: Iterable[str], args: argparse.Namespace
+) -> dict[str, dict[str, float | str]]:
+    """Return the `--option`s by method, methods of plans included."""
     planned = (p.method for text in row_plans(args) for p in read_plan(text))
     return options_by_method([*methods, *planned], read_options(args.option))
 
 
 def read_plans(texts: Sequence[str], options: Options, seed: int = 0) -> Plan:
-    """Return the places of one plan; `InputError` for an option none of them takes."""
+    """Return one plan from the texts of its places.
+
+    Raises `InputError` for an option that none of its methods takes.
+    """
     plan = tuple(p for text in texts for p in read_plan(text, options, seed))
     options_by_method([pruner.method for pruner in plan], options)
     return plan
 
 
-def plan_of(args, default: str, own: Options | None = None) -> Plan | None:
-    """Return the plan of the flags; `None`, for the checkpoint's, where none is given.
+def plan_of(
+    args: argparse.Namespace, default: str, own: Options | None = None
+) -> Plan | None:
+    """Return the plan of the flags; `None` without any, for the checkpoint's plan.
 
-    default: the method without `--method`. own: options with flags of their own.
+    default: the method without `--method`. own: options that have their own flags.
+    Raises `InputError` for flags that exclude each other or a budget that is missing.
     """
     options = read_options(args.option) | dict(own or {})
     names = ("method", "at", "keep_ratio", "keep_tokens")
     short = any(getattr(args, name, None) is not None for name in names)
     if args.prune and short:
         raise InputError(
-            "--prune says method, budget and place; leave out --method, --at, "
+            "--prune has method, budget and place; leave out --method, --at, "
             "--keep-ratio and --keep-tokens"
         )
     if args.prune:
@@ -301,14 +330,14 @@ def plan_of(args, default: str, own: Options | None = None) -> Plan | None:
     return (_pruner_of(args, default, options),) if short or options else None
 
 
-def _pruner_of(args, default: str, options: Options) -> Pruner:
-    """One pruner. No method means `default`, or `none` when nothing is dropped."""
+def _pruner_of(args: argparse.Namespace, default: str, options: Options) -> Pruner:
+    """Return one pruner: of `default`, or of `none` if all tokens are kept."""
     ratio, tokens, at = args.keep_ratio, args.keep_tokens, getattr(args, "at", None)
     method, unset = args.method, ratio is None and tokens is None
     if method is None:
         full = not options and (unset or ratio == 1)
         if full and at:
-            raise InputError("--at says where to prune; give --keep-ratio, too")
+            raise InputError("--at is a place to prune at; give --keep-ratio, too")
         method = "none" if full else default
     if unset and get_method(method).lacks_budget(options):
         raise InputError(
@@ -318,11 +347,11 @@ def _pruner_of(args, default: str, options: Options) -> Pruner:
     return Pruner(method, ratio, tokens, at=at, seed=args.seed, options=options)
 
 
-# Words and overlays -----------------------------------------------------------------
+# Text and overlays ------------------------------------------------------------------
 
 
 def where(place: Place | Depths) -> str:
-    """Return a place of pruning, in words."""
+    """Return a place of pruning in words: `after 2 layers`."""
     if isinstance(place, str):
         return f"at the {place}"
     if isinstance(place, tuple):
@@ -345,13 +374,19 @@ def places(visual: VisualTokens) -> list[dict]:
 def write_overlay(
     path: str, images: list, visual: VisualTokens, padded: bool = True
 ) -> None:
-    """Write the picture of the kept tokens as a PNG, a row for each place."""
+    """Write the overlay of the kept tokens as a PNG, a row for each place.
+
+    padded: the model pads pictures to a square.
+    """
     with replacing(path) as file:
         draw_choices(images, visual, padded).save(file, format="PNG")
 
 
 def draw_choices(images: list, visual: VisualTokens, padded: bool) -> Image.Image:
-    """Draw the kept tokens on the images, a row for each place of pruning."""
+    """Draw the kept tokens on the images, a row for each place of pruning.
+
+    padded: the model pads pictures to a square.
+    """
     selection, places = visual.selection, visual.by_place()
     inside = any(isinstance(place, int) for place, _ in places)
     if len(places) < 2 and not inside and len(selection.indices) == len(images):
@@ -370,7 +405,10 @@ def _is_png(path: str) -> bool:
 
 
 def check_overlay(path: str | None, pictures: list[str]) -> None:
-    """Refuse before any work an overlay that could not be written after it."""
+    """Raise `InputError` for an overlay that cannot be written.
+
+    For use before any work. pictures: files that the overlay must not replace.
+    """
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
@@ -386,5 +424,5 @@ def check_overlay(path: str | None, pictures: list[str]) -> None:
         )
     if any(os.path.realpath(path) == os.path.realpath(p) for p in pictures):
         raise InputError(
-            f"--overlay {path} would overwrite the picture; choose another"
+            f"--overlay {path} would overwrite the picture; choose another name"
         )

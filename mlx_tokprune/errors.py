@@ -1,6 +1,6 @@
-"""The error of the whole package, and how its messages are worded.
+"""`InputError`, the package's error, and helpers for its messages.
 
-Every message says what was wrong, what was expected, and the nearest valid choice.
+A message is one sentence: the error, the expected value, the nearest valid choice.
 """
 
 import difflib
@@ -8,18 +8,18 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one clear sentence."""
+    """An argument, file or option that cannot be used; the message is one sentence."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"`, or nothing when no known word is close."""
-    names = {name.lower(): name for name in known}
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest choice, or an empty text."""
+    names = {name.lower(): name for name in choices}
     close = difflib.get_close_matches(word.lower(), names, n=1)
     return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
 def import_matplotlib() -> None:
-    """Raise `InputError` that says how to install it, where it is missing."""
+    """Import matplotlib; `InputError` names the command that installs it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -32,7 +32,7 @@ _LONGEST = 600  # characters of a message
 
 
 def printable(text: object) -> str:
-    """A text in one line of a terminal: control characters escaped, the middle cut."""
+    """Return a text as one terminal line: control characters escaped, middle cut."""
     shown = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
         for c in str(text)

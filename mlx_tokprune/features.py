@@ -1,4 +1,4 @@
-"""The contract between what sees and what prunes: `Features` in, `Selection` out.
+"""The interface between towers and pruners: `Features` in, `Selection` out.
 
 Shapes use B samples, N visual tokens in raster order, K kept tokens, C channels.
 """
@@ -19,31 +19,31 @@ EPISODE_EXTRAS = ("action_previous",)
 class Features:
     """The visual tokens that a pruner chooses from.
 
-    tokens: (B, N, C), those of the `pictures` of a sample after each other, each in
-        raster order.
-    grid: (H, W) of one picture, N = pictures * H * W; `None` where some are gone.
-    extras: what a method asked for by name, when the model has it at that place:
+    tokens: (B, N, C), of the `pictures` of a sample one after another, each in raster
+        order.
+    grid: (H, W) of one picture, N = pictures * H * W; `None` if tokens were dropped.
+    extras: inputs of a method by name, where the model provides them at that place:
 
-        attention (B, N): what each token receives, mean over heads. At the tower: in
-            its last attention block, mean over queries (from the class token where
-            there is one). In the language model: from the prompt's last token, in the
-            last layer before the place.
-        attention_middle (B, N): the same in a middle block of the tower.
-        blocks (B, N, d): what goes into each attention block of the tower, joined; of a
-            finer grid, all that is in the token's cell.
-        keys (B, N, d): of the tower's last attention block, or of the last layer before
-            the place without rotary positions, heads joined.
-        text_mask (B, T): in training, where texts of a batch end; false is padding.
+        attention (B, N): attention that each token receives, mean over heads. At the
+            tower: in its last attention block, mean over queries (from the class token
+            if the tower has one). In the language model: from the last prompt token,
+            in the last layer before the place.
+        attention_middle (B, N): attention received in a middle block of the tower.
+        blocks (B, N, d): inputs of the tower's attention blocks, concatenated; of a
+            finer grid, all inputs in the token's cell.
+        keys (B, N, d): keys of the tower's last attention block, or of the last layer
+            before the place without rotary positions, heads concatenated.
+        text_mask (B, T): in training, false for the padding of shorter texts.
         text (B, T, D): the prompt after the visual tokens, in the space of the tokens:
-            embeddings, or in the language model hidden states.
-        text_attention (B, T, N): in the language model, from each of these to the
-            visual tokens, in the last layer before the place, mean over heads.
+            embeddings, or hidden states inside the language model.
+        text_attention (B, T, N): inside the language model, attention from `text` to
+            the visual tokens, in the last layer before the place, mean over heads.
         queries, text_keys (B, heads, N, d) and (B, heads, T, d): of visual tokens and
             of text in the language model's first layer, without rotary positions.
-        scores_previous (B, N): what the last actions of an episode attended to.
-        action_previous (B, A): what a robot did last, in [-1, 1]; zeros at first.
-        budget (B,): the share of tokens to keep, which a scorer is told.
-        scores (B, N): what the pruner's scorer says.
+        scores_previous (B, N): attention from the last actions of an episode.
+        action_previous (B, A): the robot's last action in [-1, 1]; zeros at first.
+        budget (B,): the share of tokens to keep, an input of scorers.
+        scores (B, N): output of the pruner's scorer.
 
     Raises `ValueError` for shapes that do not fit together.
     """
@@ -68,32 +68,32 @@ class Features:
 
     @property
     def total(self) -> int:
-        """N."""
+        """N, the number of visual tokens."""
         return self.tokens.shape[1]
 
     def arrays(self) -> list[mx.array]:
-        """All that is computed."""
+        """Return tokens and extras in one list, for evaluation."""
         return [self.tokens, *self.extras.values()]
 
     def each(self, change: Callable[[mx.array], mx.array]) -> "Features":
-        """The same with every array changed."""
+        """Return a copy with `change` applied to every array."""
         extras = {name: change(array) for name, array in self.extras.items()}
         return replace(self, tokens=change(self.tokens), extras=extras)
 
     @property
     def fixed(self) -> "Features":
-        """What a choice by the language model is made from: it has no gradient."""
+        """A copy without gradients: the choice of tokens is not differentiable."""
         return self.each(mx.stop_gradient)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which visual tokens stay, and what becomes of the others.
+    """The kept visual tokens, and the weights of merged ones.
 
     indices: (B, K) int32, ascending: the kept token, or for a merging method the
-        token whose place a merged token takes.
-    weights: (B, K, N) for methods that merge, `None` for selectors. Rows sum to 1 but
-        for methods that publish other sums, which say so.
+        token whose position a merged token takes.
+    weights: (B, K, N) for methods that merge, `None` for selectors. Rows sum to 1,
+        except in methods whose docstring names another sum.
     mask: (B, K) bool, false where a sample keeps fewer than K; `None` when all keep K.
 
     Raises `ValueError` for shapes that do not fit together.
@@ -114,17 +114,17 @@ class Selection:
 
     @property
     def keep(self) -> int:
-        """K, the number of tokens that stay."""
+        """K, the number of kept tokens."""
         return self.indices.shape[1]
 
     def apply(self, values: mx.array) -> mx.array:
-        """(B, N, D) -> (B, K, D): gather or merge anything that is per token."""
+        """Gather or merge values per token: (B, N, D) -> (B, K, D)."""
         return keep_rows(values, self.indices if self.weights is None else self.weights)
 
     def assignment(self) -> mx.array | None:
-        """(B, N) int32: the kept token (0..K-1) that most of each token went to.
+        """Return the kept token (0..K-1) with the largest weight of each token, (B, N).
 
-        -1 where it went nowhere; `None` for selectors.
+        int32; -1 for a dropped token. `None` for selectors.
         """
         if self.weights is None:
             return None
@@ -132,20 +132,23 @@ class Selection:
         return mx.where(mx.max(self.weights, axis=1) > 0, most, -1)
 
     def arrays(self) -> dict[str, mx.array]:
-        """Those of its fields that there are."""
-        found = {"indices": self.indices, "weights": self.weights, "mask": self.mask}
-        return {name: array for name, array in found.items() if array is not None}
+        """Return the fields that are not `None`, by name."""
+        fields = {"indices": self.indices, "weights": self.weights, "mask": self.mask}
+        return {name: array for name, array in fields.items() if array is not None}
 
 
 def keep_rows(values: mx.array, chosen: mx.array) -> mx.array:
-    """(B, N, D) -> (B, K, D) by indices (B, K) or by weights (B, K, N)."""
+    """Gather (B, N, D) by indices (B, K) or merge by weights (B, K, N) to (B, K, D)."""
     if chosen.ndim == 3:
         return chosen.astype(values.dtype) @ values
     return mx.take_along_axis(values, chosen[..., None], axis=1)
 
 
 def place_marked(marked: mx.array, count: int) -> mx.array:
-    """(B, count) int32: the places of the `count` true values of each row (B, N)."""
+    """Return the places of true values in rows (B, N) bool, as (B, count) int32.
+
+    A row with fewer than `count` ends with N; more are cut.
+    """
     total = marked.shape[1]
     places = mx.where(marked, mx.arange(total), total)
     return mx.sort(places, axis=1)[:, :count].astype(mx.int32)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and JSON that is read."""
+"""Atomic writes of files and folders, locks, and JSON."""
 
 import contextlib
 import errno
@@ -15,14 +15,14 @@ from typing import BinaryIO
 
 from .errors import InputError
 
-# Weights and pictures that are installed with the package.
+# Weights and pictures of the installed package.
 DEMO = Path(__file__).parent / "demo"
 
 
 def cache_folder(name: str) -> Path:
-    """Return where this package keeps `name`, made from downloads.
+    """Return the folder for files `name` that are made from downloads.
 
-    `~/.cache/mlx_tokprune/NAME`, or below the folder in `MLX_TOKPRUNE_CACHE`.
+    `~/.cache/mlx_tokprune/NAME`, or NAME in the folder of `MLX_TOKPRUNE_CACHE`.
     """
     root = os.environ.get("MLX_TOKPRUNE_CACHE") or "~/.cache/mlx_tokprune"
     return Path(root).expanduser() / name
@@ -30,9 +30,9 @@ def cache_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when the block ends well.
+    """Yield a file beside `path` that replaces it if the block raises nothing.
 
-    Raises `InputError` where `path` is there and no regular file.
+    Raises `InputError` if `path` exists and is no regular file.
     """
     check_output(path)
     _sweep(path)
@@ -49,16 +49,16 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(text: str) -> list[tuple[int, str]]:
-    """Lines of JSON with their numbers, from 1, but for blank ones.
+    """Return the lines that are not blank, with their numbers from 1.
 
-    Only a line feed ends one: JSON's texts may hold what Unicode calls a line's end.
+    Only a line feed ends a line: JSON strings may contain Unicode's other line ends.
     """
     lines = enumerate(text.split("\n"), 1)
     return [(number, line) for number, line in lines if line.strip()]
 
 
 def check_output(path: str | Path) -> None:
-    """Raise `InputError` unless a file can be written there, in place of a file."""
+    """Raise `InputError` unless `path` can become a file, new or replaced."""
     check_name(path)
     parent = Path(path).absolute().parent
     if not parent.is_dir():
@@ -68,28 +68,28 @@ def check_output(path: str | Path) -> None:
 
 
 def check_name(path: str | Path) -> None:
-    """Raise `InputError` for a name that libraries below could not take."""
+    """Raise `InputError` for a name that is not UTF-8, which libraries cannot open."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
         raise InputError(f"{path} is no name in UTF-8; choose another") from None
 
 
-def check_apart(output: str | Path, others: Iterable[str | Path]) -> None:
-    """Raise `InputError` for an output that would overwrite something else."""
-    for other in others:
-        if os.path.realpath(output) == os.path.realpath(other):
-            raise InputError(f"{output} would overwrite {other}; choose another name")
+def check_apart(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise `InputError` for an output that would overwrite one of `inputs`."""
+    for path in inputs:
+        if os.path.realpath(output) == os.path.realpath(path):
+            raise InputError(f"{output} would overwrite {path}; choose another name")
 
 
 def _partial_prefix(target: str | Path) -> str:
-    """Names what this process has not finished, and whose it is."""
+    """Return the name prefix of unfinished output, with machine and process."""
     return f".{Path(target).name}.partial-{_machine()}-{os.getpid()}-"
 
 
 @functools.lru_cache(maxsize=1)
 def _machine() -> str:
-    """Where numbers of processes mean the same: this host, and container."""
+    """Return an identity of host and container, in which process ids are unique."""
     with contextlib.suppress(OSError):
         space = os.readlink("/proc/self/ns/pid")
         return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
@@ -111,7 +111,7 @@ def _sweep(target: str | Path) -> None:
 
 
 def _is_alive(process: str) -> bool:
-    """Whether this machine has such a process; where in doubt, it has."""
+    """Return whether a process runs on this machine; true in doubt."""
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
@@ -123,9 +123,9 @@ def _is_alive(process: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Nobody else writes what belongs to `path`, for the length of a `with` block.
+    """Hold the only lock of `path` inside a `with` block.
 
-    Raises `InputError` where somebody does.
+    Raises `InputError` if another process holds it.
     """
     import fcntl
 
@@ -133,7 +133,7 @@ def locked(path: str | Path) -> Iterator[None]:
     with lock.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another run may have taken the file away between the two steps.
+            # Another run may have removed the file between the two steps.
             mine = os.path.samestat(os.fstat(stream.fileno()), lock.stat())
         except OSError:
             mine = False
@@ -148,14 +148,14 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, or leave what was there."""
+    """Write `text` as UTF-8, or leave the old file unchanged on an error."""
     with replacing(path) as file:
         file.write(text.encode(errors="replace"))
 
 
 @contextlib.contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` when the block ends well.
+    """Yield a folder to fill that becomes `target` if the block raises nothing.
 
     It is made beside `target`; on any error it is removed and `target` never exists.
     Raises `InputError` when `target` exists or the disk is full.
@@ -179,7 +179,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         partial.rename(target)
-    except Exception as error:  # libraries say it in words of their own
+    except Exception as error:  # libraries raise their own types for a full disk
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if not full and (isinstance(error, InputError) or _has_room(target)):
             raise
@@ -201,7 +201,7 @@ def _full_disk(target: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; `InputError` says what is wrong with it."""
+    """Return the JSON object of a file; `InputError` names the fault of the file."""
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file; expected JSON")
@@ -219,7 +219,10 @@ def read_json(path: Path) -> dict:
 
 
 def object_of(config: Mapping, name: str) -> dict:
-    """The object under `name` of a config, empty when there is none."""
+    """Return the object under `name` of a config, empty if there is none.
+
+    Raises `InputError` for any other value.
+    """
     value = config.get(name) or {}
     if not isinstance(value, dict):
         raise InputError(f"config.json says {name} {value!r}; expected an object")
@@ -227,7 +230,7 @@ def object_of(config: Mapping, name: str) -> dict:
 
 
 def _umask() -> int:
-    """Files of `mkstemp` are private; others are as the user wants them."""
+    """Return the user's umask: files of `mkstemp` are private without it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,10 +1,10 @@
-"""What MLX needs of the machine: BLAS, threads' streams, and the device's name.
+"""Set-up of the machine for MLX: BLAS, streams of threads, and the device's name.
 
 MLX's Linux wheel links the reference BLAS. An OpenBLAS that is loaded first, with
 global symbols, takes its place. It comes from a wheel (`ngsolve-openblas` on x86-64,
 which picks its kernels by the processor; `cmeel-openblas` on ARM), which expects the
-system's Fortran runtime; where there is none, the one in MLX's own wheel serves.
-Nothing here imports MLX before it is called, since BLAS comes first.
+system's Fortran runtime; without one, the copy in MLX's wheel is loaded. This module
+imports MLX only inside functions, because BLAS has to come first.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _FORTRAN = b"libgfortran.so.5"
-# Else its threads spin for tens of milliseconds after each product, on cores that MLX's
-# own threads then have not: `benchmarks/under_load.py`.
+# Without it, OpenBLAS's threads spin for tens of milliseconds after each product, on
+# cores that MLX's threads need: `benchmarks/under_load.py`.
 _NO_SPINNING = ("OPENBLAS_THREAD_TIMEOUT", "4")
 _LIBRARIES = (
     "ngsolve_openblas/libopenblas*.so*",
@@ -37,7 +37,7 @@ def _load(path: str | Path) -> None:
 
 
 def _load_blas(path: Path) -> None:
-    """OpenBLAS reads its settings once; NumPy's own must not read ours."""
+    """Load OpenBLAS with our setting; NumPy's OpenBLAS must not read it later."""
     name, value = _NO_SPINNING
     ours = name not in os.environ
     if ours:
@@ -50,7 +50,7 @@ def _load_blas(path: Path) -> None:
 
 
 def _load_bundled_fortran(roots: list[str]) -> None:
-    """Load MLX's bundled libgfortran under the name that OpenBLAS asks for.
+    """Load MLX's bundled libgfortran under the name that OpenBLAS expects.
 
     Wheel builders rename bundled libraries, and the loader matches by the name inside
     the file, so a copy in memory gets the usual name back.
@@ -71,7 +71,7 @@ def _load_bundled_fortran(roots: list[str]) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse large blocks: MLX's CPU backend frees every intermediate."""
+    """Make glibc reuse large blocks: MLX's CPU backend frees every intermediate."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -81,8 +81,8 @@ def _keep_freed_memory() -> None:
 def preload() -> bool:
     """Load OpenBLAS before MLX; return whether it was loaded.
 
-    Without effect outside Linux, when MLX is already imported, or when
-    `MLX_TOKPRUNE_BLAS=0`. Never raises: without it everything works, slower.
+    Without effect outside Linux, if MLX is already imported, or with
+    `MLX_TOKPRUNE_BLAS=0`. Never raises: without OpenBLAS, MLX is only slower.
     """
     if sys.platform != "linux" or os.environ.get("MLX_TOKPRUNE_BLAS") == "0":
         return False
@@ -107,7 +107,7 @@ _LOCAL = threading.local()
 
 
 class _ThreadEnd:
-    """Give up the MLX streams of a thread when the thread's storage is freed.
+    """A guard in a thread's storage that clears the thread's MLX streams when freed.
 
     An interpreter that exits after a thread with streams has ended may abort
     ("terminate called without an active exception"), with plain MLX 0.32.4 as well.
@@ -123,7 +123,7 @@ class _ThreadEnd:
 
 
 def end_streams_with_thread() -> None:
-    """Have this thread's streams end with it; nothing for the main thread."""
+    """Clear this thread's MLX streams when it ends; no effect in the main thread."""
     main = threading.current_thread() is threading.main_thread()
     if not main and not hasattr(_LOCAL, "end"):
         _LOCAL.end = _ThreadEnd()

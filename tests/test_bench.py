@@ -20,7 +20,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.features import Selection
 from mlx_tokprune.generate import stream
 from mlx_tokprune.measure.results import read_result
-from mlx_tokprune.measure.subject import Asked, subject_of
+from mlx_tokprune.measure.subject import Request, subject_of
 from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.pipeline import timing
 from mlx_tokprune.processing.image import load_image
@@ -394,7 +394,7 @@ def test_a_pruner_of_one_s_own_can_be_measured(tiny):
         subject = subject_of("tiny", *tiny)
         images = [load_image(TINY / "image_0.png")]
         plan = as_plan(Pruner("every_other", 0.5))
-        asked = Asked(images, "Hi", plan, "original")
+        asked = Request(images, "Hi", plan, "original")
         assert benchmark.run_once(subject, asked, 2)["ttft_ms"] > 0
 
 
@@ -404,6 +404,6 @@ def test_accuracy_is_read_before_anything_is_timed(tmp_path, capsys, more):
     with pytest.raises(SystemExit) as stop:
         main([*asked, "--output", str(tmp_path / "b.json")])
     assert stop.value.code == 2
-    said = "is no JSON file" if more else "say --plots FOLDER"
+    said = "is no JSON file" if more else "give --plots FOLDER"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "b.json").exists()

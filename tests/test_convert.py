@@ -288,7 +288,7 @@ REFUSED = [
     ),
     (missing_tensor, "lacks tensor mm_projector.2.bias"),
     (extra_tensor, "has the unknown tensor language_model.model.extra"),
-    (apple_mlx_export, "vision tower is a Core ML package; this reads FastVLM as"),
+    (apple_mlx_export, "vision tower is a Core ML package; this reads .*FastVLM as"),
     (transformers_layout, "a transformers fast_vlm checkpoint.*; this reads"),
     (language_model_only, "model type 'qwen2' without a vision tower .*; this reads"),
     (openvla, r"config.json says timm_model_ids None; expected a list of 1"),

@@ -9,7 +9,11 @@ from conftest import DATA, TINY_POLICY, read_manifest, write_headers
 
 from mlx_tokprune import load
 from mlx_tokprune.act.predict import predict_action
-from mlx_tokprune.checkpoints.opening import Opened, expected_shapes, open_checkpoint
+from mlx_tokprune.checkpoints.opening import (
+    ModelSource,
+    expected_shapes,
+    open_checkpoint,
+)
 from mlx_tokprune.checkpoints.shards import Checkpoint
 from mlx_tokprune.convert import convert
 from mlx_tokprune.convert.__main__ import main
@@ -31,7 +35,7 @@ def manifest(tmp_path):
     """Opens a checkpoint whose headers are those of OpenVLA-7B, after `change`."""
     read = read_manifest(DATA / "manifests" / "OpenVLA-7B.json.gz")
 
-    def open_changed(change=lambda tensors: None) -> Opened:
+    def open_changed(change=lambda tensors: None) -> ModelSource:
         change(read["tensors"])
         folder = tmp_path / "full"
         write_headers(folder, read["tensors"], read["config"])

@@ -98,7 +98,7 @@ def test_a_table_that_is_stored_once_is_both(manifest, gone):
         (without(r"layers\.17\.mlp\.up_proj"), "lacks tensor .*17.mlp.up_proj"),
         (without("projector.linear.bias"), "lacks tensor .*linear.bias"),
         (without("post_layernorm.weight"), r"lacks tensor vision_tower\.norm\.weight"),
-        (without("patch_embedding.weight"), "which says its sizes"),
+        (without("patch_embedding.weight"), "which gives its sizes"),
         (lambda t: t | {ROOT + "model.x.weight": [4]}, "unknown tensor"),
         (
             lambda t: t | {"model.action_in_proj.weight": [4, 4]},
@@ -364,7 +364,7 @@ def test_an_orbax_checkpoint_is_told_how_to_get_safetensors(tmp_path, place):
 def test_flags_of_openvla_are_refused(copy, tmp_path):
     with pytest.raises(InputError, match="is a pi0-FAST checkpoint; leave out"):
         convert(str(copy), str(tmp_path / "mlx"), lora_adapter="merge")
-    with pytest.raises(InputError, match="said of OpenVLA-OFT policies"):
+    with pytest.raises(InputError, match="options for OpenVLA-OFT policies"):
         convert(str(copy), str(tmp_path / "mlx"), actions_per_chunk=4)
 
 

@@ -29,22 +29,22 @@ def demo():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no keep ratio was given; say --keep-ratio 0.5"),
+        ([], "no keep ratio was given; expected one, such as --keep-ratio 0.5"),
         (["--keep-ratio", "1"], "a keep ratio of 1 drops nothing"),
         (["--keep-ratio", "0"], "outside (0, 1]"),
-        (["--keep-tokens", "64"], "all 64 visual tokens would stay"),
+        (["--keep-tokens", "64"], "all 64 visual tokens would be kept"),
         (["--keep-tokens", "65"], "the most is 64"),
         (["--keep-ratio", ".5", "--method", "nrom"], "Did you mean 'norm'?"),
-        (["--keep-ratio", ".5", ".5"], "keep_50 was asked for more than once"),
+        (["--keep-ratio", ".5", ".5"], "keep_50 was requested more than once"),
         (
             ["--keep-ratio", ".5", "--method", "trimvla"],
-            "does not see; the nearest that can be exported is 'attention'",
+            "does not have; the nearest method that can be exported is 'attention'",
         ),
         (["--method", "lightvla", "--keep-ratio", ".5"], "decides itself how many"),
         (
             ["--method", "dart", "--keep-ratio", ".5"],
             "'dart' prunes at the prompt, which comes after a vision package, but can "
-            "prune at the tower; say --at tower",
+            "prune at the tower; expected --at tower",
         ),
         (
             ["--method", "fastv", "--keep-ratio", ".5"],
@@ -89,8 +89,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, message):
             "'similarity' with a threshold decides for each picture how many visual "
             "tokens to keep, and a package has fixed shapes; expected a keep ratio",
         ),
-        (Pruner("lightvla"), "'lightvla' looks at the prompt"),
-        (Pruner("cdpruner", keep_ratio=0.5), "'cdpruner' looks at the prompt"),
+        (Pruner("lightvla"), "'lightvla' reads the prompt"),
+        (Pruner("cdpruner", keep_ratio=0.5), "'cdpruner' reads the prompt"),
         (Pruner("norm", 0.5, at="prompt"), "'norm' prunes at the prompt"),
         (Pruner("attention", 0.5, at=2), "inside the language model, which a vision"),
         (Pruner("pyramiddrop", 0.5), "'pyramiddrop' prunes inside the language model"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY_POLICY
 
 from mlx_tokprune.measure import cost, machine
-from mlx_tokprune.measure.subject import Asked, subject_of
+from mlx_tokprune.measure.subject import Request, subject_of
 from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import Counts, Pruner, as_plan
 
@@ -60,7 +60,7 @@ def test_flops_of_a_policy_are_those_of_its_sizes(tiny_policy):
     model, processor = tiny_policy
     image = load_image(TINY_POLICY / "image_0.png")
     plan = as_plan(Pruner("norm", 0.25))
-    asked = Asked([image], "pick up the cup", plan, "original")
+    asked = Request([image], "pick up the cup", plan, "original")
     counted = subject_of("tiny", model, processor).count(asked)
     costs = counted.costs
     assert counted.tokens == Counts(64, 16, 16, 16, 16)

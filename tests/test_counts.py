@@ -40,7 +40,7 @@ def counted(monkeypatch):
     for tower in (FastViTHD, VisionBackbone):
         count(tower, "__call__", "towers")
     count(pictures, "_decode", "decoded")
-    traced = subject.Answering.count_shapes
+    traced = subject.AnswerSubject.count_shapes
 
     def tracing(*args):
         """Counting FLOPs follows the tower's graph; nothing of it runs."""
@@ -49,7 +49,7 @@ def counted(monkeypatch):
         found.update(before)
         return cost
 
-    monkeypatch.setattr(subject.Answering, "count_shapes", tracing)
+    monkeypatch.setattr(subject.AnswerSubject, "count_shapes", tracing)
     return found
 
 

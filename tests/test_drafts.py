@@ -14,10 +14,15 @@ from mlx_tokprune.bench import speed_table as table
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.checkpoints.embedded import POLICY_FRAME
 from mlx_tokprune.generate.__main__ import main
-from mlx_tokprune.generate.drafts import Begun, ModelDrafts, NgramDrafts, SelfDrafts
+from mlx_tokprune.generate.drafts import (
+    ModelDrafts,
+    NgramDrafts,
+    PrefillResult,
+    SelfDrafts,
+)
 from mlx_tokprune.generate.settings import Settings
 from mlx_tokprune.models.positions import LayerCache
-from mlx_tokprune.models.speculative import Draft, ReadingAlong, Repeating, Sampling
+from mlx_tokprune.models.speculative import Draft, ModelDrafter, NgramDrafter, Sampling
 from mlx_tokprune.pipeline import Scene, prune_at_prompt, run
 from mlx_tokprune.processing.image import load_image
 
@@ -75,7 +80,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(tiny):
     assert answer(tiny, ModelDrafts(*tiny), max_tokens=1) == (expected[:1], 1)
 
 
-def held(drafter: ReadingAlong) -> int:
+def held(drafter: ModelDrafter) -> int:
     """Tokens of the prompt in a drafter's cache."""
     return drafter._cache[0].inner.offset
 
@@ -89,7 +94,7 @@ def test_a_model_drafts_as_if_it_did_not_see_what_is_left_out(tiny):
     cache = model.decoder.make_cache()
     plan = (Pruner("norm", 0.5),)
     read, visual = run(model, scene, plan, cache=cache)
-    begun = Begun(
+    begun = PrefillResult(
         model,
         images,
         "<image>What<image>is this?",
@@ -205,7 +210,7 @@ def test_a_draft_knows_fewer_or_more_tokens(tiny):
     model = tiny[0]
     decoder, cache = model.decoder, model.decoder.make_cache()
     parts = [LayerCache(part) for part in cache]
-    drafter = ReadingAlong(decoder, parts, Sampling(1.0), vocabulary=7)
+    drafter = ModelDrafter(decoder, parts, Sampling(1.0), vocabulary=7)
     draft = drafter([1], 4)
     assert max(draft.tokens) < 7
     assert draft.log_shares.shape == (4, 7)
@@ -216,13 +221,13 @@ def test_a_draft_knows_fewer_or_more_tokens(tiny):
 
 
 def test_ngrams_come_from_the_prompt_and_the_answer():
-    repeating = Repeating([1, 2, 3, 4, 5])
+    repeating = NgramDrafter([1, 2, 3, 4, 5])
     assert repeating([9, 2, 3], 8).tokens == [4, 5, 9, 2, 3]
     assert repeating([7, 8, 7], 8).tokens == [8, 7]
     assert repeating([2, 3], 1).tokens == [4]
     assert repeating([6], 8).tokens == []
     # Of two places the later one.
-    assert Repeating([1, 2, 5, 1, 2, 6])([1, 2], 1).tokens == [6]
+    assert NgramDrafter([1, 2, 5, 1, 2, 6])([1, 2], 1).tokens == [6]
 
 
 def test_damaged_logits_are_no_tokens():
@@ -263,8 +268,8 @@ def test_command_line(capsys):
     assert (found[0]["calls"], found[-1]["calls"]) == (9, 2)
     for more, said in (
         (["--draft", "ngram", "--draft-model", "demo"], "give one of them"),
-        (["--draft-prune", "norm:0.5"], "say --draft-model, too"),
-        (["--num-draft-tokens", "2"], "say --draft, too"),
+        (["--draft-prune", "norm:0.5"], "give --draft-model, too"),
+        (["--num-draft-tokens", "2"], "requires --draft or --draft-model"),
         (["--draft", "self", "--draft-prune", "norm:0.5"], "pruned at the prompt"),
         (["--draft-model", "demo"], "tokenizer has other tokens"),
     ):

@@ -11,7 +11,7 @@ from mlx_tokprune import InputError, Policy, Pruner, predict_action
 from mlx_tokprune.act.heads import head_of
 from mlx_tokprune.act.inputs import observe
 from mlx_tokprune.checkpoints.embedded import POLICY_FRAME
-from mlx_tokprune.models.positions import At, LayerCache
+from mlx_tokprune.models.positions import LayerCache, TokenPositions
 from mlx_tokprune.pipeline import assemble, look, prune_at_prompt, run
 from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.processing.image import load_image
@@ -61,10 +61,9 @@ def by_hand(model, sequence, number: int, asking, own_key: bool) -> np.ndarray:
     attention = layers[number].self_attn
     x = layers[number].input_layernorm(hidden)
     heads = (1, length, attention.n_heads, -1)
+    at = TokenPositions(where)
     queries, keys = (
-        np.array(attention.rope(p(x).reshape(heads).swapaxes(1, 2), offset=At(where)))[
-            0
-        ]
+        np.array(attention.rope(p(x).reshape(heads).swapaxes(1, 2), offset=at))[0]
         for p in (attention.q_proj, attention.k_proj)
     )
     rows = []
@@ -251,7 +250,7 @@ def test_another_number_of_robots_is_refused(demo_policy, frames):
     policy = Policy(*demo_policy, pruner=VLAPRUNER)
     batch = [[frame] for frame in frames[:3]]
     policy.act_on_batch(batch, TOLD)
-    words = "the episode has 3 robots, not 2; say which go on with keep_robots"
+    words = "the episode has 3 robots, not 2; select the robots that continue"
     with pytest.raises(InputError, match=words):
         policy.act_on_batch(batch[:2], TOLD)
     policy.keep_robots([2, 0])

@@ -21,7 +21,7 @@ from mlx_tokprune.evaluate.judge_words import accuracy
 from mlx_tokprune.evaluate.own_runtime import OwnRuntime
 from mlx_tokprune.generate.settings import Settings
 from mlx_tokprune.measure.results import Row, make_rows
-from mlx_tokprune.measure.subject import Asked, Counted, subject_of
+from mlx_tokprune.measure.subject import Request, StageCosts, subject_of
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.pruners import Counts, Pruner, as_plan
 
@@ -72,7 +72,7 @@ def test_bad_lines_are_skipped_with_their_numbers(folder):
     assert found.items[1].answers == ("2", "2")
     reasons = dict(found.skipped)
     assert list(reasons) == [2, 3, 5, 6, 7, 8, 9, 10, 11, 12]
-    assert "asks what line 1 asks" in reasons[5]
+    assert "repeats the question of line 1" in reasons[5]
     assert "does not exist" in reasons[3]
     assert "expected a text" in reasons[12]
 
@@ -221,7 +221,7 @@ def test_a_picture_is_encoded_once(demo, monkeypatch):
         type(model), "encode", lambda *args: encoded.append(1) or encode(*args)
     )
     # Counting FLOPs traces the tower, which computes nothing.
-    none = Counted({}, 0, Counts(64, 64, 64, 64, 64))
+    none = StageCosts({}, 0, Counts(64, 64, 64, 64, 64))
     monkeypatch.setattr(
         type(evaluator.runtime.subject), "count_shapes", lambda *_: none
     )
@@ -381,8 +381,10 @@ def test_more_tokens_than_there_are_mean_all(folder, capsys):
     options += ["--eval-budgets", "8", "65", "500", "--max-tokens", "2"]
     main([*options, "--output", str(output)])
     shown = capsys.readouterr().out
-    assert shown.count("65, 500 visual tokens are more than the 64, so all stay") == 1
-    assert shown.count("so all stay") == 1
+    assert (
+        shown.count("65, 500 visual tokens are more than the 64, so all are kept") == 1
+    )
+    assert shown.count("so all are kept") == 1
     result = read_result(output)
     assert [(row["label"], row["kept"]) for row in result["rows"]] == [
         ("none", 64),
@@ -403,7 +405,7 @@ def test_the_least_picture_says_how_many_tokens_there_are(tmp_path, capsys):
     options += ["--eval-budgets", "40", "--max-tokens", "2"]
     main([*options, "--output", str(tmp_path / "e.json")])
     shown = capsys.readouterr().out
-    assert "40 visual tokens are more than the 32, so all stay" in shown
+    assert "40 visual tokens are more than the 32, so all are kept" in shown
     assert "| norm 32 tokens | 32 |" in shown
 
 
@@ -415,7 +417,7 @@ def test_flops_are_those_of_each_question(demo, folder):
         record = evaluator.ask(data.Item(picture, question))["norm 0.5"]
         asked = ([data.Item(picture, question).load()], question)
         plan = as_plan(ROWS[1].pruners)
-        counted = evaluator.runtime.subject.count(Asked(*asked, plan, "original"))
+        counted = evaluator.runtime.subject.count(Request(*asked, plan, "original"))
         assert record["flops"] == counted.flops
         flops.append(record["flops"])
     assert flops[1] > 1.1 * flops[0]

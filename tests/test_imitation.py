@@ -9,7 +9,7 @@ import pytest
 
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.models.language import TokenSequence
-from mlx_tokprune.pruners.scorers import Adaptive, load_scorer
+from mlx_tokprune.pruners.scorers import AdaptiveScorer, load_scorer
 from mlx_tokprune.train import scorer as scorer_module
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.batches import Batches
@@ -30,7 +30,7 @@ def test_a_scorer_imitates_layers(demo, sharpen, layers):
     """The goal is the attention from the prompt's last tokens in these layers."""
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 2).items)
-    plan, scorer = Lesson(1, 2, 2, imitate=layers, sharpen=sharpen), Adaptive(512)
+    plan, scorer = Lesson(1, 2, 2, imitate=layers, sharpen=sharpen), AdaptiveScorer(512)
     loss, count = ScorerLoss(model, batches, plan)(scorer, (0,), 0)
     drawn = batches.draw((0,), 2, 2).samples
     batch = batches.of(drawn, [item.pairs for item in drawn])
@@ -98,10 +98,10 @@ def test_few_tokens_imitate_what_each_alone_answers(demo, sharpen):
         likely = alone_by_hand(model, whole, row, tried) ** sharpen
         expected[row, tried] = likely / likely.sum()
     assert np.abs(expected - attention).max() > 0.1
-    rows = [item.pairs.index(pair) for pair in batch.asked[0]]
+    rows = [item.pairs.index(pair) for pair in batch.pairs[0]]
     for scorer, goal in (
         (scorer_for(model, "asking"), expected[rows]),
-        (Adaptive(512), expected.mean(0, keepdims=True)),
+        (AdaptiveScorer(512), expected.mean(0, keepdims=True)),
     ):
         summed, count = loss(scorer, (0,), 0)
         scores = np.array(score(model, scorer, batch, 1), np.float64)

@@ -24,7 +24,7 @@ from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.pruners.saliency import keep_highest
-from mlx_tokprune.pruners.scorers import Acting, load_scorer, save_scorer
+from mlx_tokprune.pruners.scorers import ActionScorer, load_scorer, save_scorer
 from mlx_tokprune.scenes.worlds import SIZE
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.gate import log_gate
@@ -37,10 +37,10 @@ from recipes.policy.tuning import Tuner, Tuning
 TOLD = POLICY_FRAME.question
 
 
-def acting(channels=192, actions=4) -> Acting:
+def acting(channels=192, actions=4) -> ActionScorer:
     """A scorer for which the last action matters much."""
     mx.random.seed(3)
-    scorer = Acting(channels, actions, width=16, depth=1, heads=2)
+    scorer = ActionScorer(channels, actions, width=16, depth=1, heads=2)
     scorer.action.weight = 40 * scorer.action.weight
     for block in scorer.blocks:
         block.qkv.weight = 4 * block.qkv.weight
@@ -202,7 +202,7 @@ def test_a_folder_chooses_as_the_scorer_did(tmp_path, demo_policy, frames, capsy
     scorer, folder = acting(), str(tmp_path / "scorer")
     save_scorer(scorer, folder)
     again = load_scorer(folder)
-    assert type(again) is Acting
+    assert type(again) is ActionScorer
     for (name, one), (_, two) in zip(
         *(tree_flatten(s.parameters()) for s in (scorer, again)), strict=True
     ):
@@ -227,7 +227,7 @@ def test_others_refuse_it_in_a_sentence(tmp_path, demo, tiny_policy, capsys):
     asked = (*demo, [PICTURES[0].path], PICTURES[0].question)
     with pytest.raises(InputError, match="needs action_previous, which this model"):
         generate(*asked, pruner=pruner)
-    save_scorer(Acting(96, 4), f"{folder}-narrow")
+    save_scorer(ActionScorer(96, 4), f"{folder}-narrow")
     narrow = Pruner(f"{folder}-narrow", 0.25)
     words = "reads actions of 4 numbers, and those of this policy have 7"
     for use in (
@@ -419,7 +419,7 @@ def test_score_writes_a_scorer(tmp_path, corridor, monkeypatch, capsys):  # noqa
     assert about["settings"]["actions"] == 4
     assert about["trained"]["layers"] in ([0], [1], [2], [3], [1, 2, 3])
     made = load_scorer(tmp_path / "scorer")
-    assert type(made) is Acting
+    assert type(made) is ActionScorer
     frame = np.zeros((SIZE, SIZE, 3), np.uint8)
     pruner = Pruner(str(tmp_path / "scorer"), 0.1)
     policy = Policy(*load("demo-policy"), pruner=pruner)
@@ -467,7 +467,7 @@ def test_another_scorer_in_its_folder_is_measured_again(
         if number or not log.exists():
             shutil.rmtree(folder, ignore_errors=True)
             mx.random.seed(number)
-            save_scorer(Acting(192, 4, 16), folder)
+            save_scorer(ActionScorer(192, 4, 16), folder)
         rows = success.rows([folder], [0.1], [f"{folder} 0.1"])
         success.measure(*demo_policy, 1, ["hammer"], rows, log)
         said = [json.loads(line) for line in log.read_text().splitlines()]

@@ -18,10 +18,10 @@ from mlx_tokprune import Features, InputError, Pruner, generate, load
 from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.pruners.scorers import (
-    Adaptive,
-    Asking,
-    Constant,
-    Inside,
+    AdaptiveScorer,
+    ConstantScorer,
+    PromptScorer,
+    TowerScorer,
     load_scorer,
     save_scorer,
 )
@@ -137,7 +137,9 @@ def test_an_open_gate_changes_nothing(tiny):
     np.testing.assert_allclose(plain, gated, atol=1e-5)
 
 
-@pytest.mark.parametrize("scorer", [Adaptive(24), Inside(24, (8, 2)), Asking(24)])
+@pytest.mark.parametrize(
+    "scorer", [AdaptiveScorer(24), TowerScorer(24, (8, 2)), PromptScorer(24)]
+)
 def test_budgets_and_batches(scorer):
     """Exactly K, for every K; the budget is seen; a sample's scores are its own."""
     text, blocks = (mx.random.normal(shape) for shape in ((2, 5, 24), (2, 16, 10)))
@@ -156,14 +158,14 @@ def test_budgets_and_batches(scorer):
 
 
 def test_what_is_not_told_its_budget_does_not_see_it():
-    scorer = Constant(24)
+    scorer = ConstantScorer(24)
     few, many = (scorer(features(budget=mx.full((2,), s))) for s in (0.1, 0.9))
     assert mx.array_equal(few, many)
 
 
 def test_the_budget_is_a_token_inside():
     """Visual tokens read it as one more key and value, and it reads them."""
-    scorer, seen = Inside(24, (8, 2)), []
+    scorer, seen = TowerScorer(24, (8, 2)), []
 
     def watch(x, block):
         seen.append(x)
@@ -204,13 +206,13 @@ def test_models_without_blocks_are_refused(tiny_policy):
     message = "reads blocks, which this model does not have at 'tower'"
     with pytest.raises(InputError, match=message):
         scorer_for(model, "inside")
-    pruner = Pruner("learned", 0.5, scorer=Inside(24, (8, 2)))
+    pruner = Pruner("learned", 0.5, scorer=TowerScorer(24, (8, 2)))
     with pytest.raises(InputError, match="needs blocks, which this model does not"):
         plan_for(model, pruner)
 
 
 def test_padding_of_questions_is_not_seen():
-    scorer, text = Asking(24), mx.random.normal((2, 5, 24))
+    scorer, text = PromptScorer(24), mx.random.normal((2, 5, 24))
     mask = mx.arange(5) < mx.array([[3], [5]])
     padded = scorer(features(text=text, text_mask=mask))
     alone = scorer(
@@ -230,7 +232,11 @@ def test_embedded_scorers_answer(demo, name):
 def test_a_scorer_on_disk(tmp_path, demo):
     model, processor = demo
     inside = scorer_for(model, "inside")
-    for name, scorer in (("a", Adaptive(512)), ("b", Asking(192)), ("c", inside)):
+    for name, scorer in (
+        ("a", AdaptiveScorer(512)),
+        ("b", PromptScorer(192)),
+        ("c", inside),
+    ):
         save_scorer(scorer, tmp_path / name)
         again = load_scorer(tmp_path / name)
         for (key, one), (_, two) in zip(
@@ -260,7 +266,7 @@ def test_a_scorer_on_disk(tmp_path, demo):
     ],
 )
 def test_damaged_scorers_are_refused(tmp_path, change, message):
-    save_scorer(Adaptive(512), tmp_path / "s")
+    save_scorer(AdaptiveScorer(512), tmp_path / "s")
     file = tmp_path / "s" / "scorer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(InputError, match=message):
@@ -271,7 +277,7 @@ def trained(tiny, folder, steps, stop=None):
     model, processor = tiny
     batches, plan = Batches(model, processor, samples()), Lesson(steps, 2, 1)
     mx.random.seed(0)
-    scorer = Adaptive(model.feature_size, width=16)
+    scorer = AdaptiveScorer(model.feature_size, width=16)
     how = Schedule(steps, 1e-3, save_every=1)
     loop = Loop(scorer, ScorerLoss(model, batches, plan), how, folder)
 
@@ -387,7 +393,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_tokprune import load
-from mlx_tokprune.pruners.scorers import Adaptive
+from mlx_tokprune.pruners.scorers import AdaptiveScorer
 from mlx_tokprune.train.batches import Batches
 from mlx_tokprune.train.samples import read_samples
 from mlx_tokprune.train.loop import Loop, Schedule
@@ -396,7 +402,7 @@ from mlx_tokprune.train.scorer import Lesson, ScorerLoss
 model, processor = load("demo")
 batches = Batches(model, processor, read_samples("demo", 3).items)
 mx.random.seed(0)
-scorer, folder = Adaptive(512, 16), Path(sys.argv[2])
+scorer, folder = AdaptiveScorer(512, 16), Path(sys.argv[2])
 loss = ScorerLoss(model, batches, Lesson(2, 1, 1))
 loop = Loop(scorer, loss, Schedule(2, 1e-3, accumulate=int(sys.argv[1])), folder)
 loop.run()

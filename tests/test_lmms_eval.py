@@ -17,11 +17,11 @@ import mlx_tokprune
 from mlx_tokprune import InputError, Pruner, generate
 from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.evaluate.lmms_eval import (
+    GenerationOptions,
     OwnRuntime,
-    Wanted,
     open_runtime,
+    read_generation_options,
     read_pruners,
-    read_wanted,
     seed_of,
     until,
 )
@@ -85,21 +85,23 @@ def test_what_cannot_be_meant_is_refused(told, reason):
 
 
 def test_tasks_ask_greedily_unless_they_say_otherwise():
-    assert read_wanted({}) == Wanted(1024, 0.0, 0.0, ())
+    assert read_generation_options({}) == GenerationOptions(1024, 0.0, 0.0, ())
     pope = {"max_new_tokens": 128, "temperature": 0, "top_p": 1.0, "num_beams": 1}
     pope |= {"do_sample": False, "until": ["\n\n"]}
-    assert read_wanted(pope) == Wanted(128, 0.0, 1.0, ("\n\n",))
+    assert read_generation_options(pope) == GenerationOptions(128, 0.0, 1.0, ("\n\n",))
     sampled = {"temperature": 0.7, "top_p": 0.95, "do_sample": True, "until": "\n"}
-    assert read_wanted(sampled) == Wanted(1024, 0.7, 0.95, ("\n",))
-    assert read_wanted({"temperature": 1, "do_sample": False}).temp == 0
-    assert read_wanted({"temperature": 1, "top_k": 1}).temp == 0
+    assert read_generation_options(sampled) == GenerationOptions(
+        1024, 0.7, 0.95, ("\n",)
+    )
+    assert read_generation_options({"temperature": 1, "do_sample": False}).temp == 0
+    assert read_generation_options({"temperature": 1, "top_k": 1}).temp == 0
     nothing = {"temperature": None, "top_p": None, "num_beams": None, "until": None}
-    assert read_wanted(nothing) == Wanted()
+    assert read_generation_options(nothing) == GenerationOptions()
     for told in ({"num_beams": 3}, {"repetition_penalty": 1.2}):
         with pytest.raises(InputError, match=f"wants {next(iter(told))}"):
-            read_wanted(told)
+            read_generation_options(told)
     with pytest.raises(InputError, match="from the best 20"):
-        read_wanted({"temperature": 0.7, "top_k": 20})
+        read_generation_options({"temperature": 0.7, "top_k": 20})
 
 
 def test_an_answer_ends_before_the_first_stop():
@@ -134,7 +136,9 @@ def test_answers_are_those_of_generate(demo):
     answers, whole = [], []
     for picture in PICTURES:
         seen = [load_image(picture.path)]
-        answers += ["".join(runtime.answer(seen, picture.question, Wanted(16), 0))]
+        answers += [
+            "".join(runtime.answer(seen, picture.question, GenerationOptions(16), 0))
+        ]
         how = {"pruner": FEW, "positions": "contiguous", "max_tokens": 16}
         assert answers[-1] == generate(*demo, seen, picture.question, **how)
         whole += [generate(*demo, seen, picture.question)]
@@ -147,11 +151,11 @@ def test_several_pictures_and_samples(demo):
     runtime, text = own(keep_ratio=0.5), PICTURES[0].question
     pruner = Pruner("norm", 0.5)
     for images in (seen, seen[::-1]):
-        given = "".join(runtime.answer(images, text, Wanted(16), 0))
+        given = "".join(runtime.answer(images, text, GenerationOptions(16), 0))
         assert given == generate(*demo, images, text, pruner=pruner, max_tokens=16)
 
     def sample(seed, top_p=0.0):
-        hot = Wanted(8, temp=20.0, top_p=top_p)
+        hot = GenerationOptions(8, temp=20.0, top_p=top_p)
         return "".join(runtime.answer(seen[:1], text, hot, seed))
 
     samples = [sample(seed) for seed in range(3)]
@@ -167,7 +171,7 @@ def test_losses_are_those_of_the_steps(demo):
     """-log p of each token as generating them one by one has it; the answer is best."""
     picture, runtime = PICTURES[0], own(method="norm", keep_ratio=0.25)
     seen, (model, processor) = [load_image(picture.path)], demo
-    answer = "".join(runtime.answer(seen, picture.question, Wanted(16), 0))
+    answer = "".join(runtime.answer(seen, picture.question, GenerationOptions(16), 0))
     loss, greedy = runtime.loss(seen, picture.question, answer)
     other, no = runtime.loss(seen, picture.question, "blue blue")
     assert (greedy, no) == (True, False)
@@ -191,7 +195,7 @@ def test_losses_are_those_of_the_steps(demo):
 
 def test_a_question_without_a_picture_is_refused():
     with pytest.raises(InputError, match="no picture"):
-        own().answer([], "What is this?", Wanted(), 0)
+        own().answer([], "What is this?", GenerationOptions(), 0)
 
 
 def test_in_mlx_vlm_answers_are_those_of_attach(tmp_path):
@@ -210,10 +214,10 @@ def test_in_mlx_vlm_answers_are_those_of_attach(tmp_path):
             made = mlx_vlm.stream_generate(qwen.model, qwen.processor, asked, **how)
             expected = "".join(piece.text for piece in made)
             marked = "<image>" * len(seen) + QUESTION  # as LLaVA's tasks do
-            given = runtime.answer(seen, marked, Wanted(LENGTH), 0)
+            given = runtime.answer(seen, marked, GenerationOptions(LENGTH), 0)
             assert "".join(given) == expected
             assert expected.strip()
-    with pytest.raises(InputError, match="not known in mlx-vlm"):
+    with pytest.raises(InputError, match="not supported in mlx-vlm"):
         runtime.loss(files, QUESTION, "x")
 
 

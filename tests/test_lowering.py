@@ -184,8 +184,12 @@ def test_a_primitive_without_an_entry_is_named():
     [
         (lambda x: mx.sort(x, 0), random(3, 4), "Sort along axis 0"),
         (lambda x: mx.prod(x, 1), random(3, 4), "Reduce 3 of"),
-        (lambda x: mx.addmm(x, x, x), random(3, 3), "AddMM is known for constant"),
-        (lambda x: x | 1, ints(3, 4), "BitwiseBinary 1 is known for bools"),
+        (
+            lambda x: mx.addmm(x, x, x),
+            random(3, 3),
+            r"AddMM .*expected constant weights",
+        ),
+        (lambda x: x | 1, ints(3, 4), "BitwiseBinary 1 is supported for bools"),
         (lambda x: mx.any(x, 1), random(3, 4), "Reduce 1 of"),
         (lambda x: mx.cumprod(x, 1), random(3, 4), "Scan"),
         (lambda x: mx.cumsum(x, 1, inclusive=False), random(3, 4), "Scan"),

@@ -312,7 +312,7 @@ def test_a_version_with_other_seams_is_refused(qwen, monkeypatch, seam):
     else:
         kind = type(qwen.model)
         monkeypatch.setattr(kind, "get_input_embeddings", lambda self, ids, pixels: 0)
-    with pytest.raises(InputError, match="which is not known here"):
+    with pytest.raises(InputError, match="which is not supported"):
         attach(qwen.model, qwen.processor, HALF)
     assert "process" not in vars(qwen.processor)
 

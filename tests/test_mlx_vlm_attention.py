@@ -451,7 +451,7 @@ def test_what_is_refused(qwen, tmp_path, monkeypatch):
     refused(qwen, "were left out", [RepeatPruner(), HALF])
     kind = type(qwen.model.vision_tower.blocks[-1].attn)
     monkeypatch.setattr(kind, "__call__", lambda self, x, windows: x)
-    refused(qwen, "in a way that is not known")
+    refused(qwen, "in a way that is not supported")
 
 
 def test_pictures_beside_a_video_are_refused(tmp_path):

@@ -134,7 +134,7 @@ def test_a_method_that_does_not_keep_its_budget(qwen, tmp_path, monkeypatch, wro
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with qwen.pruned(Pruner(f"guest_{wrong}:choose", 0.5)):
-        with pytest.raises(InputError, match="was asked for 15 tokens"):
+        with pytest.raises(InputError, match="expected 15, each once"):
             qwen.ask()
     assert qwen.ask()
 

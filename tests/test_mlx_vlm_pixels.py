@@ -452,7 +452,7 @@ def test_what_cannot_be_attached_is_refused(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(tower, "other", lambda self, grid_thw: 0, raising=False)
     refused(RepeatPruner(), "asks for grids in other")
     llava = Loaded(FAMILIES["llava"], tmp_path / "llava")
-    with pytest.raises(InputError, match="looked at for qwen2_vl"):
+    with pytest.raises(InputError, match="expected one of qwen2_vl"):
         attach(llava.model, llava.processor, RepeatPruner())
 
 

@@ -16,7 +16,7 @@ from mlx_tokprune.models.fastvithd import (
     drop_layer_scales,
     fold,
 )
-from mlx_tokprune.models.language import At, PositionedRoPE, TokenSequence
+from mlx_tokprune.models.language import PositionedRoPE, TokenPositions, TokenSequence
 from mlx_tokprune.models.layers import plain_operations
 
 SMALL = VisionConfig(
@@ -269,9 +269,9 @@ def test_rope_at_given_positions_equals_rope_one_by_one():
     plain, rope = nn.RoPE(16), PositionedRoPE(nn.RoPE(16))
     x = mx.random.normal((2, 3, 5, 16), key=mx.random.key(0))
     assert mx.array_equal(rope(x, offset=4), plain(x, offset=4))
-    together = rope(x, offset=At(mx.array(WHERE)))
-    rows = rope(x, offset=At(mx.array([WHERE, WHERE[::-1]])))
-    chunk = rope(x[:, :, 2:4], offset=At(mx.array(WHERE[2:4])))
+    together = rope(x, offset=TokenPositions(mx.array(WHERE)))
+    rows = rope(x, offset=TokenPositions(mx.array([WHERE, WHERE[::-1]])))
+    chunk = rope(x[:, :, 2:4], offset=TokenPositions(mx.array(WHERE[2:4])))
     assert difference(chunk, together[:, :, 2:4]) < 1e-6
     assert mx.array_equal(rows[0], together[0])
     for i, (position, other) in enumerate(zip(WHERE, WHERE[::-1], strict=True)):

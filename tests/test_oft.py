@@ -359,11 +359,11 @@ def test_wrong_side_files_are_named(policy_checkpoint, files, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": PICTURES[:1]}, "looks at 2 pictures; 1 given"),
+        ({"images": PICTURES[:1]}, "takes 2 pictures; 1 given"),
         ({"proprio": None}, "give proprio, 5 numbers"),
         ({"proprio": STATE[:3]}, "proprio is 5 numbers .* got 3"),
         ({"proprio": [float("nan")] * 5}, "not finite"),
-        ({"proprio": ["a"] * 5}, "no list of numbers"),
+        ({"proprio": ["a"] * 5}, "no list of 5 numbers"),
     ],
 )
 def test_observations_that_do_not_fit_are_refused(oft_policy, arguments, message):

@@ -309,8 +309,8 @@ def test_robots_of_a_batch_act_as_they_do_alone(tiny_chunks):
         ({"top": 0}, "camera 'top' is none of base_0_rgb, left_wrist"),
         ({"wrist": 0}, "fits several of"),
         ({"base": 0, "base_0_rgb": 1}, "base_0_rgb has two pictures"),
-        ({}, "looks at 1 to 3 pictures"),
-        ([0] * 4, "looks at 1 to 3 pictures"),
+        ({}, "takes 1 to 3 pictures"),
+        ([0] * 4, "takes 1 to 3 pictures"),
     ],
 )
 def test_pictures_that_fit_no_camera_are_refused(tiny_chunks, images, message):

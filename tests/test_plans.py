@@ -13,7 +13,7 @@ from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.generate.__main__ import main as generate
-from mlx_tokprune.measure.subject import Asked, subject_of
+from mlx_tokprune.measure.subject import Request, subject_of
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.processing.image import load_image
@@ -189,10 +189,10 @@ def asked_of(request, name: str, plan, pictures: int):
         images, text = [load_image(POLICY_FRAME.path)], POLICY_FRAME.question
     else:
         images, text = [load_image(file) for file in FILES[:pictures]], QUESTION
-    return subject, Asked(images, text, plan_for(model, plan), "original")
+    return subject, Request(images, text, plan_for(model, plan), "original")
 
 
-def held(subject, asked: Asked) -> tuple[list[int], int]:
+def held(subject, asked: Request) -> tuple[list[int], int]:
     """Visual tokens in the cache of each layer after a real run, and all bytes."""
     model, scene = subject.model, subject.scene(asked.images, asked.prompt)
     read, visual = run(model, scene, asked.plan, cache=model.decoder.make_cache())
@@ -248,7 +248,7 @@ def test_a_policy_keeps_what_is_counted_of_both_pictures(oft_policy):
     )
     assert [len(kept[0]) for _, kept in action.visual.by_place()] == [64, 20, 7]
     counted = subject_of("oft", model, processor).count(
-        Asked([image], "lift the block", plan, "original")
+        Request([image], "lift the block", plan, "original")
     )
     assert counted.tokens == counts
 

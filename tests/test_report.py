@@ -234,4 +234,4 @@ def test_accuracy_is_of_the_weights_that_were_timed(results, tmp_path):
     drawn = plots.draw_all(speeds, tmp_path, accuracies(answers))
     assert [path.name for path in drawn] == ["ttft_by_stage.png", "ttft_by_tokens.png"]
     assert len(plots.draw_all(speeds, tmp_path, known)) == 3
-    assert set(plots._known(speeds, known)) == {"none", "norm", "similarity"}
+    assert set(plots._accurate_points(speeds, known)) == {"none", "norm", "similarity"}

@@ -215,7 +215,7 @@ def test_bad_options(options, message):
 
 
 def test_what_cannot_be_seen_in_parts_is_refused(model, policy_model):
-    with pytest.raises(InputError, match="only FastVLM's tower"):
+    with pytest.raises(InputError, match="cannot encode a part of an image alone"):
         Temporal().check(policy_model)
     with pytest.raises(InputError, match="frames come one by one; 2 given"):
         Temporal()(model, scene_of(frame_of(), frame_of()), ())

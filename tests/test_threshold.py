@@ -20,11 +20,11 @@ from mlx_tokprune.generate.stream import stream_generate
 from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.pruners.saliency import above
 from mlx_tokprune.pruners.scorers import (
-    Adaptive,
-    Asking,
+    AdaptiveScorer,
+    PromptScorer,
+    fold_budget,
     load_scorer,
     save_scorer,
-    untold,
 )
 from mlx_tokprune.report.__main__ import main as report
 from mlx_tokprune.train.__main__ import main as train
@@ -111,7 +111,7 @@ def test_the_training_forward_is_that_of_inference(tiny, kind):
         chosen = Pruner("learned", scorer=Given())(
             Features(scores[i : i + 1, :, None], None)
         )
-        asked = batches.of([batch.samples[i]], [batch.asked[i]]).questions
+        asked = batches.of([batch.samples[i]], [batch.pairs[i]]).questions
         some = (chosen.apply(visual[i : i + 1]), chosen.indices)
         logits = answer_logits(model, batch.prefix, *some, asked, total)
         losses = nn.losses.cross_entropy(logits, mx.maximum(asked.targets, 0))
@@ -122,7 +122,7 @@ def test_the_training_forward_is_that_of_inference(tiny, kind):
     np.testing.assert_allclose(summed.item(), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Adaptive, Asking])
+@pytest.mark.parametrize("kind", [AdaptiveScorer, PromptScorer])
 def test_a_batch_has_other_counts_under_a_mask(kind):
     given = features(4, text=mx.random.normal((4, 5, 24), key=mx.random.key(1)))
     mx.random.seed(0)
@@ -143,7 +143,7 @@ def test_one_token_stays_at_least():
     assert chosen.indices.tolist() == [[2], [0]]
 
 
-@pytest.mark.parametrize("scorer", [Adaptive(24), Asking(24)])
+@pytest.mark.parametrize("scorer", [AdaptiveScorer(24), PromptScorer(24)])
 def test_a_budget_overrides_and_is_not_told(scorer):
     given = features(text=mx.random.normal((2, 5, 24)))
     scorer = counting(scorer)
@@ -201,16 +201,16 @@ def test_a_scorer_on_disk_says_that_it_counts(tmp_path, demo):
     file.write_text(json.dumps(config | {"counts": "mine"}))
     with pytest.raises(InputError, match="says that 'mine' counts; expected budget or"):
         Pruner(folder)
-    save_scorer(Adaptive(512), tmp_path / "t")
+    save_scorer(AdaptiveScorer(512), tmp_path / "t")
     assert Pruner(str(tmp_path / "t"), 0.1).method == "learned"
 
 
 def trained(tiny, folder, lesson, stop=None):
     model, processor = tiny
     mx.random.seed(0)
-    scorer = Adaptive(model.feature_size, width=16)
+    scorer = AdaptiveScorer(model.feature_size, width=16)
     scorer.own_count = True
-    order = Adaptive(model.feature_size, width=16)
+    order = AdaptiveScorer(model.feature_size, width=16)
     loss = ScorerLoss(model, Batches(model, processor, samples()), lesson, order)
     loop = Loop(scorer, loss, Schedule(lesson.steps, 1e-2, save_every=1), folder)
 
@@ -291,12 +291,12 @@ def test_what_a_question_needs_of_an_order(demo):
 
 
 def test_needs_are_learned_by_cross_entropy(demo):
-    (_, batches, _, loss), scorer = asking_of(demo), Asking(192)
+    (_, batches, _, loss), scorer = asking_of(demo), PromptScorer(192)
     scorer.own_count = True
     found, count = loss(scorer, (0,), 0)
     batch = batches.draw((0,), 2, 3)
     goals = np.array(loss._needed(batch, "prompt"))
-    for row, pair in enumerate(pair for asked in batch.asked for pair in asked):
+    for row, pair in enumerate(pair for asked in batch.pairs for pair in asked):
         item = batch.samples[row // 3]
         every = loss._needed_of(batches.of([item], [item.pairs]))
         assert goals[row].tolist() == every[item.pairs.index(pair)].tolist()
@@ -308,18 +308,18 @@ def test_needs_are_learned_by_cross_entropy(demo):
     np.testing.assert_allclose(found.item(), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scorer", [Adaptive(24), Asking(24)])
+@pytest.mark.parametrize("scorer", [AdaptiveScorer(24), PromptScorer(24)])
 def test_it_begins_with_the_scores_of_a_budget(scorer):
     given = features(text=mx.random.normal((2, 5, 24)))
     told = features(**given.extras, budget=mx.full((2,), 0.06))
     before, other = scorer(told), scorer(given)
-    untold(scorer, 0.06)
+    fold_budget(scorer, 0.06)
     np.testing.assert_allclose(scorer(given), before, atol=1e-5)
     assert mx.max(mx.abs(other - before)).item() > 1e-3
 
 
 def test_a_scorer_begins_with_anothers_weights(tiny, demo, tmp_path):
-    save_scorer(Adaptive(512), tmp_path / "s")
+    save_scorer(AdaptiveScorer(512), tmp_path / "s")
     begun = scorer_for(demo[0], str(tmp_path / "s"))
     known = dict(tree_flatten(load_scorer(tmp_path / "s").parameters()))
     for name, array in tree_flatten(begun.parameters()):
@@ -330,14 +330,14 @@ def test_a_scorer_begins_with_anothers_weights(tiny, demo, tmp_path):
 
 def test_a_package_has_fixed_shapes(tmp_path):
     model, _ = load("demo")
-    pruner = Pruner("learned", scorer=counting(Adaptive(512)))
+    pruner = Pruner("learned", scorer=counting(AdaptiveScorer(512)))
     with pytest.raises(
         InputError, match="'threshold' without a budget decides for each"
     ):
         export_package(model, pruner, tmp_path / "v.mlpackage")
     assert not (tmp_path / "v.mlpackage").exists()
-    asking = Pruner("learned", scorer=counting(Asking(192)), at="prompt")
-    with pytest.raises(InputError, match="looks at the prompt"):
+    asking = Pruner("learned", scorer=counting(PromptScorer(192)), at="prompt")
+    with pytest.raises(InputError, match="reads the prompt"):
         export_package(model, asking, tmp_path / "v.mlpackage")
 
 
@@ -370,16 +370,16 @@ def test_every_command_takes_one_without_a_budget(tmp_path, monkeypatch, capsys)
 
 def test_its_network_is_part_of_the_cost(tmp_path):
     """A scorer that counts for itself costs what it costs under the same budget."""
-    from mlx_tokprune.measure.subject import Asked, subject_of
+    from mlx_tokprune.measure.subject import Request, subject_of
 
     subject = subject_of("demo", *load("demo"))
-    scorer = counting(Adaptive(512))
+    scorer = counting(AdaptiveScorer(512))
     own = Pruner("learned", scorer=scorer)
 
     def count(pruner):
         image = Image.open(PICTURES[0].path)
         plan = plan_for(subject.model, pruner)
-        return subject.count(Asked([image], "What is this?", plan, "original"))
+        return subject.count(Request([image], "What is this?", plan, "original"))
 
     counted = count(own)
     budget = Pruner("learned", keep_tokens=int(counted.tokens.left), scorer=scorer)

@@ -184,7 +184,7 @@ def test_only_a_line_feed_ends_a_line(tmp_path, reader):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["prune", "--sharpen", "2"], "sharpen is of what is imitated"),
+        (["prune", "--sharpen", "2"], "nothing to imitate"),
         (["prune", "--distill", "1", "--imitate", "1"], "expected one of them"),
         (["prune", "--scorer", "asking", "--questions", "4"], "leave out --questions"),
         (["lora", "--layers", "0"], "whole numbers from 1"),

@@ -13,7 +13,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.generate import image_size as sizes
 from mlx_tokprune.generate.__main__ import main as command
 from mlx_tokprune.generate.memory import Memory
-from mlx_tokprune.models.positions import At, LayerCache
+from mlx_tokprune.models.positions import LayerCache, TokenPositions
 from mlx_tokprune.pipeline import assemble, look, run
 from mlx_tokprune.pipeline.timing import NoClock
 from mlx_tokprune.processing.image import load_image
@@ -62,9 +62,10 @@ class Standing(LayerCache):
         self.positions = mx.concatenate([positions, end + mx.arange(16)])
 
     @property
-    def offset(self) -> At:
+    def offset(self) -> TokenPositions:
         read = self.inner.offset
-        return At(self.positions[read : read + 1 if read else self.prompt - 1])
+        stop = read + 1 if read else self.prompt - 1
+        return TokenPositions(self.positions[read:stop])
 
 
 @pytest.mark.parametrize("step", [1, 7, 64, 77, 78])
@@ -294,7 +295,7 @@ def test_a_memory_holds_no_more_than_the_opening(demo):
 
 def test_vision_and_a_pruner_exclude_each_other(demo):
     pruner = Pruner("norm", keep_ratio=0.5)
-    with pytest.raises(InputError, match="what sees also prunes"):
+    with pytest.raises(InputError, match="pass the pruner to `vision`"):
         generate(*demo, [PICTURES[0].path], "Hi", vision=Watched(pruner), pruner=pruner)
 
 

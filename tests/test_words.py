@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EMPTY = {"found", "known", "asked", "seen", "given"}
 # Past and present participles, where a noun is wanted.
 PARTICIPLE = re.compile(
-    r"^_?(?!Padding|Ring)[A-Z][a-z]+(?:ing|ed)$|^(Begun|Sent|Seen|Kept)$"
+    r"^_?(?!Thing|Sampling)[A-Z][a-z]+(?:ing|ed)$|^(Begun|Sent|Seen|Kept)$"
 )
 
 

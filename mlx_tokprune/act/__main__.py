@@ -1,5 +1,6 @@
 """Print the action of a robot policy for one observation."""
 
+import argparse
 import json
 import os
 import statistics
@@ -39,6 +40,7 @@ from .predict import predict_action
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune act`."""
     parser = Parser(
         prog="mlx_tokprune.act",
         description=__doc__,
@@ -84,6 +86,7 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Run `mlx_tokprune act`."""
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     own = {name: getattr(args, name) for name in ("coverage", "min_keep_ratio")}
@@ -114,15 +117,15 @@ def main(argv: list[str] | None = None) -> None:
     head_of(model, processor, len(bounds.low)).first(args.first)
     plan = given_or_carried(model, pruners)
     mx.reset_peak_memory()
-    asked = {"pruner": plan, "positions": args.positions}
-    asked["unnorm_key"] = args.unnorm_key
+    options = {"pruner": plan, "positions": args.positions}
+    options["unnorm_key"] = args.unnorm_key
     policy = None
     if args.runs:  # refuse a draft before acting
-        how = {"draft": _draft(args, drafting), "first": args.first}
-        policy = Policy(model, processor, **how, **asked)
+        draft = _draft(args, drafting)
+        policy = Policy(model, processor, draft=draft, first=args.first, **options)
     action = predict_action(
         *(model, processor, images, instruction),
-        **{"proprio": args.proprio, "stages": args.stages, **asked},
+        **{"proprio": args.proprio, "stages": args.stages, **options},
     )
     peak, rate, calls = mx.get_peak_memory() / 1e6, None, None
     if policy is not None:
@@ -130,9 +133,9 @@ def main(argv: list[str] | None = None) -> None:
         calls = policy.calls
     visual = action.visual
     if args.overlay:
-        seen = check_images(model, images)
-        seen = [center_crop(image, processor.crop) for image in seen]
-        write_overlay(args.overlay, seen, visual, padded=processor.pads)
+        inputs = check_images(model, images)
+        inputs = [center_crop(image, processor.crop) for image in inputs]
+        write_overlay(args.overlay, inputs, visual, padded=processor.pads)
     record = {
         "action": _first(action.values, args.first),
         "normalized_action": _first(action.normalized, args.first),
@@ -157,12 +160,12 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(record))
 
 
-def _draft(args, plan: Plan | None):
-    """What drafts, as `Policy` takes it."""
+def _draft(args: argparse.Namespace, plan: Plan | None) -> bool | str | Policy:
+    """Return the `draft` argument of `Policy`."""
     if args.draft_model:
         loaded = load(args.draft_model)
-        how = {"positions": args.positions, "unnorm_key": args.unnorm_key}
-        return Policy(*loaded, pruner=plan, **how)
+        options = {"positions": args.positions, "unnorm_key": args.unnorm_key}
+        return Policy(*loaded, pruner=plan, **options)
     return True if args.draft == "last" else args.draft or False
 
 
@@ -171,9 +174,10 @@ def _first(actions: np.ndarray, count: int | None) -> list:
 
 
 def split_names(texts: list[str]) -> tuple[list[str], list[str]]:
-    """`camera=file` texts as names and files; no names where none are given.
+    """Split `CAMERA=FILE` texts into camera names and files.
 
-    Raises `InputError` where some have a name and some have none, or one comes twice.
+    Texts without any name give no names. Raises `InputError` when only a part of the
+    texts has a name, or a name comes twice.
     """
     parts = [("", t) if os.path.exists(t) else _named(t) for t in texts]
     names, files = [n for n, _ in parts], [f for _, f in parts]
@@ -192,8 +196,14 @@ def _named(text: str) -> tuple[str, str]:
     return (name, file) if equals and "/" not in name else ("", text)
 
 
-def _actions_per_second(policy, images, instruction, proprio, runs: int) -> float:
-    """Actions of one call over the median time of warm, compiled calls."""
+def _actions_per_second(
+    policy: Policy,
+    images: list | dict,
+    instruction: str,
+    proprio: list[float] | None,
+    runs: int,
+) -> float:
+    """Return the actions of one call over the median time of warm, compiled calls."""
     policy(images, instruction, proprio)
     times = []
     for _ in range(runs):
@@ -204,7 +214,7 @@ def _actions_per_second(policy, images, instruction, proprio, runs: int) -> floa
 
 
 def format_report(record: dict) -> str:
-    """The figures of one action, for people."""
+    """Return the figures of one action as readable lines."""
     rows = np.atleast_2d(record["action"])
     shown = "\n                ".join(
         " ".join(f"{value:+.4f}" for value in row) for row in rows
@@ -215,7 +225,7 @@ def format_report(record: dict) -> str:
         f"({record['method']}, {record['positions']} positions)",
     ]
     if record["wrong"]:
-        lines.insert(1, f"wrong           {record['wrong']}; padded, cut or zeros")
+        lines.insert(1, f"error           {record['wrong']}; padded, cut or zeros")
     stages = record["stages_ms"]
     if stages:
         times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
@@ -226,8 +236,8 @@ def format_report(record: dict) -> str:
     )
     if record["actions_per_second"]:
         rate = record["actions_per_second"]
-        how = f"warm, {record['calls']} calls of the language model"
-        lines.append(f"actions/s       {rate:.1f} ({how})")
+        note = f"warm, {record['calls']} calls of the language model"
+        lines.append(f"actions/s       {rate:.1f} ({note})")
     return "\n".join(
         [
             *lines,

@@ -1,16 +1,17 @@
-"""Speculative decoding of action tokens: the same tokens, in fewer calls of the model.
+"""Speculative decoding of action tokens: equal tokens in fewer model calls.
 
-A robot's next action is often its last one in some of its numbers. The model reads the
-drafted tokens along with the prompt; those that it would have chosen itself are taken,
-and its first other choice corrects the draft (speculative decoding, arXiv 2211.17192,
-with greedy tokens). Tokens are the same as without a draft, up to ties in float.
+A robot's next action often repeats some numbers of the previous one. The model reads
+the drafted tokens along with the prompt and accepts those that it would have chosen;
+its first different choice corrects the draft (speculative decoding, arXiv 2211.17192,
+with greedy tokens). The tokens equal those decoded without a draft, up to float ties.
 
-Answers in FAST's code have no fixed length, and a change in one place moves the others:
-their drafts are what followed in the last answer, wherever it went on like this one.
+Answers in FAST's code have no fixed length, and one changed token moves the rest. Their
+drafts are n-gram continuations: the tokens that followed in the previous answer,
+wherever it has the current answer's latest tokens.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,15 +24,15 @@ from ..pipeline import Scene, run
 from ..pruners import Plan
 from .heads import Chunks
 
-_WIDTH = 16  # tokens that are drafted at once, after the first call
+_WIDTH = 16  # drafted tokens per call, after the first call
 
 
-class Checked(NamedTuple):
-    """What a compiled call gives back: arrays only.
+class DraftCheck(NamedTuple):
+    """Result of reading a draft: arrays only, because a compiled call returns it.
 
-    tokens: (B, A), the model's after the prompt, and after each drafted token but the
-    last. layers: keys and values of each layer, which may differ in length. shifts:
-    for each layer, what later tokens add to that length.
+    tokens: (B, A), the model's tokens after the prompt and after each drafted token but
+    the last. layers: keys and values of each layer, which may differ in length. shifts:
+    offset of each layer that later positions add to its cached length.
     """
 
     tokens: mx.array
@@ -41,33 +42,33 @@ class Checked(NamedTuple):
 
 def read_draft(
     model: VisionModel, scene: Scene, plan: Plan, positions: str, draft: mx.array
-) -> Checked:
+) -> DraftCheck:
     """Read the prompt and a draft (B, A) in one call. Lazy."""
     cache = model.decoder.make_cache()
-    how = {"positions": positions, "after": draft[:, :-1], "cache": cache}
-    read, _ = run(model, scene, plan, **how)
+    options = {"positions": positions, "after": draft[:, :-1], "cache": cache}
+    read, _ = run(model, scene, plan, **options)
     _, tokens = greedy(model.decoder.logits(read.hidden))
     layers = [layer.inner.keys_and_values() for layer in read.cache]
     shifts = [mx.array(layer.shift) for layer in read.cache]
-    return Checked(tokens, layers, shifts)
+    return DraftCheck(tokens, layers, shifts)
 
 
 def correct_draft(
-    model: VisionModel, draft: mx.array, checked: Checked
+    model: VisionModel, draft: mx.array, check: DraftCheck
 ) -> tuple[mx.array, int]:
-    """What follows the part of the draft that was right.
+    """Complete an action after the accepted part of its draft.
 
-    Returns (B, A) tokens, and how many calls they took besides that of `read_draft`.
+    Returns (B, A) tokens, and the number of calls besides that of `read_draft`.
     """
     steps = draft.shape[1]
-    cache = model.decoder.cache_of(checked.layers, checked.shifts)
-    tokens, calls = _agreed(draft, checked.tokens), 0
+    cache = model.decoder.cache_of(check.layers, check.shifts)
+    tokens, calls = _agreed(draft, check.tokens), 0
     while tokens.shape[1] < steps:
         done = tokens.shape[1]
-        for layer in cache:  # what was read of the draft from its first mistake on
+        for layer in cache:  # forget the draft from its first mismatch on
             layer.inner.trim(steps - done)
-        given = mx.concatenate([tokens[:, -1:], draft[:, done:-1]], axis=1)
-        hidden = model.decoder.follow(given, cache)
+        inputs = mx.concatenate([tokens[:, -1:], draft[:, done:-1]], axis=1)
+        hidden = model.decoder.follow(inputs, cache)
         _, more = greedy(model.decoder.logits(hidden))
         tokens = mx.concatenate([tokens, _agreed(draft[:, done:], more)], axis=1)
         calls += 1
@@ -75,10 +76,13 @@ def correct_draft(
 
 
 def _agreed(draft: mx.array, tokens: mx.array) -> mx.array:
-    """The model's tokens up to and with the first that no robot's draft had."""
-    same = np.array(draft[:, :-1] == tokens[:, :-1])
-    right = np.cumprod(same, axis=1).sum(axis=1).min(initial=same.shape[1])
-    return tokens[:, : int(right) + 1]
+    """Return the model's tokens up to and including the batch's first mismatch.
+
+    The robots of a batch share one cache length, so the shortest match counts for all.
+    """
+    matches = np.array(draft[:, :-1] == tokens[:, :-1])
+    length = np.cumprod(matches, axis=1).sum(axis=1).min(initial=matches.shape[1])
+    return tokens[:, : int(length) + 1]
 
 
 def draft_chunk(
@@ -88,26 +92,27 @@ def draft_chunk(
     plan: Plan,
     last: list[int],
     first: Sequence[int] | None = None,
-    **how,
+    **options: Any,
 ) -> tuple[list[int], int]:
-    """One robot's answer, drafted by another, and how many calls it took.
+    """Decode one robot's answer with drafts from a previous answer.
 
-    The first call reads the prompt and the draft `first`, the whole of `last` unless
-    another is given. `how` is that of `run`.
+    last: token ids of the previous answer. first: the draft that the first call reads
+    along with the prompt (default: all of `last`). options: keyword arguments of
+    `pipeline.run`. Returns the answer's token ids and the number of calls.
     """
     cache = model.decoder.make_cache()
     draft = list(last if first is None else first)[: head.most]
     after = mx.array([draft[:-1]], mx.int32)
-    how |= {"after": after} if len(draft) > 1 else {}
-    read, _ = run(model, scene, plan, cache=cache, **how)
-    # Without what the padding of others would need: there is one robot.
+    options |= {"after": after} if len(draft) > 1 else {}
+    read, _ = run(model, scene, plan, cache=cache, **options)
+    # A single robot has no batch padding, so the new caches leave out its mask.
     parts = [LayerCache(part.inner, part.shift) for part in read.cache]
-    _, found = greedy(model.decoder.logits(read.hidden))
-    said, calls = agreed(draft, np.array(found[0]).tolist()), 1
-    trim(parts, max(0, len(draft) - len(said)))
-    while not head.ends(said):
-        most = min(_WIDTH, head.most - len(said) - 1)
-        following = Draft(continued(last, said)[:most])
-        said += verify(model.decoder, parts, said[-1], following, Sampling())
+    _, tokens = greedy(model.decoder.logits(read.hidden))
+    answer, calls = agreed(draft, np.array(tokens[0]).tolist()), 1
+    trim(parts, max(0, len(draft) - len(answer)))
+    while not head.ends(answer):
+        most = min(_WIDTH, head.most - len(answer) - 1)
+        following = Draft(continued(last, answer)[:most])
+        answer += verify(model.decoder, parts, answer[-1], following, Sampling())
         calls += 1
-    return head.cut(said), calls
+    return head.cut(answer), calls

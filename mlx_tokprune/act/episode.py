@@ -1,4 +1,4 @@
-"""Run-time inputs of scorers that an episode carries from one step to the next."""
+"""Run-time inputs of scorers, carried from one step of an episode to the next."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from ..pruners import Plan
 
 @dataclass(frozen=True)
 class RuntimeInput:
-    """One input, batch first.
+    """A run-time input of scorers, batch first.
 
-    first: (robots, numbers of an action) -> its value in the first step of an episode.
-    after: normalised actions (B, chunk, A) that were executed -> its next value.
+    first: (robots, action dimensions) -> its value in an episode's first step.
+    after: executed normalised actions (B, chunk, A) -> its value in the next step.
     """
 
     first: Callable[[int, int], mx.array]
     after: Callable[[np.ndarray], np.ndarray]
 
 
-# By its name among the extras of `Features`, which documents it.
+# By name in `Features.extras`; `Features` documents each.
 RUNTIME_INPUTS = {
     "action_previous": RuntimeInput(
         first=lambda robots, size: mx.zeros((robots, size)),
@@ -37,7 +37,7 @@ def first_inputs(robots: int, size: int) -> dict[str, mx.array]:
 
 
 class EpisodeInputs:
-    """The run-time inputs that a plan reads, from step to step of an episode."""
+    """Run-time inputs that a plan reads, kept between the steps of an episode."""
 
     def __init__(self, plan: Plan, size: int):
         reads = {name for pruner in plan for name in pruner.reads}
@@ -46,24 +46,27 @@ class EpisodeInputs:
         self.values: dict[str, mx.array] = {}
 
     def reset(self) -> None:
-        """Begin an episode."""
+        """Begin an episode: forget the previous step."""
         self.values = {}
 
     def keep(self, rows: mx.array) -> None:
-        """Go on with these robots of the last batch."""
+        """Keep only these rows (robots) of the previous batch."""
         self.values = {name: value[rows] for name, value in self.values.items()}
 
     def of(self, robots: int) -> dict[str, mx.array]:
-        """Return the inputs of the next step, for this many robots."""
+        """Return the inputs of the next step for a number of robots.
+
+        Raises `InputError` unless the previous step had as many robots.
+        """
         for value in self.values.values():
             check_robots(value, robots)
         first = first_inputs(robots, self._size)
         return {name: self.values.get(name, first[name]) for name in self.names}
 
     def note(self, normalized: np.ndarray, executed: int | None) -> None:
-        """Take what a step did: (B, A) or (B, chunk, A), of a chunk the first actions.
+        """Record a step's normalised actions, (B, A) or (B, chunk, A).
 
-        executed: how many of a chunk; `None` for all.
+        executed: number of a chunk's actions that the robot executes; `None` for all.
         """
         if not self.names:
             return
@@ -74,9 +77,9 @@ class EpisodeInputs:
 
 
 def check_robots(previous: mx.array, robots: int) -> None:
-    """Raise `InputError` unless the last step had as many robots."""
+    """Raise `InputError` unless the previous step had as many robots."""
     if len(previous) != robots:
         raise InputError(
-            f"the episode has {len(previous)} robots, not {robots}; say which go on "
-            "with keep_robots, or begin another with reset"
+            f"the episode has {len(previous)} robots, not {robots}; select the robots "
+            "that continue with keep_robots, or begin another episode with reset"
         )

@@ -1,6 +1,6 @@
-"""`predict_action`: the action for one observation, with its times.
+"""`predict_action`: predict one observation's action and measure its times.
 
-`policy.py` is for control loops.
+Control loops use `policy.Policy`.
 """
 
 import logging
@@ -28,15 +28,15 @@ log = logging.getLogger("mlx_tokprune")
 
 @dataclass(frozen=True)
 class Action:
-    """What a policy answers to one observation.
+    """A policy's answer to one observation.
 
     values: (A,) in robot units, or (chunk, A) from OpenVLA-OFT and pi0-FAST.
-    normalized: the same in [-1, 1]. token_ids: the A tokens, or those of pi0-FAST's
-    answer; `None` for OFT, which has none. visual: the
-    kept visual tokens. ttft_ms: from decoded pictures to the first action token on the
-    host (OFT: to the whole chunk). total_ms: to the last. stages_ms: of each stage,
-    where a clock fenced them. wrong: what was wrong with the answer of a pi0-FAST
-    policy, whose values are then padded or cut.
+    normalized: the values in [-1, 1]. token_ids: the A tokens, or the tokens of
+    pi0-FAST's answer; `None` for OFT, which has none. visual: the kept visual tokens.
+    ttft_ms: time from decoded images to the first action token on the host (OFT: to the
+    whole chunk). total_ms: time to the last token. stages_ms: time of each fenced
+    stage, with `stages`. wrong: fault of a pi0-FAST answer, whose values are then
+    padded or cut; else `None`.
     """
 
     values: np.ndarray
@@ -61,15 +61,14 @@ def predict_action(
     positions: str = DEFAULT_POSITIONS,
     stages: bool = False,
 ) -> Action:
-    """The action for one observation.
+    """Predict the action for one observation.
 
     images: files, arrays or PIL images, in the policy's order, or by the names of its
-    cameras, of which any may be absent (pi0-FAST). unnorm_key: the data set
-    whose units are wanted; may be left out where there is one. proprio: robot state in
-    its own units, for policies that read it. pruner: one, or several at different
-    places; when `None` those that the checkpoint carries, mostly none. stages: fence
-    the run and time its stages. Raises `InputError` for anything that does not fit the
-    policy.
+    cameras, of which any may be absent (pi0-FAST). unnorm_key: data set whose action
+    units are used; optional for a policy of one data set. proprio: robot state in its
+    own units, for policies that read it. pruner: one pruner, or several at different
+    places; `None` uses the checkpoint's own pruners, mostly none. stages: fence the run
+    and time its stages. Raises `InputError` for arguments that do not fit the policy.
     """
     check_acts(processor)
     plan = plan_for(model, pruner)
@@ -85,26 +84,26 @@ def predict_action(
     end_streams_with_thread()
     start = time.perf_counter()
     with clock.stage("preprocess") as done:
-        told = tell(head, model, instruction, states, unnorm_key)
-        scene = observe(processor, [images], *told, first_inputs(1, size))
+        prompt, state = tell(head, model, instruction, states, unnorm_key)
+        scene = observe(processor, [images], prompt, state, first_inputs(1, size))
         done.append(scene.pixels)
     parts, visual = head.decode(model, scene, plan, positions=positions, clock=clock)
     with clock.stage("prefill"):
         mx.eval(parts[0])
     first = time.perf_counter()
     with clock.stage("decode"):
-        said = np.array(head.joined(parts))[0]
+        answer = np.array(head.joined(parts))[0]
     last = time.perf_counter()
-    mx.eval(visual.indices)  # other threads could not
+    mx.eval(visual.indices)  # MLX evaluates lazy arrays only on their own thread
     log.debug("action after %.1f ms", (last - start) * 1e3)
-    normalized = check_action(head.normalized(said))
-    wrong = head.wrong(said)
+    normalized = check_action(head.normalized(answer))
+    wrong = head.wrong(answer)
     if wrong:
         log.warning("the policy gave %s", wrong)
     return Action(
         bounds.to_units(normalized),
         normalized,
-        head.ids(said),
+        head.ids(answer),
         visual,
         (first - start) * 1e3,
         (last - start) * 1e3,

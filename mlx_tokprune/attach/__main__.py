@@ -1,5 +1,7 @@
 """Write a model folder that mlx-vlm loads and that prunes by itself."""
 
+import argparse
+
 from ..cli import Parser, add_option, add_prune, add_seed, command, plan_of
 from ..errors import InputError
 from ..pipeline import POSITIONS
@@ -9,6 +11,7 @@ from .pixels import RepeatPruner, TemporalPruner
 
 
 def build_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(
         prog="mlx_tokprune.attach",
         description=__doc__,
@@ -48,23 +51,24 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Write a model folder that prunes, from command line arguments."""
     args = build_parser().parse_args(argv)
     target = write_folder(args.model, args.mlx_path, _pruners(args), args.positions)
     print(f"wrote {target}; python -m mlx_vlm.generate --model {target} prunes")
 
 
-def _pruners(args) -> list:
-    """Everything that the flags prune, together."""
+def _pruners(args: argparse.Namespace) -> list:
+    """Return the pixel pruners and the token pruner that the arguments configure."""
     pruners: list = []
     if args.temporal is not None:
         pruners.append(TemporalPruner(args.temporal, args.max_age))
     elif args.max_age is not None:
-        raise InputError("--max-age is of --temporal THRESHOLD, which is missing")
+        raise InputError("--max-age requires --temporal THRESHOLD")
     if args.drop_repeats is not None:
         pruners.append(RepeatPruner(args.drop_repeats))
     unset = args.keep_ratio is None and args.keep_tokens is None
     if args.method is not None and unset and not args.prune:
-        raise InputError("a method needs a budget: --keep-ratio or --keep-tokens")
+        raise InputError("--method requires --keep-ratio or --keep-tokens")
     plan = plan_of(args, DEFAULT_METHOD) or ()
     if any(pruner.keeps_all for pruner in plan):
         raise InputError("nothing would be pruned; expected a keep ratio below 1")

@@ -1,7 +1,8 @@
-"""What the towers of mlx-vlm attend to, for methods that read it.
+"""Attention and keys of the towers of mlx-vlm, for methods that read them.
 
-mlx-vlm's own code runs the tower. One block is watched, and what its patches receive is
-computed again from its queries and keys: fused attention gives no weights.
+mlx-vlm's own code runs the tower. One block is recorded, and the attention that its
+patches receive is computed again from its queries and keys: fused attention returns no
+weights.
 """
 
 import contextlib
@@ -13,20 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
 
 PROVIDES = ("attention", "attention_middle", "keys")
-_WEIGHTS = 1 << 24  # of attention that are there at once
+_WEIGHTS = 1 << 24  # attention weights in memory at once
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Of one call of an attention block.
+    """Queries and keys of one call of an attention block.
 
     queries, keys: (B, H, L, D). plain: (B, L, H * D), keys without rotary positions.
-    ends: of what attends to itself alone, along L.
+    ends: ends along L of the parts that attend to themselves alone.
     """
 
     queries: mx.array
@@ -38,14 +40,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Tower:
-    """How the tower of a family attends.
+    """Attention of the tower of a family.
 
-    blocks: of a model the attention modules that see whole pictures, by number, up to
-    the one that features come from. depth: blocks in all. heads: from (module,
-    arguments by name, inputs of the prompt, config). takes: names of such arguments.
-    tokens: (model, (B, L, C) of patches, inputs) -> (N, C) of visual tokens, means of
-    their patches. asks: whether the first token of a picture is one that asks for all.
-    apart: whether it may be called for each picture, as (1, L, C).
+    blocks: from a model, the attention modules that attend to whole pictures, by
+    number, up to the block that features come from. depth: number of all blocks. heads:
+    from (module, arguments by name, inputs of the prompt, config). takes: names of
+    those arguments. tokens: (model, (B, L, C) of patches, inputs) -> (N, C) of visual
+    tokens, means of their patches. asks: whether the first token of a picture is a
+    class token, which alone attends. apart: whether the block may be called for each
+    picture, as (1, L, C).
     """
 
     blocks: Callable[[Any], dict[int, Any]]
@@ -58,18 +61,20 @@ class Tower:
 
 
 class Watch:
-    """Looks at the last attention block of a tower, and at a middle one if asked to.
+    """Recorder of the last and, if required, a middle attention block of a tower.
 
-    Raises `InputError` for a tower that is not as it was when this was written.
+    names: extras to compute, from `PROVIDES`. Raises `InputError` for a tower whose
+    blocks differ from those of mlx-vlm 0.7.10.
     """
 
-    def __init__(self, model, tower: Tower, names: Sequence[str]):
+    def __init__(self, model: nn.Module, tower: Tower, names: Sequence[str]):
         self._model, self._tower, self.names = model, tower, tuple(names)
+        # Calls are recorded for each thread: mlx-vlm's server reads in its own.
         self._local = threading.local()
         try:
             blocks = tower.blocks(model)
             last = max(blocks)
-            aim = tower.depth(model) * 3 // 8  # as our own towers have it
+            aim = tower.depth(model) * 3 // 8  # as in our own towers
             middle = min(blocks, key=lambda number: (abs(number - aim), number))
             takes = inspect.signature(type(blocks[last]).__call__).parameters
             right = {*tower.takes} <= {*takes}
@@ -77,7 +82,7 @@ class Watch:
             right = False
         if not right:
             raise InputError(
-                "the tower of this model attends in a way that is not known here; "
+                "the tower of this model attends in a way that is not supported; "
                 "choose a method that needs no attention, such as 'norm'"
             )
         self._places = {"attention": last, "keys": last, "attention_middle": middle}
@@ -85,25 +90,31 @@ class Watch:
             self._places[name]: blocks[self._places[name]] for name in names
         }
 
-    def methods(self) -> Iterator[tuple[Any, dict]]:
-        """Modules, and what a subclass of each one's has instead, by name."""
+    def methods(self) -> Iterator[tuple[Any, dict[str, Callable]]]:
+        """Yield recorded modules with the methods that a subclass of each overrides."""
         for number, module in self._watched.items():
-            yield module, {"__call__": self._noting(number, type(module))}
+            yield module, {"__call__": self._recorder(number, type(module))}
 
-    def _noting(self, number: int, kind: type):
+    def _recorder(self, number: int, kind: type) -> Callable:
+        """Return a `__call__` that records its arguments and runs mlx-vlm's."""
+
+        # Wrapped, so that `inspect.signature` still reports mlx-vlm's parameters.
         @functools.wraps(kind.__call__)
-        def call(self_, *args, **named):
+        def call(self_: nn.Module, *args: Any, **named: Any) -> Any:
             calls = getattr(self._local, "calls", None)
             if calls is not None:
-                given = inspect.signature(kind.__call__).bind(self_, *args, **named)
-                calls.append((number, given.arguments))
+                bound = inspect.signature(kind.__call__).bind(self_, *args, **named)
+                calls.append((number, bound.arguments))
             return kind.__call__(self_, *args, **named)
 
         return call
 
     @contextlib.contextmanager
-    def looking(self) -> Iterator[list]:
-        """The calls of the blocks inside a `with` block."""
+    def recording(self) -> Iterator[list]:
+        """Record the calls of the blocks inside a `with` block, into the yielded list.
+
+        An entry is the number of a block and its arguments by name.
+        """
         self._local.calls = calls = []
         try:
             yield calls
@@ -113,29 +124,37 @@ class Watch:
     def extras(
         self, calls: list, inputs: Mapping, rows: Sequence[int]
     ) -> list[dict[str, mx.array]]:
-        """By name (n, ...), for each prompt of `rows` visual tokens, of what was seen.
+        """Return, for each prompt of `rows` visual tokens, extras (n, ...) by name.
 
-        Attention sums to 1 over the tokens of a prompt, if it is the patches that ask:
-        their mean over all pictures, each of which is seen by its own patches alone.
+        Attention sums to 1 over the tokens of a prompt if patches attend (no class
+        token): the mean over all pictures, each attended to by its own patches alone.
+        Raises `InputError` where the recorded calls do not match the prompts.
         """
-        found: dict[str, list[mx.array]] = {}
+        extras: dict[str, list[mx.array]] = {}
         for name in self.names:
-            given = [given for number, given in calls if number == self._places[name]]
-            if len(given) != 1 and not (given and self._tower.apart):
+            place = self._places[name]
+            block_calls = [arguments for number, arguments in calls if number == place]
+            if len(block_calls) != 1 and not (block_calls and self._tower.apart):
                 raise InputError(
-                    f"the tower was asked {len(given)} times for a prompt; expected "
+                    f"the tower ran {len(block_calls)} times for a prompt; expected "
                     "once, or a method that needs no attention, such as 'norm'"
                 )
-            found[name] = self._split(name, given, inputs, rows)
+            extras[name] = self._split(name, block_calls, inputs, rows)
         return [
-            {name: parts[number] for name, parts in found.items()}
+            {name: parts[number] for name, parts in extras.items()}
             for number in range(len(rows))
         ]
 
-    def _split(self, name: str, calls: list, inputs: Mapping, rows: Sequence[int]):
+    def _split(
+        self, name: str, calls: list, inputs: Mapping, rows: Sequence[int]
+    ) -> list[mx.array]:
+        """Return one extra, split into the `rows` tokens of each prompt."""
         module, config = self._watched[self._places[name]], self._model.config
-        heads = _behind(
-            [self._tower.heads(module, given, inputs, config) for given in calls]
+        heads = _join(
+            [
+                self._tower.heads(module, arguments, inputs, config)
+                for arguments in calls
+            ]
         )
         if name == "keys":
             patches = heads.plain.astype(mx.float32)
@@ -146,7 +165,7 @@ class Watch:
         if len(tokens) != sum(rows):
             raise InputError(
                 f"the tower attended to {len(tokens)} tokens, and a prompt has "
-                f"{sum(rows)}; choose a method that needs none, such as 'norm'"
+                f"{sum(rows)}; choose a method that needs no attention, such as 'norm'"
             )
         parts = mx.split(tokens, np.cumsum(rows)[:-1].tolist())
         if name == "keys":
@@ -154,8 +173,8 @@ class Watch:
         return [part[:, 0] / mx.maximum(mx.sum(part[:, 1]), 1e-6) for part in parts]
 
 
-def _behind(calls: Sequence[Heads]) -> Heads:
-    """Several calls, of B = 1, as one."""
+def _join(calls: Sequence[Heads]) -> Heads:
+    """Return several calls, of B = 1, as one."""
     if len(calls) == 1:
         return calls[0]
     lengths = np.cumsum([0, *(call.ends[-1] for call in calls)]).tolist()
@@ -170,26 +189,27 @@ def _behind(calls: Sequence[Heads]) -> Heads:
 
 
 def received(heads: Heads, asks: bool = False) -> tuple[mx.array, mx.array]:
-    """(B, L) float32: what each patch receives, mean over heads, summed over those that
-    ask; and how many ask it, spread over its picture.
+    """Return (B, L) float32 attention that patches receive, and (B, L) query shares.
 
-    Every patch asks, or the first alone, which is none.
+    Attention is the mean over heads, summed over the patches that attend. A share is
+    the number of those patches divided by the patches of the picture. asks: the class
+    token, which is first and no patch, attends alone, in place of every patch.
     """
     batch, count, length, _ = heads.queries.shape
-    sums, askers = [], []
+    sums, shares = [], []
     for number in range(batch):
         for start, end in zip([0, *heads.ends[:-1]], heads.ends, strict=True):
             keys = heads.keys[number, :, start:end].astype(mx.float32).swapaxes(1, 2)
             queries = heads.queries[number, :, start : start + 1 if asks else end]
             step = max(1, _WEIGHTS // max(1, count * (end - start)))
-            found = mx.zeros(end - start)
+            total = mx.zeros(end - start)
             for first in range(0, queries.shape[1], step):
-                some = queries[:, first : first + step].astype(mx.float32)
-                weights = mx.softmax(some * heads.scale @ keys, axis=-1)
-                found = found + mx.sum(weights, axis=(0, 1)) / count
-                mx.eval(found)  # else all of them would be there at once
-            sums.append(found)
+                part = queries[:, first : first + step].astype(mx.float32)
+                weights = mx.softmax(part * heads.scale @ keys, axis=-1)
+                total = total + mx.sum(weights, axis=(0, 1)) / count
+                mx.eval(total)  # a lazy graph would hold the weights of every step
+            sums.append(total)
             share = queries.shape[1] / max(1, end - start - asks)
-            askers.append(mx.full((end - start,), share))
+            shares.append(mx.full((end - start,), share))
     shape = (batch, length)
-    return mx.concatenate(sums).reshape(shape), mx.concatenate(askers).reshape(shape)
+    return mx.concatenate(sums).reshape(shape), mx.concatenate(shares).reshape(shape)

@@ -1,11 +1,12 @@
-"""What is known of mlx-vlm's families: which ids are placeholders, and where grids are.
+"""Families of mlx-vlm: their placeholder ids, grids and towers.
 
-A family stands here once its greedy answers were seen to equal those of the full prompt
-with the dropped columns masked (`tests/test_mlx_vlm.py`).
+A family is listed once its greedy answers equal those of the full prompt with the
+dropped columns masked (`tests/test_mlx_vlm.py`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +20,18 @@ Grids = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of mlx-vlm's lays out pictures.
+    """Layout of pictures in a family of mlx-vlm.
 
-    grids: from the processor's inputs and the model's config the grid (h, w) of each
-    picture or frame, where tokens are grids. each: embeddings of a placeholder. signs:
-    whether negative ids are the placeholders. cold: a chat reads its prompt anew,
-    because of this. why: it is refused, because of this. turns: whether positions have
-    three dimensions (M-RoPE), and stay original. pixels: whether it has a group
-    of patches for each token, which `look` and `towers` know. tower: how it attends.
+    grids: from the processor's inputs and the model's config, the grid (h, w) of each
+    picture or frame, if tokens form grids. each: embeddings of a placeholder. signs:
+    whether negative ids are the placeholders. cold: reason why a chat reads its whole
+    prompt again, if it does. why: reason why the family is refused, if it is. turns:
+    whether positions have three dimensions (M-RoPE), and stay original. pixels: whether
+    each token has its own group of patches, as `look` and `towers` require. tower:
+    attention of the tower.
     """
 
-    grids: Callable[[Mapping, object], Grids] | None = None
+    grids: Callable[[Mapping, Any], Grids] | None = None
     each: Callable[[Mapping], int] | None = None
     signs: bool = False
     cold: str | None = None
@@ -39,42 +41,44 @@ class Family:
     tower: Tower | None = None
 
 
-def _by_grid(inputs: Mapping, config) -> Grids:
-    """Qwen's: pictures, or frames of videos."""
+def _by_grid(inputs: Mapping, config: Any) -> Grids:
+    """Return the grids of Qwen's pictures, or of the frames of videos."""
     kinds = [n for n in ("image_grid_thw", "video_grid_thw") if len(inputs.get(n, []))]
     if len(kinds) > 1:
         raise InputError(
             "a prompt with pictures and videos is pruned by methods that need no grid, "
             "such as 'norm'"
         )
-    side, found = config.vision_config.spatial_merge_size, []
+    side, grids = config.vision_config.spatial_merge_size, []
     for name in ("image_grid_thw", "video_grid_thw"):
         for t, h, w in np.array(inputs.get(name, [])).reshape(-1, 3).tolist():
-            found += [(int(h) // side, int(w) // side)] * int(t)
-    return found
+            grids += [(int(h) // side, int(w) // side)] * int(t)
+    return grids
 
 
-def _square(count: Callable[[object], int]) -> Callable[[Mapping, object], Grids]:
-    """Each picture has one square of so many tokens."""
+def _square(count: Callable[[Any], int]) -> Callable[[Mapping, Any], Grids]:
+    """Return `grids` for one square of `count(config)` tokens per picture."""
 
-    def grids(inputs: Mapping, config) -> Grids:
+    def grids(inputs: Mapping, config: Any) -> Grids:
         side = round(count(config) ** 0.5)
         return [(side, side)] * len(inputs["pixel_values"])
 
     return grids
 
 
-def _patches(config) -> int:
+def _patches(config: Any) -> int:
+    """Return the patches of a picture."""
     vision = config.vision_config
     return (vision.image_size // vision.patch_size) ** 2
 
 
 def _cells(inputs: Mapping) -> int:
-    """FastVLM's: a token for each 64 x 64 pixels."""
+    """Return FastVLM's tokens of a picture, one for each 64 x 64 pixels."""
     return (np.shape(inputs["pixel_values"])[-1] // 64) ** 2
 
 
 _QWEN = Family(_by_grid, turns=True, pixels=True, tower=attending.QWEN)
+# Appears in mlx-vlm's log, before ", so the whole chat is read again".
 _LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,
@@ -93,25 +97,27 @@ FAMILIES: Mapping[str, Family] = {
     "gemma4": Family(cold=_LAYERED, tower=attending.GEMMA4),
     "paligemma": Family(
         _square(_patches),
-        cold="its prompts are read in both ways",
+        cold="its prompts attend in both directions",
         tower=attending.PALIGEMMA,
     ),
     "pixtral": Family(tower=attending.PIXTRAL),
     "mistral3": Family(tower=attending.MISTRAL3),
-    "phi3_v": Family(signs=True, cold="its placeholders are known to nobody else"),
+    "phi3_v": Family(
+        signs=True, cold="mlx-vlm does not recognize its negative placeholders"
+    ),
     "fastvlm": Family(each=_cells, tower=attending.FASTVLM),
     "llava_next": Family(
         why="mlx-vlm gives it a newline for each visual token and more rows than ids, "
-        "so that nobody can say which row is which"
+        "so it is not defined which row is which"
     ),
     "mllama": Family(why="its pictures reach the layers by cross attention"),
     "florence2": Family(why="its pictures reach a decoder by cross attention"),
 }
 
 
-def media_of(config, family: Family) -> Callable[[np.ndarray], np.ndarray]:
-    """Ids -> which of them are placeholders of visual tokens."""
+def media_of(config: Any, family: Family) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from ids to bool: placeholders of visual tokens."""
     if family.signs:
         return lambda ids: ids < 0
-    known = {getattr(config, name, None) for name in _MEDIA} - {None}
-    return lambda ids: np.isin(ids, list(known))
+    placeholders = {getattr(config, name, None) for name in _MEDIA} - {None}
+    return lambda ids: np.isin(ids, list(placeholders))

@@ -1,4 +1,4 @@
-"""What the hooks of a model of mlx-vlm do: shorter ids, fewer rows, the same places."""
+"""Hooks of one mlx-vlm model: shorter ids, fewer embedding rows, original places."""
 
 import contextlib
 import dataclasses
@@ -6,10 +6,12 @@ import functools
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
@@ -17,30 +19,30 @@ from ..features import Features
 from ..pruners import Pruner
 from .attention import Watch
 from .families import Family, media_of
-from .look import PixelLook
+from .look import PixelScan
 from .original_positions import Positions
 from .prompts import (
     SENT,
+    OriginalPrompts,
     Row,
-    Sent,
-    Shortened,
+    ShortPrompts,
     find_rows,
     pad_rows,
     shorten,
     take_columns,
 )
 
-_REMEMBERED = 64  # prompts whose full ids are known
+_REMEMBERED = 64  # prompts whose full ids are kept for `rope_index`
 Group = tuple[int, tuple[int, int] | None]  # tokens, and their grid
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What stayed of one prompt's visual tokens.
+class KeptTokens:
+    """Visual tokens of one prompt that were kept.
 
-    total, keep: N and K. indices: (K,) int32, ascending. runs: how many of the N stand
-    together each time: a picture, or a tile or a line of one. encoded: how many of the
-    N the tower made.
+    total, keep: N and K. indices: (K,) int32, ascending. runs: lengths of adjacent
+    tokens among the N: a picture, or a tile or a line of one. encoded: number of the N
+    that the tower encoded.
     """
 
     total: int
@@ -51,7 +53,7 @@ class Kept:
 
     @property
     def places(self) -> list[list[int]]:
-        """Of each run, which of its tokens stayed."""
+        """Kept tokens of each run, counted from its start."""
         ends = np.cumsum(self.runs)
         parts = np.split(self.indices, np.searchsorted(self.indices, ends[:-1]))
         starts = [0, *ends[:-1].tolist()]
@@ -61,42 +63,49 @@ class Kept:
 
 
 class Hooks:
-    """What the hooks of one model share."""
+    """State and functions that the hooks of one model share."""
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         pruner: Pruner,
         family: Family,
         positions: str | None,
-        look: PixelLook | None = None,
+        scan: PixelScan | None = None,
         watch: Watch | None = None,
     ):
         self.model, self.pruner, self.family = model, pruner, family
-        self.config, self.look, self.watch = model.config, look, watch
+        self.config, self.scan, self.watch = model.config, scan, watch
         self.is_media = media_of(model.config, family)
         self.turns = callable(getattr(model.language_model, "get_rope_index", None))
         self.kind = positions or ("original" if self.turns else "contiguous")
         self.positions = Positions(self.kind == "original" and not self.turns)
-        self.last: tuple[Kept, ...] = ()
-        self._prompts: OrderedDict[bytes, Shortened] = OrderedDict()
+        self.last: tuple[KeptTokens, ...] = ()
+        # mlx-vlm's server prepares and reads prompts in different threads: the full
+        # prompts are shared under the lock, the state of one call is its thread's.
+        self._prompts: OrderedDict[bytes, ShortPrompts] = OrderedDict()
         self._lock, self._inside = threading.Lock(), threading.local()
 
     @property
     def described(self) -> str:
-        """What tells the caches of this pruner from others."""
-        seen = self.look and self.look.pixels
-        return f"mlx_tokprune {self.pruner.described()} {seen} {self.kind}"
+        """Text that tells the caches of this pruner from those of other pruners."""
+        pixels = self.scan and self.scan.pixels
+        return f"mlx_tokprune {self.pruner.described()} {pixels} {self.kind}"
 
     # Ids
 
     @property
     def vocabulary(self) -> int:
+        """Number of ids of the language model."""
         text = getattr(self.config, "text_config", self.config)
         return int(getattr(text, "vocab_size", 0) or self.config.vocab_size)
 
-    def groups(self, inputs, totals: Sequence[int]) -> list[list[Group]]:
-        """Of each prompt, the visual tokens that are chosen from together."""
+    def groups(self, inputs: Mapping, totals: Sequence[int]) -> list[list[Group]]:
+        """Return, for each prompt, the groups of visual tokens that share a budget.
+
+        A method that needs grids prunes each picture apart; others prune all tokens of
+        a prompt together. Raises `InputError` where grids and `totals` do not match.
+        """
         if "grid" not in self.pruner.needs or self.family.grids is None:
             return [[(total, None)] if total else [] for total in totals]
         grids = self.family.grids(inputs, self.config)
@@ -113,13 +122,17 @@ class Hooks:
         return [every[first:last] for first, last in itertools.pairwise(bounds)]
 
     def count(self, total: int, grid: tuple[int, int] | None) -> int:
-        """K of a group; a budget of more tokens than there are keeps all of them."""
+        """Return K of a group; a budget above `total` keeps all tokens."""
         if self.pruner.keeps_all or total <= (self.pruner.keep_tokens or 0):
             return total
         return self.pruner.count(total) if grid is None else self.pruner.count_on(grid)
 
-    def shortened(self, inputs):
-        """What a processor gave, with fewer placeholders."""
+    def shortened(self, inputs: Mapping) -> Mapping:
+        """Return a processor's output with fewer placeholders.
+
+        Raises `InputError` for pictures beside a video if the method reads the tower's
+        attention.
+        """
         if inputs.get("input_ids") is None:
             return inputs
         kinds = ("pixel_values", "pixel_values_videos")
@@ -131,64 +144,91 @@ class Hooks:
         each = self.family.each(inputs) if self.family.each else 1
 
         def counts(totals: Sequence[int]) -> list[int]:
-            groups = self.groups(inputs, totals)
-            return [sum(self.count(*group) for group in some) for some in groups]
+            prompts = self.groups(inputs, totals)
+            return [sum(self.count(*group) for group in groups) for groups in prompts]
 
-        look = functools.partial(self.look, inputs) if self.look else None
-        how = {"each": each, "look": look, "salt": self.described}
-        found = shorten(inputs, self.is_media, counts, self.vocabulary, **how)
-        if found is None:
+        scan = functools.partial(self.scan, inputs) if self.scan else None
+        options = {"each": each, "scan": scan, "salt": self.described}
+        prompts = shorten(inputs, self.is_media, counts, self.vocabulary, **options)
+        if prompts is None:
             return inputs
+        # mlx-vlm passes `get_rope_index` the short ids alone: keep the full ones.
         with self._lock:
-            self._prompts[_key(found.ids)] = found
+            self._prompts[_key(prompts.ids)] = prompts
             while len(self._prompts) > _REMEMBERED:
                 self._prompts.popitem(last=False)
-        return found.inputs
+        return prompts.inputs
 
     # Positions
 
-    def rope_index(self, base, language, ids, *grids, **named):
-        """`get_rope_index` of ids that were made shorter, or of others as ever."""
-        known = None
+    def rope_index(
+        self,
+        base: Callable,
+        language: nn.Module,
+        ids: mx.array,
+        *grids: mx.array | None,
+        **named: Any,
+    ) -> tuple[mx.array, mx.array]:
+        """Return positions and deltas in place of mlx-vlm's `get_rope_index` (`base`).
+
+        Short ids get the positions of their columns in the full prompt; other ids go
+        to `base` unchanged. Raises `InputError` where mlx-vlm must read a prompt anew.
+        """
+        prompts = None
+        # Inside `embed`, mlx-vlm passes the full ids, which need no mapping.
         if not getattr(self._inside, "full", False):
             with self._lock:
-                known = self._prompts.get(_key(np.array(ids)))
-                if known is not None:
-                    self._prompts.move_to_end(_key(known.ids))
-            self._check_known(known, ids, grids)
-        if known is None:
+                prompts = self._prompts.get(_key(np.array(ids)))
+                if prompts is not None:
+                    self._prompts.move_to_end(_key(prompts.ids))
+            self._check_prompts(prompts, ids, grids)
+        if prompts is None:
             return base(language, ids, *grids, **named)
         image, video, *_ = [*grids, None, None]
-        full, mask = mx.array(known.sent.full), mx.array(known.sent.mask)
-        found, deltas = base(language, full, image, video, mask)
-        dropped = full.shape[1] - known.columns.shape[1]
-        return mx.take(found, mx.array(known.columns[0]), -1), deltas + dropped
+        full, mask = mx.array(prompts.original.full), mx.array(prompts.original.mask)
+        positions, deltas = base(language, full, image, video, mask)
+        dropped = full.shape[1] - prompts.columns.shape[1]
+        kept_positions = mx.take(positions, mx.array(prompts.columns[0]), -1)
+        return kept_positions, deltas + dropped
 
-    def _check_known(self, known: Shortened | None, ids, grids) -> None:
-        """Raise `InputError` where mlx-vlm had better read a prompt anew."""
-        if known is not None:
-            if 1 in known.sent.keeps:
+    def _check_prompts(
+        self,
+        prompts: ShortPrompts | None,
+        ids: mx.array,
+        grids: Sequence[mx.array | None],
+    ) -> None:
+        """Raise `InputError` where mlx-vlm must read a prompt anew."""
+        if prompts is not None:
+            if 1 in prompts.original.keeps:
                 raise InputError("a single visual token does not tell pictures apart")
             return
         side = self.config.vision_config.spatial_merge_size
-        given = [np.array(grid) for grid in grids[:2] if grid is not None]
-        patches = sum(int(np.prod(grid, axis=-1).sum()) for grid in given)
+        sizes = [np.array(grid) for grid in grids[:2] if grid is not None]
+        patches = sum(int(np.prod(grid, axis=-1).sum()) for grid in sizes)
         placeholders = int(self.is_media(np.array(ids)).sum())
         if placeholders < patches // side**2:
-            raise InputError("the prompt was made shorter too long ago to be known")
+            raise InputError(
+                "the full ids of this prompt are no longer kept; expected one of the "
+                f"last {_REMEMBERED} prompts"
+            )
 
     # Embeddings
 
-    def embed(self, base, model, *args, **named):
-        """`get_input_embeddings` of a prompt that was made shorter."""
-        sent = named.pop(SENT, None)
-        if sent is None:
+    def embed(self, base: Callable, model: nn.Module, *args: Any, **named: Any) -> Any:
+        """Return pruned features in place of `get_input_embeddings` (`base`).
+
+        mlx-vlm embeds the full ids; then the kept columns are taken from its
+        `InputEmbeddingsFeatures`. Prompts that were not made shorter go to `base`.
+        """
+        fields = named.pop(SENT, None)
+        if fields is None:
             ids = args[0] if args else named.get("input_ids")
-            if ids is None or np.shape(ids)[-1] > 1:  # some ask for each new token
+            # Some models call this for each new token: that is no new prompt.
+            if ids is None or np.shape(ids)[-1] > 1:
                 self.positions.reset()
             self._note_whole(ids, *args[1:2], **named)
             return base(model, *args, **named)
-        sent = Sent.read(sent)
+        sent = OriginalPrompts.read(fields)
         rows = find_rows(sent.full, sent.mask, self.is_media, sent.each)
         pixels = args[1] if len(args) > 1 else named.pop("pixel_values", None)
         if pixels is None and named.get("pixel_values_videos") is None:
@@ -198,14 +238,15 @@ class Hooks:
             return base(model, *args, **named)
         named |= {"mask": mx.array(sent.mask)}
         named |= {name: mx.array(array) for name, array in sent.aligned.items()}
-        if self.watch:  # features that are known say nothing of attention
+        if self.watch:  # cached features skip the tower, and so its attention
             for name in ("cached_image_features", "vision_cache"):
                 named.pop(name, None)
+        # `rope_index` and `source` run inside `base`, without access to the prompt.
         self._inside.full = True
-        self._inside.sources = list(sent.seen.sources) if sent.seen else []
-        look = self.watch.looking() if self.watch else contextlib.nullcontext([])
+        self._inside.sources = list(sent.selection.sources) if sent.selection else []
+        recording = self.watch.recording() if self.watch else contextlib.nullcontext([])
         try:
-            with look as calls:
+            with recording as calls:
                 features = base(model, mx.array(sent.full), pixels, **named)
         finally:
             self._inside.full, self._inside.sources = False, []
@@ -214,10 +255,12 @@ class Hooks:
         if self.watch:
             totals = [row.total for row in rows]
             extras = self.watch.extras(calls, inputs, totals)
-        return self._pruned(features, rows, sent, inputs, extras)
+        return self._prune(features, rows, sent, inputs, extras)
 
-    def _note_whole(self, ids, pixel_values=None, **named) -> None:
-        """Nothing was left out of a prompt that has pictures."""
+    def _note_whole(
+        self, ids: mx.array | None, pixel_values: Any = None, **named: Any
+    ) -> None:
+        """Set `last` for a prompt whose tokens are all kept."""
         if pixel_values is None and named.get("pixel_values_videos") is None:
             if ids is None or np.shape(ids)[-1] > 1:
                 self.last = ()
@@ -227,53 +270,67 @@ class Hooks:
         inputs = {"pixel_values": pixel_values, **named}
         each = self.family.each(inputs) if self.family.each else 1
         self.last = tuple(
-            Kept(row.total, row.total, np.arange(row.total), row.runs, row.total)
+            KeptTokens(row.total, row.total, np.arange(row.total), row.runs, row.total)
             for row in find_rows(full, mask, self.is_media, each)
             if row.total
         )
 
     def source(self, total: int) -> np.ndarray | None:
-        """For the next picture of `total` groups that the tower is asked for."""
+        """Return (total,) the group that stands for each group of the tower's input.
+
+        `None` if the tower encodes all `total` groups. Each array is used once: the
+        tower is called for one picture, or one kind of media, after the other.
+        """
         waiting = getattr(self._inside, "sources", [])
-        found = next((array for array in waiting if len(array) == total), None)
-        if found is None:
+        groups = next((array for array in waiting if len(array) == total), None)
+        if groups is None:
             return None
-        waiting.remove(found)
-        source = np.array(found)
+        waiting.remove(groups)
+        source = np.array(groups)
         return None if np.array_equal(source, np.arange(total)) else source
 
-    def _pruned(self, features, rows: list[Row], sent: Sent, inputs, extras):
-        """The rows that stay of everything that has one for each column."""
-        given = features.inputs_embeds
+    def _prune(
+        self,
+        features: Any,
+        rows: list[Row],
+        sent: OriginalPrompts,
+        inputs: Mapping,
+        extras: Sequence[Mapping[str, mx.array]],
+    ) -> Any:
+        """Return mlx-vlm's features with the kept columns of each field."""
+        full_embeddings = features.inputs_embeds
         columns = sum(len(row.visual) + len(row.text) for row in rows[:1])
-        if len(rows) == 1 and given.shape[1] != columns:
-            raise ValueError(f"{given.shape[1]} embeddings for {columns} columns")
+        if len(rows) == 1 and full_embeddings.shape[1] != columns:
+            raise ValueError(
+                f"{full_embeddings.shape[1]} embeddings for {columns} columns"
+            )
         if sent.each > 1 and len(rows) > 1:
             raise InputError(
                 "prompts of this model are pruned one at a time in mlx-vlm, or in its "
                 "server; expected a batch of 1"
             )
-        stays = [np.arange(row.total) for row in rows]
-        if sent.seen:
-            stays = [np.array(some, int) for some in sent.seen.stays]
-        groups = self.groups(inputs, [len(some) for some in stays])
+        by_pixels = [np.arange(row.total) for row in rows]
+        if sent.selection:
+            by_pixels = [np.array(kept, int) for kept in sent.selection.kept]
+        groups = self.groups(inputs, [len(kept) for kept in by_pixels])
         chosen, embeddings = [], []
-        each = zip(rows, given, groups, extras, stays, strict=True)
+        each = zip(rows, full_embeddings, groups, extras, by_pixels, strict=True)
         for row, array, *more in each:
             indices, tokens = self._choose(row, array, *more)
             chosen.append(indices)
             both = mx.concatenate([array[mx.array(row.text)], tokens])
             where = np.concatenate([row.text, row.visual[indices]])
             embeddings.append(both[mx.array(np.argsort(where, kind="stable"))])
-        made = sent.seen.encoded if sent.seen else [row.total for row in rows]
+        totals = [row.total for row in rows]
+        encoded = sent.selection.encoded if sent.selection else totals
         self.last = tuple(
-            Kept(row.total, len(indices), indices, row.runs, encoded)
-            for row, indices, encoded in zip(rows, chosen, made, strict=True)
+            KeptTokens(row.total, len(indices), indices, row.runs, count)
+            for row, indices, count in zip(rows, chosen, encoded, strict=True)
             if row.total
         )
         kept = _columns(rows, chosen, sent.mask)
         self.positions.set(kept)
-        return _taken(features, embeddings, kept, rows, chosen, sent)
+        return _take_features(features, embeddings, kept, rows, chosen, sent)
 
     def _choose(
         self,
@@ -281,41 +338,44 @@ class Hooks:
         embeddings: mx.array,
         groups: Sequence[Group],
         extras: Mapping[str, mx.array],
-        stays: np.ndarray,
-    ):
-        """(K,) visual tokens of a prompt that stay, and (K, D) what they are then.
+        by_pixels: np.ndarray,
+    ) -> tuple[np.ndarray, mx.array]:
+        """Return (K,) the kept visual tokens of a prompt, and (K, D) their embeddings.
 
-        extras: (N, ...) by name, of the tower. stays: those that stay by their pixels.
+        extras: (N, ...) by name, from the tower. by_pixels: tokens that the pixel
+        pruners keep, from which the pruner chooses.
         """
-        tokens = embeddings[mx.array(row.visual[stays])][None]
+        tokens = embeddings[mx.array(row.visual[by_pixels])][None]
         behind = row.text[row.text > row.visual[-1]] if row.total else row.text
         text = embeddings[mx.array(behind if len(behind) else row.text)][None]
         indices, kept, start = [np.zeros(0, int)], [tokens[0, :0]], 0
         for size, grid in groups:
             part = tokens[:, start : start + size]
-            some = np.arange(size)
+            kept_indices = np.arange(size)
             if self.count(size, grid) < size:
                 named = {"text": text} if "text" in self.pruner.needs else {}
-                of_part = mx.array(stays[start : start + size])
+                of_part = mx.array(by_pixels[start : start + size])
                 named |= {name: array[of_part][None] for name, array in extras.items()}
                 selection = self.pruner(Features(part, grid, extras=named))
-                part, some = selection.apply(part), np.array(selection.indices[0])
-                self._check_chosen(some, self.count(size, grid))
-            indices.append(start + some)
+                part = selection.apply(part)
+                kept_indices = np.array(selection.indices[0])
+                self._check_chosen(kept_indices, self.count(size, grid))
+            indices.append(start + kept_indices)
             kept.append(part[0])
             start += size
-        return stays[np.concatenate(indices)], mx.concatenate(kept)
+        return by_pixels[np.concatenate(indices)], mx.concatenate(kept)
 
-    def _check_chosen(self, some: np.ndarray, keep: int) -> None:
-        if len(some) != keep or np.any(np.diff(some) <= 0):
+    def _check_chosen(self, kept_indices: np.ndarray, keep: int) -> None:
+        """Raise `InputError` unless the ids, already short, match the selection."""
+        if len(kept_indices) != keep or np.any(np.diff(kept_indices) <= 0):
             raise InputError(
-                f"method {self.pruner.method!r} was asked for {keep} tokens and chose "
-                f"{len(some)}; expected as many, each once and in ascending order"
+                f"method {self.pruner.method!r} chose {len(kept_indices)} tokens; "
+                f"expected {keep}, each once and in ascending order"
             )
 
 
 def _columns(rows: list[Row], chosen: list[np.ndarray], mask: np.ndarray) -> np.ndarray:
-    """(B, L) columns that stay, -1 for padding."""
+    """Return (B, L) the kept columns, -1 for padding."""
     kept = [
         np.sort(np.concatenate([row.text, row.visual[indices]]))
         for row, indices in zip(rows, chosen, strict=True)
@@ -323,13 +383,20 @@ def _columns(rows: list[Row], chosen: list[np.ndarray], mask: np.ndarray) -> np.
     return pad_rows(kept, mask)
 
 
-def _taken(features, embeddings, kept: np.ndarray, rows, chosen, sent: Sent):
-    """mlx-vlm's features with the columns `kept` of each field."""
+def _take_features(
+    features: Any,
+    embeddings: Sequence[mx.array],
+    kept: np.ndarray,
+    rows: Sequence[Row],
+    chosen: Sequence[np.ndarray],
+    sent: OriginalPrompts,
+) -> Any:
+    """Return mlx-vlm's features with the columns `kept` of each field."""
     columns = mx.array(np.maximum(kept, 0))
     length = columns.shape[1]
 
-    def take(array, axis: int):
-        """Columns of (..., B, T, ...), where T is `axis`."""
+    def take(array: mx.array | None, axis: int) -> mx.array | None:
+        """Return columns of (..., B, T, ...), where T is `axis`."""
         if array is None or array.shape[axis] != features.inputs_embeds.shape[1]:
             return array
         shape = [1] * array.ndim
@@ -341,11 +408,12 @@ def _taken(features, embeddings, kept: np.ndarray, rows, chosen, sent: Sent):
         before = int(np.argmax(row >= 0))
         more = (before, length - before - array.shape[0])
         padded.append(mx.pad(array, [more, (0, 0)]))
-    dropped = [row.total - len(some) for row, some in zip(rows, chosen, strict=True)]
+    pairs = zip(rows, chosen, strict=True)
+    dropped = [row.total - len(indices) for row, indices in pairs]
     starts = np.cumsum([0, *[row.total for row in rows]])
     compact = np.concatenate([s + c for s, c in zip(starts, chosen, strict=False)])
     positions, deltas = features.position_ids, features.rope_deltas
-    found = dataclasses.replace(
+    pruned = dataclasses.replace(
         features,
         inputs_embeds=mx.stack(padded),
         attention_mask_4d=None,
@@ -359,14 +427,18 @@ def _taken(features, embeddings, kept: np.ndarray, rows, chosen, sent: Sent):
         name: mx.array(take_columns(array, kept, 0))
         for name, array in sent.aligned.items()
     }
-    if aligned:  # of the columns that stayed, and no others of as many
-        plain = found.to_dict
-        found.to_dict = lambda: {**plain(), **aligned}
-    return found
+    if aligned:
+        # mlx-vlm passes on what `to_dict` returns: without this, it would pass the
+        # processor's short arrays, whose columns are other ones.
+        plain = pruned.to_dict
+        pruned.to_dict = lambda: {**plain(), **aligned}
+    return pruned
 
 
-def _compact(layers, rows: np.ndarray):
-    """Deep features (n, D) of visual tokens, of each layer, those of some."""
+def _compact(
+    layers: mx.array | Sequence[mx.array] | None, rows: np.ndarray
+) -> mx.array | list[mx.array] | None:
+    """Return the kept rows of each layer's deepstack features (n, D)."""
     if layers is None:
         return None
     if isinstance(layers, mx.array):
@@ -375,4 +447,5 @@ def _compact(layers, rows: np.ndarray):
 
 
 def _key(ids: np.ndarray) -> bytes:
+    """Return a key of ids, of their shape and values."""
     return repr(ids.shape).encode() + ids.astype(np.int64).tobytes()

@@ -1,4 +1,4 @@
-"""From what a processor gave of pictures and videos to the visual tokens that stay."""
+"""Pixel scan: from a processor's pictures and videos to the kept visual tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,49 +7,64 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .pixels import Pixels, Seen
+from .pixels import Pixels, PixelSelection
 from .prompts import Row, floats
 
-_KINDS = {  # of media: the names of the ids of placeholders, and of pixels
+_KINDS = {  # by kind of media: config fields of placeholder ids, name of the pixels
     "image": (("image_token_id", "image_token_index"), "pixel_values"),
     "video": (("video_token_id", "video_token_index"), "pixel_values_videos"),
 }
 
 
 @dataclass(frozen=True)
-class PixelLook:
-    """Looks at the pixels of Qwen's processors.
+class PixelScan:
+    """Scan of the pixels that Qwen's processors return.
 
-    scales: (C,) by kind, what makes their values differ as pixels in [0, 1] do.
+    scales: (C,) by kind of media, factors from a processor's values to pixels in
+    [0, 1].
     """
 
     pixels: Pixels
     config: Any
     scales: Mapping[str, np.ndarray]
 
-    def __call__(self, inputs: Mapping, full: np.ndarray, rows: Sequence[Row]) -> Seen:
-        """full: (B, T) ids. rows: where they have placeholders."""
-        stays, made, sources = np.ones(full.shape, bool), np.ones(full.shape, bool), []
+    def __call__(
+        self, inputs: Mapping, full: np.ndarray, rows: Sequence[Row]
+    ) -> PixelSelection:
+        """Return the visual tokens that the pixel pruners keep.
+
+        full: (B, T) ids. rows: columns of the placeholders of each prompt. Raises
+        `InputError` where pixels and placeholders do not match.
+        """
+        kept = np.ones(full.shape, bool)
+        encoded, sources = np.ones(full.shape, bool), []
         for kind, (ids, name) in _KINDS.items():
             if inputs.get(name) is None:
                 continue
             where = np.isin(full, [getattr(self.config, i, None) or -1 for i in ids])
-            some, source = self._of(kind, inputs, name)
-            if where.sum() != len(some):
+            kept_groups, source = self._scan(kind, inputs, name)
+            if where.sum() != len(kept_groups):
                 raise InputError(
-                    f"{kind}s of {len(some)} tokens do not explain the {where.sum()} "
-                    "placeholders of a prompt; detach what looks at pixels"
+                    f"{kind}s of {len(kept_groups)} tokens do not explain the "
+                    f"{where.sum()} placeholders of a prompt; detach the pixel pruners"
                 )
-            stays[where], made[where] = some, source == np.arange(len(source))
+            kept[where] = kept_groups
+            encoded[where] = source == np.arange(len(source))
             sources.append(source.tolist())
         visual = [(number, row.visual) for number, row in enumerate(rows)]
-        return Seen(
-            [np.flatnonzero(stays[number, some]).tolist() for number, some in visual],
-            [int(made[number, some].sum()) for number, some in visual],
+        return PixelSelection(
+            [
+                np.flatnonzero(kept[number, columns]).tolist()
+                for number, columns in visual
+            ],
+            [int(encoded[number, columns].sum()) for number, columns in visual],
             sources,
         )
 
-    def _of(self, kind: str, inputs: Mapping, name: str):
+    def _scan(
+        self, kind: str, inputs: Mapping, name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (N,) the kept groups of one kind of media, and (N,) their sources."""
         scale = self.scales[kind]
         values = floats(inputs[name])
         values = values.reshape(len(values), len(scale), -1) * scale[:, None]

@@ -1,16 +1,19 @@
 """Pruning in mlx-vlm's own `generate`, chat, batches and server: `attach`.
 
-Three reversible hooks on the instances of a loaded model and its processor: ids get
-shorter as they leave the processor (`prompts`), embeddings as they leave
-`get_input_embeddings`, and `get_rope_index` knows of it. mlx-vlm itself is not changed.
+Three reversible hooks on the instances of a loaded model and its processor. Ids get
+shorter as they leave the processor (`prompts`), embeddings get shorter as they leave
+`get_input_embeddings`, and `get_rope_index` maps short ids to original positions.
+mlx-vlm itself is not changed.
 """
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints.hub import resolve
@@ -18,80 +21,78 @@ from ..errors import InputError, nearest
 from ..pipeline import check_positions
 from ..pruners import Pruner, list_pruners
 from . import attention, towers
-from .families import FAMILIES, Family
-from .hooks import Hooks, Kept
-from .look import PixelLook
+from .families import FAMILIES, Family, Grids
+from .hooks import Hooks, KeptTokens
+from .look import PixelScan
 from .pixels import Pixels, RepeatPruner, TemporalPruner, scales, split
 from .prompts import SENT
 
-_FIELDS = {  # of what `get_input_embeddings` gives
+_FIELDS = {  # of `InputEmbeddingsFeatures` in mlx-vlm 0.7.10
     *("inputs_embeds", "attention_mask_4d", "visual_pos_masks"),
     *("deepstack_visual_embeds", "per_layer_inputs", "cross_attention_states"),
     *("cross_attention_mask", "full_text_row_masked_out_mask"),
     *("decoder_inputs_embeds", "attention_mask", "position_ids", "pos_hw"),
     "rope_deltas",
 }
-Known = Pruner | TemporalPruner | RepeatPruner
-Attachable = Known | Sequence[Known]
+AnyPruner = Pruner | TemporalPruner | RepeatPruner
+Attachable = AnyPruner | Sequence[AnyPruner]
 
 
 class Handle:
-    """An attached pruner: `last` says what it kept, `detach` undoes it.
-
-    last: a `Kept` for each prompt of the last batch with a picture. positions:
-    "original" or "contiguous", as they are in this model.
-    """
+    """Attached pruner: `last` reports the kept tokens, `detach` removes the pruner."""
 
     def __init__(self, hooks: Hooks):
         self._hooks, self.undo = hooks, []
 
     @property
-    def last(self) -> tuple[Kept, ...]:
+    def last(self) -> tuple[KeptTokens, ...]:
+        """`KeptTokens` of each prompt with a picture in the last batch."""
         return self._hooks.last
 
     @property
     def positions(self) -> str:
+        """Positions of kept tokens in this model, "original" or "contiguous"."""
         return self._hooks.kind
 
     @property
     def provides(self) -> tuple[str, ...]:
-        """Extras of `Features` that a method can have here."""
+        """Extras of `Features` that methods can read in this model."""
         return provided_by(self._hooks.family)
 
     @property
-    def grids(self):
-        """(inputs, config) -> the grid of each picture, `None` where there is none."""
+    def grids(self) -> Callable[[Mapping, Any], Grids] | None:
+        """Function (inputs, config) -> grid of each picture; `None` without grids."""
         return self._hooks.family.grids
 
-    def total(self, inputs) -> int:
-        """N, the visual tokens of the first prompt of a processor's inputs."""
+    def total(self, inputs: Mapping) -> int:
+        """Return N, the visual tokens of the first prompt of a processor's inputs."""
         family, ids = self._hooks.family, np.array(inputs["input_ids"])
         each = family.each(inputs) if family.each else 1
         return each * int(self._hooks.is_media(ids[0]).sum())
 
     def detach(self) -> None:
-        """Leave model and processor as they were."""
+        """Restore the model and the processor."""
         while self.undo:
             self.undo.pop()()
 
 
 def attach(
-    model,
-    processor,
+    model: nn.Module,
+    processor: Any,
     pruner: Attachable,
     positions: str | None = None,
 ) -> Handle:
-    """Have a loaded mlx-vlm model prune the visual tokens of every prompt.
+    """Prune the visual tokens of every prompt of a loaded mlx-vlm model.
 
-    pruner: a `Pruner` with a budget, of a method that needs nothing but the tokens, the
-    prompt and, of most families, what the tower attends to. It chooses at the language
+    pruner: a `Pruner` with a budget, of a method that needs only the tokens, the prompt
+    and, in most families, the attention of the tower. It chooses at the language
     model's input, after the projector, among the tokens of all pictures of a prompt.
-    For Qwen's models instead of it or before it a `TemporalPruner`, a `RepeatPruner` or
-    both, whose counts follow from the pixels.
-    positions: models with M-RoPE keep original ones; others have contiguous ones by
-    default, and "original" for one prompt at a time.
-    Raises `InputError` for what is not known: a family, a method, a version of mlx-vlm
-    whose seams are others.
+    For Qwen's models, in place of it or before it: a `TemporalPruner`, a `RepeatPruner`
+    or both, whose counts follow from the pixels.
+    positions: models with M-RoPE keep original positions; other models have contiguous
+    ones by default, and "original" ones for one prompt at a time.
+    Raises `InputError` for a family, a method or a version of mlx-vlm that is not
+    supported.
     """
     import_mlx_vlm()
     process = getattr(processor, "process", None)
@@ -99,7 +100,7 @@ def attach(
     if isinstance(mark, str):
         raise InputError(
             f"{mark} prunes by itself when it is loaded; to attach a pruner, load the "
-            "checkpoint that it was made of"
+            "checkpoint that it was written from"
         )
     if mark or hasattr(process, "_tokprune"):
         raise InputError(
@@ -108,11 +109,11 @@ def attach(
         )
     family, chosen, pixels = check_known(_name_of(model), pruner, positions)
     _check_seams(model)
-    look = PixelLook(pixels, model.config, scales(processor)) if pixels else None
-    seen, watch = _of_tower(chosen), None
-    if seen and family.tower:
-        watch = attention.Watch(model, family.tower, seen)
-    hooks = Hooks(model, chosen, family, positions, look, watch)
+    scan = PixelScan(pixels, model.config, scales(processor)) if pixels else None
+    tower_extras, watch = _of_tower(chosen), None
+    if tower_extras and family.tower:
+        watch = attention.Watch(model, family.tower, tower_extras)
+    hooks = Hooks(model, chosen, family, positions, scan, watch)
     partial = pixels.repeats and towers.methods(model.vision_tower, hooks.source)
     handle = Handle(hooks)
     try:
@@ -129,7 +130,7 @@ def attach(
     return handle
 
 
-# What is known ----------------------------------------------------------------------
+# Checks -----------------------------------------------------------------------------
 
 
 def import_mlx_vlm() -> None:
@@ -143,14 +144,17 @@ def import_mlx_vlm() -> None:
 
 
 def load_mlx_vlm(name: str, adapter_path: str | None = None) -> tuple:
-    """(model, processor) as mlx-vlm loads a folder or an id of the hub."""
+    """Load (model, processor) with mlx-vlm, from a folder or a hub id.
+
+    Raises `InputError` with mlx-vlm's reason where it cannot load them.
+    """
     import_mlx_vlm()
     import mlx_vlm
 
     folder = str(resolve(name))
     try:
         return mlx_vlm.load(folder, adapter_path)
-    except Exception as error:  # whatever mlx-vlm runs into
+    except Exception as error:  # mlx-vlm raises exceptions of many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"mlx-vlm cannot load {folder} ({reason})") from None
 
@@ -158,65 +162,73 @@ def load_mlx_vlm(name: str, adapter_path: str | None = None) -> tuple:
 def check_known(
     name: str, pruners: Attachable, positions: str | None = None
 ) -> tuple[Family, Pruner, Pixels]:
-    """What is known of a family by its name, its pruner of tokens, and of pixels."""
+    """Return the family `name`, the token pruner and the pixel pruners.
+
+    Raises `InputError` for a family that cannot be pruned, or not by these pruners or
+    at these positions.
+    """
     if positions is not None:
         check_positions(positions)
     if not isinstance(name, str) or name not in FAMILIES:
-        working = [known for known, family in FAMILIES.items() if not family.why]
+        working = [other for other, family in FAMILIES.items() if not family.why]
         raise InputError(
-            f"models of {name!r} are not known here; expected one of "
+            f"models of {name!r} are not supported; expected one of "
             f"{', '.join(working)}.{nearest(str(name), working)}"
         )
     family = FAMILIES[name]
     if family.turns and positions == "contiguous":
         raise InputError(
-            "positions of this model say where in a picture a token is and stay "
-            "original; leave out positions"
+            "positions 'contiguous' are not available in this model, whose M-RoPE "
+            "positions stay original; leave out positions"
         )
     if family.why:
         raise InputError(f"models of {name!r} cannot be pruned: {family.why}")
     tokens, pixels = split(pruners)
     if pixels and not family.pixels:
-        working = [known for known, other in FAMILIES.items() if other.pixels]
+        working = [other for other, family in FAMILIES.items() if family.pixels]
         raise InputError(
-            f"which patches become a token of models of {name!r} is not known here; "
-            f"pixels are looked at for {', '.join(working)}"
+            f"models of {name!r} cannot be pruned by pixels; expected one of "
+            f"{', '.join(working)}"
         )
     if len(tokens) > 1 or not (tokens or pixels):
         raise InputError(f"{len(tokens)} pruners of tokens; expected one")
     chosen = _at_prompt(tokens[0], family) if tokens else Pruner("none", at="prompt")
     if pixels.repeats and _of_tower(chosen):
         raise InputError(
-            f"method {chosen.method!r} compares what a tower attends to, which sees no "
-            "patches that were left out; choose one that needs no attention, such as "
-            "'norm'"
+            f"method {chosen.method!r} reads the tower's attention, which has no value "
+            "for patches that were left out; choose a method that needs no attention, "
+            "such as 'norm'"
         )
     if pixels and "grid" in chosen.needs:
         raise InputError(
             f"method {chosen.method!r} needs a whole grid, in which pruning by pixels "
-            "leaves holes; choose one that needs none, such as 'norm'"
+            "leaves holes; choose a method that needs no grid, such as 'norm'"
         )
     return family, chosen, pixels
 
 
-def _name_of(model) -> str:
-    """Its family in mlx-vlm; classes of a folder's own are made of those."""
+def _name_of(model: nn.Module) -> str:
+    """Return the family of a model, by the first base class that is mlx-vlm's."""
     names = [
         kind.__module__.split(".")[2]
         for kind in type(model).__mro__
         if kind.__module__.startswith("mlx_vlm.models.")
     ]
-    known = (name for name in names if name in FAMILIES)
-    return next(known, names[0] if names else type(model).__module__)
+    families = (name for name in names if name in FAMILIES)
+    return next(families, names[0] if names else type(model).__module__)
 
 
 def _at_prompt(pruner: Pruner, family: Family) -> Pruner:
+    """Return the pruner at "prompt"; raise `InputError` if it cannot choose there."""
     if not isinstance(pruner, Pruner):
-        raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")
+        raise InputError(
+            f"{type(pruner).__name__} is not a pruner; expected a `Pruner`, a "
+            "`TemporalPruner` or a `RepeatPruner`"
+        )
     if pruner.has_own_count:
         raise InputError(
             f"method {pruner.method!r} decides itself how many visual tokens to keep, "
-            "and mlx-vlm has to know before; give a keep ratio or a number of tokens"
+            "which mlx-vlm needs in advance; give a keep ratio or a number of tokens"
         )
     trained = getattr(pruner.scorer, "at", "prompt") != "prompt"
     if pruner.place == "layer" or trained:
@@ -231,86 +243,99 @@ def _at_prompt(pruner: Pruner, family: Family) -> Pruner:
             name for name in list_pruners() if _fits(name, provided) and name != "none"
         ]
         raise InputError(
-            f"method {pruner.method!r} needs {', '.join(missing)}, which is not known "
-            f"of this model in mlx-vlm; choose one of {', '.join(fitting)}"
+            f"method {pruner.method!r} needs {', '.join(missing)}, which this model in "
+            f"mlx-vlm does not provide; choose one of {', '.join(fitting)}"
         )
     return dataclasses.replace(pruner, at="prompt")
 
 
 def provided_by(family: Family) -> tuple[str, ...]:
-    """Extras of `Features` that a pruner can have."""
+    """Return the extras of `Features` that methods can read in a family."""
     grid = ("grid",) if family.grids else ()
     return ("text", *grid, *(attention.PROVIDES if family.tower else ()))
 
 
 def _of_tower(pruner: Pruner) -> list[str]:
+    """Return the extras that a pruner reads from the tower."""
     return [name for name in pruner.reads if name in attention.PROVIDES]
 
 
 def _fits(method: str, provided: tuple[str, ...]) -> bool:
+    """Return whether a method can choose at the prompt, from these extras."""
     from ..pruners import get_method
 
-    known = get_method(method)
-    inside = known.place == "layer" or known.counts == "own"
-    return not inside and all(name in provided for name in known.needs)
+    entry = get_method(method)
+    unfit = entry.place == "layer" or entry.counts == "own"
+    return not unfit and all(name in provided for name in entry.needs)
 
 
-def _check_seams(model) -> None:
-    """Raise `InputError` unless mlx-vlm is as it was when this was written."""
+def _check_seams(model: nn.Module) -> None:
+    """Raise `InputError` unless the hooked functions are those of mlx-vlm 0.7.10."""
     from mlx_vlm.models.base import InputEmbeddingsFeatures
 
     fields = {field.name for field in dataclasses.fields(InputEmbeddingsFeatures)}
-    wrong = [f"a field {name!r} of embeddings" for name in sorted(fields - _FIELDS)]
+    changes = [f"a field {name!r} of embeddings" for name in sorted(fields - _FIELDS)]
     takes = inspect.signature(model.get_input_embeddings).parameters.values()
     if not any(p.kind == p.VAR_KEYWORD for p in takes):
-        wrong.append("get_input_embeddings without keywords")
+        changes.append("get_input_embeddings without keywords")
     if not hasattr(model, "language_model"):
-        wrong.append("a model without language_model")
-    if not wrong and not _processor_is_asked():
-        wrong.append("a processor that is asked otherwise than by `process`")
-    if wrong:
+        changes.append("a model without language_model")
+    if not changes and not _calls_process():
+        changes.append("a processor that is not called by `process`")
+    if changes:
         from mlx_vlm.version import __version__
 
         raise InputError(
-            f"mlx-vlm {__version__} has {wrong[0]}, which is not known here; expected "
-            "0.7.10, or another version with its seams"
+            f"mlx-vlm {__version__} has {changes[0]}, which is not supported; expected "
+            "0.7.10, or another version with the same interface"
         )
 
 
-def _processor_is_asked() -> bool:
-    """Whether `prepare_inputs` calls `process` and lets a list travel."""
+def _calls_process() -> bool:
+    """Return whether `prepare_inputs` calls `process` and passes lists on as lists.
+
+    The hooks depend on both, and no version number tells them: a probe is prepared.
+    """
     from mlx_vlm.utils import prepare_inputs
     from PIL import Image
 
     class Probe:
-        def process(self, text, images=None, padding=True, return_tensors=None):
+        # mlx-vlm passes the arguments that the signature names.
+        def process(
+            self,
+            text: Any,
+            images: Any = None,
+            padding: bool = True,
+            return_tensors: str | None = None,
+        ) -> dict:
             return {"input_ids": mx.zeros((1, 1), mx.int32), SENT: ["here"]}
 
     try:
-        found = prepare_inputs(
+        inputs = prepare_inputs(
             Probe(), images=[Image.new("RGB", (1, 1))], prompts=["probe"]
         )
-    except Exception:  # whatever another version runs into
+    except Exception:  # another version may raise any exception
         return False
-    return found.get(SENT) == ["here"]
+    return inputs.get(SENT) == ["here"]
 
 
-# Putting them on --------------------------------------------------------------------
+# Hooks into mlx-vlm -----------------------------------------------------------------
 
 
-def _hook_processor(processor, hooks: Hooks, undos: list) -> None:
-    """`processor.process`, which mlx-vlm asks for."""
+def _hook_processor(processor: Any, hooks: Hooks, undos: list) -> None:
+    """Set `processor.process`, which mlx-vlm prefers to calling the processor."""
     before = {
         name: vars(processor).get(name) for name in ("process", "apc_key_dependencies")
     }
     original = getattr(processor, "process", processor)
     depends = getattr(processor, "apc_key_dependencies", tuple)
 
-    def process(*args, **named):
+    def process(*args: Any, **named: Any) -> Mapping:
         return hooks.shortened(original(*args, **named))
 
-    process.__signature__ = inspect.signature(original)  # by which it passes arguments
-    process._tokprune = True
+    # mlx-vlm passes only the arguments that the signature names.
+    process.__signature__ = inspect.signature(original)
+    process._tokprune = True  # marks the processor as attached
 
     def undo() -> None:
         for name, value in before.items():
@@ -320,36 +345,49 @@ def _hook_processor(processor, hooks: Hooks, undos: list) -> None:
 
     undos.append(undo)
     processor.process = process
+    # mlx-vlm's prefix cache adds these to its keys: other pruners get other entries.
     processor.apc_key_dependencies = lambda: (*(depends() or ()), hooks.described)
 
 
-def _hook_model(model, hooks: Hooks, undos: list) -> None:
-    """Classes of the model and its language model."""
+def _hook_model(model: nn.Module, hooks: Hooks, undos: list) -> None:
+    """Override methods of the model and its language model."""
     kind, language = type(model), model.language_model
 
+    # Embeds the full ids, which travel under `SENT`, and then drops rows: mlx-vlm sees
+    # as many rows as short ids.
     @functools.wraps(kind.get_input_embeddings)
-    def get_input_embeddings(self, *args, **named):
+    def get_input_embeddings(self: nn.Module, *args: Any, **named: Any) -> Any:
         return hooks.embed(kind.get_input_embeddings, self, *args, **named)
 
     _swap(model, undos, get_input_embeddings=get_input_embeddings)
     if hooks.turns:
-        spoken = type(language)
+        language_kind = type(language)
 
-        @functools.wraps(spoken.get_rope_index)
-        def get_rope_index(self, *args, **named):
-            return hooks.rope_index(spoken.get_rope_index, self, *args, **named)
+        # mlx-vlm computes M-RoPE positions from ids and grids, which short ids do not
+        # match: this returns those of the full prompt.
+        @functools.wraps(language_kind.get_rope_index)
+        def get_rope_index(
+            self: nn.Module, *args: Any, **named: Any
+        ) -> tuple[mx.array, mx.array]:
+            base = language_kind.get_rope_index
+            return hooks.rope_index(base, self, *args, **named)
 
         _swap(language, undos, get_rope_index=get_rope_index)
     elif hooks.family.cold:
-        # What it cannot prime, mlx-vlm reads anew, and says so.
-        def refuse(self, *args, **named):
+        # Where `get_rope_index` raises, mlx-vlm drops the chat's cache, reads the whole
+        # prompt, and logs the reason.
+        def refuse(self: nn.Module, *args: Any, **named: Any) -> NoReturn:
             raise InputError(f"{hooks.family.cold}, so the whole chat is read again")
 
         _swap(language, undos, get_rope_index=refuse, _position_ids=None)
 
 
-def _swap(instance, undos: list, **named) -> None:
-    """Give an instance a class of its own with these."""
+def _swap(instance: nn.Module, undos: list, **named: Any) -> None:
+    """Give an instance a subclass of its class with attributes `named`.
+
+    Python looks up `__call__` and other special methods in the class alone, and other
+    instances of mlx-vlm's class must not change.
+    """
     kind = type(instance)
     names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_tokprune": True}
     instance.__class__ = type(kind.__name__, (kind,), names | named)

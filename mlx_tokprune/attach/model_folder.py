@@ -1,7 +1,7 @@
-"""A folder that stock mlx-vlm loads and that prunes by itself.
+"""Model folder that stock mlx-vlm loads and that prunes by itself.
 
-Links to the checkpoint's files, its config with mlx-vlm's official `model_file`, and
-our settings. Weights are never written.
+It holds links to the checkpoint's files, its config with mlx-vlm's official
+`model_file`, and our settings. Weights are never written.
 """
 
 import dataclasses
@@ -10,7 +10,10 @@ import importlib.util
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ..checkpoints.carried import carry, read_carried
 from ..checkpoints.hub import is_local, resolve
@@ -34,9 +37,10 @@ def write_folder(
     pruner: Attachable,
     positions: str | None = None,
 ) -> Path:
-    """Write `target`, which is `source` (a folder or hub id) with a pruner attached.
+    """Write the folder `target`: `source` (a folder or hub id) with a pruner attached.
 
-    Raises `InputError` for a checkpoint or a method that `attach` does not know.
+    pruner, positions: as in `attach`. Returns `target`. Raises `InputError` for a
+    checkpoint or a pruner that `attach` does not support.
     """
     import_mlx_vlm()
     from mlx_vlm.utils import get_model_type
@@ -45,13 +49,15 @@ def write_folder(
     config = read_json(folder / "config.json")
     own = config.get("model_file")
     if (folder / SETTINGS).exists() or (folder / MODEL_FILE).exists():
-        raise InputError(f"{folder} prunes already; expected a checkpoint without")
+        raise InputError(
+            f"{folder} prunes already; expected a checkpoint without a pruner"
+        )
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
         raise InputError(f"{target} is inside {folder}; choose a folder elsewhere")
     _check_own(folder, own)
     if own is not None and not is_local(str(source)):
         raise InputError(
-            f"{source} brings code of its own ({own}), which is not run from the hub; "
+            f"{source} brings custom code ({own}), which is not run from the hub; "
             "expected a folder on this machine"
         )
     check_known(get_model_type(config), pruner, positions)
@@ -72,11 +78,12 @@ def write_folder(
     return Path(target)
 
 
-def prune_when_loaded(file: str) -> dict:
-    """The names of the module `file`: those of the family, and a `Model` that prunes.
+def prune_when_loaded(file: str) -> dict[str, Any]:
+    """Return the names of the module `file`: the family's, and a `Model` that prunes.
 
-    A processor is loaded after its model, by the same thread. The first that is for the
-    same folder gets the pruner attached; until then mlx-vlm's `load_processor` is ours.
+    A processor is loaded after its model, by the same thread. The first processor of
+    the same folder gets the pruner attached; until then, mlx-vlm's `load_processor` is
+    replaced. Raises `InputError` for settings that name no pruners.
     """
     folder = Path(file).resolve().parent
     settings = read_json(folder / SETTINGS)
@@ -85,33 +92,44 @@ def prune_when_loaded(file: str) -> dict:
     stock = _stock(folder, settings.get("model_file"))
 
     class Model(stock.Model):
-        def __init__(self, *args, **named):
+        def __init__(self, *args: Any, **named: Any):
             super().__init__(*args, **named)
-            _WAITING.add(folder, (self, pruner, settings.get("positions")))
+            _PENDING.add(folder, (self, pruner, settings.get("positions")))
 
+    # `attach` and mlx-vlm find the family by the module of the class.
     Model.__module__ = stock.Model.__module__
     names = {name: value for name, value in vars(stock).items() if name[:2] != "__"}
     return names | {"Model": Model}
 
 
-class _Waiting:
-    """Models whose processors are still to be loaded, by thread and folder."""
+class _PendingModels:
+    """Models whose processors are not loaded yet, by thread and folder.
+
+    mlx-vlm loads a model file without its processor, which `attach` needs. So
+    `mlx_vlm.utils.load_processor` is replaced while there are such models.
+    """
 
     def __init__(self):
         self._models: dict[tuple[int, Path], tuple] = {}
         self._lock, self._original = threading.Lock(), None
 
-    def add(self, folder: Path, asked: tuple) -> None:
-        """asked: a model, its pruner and positions; another of the folder is gone."""
+    def add(self, folder: Path, entry: tuple) -> None:
+        """Add a model of `folder`, in place of an earlier one of this thread.
+
+        entry: the model, its pruners and positions.
+        """
         from mlx_vlm import utils
 
         with self._lock:
-            self._models[threading.get_ident(), folder] = asked
+            self._models[threading.get_ident(), folder] = entry
             if self._original is None:
                 self._original = utils.load_processor
                 utils.load_processor = functools.partial(self._load, self._original)
 
-    def _load(self, original, path, *args, **named):
+    def _load(
+        self, original: Callable, path: str | Path, *args: Any, **named: Any
+    ) -> Any:
+        """Load a processor with mlx-vlm's function, and attach its model's pruner."""
         from mlx_vlm import utils
 
         try:
@@ -119,27 +137,30 @@ class _Waiting:
         finally:
             key = (threading.get_ident(), Path(path).resolve())
             with self._lock:
-                asked = self._models.pop(key, None)
+                entry = self._models.pop(key, None)
                 if not self._models and self._original is not None:
                     utils.load_processor, self._original = self._original, None
-        if asked is not None:
-            model, pruner, positions = asked
+        if entry is not None:
+            model, pruner, positions = entry
             attach(model, processor, pruner, positions)
-            type(model)._tokprune = str(path)  # nobody has a handle of it
+            # There is no handle to detach it: `attach` names the folder instead.
+            type(model)._tokprune = str(path)
         return processor
 
 
-_WAITING = _Waiting()
+_PENDING = _PendingModels()
 
 
-def _check_own(folder: Path, own) -> None:
-    """Raise `InputError` unless a model file of the checkpoint's own lies in it."""
+def _check_own(folder: Path, own: object) -> None:
+    """Raise `InputError` unless a custom model file lies in the folder."""
     if own is not None and not (isinstance(own, str) and Path(own).name == own):
-        raise InputError(f"{folder} names the model file {own!r}; expected one in it")
+        raise InputError(
+            f"{folder} names the model file {own!r}; expected a file in the folder"
+        )
 
 
-def _stock(folder: Path, own: str | None):
-    """The module that mlx-vlm would have taken."""
+def _stock(folder: Path, own: str | None) -> ModuleType:
+    """Return the module that mlx-vlm loads for the checkpoint without a pruner."""
     from mlx_vlm.utils import get_model_and_args
 
     config = read_json(folder / "config.json")
@@ -149,7 +170,7 @@ def _stock(folder: Path, own: str | None):
     _check_own(folder, own)
     spec = importlib.util.spec_from_file_location("stock_model", folder / own)
     if spec is None or spec.loader is None:
-        raise InputError(f"{folder / own} is no Python module")
+        raise InputError(f"{folder / own} is not a Python module; expected one")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,7 @@
-"""Original positions where mlx-vlm counts: rotary embeddings that are told where."""
+"""Original positions in mlx-vlm, by rotary embeddings that take a position per token.
+
+mlx-vlm's layers count positions by their caches, which hold the kept tokens alone.
+"""
 
 import functools
 
@@ -7,24 +10,33 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from ..models.positions import At, PositionedRoPE
+from ..models.positions import PositionedRoPE, TokenPositions
 
 _NAMES = ("rope", "rotary_emb")  # of rotary embeddings in mlx-vlm's attention
 
 
 class Positions:
-    """Where the tokens of the one prompt that is read are, and those that follow it."""
+    """Original positions of the prompt that is read, and of the tokens behind it.
+
+    mlx-vlm's layers count by their caches, so the positions of the prompt are kept here
+    between calls, for one prompt at a time.
+    """
 
     def __init__(self, original: bool):
         self._original = original
         self._columns: np.ndarray | None = None
-        self._read: tuple[int, int] | None = None  # from where, to where, at last
+        # Start and end of the last read tokens: the next ones must follow these.
+        self._read: tuple[int, int] | None = None
 
     def reset(self) -> None:
+        """Forget the prompt: positions are those of the cache again."""
         self._columns = self._read = None
 
     def set(self, columns: np.ndarray) -> None:
-        """columns: (B, L) of the full prompt that stayed."""
+        """Set the kept columns (B, L) of a full prompt.
+
+        Raises `InputError` for original positions of more than one prompt.
+        """
         self.reset()
         if self._original:
             if len(columns) > 1:
@@ -34,8 +46,14 @@ class Positions:
                 )
             self._columns = columns[0]
 
-    def at(self, offset, length: int):
-        """For `length` tokens behind `offset` others: an offset, or `At` positions."""
+    def at(
+        self, offset: int | mx.array, length: int
+    ) -> int | mx.array | TokenPositions:
+        """Return the positions of `length` tokens behind `offset` tokens of the cache.
+
+        An offset where positions are contiguous, else `TokenPositions` (length,).
+        Raises `InputError` for offsets of more than one prompt.
+        """
         columns = self._columns
         if columns is None:
             return offset
@@ -51,11 +69,11 @@ class Positions:
             return offset + dropped
         numbers = np.arange(offset, offset + length)
         inside = columns[np.minimum(numbers, len(columns) - 1)]
-        found = np.where(numbers < len(columns), inside, numbers + dropped)
-        return At(mx.array(found.astype(np.int32)))
+        positions = np.where(numbers < len(columns), inside, numbers + dropped)
+        return TokenPositions(mx.array(positions.astype(np.int32)))
 
-    def follow(self, offset, length: int) -> None:
-        """Raise `InputError` for tokens that do not follow what was read last."""
+    def follow(self, offset: int | mx.array, length: int) -> None:
+        """Raise `InputError` for tokens that do not follow the last read ones."""
         if isinstance(offset, mx.array):
             if self._columns is None or offset.size > 1:
                 return
@@ -68,8 +86,12 @@ class Positions:
             )
         self._read = (offset, offset + length)
 
-    def attach(self, language, undos: list) -> None:
-        """Have every rotary embedding of a language model ask."""
+    def attach(self, language: nn.Module, undos: list) -> None:
+        """Replace every rotary embedding of a language model by an `_OriginalRoPE`.
+
+        undos: gets a function for each that puts mlx-vlm's back. Raises `InputError`
+        for a model without rotary embeddings under a name of `_NAMES`.
+        """
         if not self._original:
             return
         owners = [
@@ -80,26 +102,28 @@ class Positions:
         ]
         if not owners:
             raise InputError(
-                "the rotary embeddings of this model are not known here; expected "
+                "the rotary embeddings of this model are not supported; expected "
                 "contiguous positions"
             )
-        first = min(layer for layer, *_ in owners)  # others may share its keys
+        first = min(layer for layer, *_ in owners)  # later layers may share its keys
         for layer, owner, name in owners:
             undos.append(functools.partial(setattr, owner, name, owner[name]))
-            setattr(owner, name, _AskingRoPE(owner[name], self, layer == first))
+            setattr(owner, name, _OriginalRoPE(owner[name], self, layer == first))
 
 
 def _layer_of(path: str) -> int:
     return next((int(part) for part in path.split(".") if part.isdigit()), 0)
 
 
-class _AskingRoPE(nn.Module):
+class _OriginalRoPE(nn.Module):
+    """Rotary embedding that gets its positions from `Positions`, not from the cache."""
+
     def __init__(self, rope: nn.Module, positions: Positions, first: bool):
         super().__init__()
         self._rope, self._positions = PositionedRoPE(rope), positions
-        self._first = first  # one of them is enough to see what is read
+        self._first = first  # one layer is enough to follow what is read
 
-    def __call__(self, x: mx.array, offset=0) -> mx.array:
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         if self._first:
             self._positions.follow(offset, x.shape[-2])
         return self._rope(x, self._positions.at(offset, x.shape[-2]))

@@ -1,8 +1,8 @@
-"""Prompts whose picture takes fewer ids: what mlx-vlm's processors give, made shorter.
+"""Prompts with fewer placeholders, from the output of mlx-vlm's processors.
 
-mlx-vlm counts rows by ids: caches of chats, batches and servers are trimmed, padded and
-compared by them. So where embeddings are pruned ids must be, too, by as many, before
-anything is known but the sizes of pictures. Which ids go does not matter. The full ones
+mlx-vlm counts rows by ids: it trims, pads and compares the caches of chats, batches and
+servers by them. So ids must be pruned by as many as embeddings, before anything but the
+sizes of pictures is available. It does not matter which ids are left out: the full ids
 travel along under `SENT`, and embeddings are made from those.
 """
 
@@ -10,22 +10,23 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .pixels import Seen
+from .pixels import PixelSelection
 
-SENT = "tokprune_sent"  # a list, since mlx-vlm would convert anything else
-_MARKS = 2  # ids that tell a picture from others
+SENT = "tokprune_sent"  # holds a list: mlx-vlm converts every other type
+_MARKS = 2  # ids that tell one picture from another
 
 
 @dataclass(frozen=True)
 class Row:
-    """Where one prompt of a batch has what, as columns of its embeddings.
+    """Layout of one prompt of a batch, as columns of its embeddings.
 
-    visual: (N,) of visual tokens. text: of everything else but padding. runs: lengths
-    of what stands together in `visual`: a picture, or a tile or a line of one.
+    visual: (N,) columns of visual tokens. text: columns of everything else but padding.
+    runs: lengths of adjacent tokens in `visual`: a picture, or a tile or a line of one.
     """
 
     visual: np.ndarray
@@ -34,25 +35,27 @@ class Row:
 
     @property
     def total(self) -> int:
+        """Visual tokens N of the prompt."""
         return len(self.visual)
 
 
 def find_rows(
     ids: np.ndarray, mask: np.ndarray, is_media: Callable, each: int = 1
 ) -> list[Row]:
-    """Of ids (B, T) that are read where `mask` (B, T) is 1; prompts without padding.
+    """Return the layout of each prompt of ids (B, T), without padding.
 
-    each: embeddings of a placeholder, all in its place.
+    mask: (B, T), 1 where ids are read. each: embeddings of a placeholder, all in its
+    place.
     """
     rows = []
-    for given, seen in zip(ids, mask.astype(bool), strict=True):
-        media = is_media(given) & seen
+    for row_ids, is_read in zip(ids, mask.astype(bool), strict=True):
+        media = is_media(row_ids) & is_read
         sizes = np.where(media, each, 1)
         ends = np.cumsum(sizes)
         columns = np.arange(ends[-1] if len(ends) else 0)
-        owner = np.repeat(np.arange(len(given)), sizes)
+        owner = np.repeat(np.arange(len(row_ids)), sizes)
         visual = columns[media[owner]]
-        text = columns[(seen & ~media)[owner]]
+        text = columns[(is_read & ~media)[owner]]
         breaks = np.flatnonzero(np.diff(visual) > 1) + 1
         lengths = tuple(np.diff([0, *breaks, len(visual)]).tolist())
         rows.append(Row(visual, text, lengths if len(visual) else ()))
@@ -60,12 +63,12 @@ def find_rows(
 
 
 @dataclass(frozen=True)
-class Sent:
-    """The prompts as they were, which travel along with those that are shorter.
+class OriginalPrompts:
+    """Full prompts of a batch, which travel along with the short ones.
 
-    full, mask: (B, T) ids, and 1 where they are read. aligned: what else has a number
-    for each id. each: embeddings of a placeholder. keeps: K of each prompt. seen: what
-    the pixels say, if they were asked.
+    full, mask: (B, T) ids, and 1 where they are read. aligned: other inputs with a
+    value for each id, by name. each: embeddings of a placeholder. keeps: K of each
+    prompt. selection: tokens that pixel pruners keep, if there are such pruners.
     """
 
     full: np.ndarray
@@ -73,34 +76,36 @@ class Sent:
     aligned: dict[str, np.ndarray]
     each: int
     keeps: list[int]
-    seen: Seen | None = None
+    selection: PixelSelection | None = None
 
-    def written(self) -> list:
+    def write(self) -> list:
+        """Return the fields as nested lists, which mlx-vlm passes on unconverted."""
         aligned = {name: array.tolist() for name, array in self.aligned.items()}
         arrays = self.full.tolist(), self.mask.tolist()
-        seen = self.seen and dataclasses.asdict(self.seen)
-        return [*arrays, aligned, self.each, self.keeps, seen]
+        selection = self.selection and dataclasses.asdict(self.selection)
+        return [*arrays, aligned, self.each, self.keeps, selection]
 
     @classmethod
-    def read(cls, written: list) -> "Sent":
-        full, mask, aligned, each, keeps, seen = written
+    def read(cls, fields: list) -> "OriginalPrompts":
+        """Return the prompts that `write` turned into nested lists."""
+        full, mask, aligned, each, keeps, selection = fields
         arrays = {name: np.array(array) for name, array in aligned.items()}
-        seen = seen and Seen(**seen)
-        return cls(np.array(full), np.array(mask), arrays, each, keeps, seen)
+        selection = selection and PixelSelection(**selection)
+        return cls(np.array(full), np.array(mask), arrays, each, keeps, selection)
 
 
 @dataclass(frozen=True)
-class Shortened:
-    """A batch of prompts with fewer placeholders.
+class ShortPrompts:
+    """Batch of prompts with fewer placeholders.
 
-    inputs: what the processor gave, shorter, with `sent` under `SENT`. ids: (B, L).
-    columns: (B, L) which of the full ids each is; -1 for padding.
+    inputs: the processor's output, shorter, with `original` under `SENT`. ids: (B, L).
+    columns: (B, L) column of each id in the full ids; -1 for padding.
     """
 
     inputs: dict
     ids: np.ndarray
     columns: np.ndarray
-    sent: Sent
+    original: OriginalPrompts
 
 
 def shorten(
@@ -109,27 +114,28 @@ def shorten(
     counts: Callable[[Sequence[int]], list[int]],
     vocabulary: int,
     each: int = 1,
-    look: Callable[[np.ndarray, list[Row]], Seen] | None = None,
+    scan: Callable[[np.ndarray, list[Row]], PixelSelection] | None = None,
     salt: str = "",
-) -> Shortened | None:
-    """A processor's inputs with fewer placeholders: `counts` of the visual tokens.
+) -> ShortPrompts | None:
+    """Shorten a processor's inputs to `counts` of the visual tokens of each prompt.
 
-    `None` where nothing would be left out. vocabulary: how many ids there are. look:
-    says which tokens stay by their pixels; those are counted. salt: tells
-    prompts apart besides their pixels.
+    Returns `None` if no token would be left out. vocabulary: number of ids. scan:
+    selects tokens by their pixels; `counts` gets the number of those. salt: tells
+    prompts with equal pixels apart.
     """
     full = _array(inputs["input_ids"])
-    seen = inputs.get("attention_mask")
-    mask = np.ones_like(full) if seen is None else _array(seen)
+    attention_mask = inputs.get("attention_mask")
+    mask = np.ones_like(full) if attention_mask is None else _array(attention_mask)
     rows = find_rows(full, mask, is_media)
-    seen = look(full, rows) if look else None
+    selection = scan(full, rows) if scan else None
     open_ = [row.visual for row in rows]
-    if seen is not None:
-        open_ = [row.visual[some] for row, some in zip(rows, seen.stays, strict=True)]
-    keeps = counts([len(some) * each for some in open_])
+    if selection is not None:
+        pairs = zip(rows, selection.kept, strict=True)
+        open_ = [row.visual[kept] for row, kept in pairs]
+    keeps = counts([len(visual) * each for visual in open_])
     if all(keep == row.total * each for keep, row in zip(keeps, rows, strict=True)):
         return None
-    picked = [_picked(*given) for given in zip(rows, open_, keeps, strict=True)]
+    picked = [_pick_columns(*row) for row in zip(rows, open_, keeps, strict=True)]
     columns = pad_rows(picked, mask)
     taken = ("input_ids", "attention_mask")
     aligned = {
@@ -141,18 +147,21 @@ def shorten(
     marks = _marks(inputs, salt) % vocabulary
     for number, (row, keep) in enumerate(zip(rows, keeps, strict=True)):
         _mark(ids[number], np.isin(columns[number], row.visual), keep, marks)
-    sent = Sent(full, mask, aligned, each, keeps, seen)
+    original = OriginalPrompts(full, mask, aligned, each, keeps, selection)
     shorter = dict(inputs)
     shorter["input_ids"] = mx.array(ids)
     shorter["attention_mask"] = mx.array(take_columns(mask, columns, 0))
     for name, array in aligned.items():
         shorter[name] = mx.array(take_columns(array, columns, 0))
-    shorter[SENT] = sent.written()
-    return Shortened(shorter, ids, columns, sent)
+    shorter[SENT] = original.write()
+    return ShortPrompts(shorter, ids, columns, original)
 
 
 def pad_rows(rows: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
-    """(B, L): rows of other lengths, with -1 where `mask` (B, T) has its padding."""
+    """Return (B, L): rows of unequal lengths, padded with -1 on the side of `mask`.
+
+    mask: (B, T), 0 for padding, which is to the left or to the right.
+    """
     length = max(map(len, rows))
     padded = np.full((len(rows), length), -1)
     behind = bool(np.any(mask[:, -1] == 0))
@@ -164,30 +173,31 @@ def pad_rows(rows: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _picked(row: Row, visual: np.ndarray, keep: int) -> np.ndarray:
-    """Columns of ids that stay: of the placeholders `visual` the first, and the last.
+def _pick_columns(row: Row, visual: np.ndarray, keep: int) -> np.ndarray:
+    """Return the kept columns of ids: the first `keep` - 1 placeholders, and the last.
 
-    More than there are, where one stands for many, repeat the first.
+    Where a placeholder stands for several embeddings, `keep` can be larger than the
+    number of placeholders; the first one is then repeated.
     """
     if not len(visual):
         return row.text
-    some = visual[: max(0, min(keep, len(visual)) - 1)]
+    first = visual[: max(0, min(keep, len(visual)) - 1)]
     more = np.repeat(visual[:1], max(0, keep - len(visual)))
-    return np.sort(np.concatenate([row.text, more, some, visual[-1:]]))
+    return np.sort(np.concatenate([row.text, more, first, visual[-1:]]))
 
 
 def take_columns(array: np.ndarray, columns: np.ndarray, padding: int) -> np.ndarray:
-    """(B, L) of (B, T); `padding` where a column is -1."""
-    found = np.take_along_axis(array, np.maximum(columns, 0), axis=1)
-    return np.where(columns < 0, padding, found)
+    """Return (B, L) columns of (B, T), with `padding` where a column is -1."""
+    values = np.take_along_axis(array, np.maximum(columns, 0), axis=1)
+    return np.where(columns < 0, padding, values)
 
 
 def _mark(ids: np.ndarray, visual: np.ndarray, keep: int, marks: np.ndarray) -> None:
-    """Ids that tell pictures apart, in the place of the first placeholders.
+    """Write ids that tell pictures apart in the place of the first placeholders.
 
     A chat takes the cache of another picture where ids are equal, and a budget makes
-    those of all pictures equal. Nothing is embedded from these ids. The last stays what
-    it is: it says where the pictures end.
+    the ids of all pictures equal. Nothing is embedded from these ids. The last
+    placeholder is kept: it marks the end of the pictures.
     """
     count = min(len(marks), keep - 1)
     if count > 0:
@@ -195,7 +205,7 @@ def _mark(ids: np.ndarray, visual: np.ndarray, keep: int, marks: np.ndarray) -> 
 
 
 def _marks(inputs: Mapping, salt: str) -> np.ndarray:
-    """Two ids from the pixels; none where there are no pixels."""
+    """Return two ids from a hash of the pixels, or none if there are no pixels."""
     digest = hashlib.blake2b(salt.encode(), digest_size=8)
     pixels = [inputs.get(name) for name in ("pixel_values", "pixel_values_videos")]
     for array in (p for p in pixels if p is not None):
@@ -205,23 +215,24 @@ def _marks(inputs: Mapping, salt: str) -> np.ndarray:
     return np.frombuffer(digest.digest(), np.uint32)[:_MARKS].astype(np.int64)
 
 
-def _array(value) -> np.ndarray:
+def _array(value: Any) -> np.ndarray:
     return np.array(value).astype(np.int64)
 
 
-def _shape(value) -> tuple:
+def _shape(value: Any) -> tuple[int, ...]:
     if isinstance(value, (mx.array, np.ndarray)):
         return tuple(value.shape)
     if isinstance(value, list):
         try:
             return np.array(value).shape
-        except ValueError:  # of unequal lengths
+        except ValueError:  # lists of unequal lengths
             return ()
     return ()
 
 
-def floats(array) -> np.ndarray:
-    """Any array of numbers as NumPy's, bfloat16 included."""
+def floats(array: mx.array | np.ndarray | list | tuple) -> np.ndarray:
+    """Return an array of numbers, or a list of arrays, as one NumPy array."""
+    # NumPy has no bfloat16.
     if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
         array = array.astype(mx.float32)
     if isinstance(array, (list, tuple)):

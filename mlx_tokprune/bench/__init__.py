@@ -1,1 +1,1 @@
-"""Benchmarks that a sceptic can run: `python -m mlx_tokprune.bench`."""
+"""Benchmarks of pruned models: `python -m mlx_tokprune.bench`."""

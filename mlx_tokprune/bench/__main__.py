@@ -1,7 +1,10 @@
 """Measure time to first token and generation speed of pruned models."""
 
+import argparse
 import itertools
 from pathlib import Path
+
+from PIL import Image
 
 from ..checkpoints.embedded import PICTURES, POLICY_FRAME
 from ..checkpoints.hub import resolve
@@ -35,6 +38,7 @@ RATIOS = (1.0, 0.5, 0.25, 0.11)
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune.bench`."""
     parser = Parser(
         prog="mlx_tokprune.bench",
         description=__doc__,
@@ -76,6 +80,7 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Measure the rows in either runtime, and write the result and its plots."""
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     _check(args)
@@ -101,12 +106,14 @@ def main(argv: list[str] | None = None) -> None:
         *(subjects, methods, args.keep_ratios, args.image_sizes, prompts),
         *(args.positions, len(images), options, row_plans(args), list(drafts)),
     )
-    for one, case in itertools.product(subjects, cases):  # refuse any before measuring
+    # Refuse a bad case before any is measured.
+    for one, case in itertools.product(subjects, cases):
         plan = plan_for(one.model, case.pruners)
         if case.draft:
             drafts[case.draft].check(one.model, one.processor, plan)
-    output, asked = Path(args.output), (images, args.tokens, drafts)
-    result = Benchmark(output, subjects, cases, *asked).run(args.runs)
+    output = Path(args.output)
+    benchmark = Benchmark(output, subjects, cases, images, args.tokens, drafts)
+    result = benchmark.run(args.runs)
     print(tabulate(result).markdown())
     print(f"\nwrote {output}")
     if args.plots:
@@ -114,29 +121,29 @@ def main(argv: list[str] | None = None) -> None:
         for path in drawn:
             print(f"wrote {path}")
         if args.accuracy and not any(path.name == "pareto.png" for path in drawn):
-            print("no accuracy is of these weights, rows and positions: no Pareto plot")
+            print("no Pareto plot: no accuracy has these weights, rows and positions")
 
 
-def _drafts(args, subject: OwnSubject) -> dict[str, Drafts]:
-    """What drafts, under its name in the table."""
+def _drafts(args: argparse.Namespace, subject: OwnSubject) -> dict[str, Drafts]:
+    """Return the drafts by their name in the table; empty without drafts."""
     drafts = make_drafts(args)
     if drafts is None:
         return {}
     if subject.kind == "acting":
         raise InputError(
-            "drafts of a policy are by its last action, which one picture has not; "
+            "drafts of a policy need its last action, which one picture lacks; "
             "benchmarks/speculative.py measures them in closed loop"
         )
     name = args.draft or Path(args.draft_model).name
     return {"+".join([name, *args.draft_prune]): drafts}
 
 
-def _images(args, example) -> list:
+def _images(args: argparse.Namespace, example: Path) -> list[Image.Image]:
     paths = args.image or [example]
     return [load_image(file) for path in paths for file in list_pictures(path)]
 
 
-def _measure_mlx_vlm(args) -> None:
+def _measure_mlx_vlm(args: argparse.Namespace) -> None:
     """Measure a model in mlx-vlm's runtime."""
     from ..measure.mlx_vlm_subject import MlxVlmSubject, check_mlx_vlm
     from . import mlx_vlm_benchmark
@@ -152,23 +159,26 @@ def _measure_mlx_vlm(args) -> None:
     images, prompts = _images(args, PICTURES[0].path), args.prompt
     for image in images:
         subject.check(image, rows)
-    asked = (images, prompts or [PICTURES[0].question], args.tokens, args.runs)
-    result = mlx_vlm_benchmark.measure(subject, rows, *asked, Path(args.output))
+    inputs = (images, prompts or [PICTURES[0].question])
+    result = mlx_vlm_benchmark.measure(
+        subject, rows, *inputs, args.tokens, args.runs, Path(args.output)
+    )
     print(mlx_vlm_benchmark.tabulate(result).markdown())
     print(f"\nwrote {args.output}")
 
 
 def _load(names: list[str], adapter: str | None) -> list[OwnSubject]:
-    """Under their last names in the table, where those tell them apart."""
-    shown = [Path(name).name for name in names]
-    shown = shown if len(set(shown)) == len(shown) else names
+    """Load the models; labels are their last names, if those are unique."""
+    labels = [Path(name).name for name in names]
+    labels = labels if len(set(labels)) == len(labels) else names
     return [
         subject_of(label, *load(name, adapter_path=adapter))
-        for label, name in zip(shown, names, strict=True)
+        for label, name in zip(labels, names, strict=True)
     ]
 
 
-def _check(args) -> None:
+def _check(args: argparse.Namespace) -> None:
+    """Raise `InputError` for bad flags before any model is loaded."""
     if args.runs < 1 or args.tokens < 1:
         raise InputError("runs and tokens are whole numbers from 1")
     for ratio in args.keep_ratios:
@@ -177,7 +187,7 @@ def _check(args) -> None:
     places = [str(resolve(name).resolve()) for name in args.model]
     for name, place in zip(args.model, places, strict=True):
         if places.count(place) > 1:
-            raise InputError(f"model {name} was given twice; each is measured once")
+            raise InputError(f"model {name} was given twice; give each model once")
     for name in args.methods or []:
         get_method(name)
     for text in row_plans(args):
@@ -187,16 +197,16 @@ def _check(args) -> None:
         check_name(args.plots)
         import_matplotlib()
     if args.accuracy and not args.plots:
-        raise InputError("--accuracy is for the Pareto plot; say --plots FOLDER, too")
+        raise InputError("--accuracy is for the Pareto plot; give --plots FOLDER, too")
     _accuracy(args.accuracy)
 
 
 def _accuracy(files: list[str]) -> Accuracy:
-    """Accuracies in results of `mlx_tokprune.evaluate`."""
-    found: Accuracy = {}
+    """Return the accuracies in results of `mlx_tokprune.evaluate`."""
+    merged: Accuracy = {}
     for file in files:
-        found |= accuracies(read_result(Path(file)))
-    return found
+        merged |= accuracies(read_result(Path(file)))
+    return merged
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Rows of a benchmark and how they are measured: interleaved, resumable, honest.
+"""Rows of a benchmark and their measurement, interleaved and resumable.
 
-TTFT is unfenced and starts with a decoded picture; stages are fenced, in a run of their
-own. Every round measures each row once, so that a machine that slows down slows all.
+TTFT is unfenced and starts with a decoded picture; stages are fenced, in a separate
+run. Every round measures each row once, so that a machine that slows down slows all.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
+from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoints.fingerprint import fingerprint
@@ -24,14 +25,14 @@ from ..measure.machine import describe, measure_rates
 from ..measure.results import (
     MACHINE,
     NUMBER,
-    Newer,
-    Optional,
+    NewerField,
+    NullableValue,
     Table,
     budgets,
     mismatch,
     read_result,
 )
-from ..measure.subject import Asked, OwnSubject
+from ..measure.subject import OwnSubject, Request
 from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
 from ..pipeline.timing import STAGES
@@ -42,7 +43,7 @@ SCHEMA = "mlx_tokprune.bench/1"
 _TIMES = ("ttft_ms", "total_ms", "decode_tokens_per_second", "peak_memory_mb")
 SAMPLES = (*_TIMES, "calls", "tokens", "stages_ms")
 _COST = dict.fromkeys(("flops", "bytes", "weights", "launches"), NUMBER)
-# What a file holds; docs/results.md says what it means.
+# Shape of a result file; docs/results.md describes its fields.
 SHAPE = {
     "machine": {**MACHINE, "cores": int, "system": str},
     "rates": {"flops_per_second": NUMBER, "bytes_per_second": NUMBER},
@@ -50,15 +51,15 @@ SHAPE = {
     "rows": [
         {
             **{"model": str, "image_size": int, "prompt": str, "method": str},
-            **{"keep_ratio": Optional(NUMBER), "positions": str},
+            **{"keep_ratio": NullableValue(NUMBER), "positions": str},
             **{"visual_tokens": int, "kept": int, "limit_ms": NUMBER},
-            "draft": Newer(str),
+            "draft": NewerField(str),
             "costs": {name: _COST for name in ("vision", "project", "prefill")},
             "samples": {
                 **{name: [NUMBER] for name in _TIMES},
-                "decode_tokens_per_second": [Optional(NUMBER)],
+                "decode_tokens_per_second": [NullableValue(NUMBER)],
                 "stages_ms": [dict.fromkeys(STAGES, NUMBER)],
-                **dict.fromkeys(("calls", "tokens"), Newer([int])),
+                **dict.fromkeys(("calls", "tokens"), NewerField([int])),
             },
         }
     ],
@@ -67,10 +68,10 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: everything but the machine.
+    """Row of the table: all that is measured but the machine.
 
-    method: or a plan as it is written. keep_ratio: `None` where that says how many
-    tokens stay. picture: its number. draft: what drafts the answer, by its name.
+    method: or the text of a plan. keep_ratio: `None` if the method or plan has the
+    budget. picture: its number. draft: name of the drafts, `None` without.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Case:
 
     @property
     def pruners(self) -> Plan:
+        """Plan of the row."""
         if self.keep_ratio == 1:
             return (Pruner("none"),)
         if self.keep_ratio is None:
@@ -104,44 +106,49 @@ def make_cases(
     plans: Sequence[str] = (),
     drafts: Sequence[str] = (),
 ) -> list[Case]:
-    """Every combination of methods and ratios, and plans, in sizes besides the own.
+    """Return every combination of methods and ratios, and every plan, at each size.
 
-    Unpruned rows are always there: of each size, and of lower ones than the model's.
-    All are measured without a draft, and with each of `drafts`.
+    sizes: input sizes in pixels besides the model's own. pictures: their number.
+    options: by method. drafts: names; each row is measured without a draft and with
+    each of them. Unpruned rows are always included, also of the model's lower sizes.
     """
-    found, everything = [], (subjects, prompts, range(pictures))
-    for subject, prompt, picture in itertools.product(*everything):
+    cases = []
+    everything = itertools.product(subjects, prompts, range(pictures))
+    for subject, prompt, picture in everything:
         pruned = {subject.image_size, *sizes}
         for size in sorted({*pruned, *subject.lower_sizes}):
-            about = (subject.name, size, prompt)
-            found.append(Case(*about, "none", 1.0, positions, picture))
+            start = (subject.name, size, prompt)
+            cases.append(Case(*start, "none", 1.0, positions, picture))
             for method in methods if size in pruned else ():
                 own = (options or {}).get(method, {})
                 for ratio in budgets(method, ratios, own):
-                    case = Case(*about, method, ratio, positions, picture, own)
-                    found.append(case)
+                    case = Case(*start, method, ratio, positions, picture, own)
+                    cases.append(case)
             for text in plans if size in pruned else ():
                 names = [pruner.method for pruner in read_plan(text)]
                 own = {k: v for n in names for k, v in (options or {})[n].items()}
-                found.append(Case(*about, text, None, positions, picture, own))
-    both = itertools.product(found, (None, *drafts))
+                cases.append(Case(*start, text, None, positions, picture, own))
+    both = itertools.product(cases, (None, *drafts))
     return [replace(case, draft=draft) for case, draft in both]
 
 
 # Measuring --------------------------------------------------------------------------
 
 
-def run_once(subject: OwnSubject, asked: Asked, tokens: int) -> dict:
-    """One sample of each quantity; `tokens` is how many are generated."""
+def run_once(subject: OwnSubject, request: Request, tokens: int) -> dict:
+    """Measure one sample of each quantity.
+
+    tokens: number of generated tokens. Times are in ms, memory in MB (1e6 bytes).
+    """
     mx.reset_peak_memory()
-    times = subject.run(asked, tokens)
+    times = subject.run(request, tokens)
     peak = mx.get_peak_memory() / 1e6
-    stages = subject.run(asked, 1, stages=True)["stages_ms"]
+    stages = subject.run(request, 1, stages=True)["stages_ms"]
     return {**times, "peak_memory_mb": peak, "stages_ms": stages}
 
 
 def limit_ms(costs: dict[str, Cost], rates: dict[str, float]) -> float:
-    """The least time for these FLOPs and weights on a machine of these rates."""
+    """Return the least time in ms for these costs on a machine of these rates."""
     return 1e3 * sum(
         max(
             cost.flops / rates["flops_per_second"],
@@ -152,30 +159,35 @@ def limit_ms(costs: dict[str, Cost], rates: dict[str, float]) -> float:
 
 
 class Benchmark:
-    """A result file that grows round by round. Resumes what the file holds."""
+    """Benchmark whose result file grows round by round, and is resumed if it exists.
+
+    tokens: number of generated tokens. drafts: by name, as in the cases. Raises
+    `InputError` for a file of another benchmark.
+    """
 
     def __init__(
         self,
         file: Path,
         subjects: Sequence[OwnSubject],
         cases: Sequence[Case],
-        images: list,
+        images: Sequence[Image.Image],
         tokens: int,
         drafts: Mapping[str, Drafts] | None = None,
     ):
         self.file, self.cases, self.images, self.tokens = file, cases, images, tokens
         self.drafts = drafts or {}
         self.subjects = {subject.name: subject for subject in subjects}
-        self.result = self._opened()
+        self.result = self._open()
 
-    def _opened(self) -> dict:
+    def _open(self) -> dict:
+        """Return the result in the file, or a new one."""
         options = {
             "tokens": self.tokens,
-            "rows": [_described(case) for case in self.cases],
+            "rows": [_describe(case) for case in self.cases],
             "weights": {n: fingerprint(s.model) for n, s in self.subjects.items()},
             "pictures": [_hash(image) for image in self.images],
             "scorers": self._scorers(),
-            "drafts": {name: _drafter(drafts) for name, drafts in self.drafts.items()},
+            "drafts": {name: _identity(drafts) for name, drafts in self.drafts.items()},
         }
         if not self.file.exists():
             return {
@@ -194,18 +206,20 @@ class Benchmark:
         return result
 
     def _scorers(self) -> list[str]:
-        """What tells the scorers of the rows apart, and of the drafts' pruners."""
+        """Return the fingerprints of the scorers of rows and drafts."""
         plans = [
             *(case.pruners for case in self.cases),
             *map(_pruners, self.drafts.values()),
         ]
-        found = (p.scorer for plan in plans for p in plan if p.scorer is not None)
-        return sorted({fingerprint(scorer) for scorer in found})
+        scorers = (p.scorer for plan in plans for p in plan if p.scorer is not None)
+        return sorted({fingerprint(scorer) for scorer in scorers})
 
     def run(self, runs: int) -> dict:
-        """Measures until every row has `runs` samples."""
+        """Measure until every row has `runs` samples; return the result."""
         if not self.result["rows"]:
-            self.result["rows"] = [self._prepared(case) for case in self._shown()]
+            self.result["rows"] = [
+                self._prepare(case) for case in self._with_progress()
+            ]
             self._save()
         done = len(self.result["rows"][0]["samples"]["ttft_ms"])
         todo = max(0, runs - done) * len(self.cases)
@@ -216,26 +230,26 @@ class Benchmark:
                 self._round(number, progress)
         return self.result
 
-    def _shown(self) -> Iterator[Case]:
+    def _with_progress(self) -> Iterator[Case]:
         return iter(tqdm(self.cases, desc="warming up", unit="row", disable=None))
 
-    def _measured(self, case: Case) -> dict:
-        return run_once(*self._of(case), self.tokens)
+    def _measure(self, case: Case) -> dict:
+        return run_once(*self._inputs(case), self.tokens)
 
-    def _of(self, case: Case) -> tuple:
+    def _inputs(self, case: Case) -> tuple[OwnSubject, Request]:
         subject = self.subjects[case.model].at(case.image_size)
         images = [self.images[case.picture]]
         plan = plan_for(subject.model, case.pruners)
         drafts = self.drafts[case.draft] if case.draft else None
-        return subject, Asked(images, case.prompt, plan, case.positions, drafts)
+        return subject, Request(images, case.prompt, plan, case.positions, drafts)
 
-    def _prepared(self, case: Case) -> dict:
-        """What is known before measuring; runs the row once to warm it up."""
-        subject, asked = self._of(case)
-        counted = subject.count(asked)
-        self._measured(case)
+    def _prepare(self, case: Case) -> dict:
+        """Return the row without samples; run it once to warm it up."""
+        subject, request = self._inputs(case)
+        counted = subject.count(request)
+        self._measure(case)
         return {
-            **_described(case),
+            **_describe(case),
             "visual_tokens": counted.tokens.total,
             "kept": round(counted.tokens.left),
             "mean_kept": counted.tokens.mean,
@@ -246,16 +260,16 @@ class Benchmark:
         }
 
     def _warm_up(self) -> None:
-        for case in self._shown():
-            self._measured(case)
+        for case in self._with_progress():
+            self._measure(case)
 
-    def _round(self, number: int, progress) -> None:
-        """Every row once, each round beginning with another."""
+    def _round(self, number: int, progress: tqdm) -> None:
+        """Measure every row once; the first row changes from round to round."""
         order = list(range(len(self.cases)))
         first = number % len(order)
         samples = {}
         for index in order[first:] + order[:first]:
-            samples[index] = self._measured(self.cases[index])
+            samples[index] = self._measure(self.cases[index])
             progress.update()
         for index, sample in samples.items():
             for name, value in sample.items():
@@ -270,25 +284,28 @@ def _pruners(drafts: Drafts) -> Plan:
     return as_plan(getattr(drafts, "pruner", None))
 
 
-def _drafter(drafts: Drafts) -> list[str]:
-    """Its settings, and the weights of a model that drafts."""
+def _identity(drafts: Drafts) -> list[str]:
+    """Return the settings of drafts, and the weights of a drafting model."""
     own = [fingerprint(drafts.model)] if isinstance(drafts, ModelDrafts) else []
     return [repr(drafts), *own]
 
 
-def _hash(image) -> str:
+def _hash(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
 
-def _described(case: Case) -> dict:
-    """As JSON; what every row has alike is left out."""
+def _describe(case: Case) -> dict:
+    """Return a case for JSON, without the options that have their default."""
     fields = dict(vars(case)) | {"options": dict(case.options)}
     plain = {"picture": 0, "options": {}, "draft": None}
     return {k: v for k, v in fields.items() if k not in plain or v != plain[k]}
 
 
 def read_bench(file: str | Path) -> dict:
-    """A result file; `InputError` unless it is of this schema, whole and consistent."""
+    """Return a result file of `bench`.
+
+    Raises `InputError` for another schema, and for a file that is not consistent.
+    """
     result = read_result(file, SCHEMA, SHAPE)
     rows = result["rows"]
     runs = {len(values) for row in rows for values in row["samples"].values()}
@@ -314,12 +331,13 @@ def read_bench(file: str | Path) -> dict:
 
 
 def is_base(other: dict, row: dict) -> bool:
-    """Whether `other` is the unpruned row to compare `row` with."""
+    """Return whether `other` is the unpruned row to compare `row` with."""
     case = ("model", "image_size", "prompt", "positions", "picture")
     plain = other["method"] == "none" and not other.get("draft")
     return plain and all(other.get(k) == row.get(k) for k in case)
 
 
 def median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+    """Return the median of the values that are not `None`, `None` without any."""
+    numbers = [value for value in values if value is not None]
+    return statistics.median(numbers) if numbers else None

@@ -1,7 +1,7 @@
-"""Times of a model that mlx-vlm runs: untouched, pruned, and of smaller pictures.
+"""Times of a model in mlx-vlm: unpruned, pruned, and on smaller pictures.
 
 Interleaved: every round measures each row once, so that a machine that slows down slows
-all. TTFT is mlx-vlm's own way from the decoded picture to the first token.
+all. TTFT is mlx-vlm's time from the decoded picture to the first token.
 """
 
 import itertools
@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from ..errors import InputError, printable
 from ..files import write_text
-from ..measure.machine import describe
+from ..measure.machine import describe, format_versions
 from ..measure.mlx_vlm_subject import MlxVlmSubject
-from ..measure.results import MACHINE, NUMBER, Optional, Row, read_result
+from ..measure.results import MACHINE, NUMBER, NullableValue, Row, read_result
 from ..measure.tables import Table
 
-_MOST = 1e30  # of a time, a rate, or FLOPs
+_MOST = 1e30  # limit of a valid time, rate, or FLOPs
 SCHEMA = "mlx_tokprune.bench.guest/1"
 _NOTE = (
     "TTFT: from the decoded picture to the first token, median (least-most). "
-    "Ceiling: what is saved of the FLOPs of tower and prompt. max_pixels: a "
+    "Ceiling: saved share of the FLOPs of tower and prompt. max_pixels: a "
     "smaller picture with at most as many tokens, not pruned. MB: the peak of "
     "MLX's arrays, weights included."
 )
@@ -34,9 +34,14 @@ SHAPE = {
     "positions": str,
     "rows": [
         {
-            **{"label": str, "picture": int, "prompt": str, "flops": Optional(NUMBER)},
+            **{
+                "label": str,
+                "picture": int,
+                "prompt": str,
+                "flops": NullableValue(NUMBER),
+            },
             **{"visual_tokens": int, "kept": int, "prompt_tokens": int},
-            "samples": {name: [Optional(NUMBER)] for name in _SAMPLES},
+            "samples": {name: [NullableValue(NUMBER)] for name in _SAMPLES},
         }
     ],
 }
@@ -51,9 +56,10 @@ def measure(
     runs: int,
     output: Path,
 ) -> dict:
-    """Write and give the result of `runs` rounds after one to warm up.
+    """Write and return the result of `runs` rounds, after one round to warm up.
 
-    Raises `InputError` where `output` is something else than such a result.
+    tokens: number of generated tokens. Raises `InputError` if `output` exists and is no
+    such result.
     """
     if output.exists():
         read_mlx_vlm(output)
@@ -68,8 +74,7 @@ def measure(
                 row, picture, prompt = cases[number]
                 reply = subject.ask(row, images[picture], prompt, tokens)
                 if not lines[number]:
-                    asked = (row, images[picture], prompt, reply.kept)
-                    cost = subject.cost(*asked)
+                    cost = subject.cost(row, images[picture], prompt, reply.kept)
                     lines[number] = {
                         **{"label": row.label, "picture": picture, "prompt": prompt},
                         **{"visual_tokens": reply.total, "kept": reply.kept},
@@ -89,7 +94,10 @@ def measure(
 
 
 def read_mlx_vlm(file: str | Path) -> dict:
-    """A result file; `InputError` unless it is one, with an untouched row for each."""
+    """Return a result file of `measure`.
+
+    Raises `InputError` for a file that is none, and for rows without an unpruned one.
+    """
     result = read_result(file, SCHEMA, SHAPE)
     if not result["rows"]:
         raise InputError(f"{file} is damaged: it has no rows")
@@ -98,13 +106,13 @@ def read_mlx_vlm(file: str | Path) -> dict:
         if base is None or not _fits(row, base):
             raise InputError(
                 f"{file} is damaged: its rows do not fit together; expected as many "
-                "samples of each, and an untouched row for every other"
+                "samples of each, and an unpruned row for every other"
             )
     return result
 
 
 def _fits(row: dict, base: dict) -> bool:
-    """Whether a row has as many samples of everything, and times that can be."""
+    """Return whether a row is as long as its base, and its times are possible."""
     counts = {len(values) for values in row["samples"].values()}
     names = ("ttft_ms", "total_ms", "peak_memory_mb")
     numbers = [value for name in names for value in row["samples"][name]]
@@ -119,22 +127,22 @@ def _fits(row: dict, base: dict) -> bool:
 
 def _base(row: dict, rows: list[dict]) -> dict | None:
     case = ("picture", "prompt")
-    found = (r for r in rows if all(r[name] == row[name] for name in case))
-    return next((r for r in found if r["label"] == "none"), None)
+    same = (r for r in rows if all(r[name] == row[name] for name in case))
+    return next((r for r in same if r["label"] == "none"), None)
 
 
 def tabulate(result: dict) -> Table:
     """Build the table of medians and of savings over the unpruned model."""
     machine = result["machine"]
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    versions = format_versions(machine)
     runs = len(result["rows"][0]["samples"]["ttft_ms"])
-    about = (
+    summary = (
         f"{printable(result['model'])} in mlx-vlm, {result['positions']} positions; "
         f"{machine['device']}, {versions}; n={runs}, interleaved."
     )
     columns = ("method", "kept", "prompt", "TTFT ms", "saved", "ceiling", "tok/s", "MB")
     rows = [_cells(row, _base(row, result["rows"]) or row) for row in result["rows"]]
-    return Table(columns, rows, [about], [_NOTE])
+    return Table(columns, rows, [summary], [_NOTE])
 
 
 def _cells(row: dict, base: dict) -> list[str]:

@@ -1,8 +1,9 @@
-"""A benchmark in pictures. Needs matplotlib (the extra `bench`)."""
+"""Plots of a benchmark. They need matplotlib (the extra `bench`)."""
 
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import import_matplotlib
 from ..files import replacing
@@ -10,13 +11,19 @@ from ..pipeline.timing import STAGES
 from .benchmark import median
 from .speed_table import describe, label, stage
 
+if TYPE_CHECKING:  # matplotlib is an extra
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 Accuracy = dict[tuple, float]  # by weights, positions, label and input size
 
 
 def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
-    """Writes the pictures to `folder`; the Pareto plot where accuracy is known.
+    """Write the plots to `folder` as PNG, and return their paths.
 
-    Drafts are left out: pictures are of TTFT, which they do not change.
+    accuracy: of rows for the Pareto plot, which is left out without a match. Rows with
+    drafts are left out: the plots show TTFT, which drafts do not change. Raises
+    `InputError` without matplotlib.
     """
     import_matplotlib()
     plain = [row for row in result["rows"] if not row.get("draft")]
@@ -26,17 +33,17 @@ def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
         _save(folder / "ttft_by_stage.png", result, _draw_stages),
         _save(folder / "ttft_by_tokens.png", result, _draw_tokens),
     ]
-    if known := _known(result, accuracy):
+    if points := _accurate_points(result, accuracy):
 
-        def draw(figure, shown):
-            _draw_pareto(figure, known)
+        def draw(figure: "Figure", _: dict) -> None:
+            _draw_pareto(figure, points)
 
         drawn.append(_save(folder / "pareto.png", result, draw))
     return drawn
 
 
 def _save(file: Path, result: dict, draw: Callable) -> Path:
-    """A picture that `draw(figure, result)` fills."""
+    """Write the plot that `draw(figure, result)` fills."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
@@ -48,7 +55,7 @@ def _save(file: Path, result: dict, draw: Callable) -> Path:
 
 
 def _name(row: dict, rows: list[dict]) -> str:
-    """The label, with what is not the same in every row."""
+    """Return the label, with the fields that differ between the rows."""
     parts = [label(row)]
     for key, unit in (("image_size", " px"), ("model", ""), ("prompt", "")):
         if len({other[key] for other in rows}) > 1:
@@ -58,8 +65,8 @@ def _name(row: dict, rows: list[dict]) -> str:
     return ", ".join(parts)
 
 
-def _draw_stages(figure, result: dict) -> None:
-    """Fenced stages of each row, stacked, beside the unfenced TTFT."""
+def _draw_stages(figure: "Figure", result: dict) -> None:
+    """Draw the fenced stages of each row, stacked, beside the unfenced TTFT."""
     rows = result["rows"]
     figure.set_figheight(1.6 + 0.25 * len(rows))
     axes = figure.subplots()
@@ -80,18 +87,18 @@ def _draw_stages(figure, result: dict) -> None:
 
 
 def _cases(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows that share model, size and prompt, by what sets them apart."""
+    """Return the rows of each model, size, prompt and picture, by its name."""
     cases: dict[tuple, list[dict]] = {}
     for row in rows:
         case = (row["model"], row["image_size"], row["prompt"], row.get("picture", 0))
         cases.setdefault(case, []).append(row)
-    names = [_name(found[0], rows).removeprefix("none, ") for found in cases.values()]
-    found = {k: v for k, v in zip(names, cases.values(), strict=True) if len(v) > 1}
-    return found or dict(zip(names, cases.values(), strict=True))
+    names = [_name(case[0], rows).removeprefix("none, ") for case in cases.values()]
+    named = dict(zip(names, cases.values(), strict=True))
+    return {name: case for name, case in named.items() if len(case) > 1} or named
 
 
-def _draw_tokens(figure, result: dict) -> None:
-    """TTFT against the visual tokens that stay, a panel per case, a line per method.
+def _draw_tokens(figure: "Figure", result: dict) -> None:
+    """Draw TTFT against the kept visual tokens, a panel per case, a line per method.
 
     Bars go from the least to the most.
     """
@@ -102,20 +109,20 @@ def _draw_tokens(figure, result: dict) -> None:
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, (name, rows) in zip(panels, cases.items(), strict=False):
         for method in dict.fromkeys(row["method"] for row in rows):
-            mine = [row for row in rows if row["method"] in (method, "none")]
+            curve = [row for row in rows if row["method"] in (method, "none")]
             if method != "none" or len(rows) == 1:
-                _draw_line(axes, mine, method)
+                _draw_line(axes, curve, method)
         axes.set(xlabel="visual tokens kept", ylabel="TTFT (ms)")
         axes.set_title(name, fontsize=8)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     for axes in panels[len(cases) :]:
         axes.set_visible(False)
-    shown = panels[0].get_legend_handles_labels()
-    figure.legend(*shown, fontsize=7, ncols=4, loc="outside upper center")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=7, ncols=4, loc="outside upper center")
 
 
-def _draw_line(axes, rows: list[dict], name: str) -> None:
+def _draw_line(axes: "Axes", rows: list[dict], name: str) -> None:
     rows = sorted(rows, key=lambda row: row["kept"])
     times = [row["samples"]["ttft_ms"] for row in rows]
     middle = [statistics.median(t) for t in times]
@@ -126,8 +133,8 @@ def _draw_line(axes, rows: list[dict], name: str) -> None:
     axes.errorbar(kept, middle, [below, above], **bars)
 
 
-def _known(result: dict, accuracy: Accuracy) -> dict[str, list]:
-    """TTFT, accuracy and row, by method, of rows whose accuracy is known."""
+def _accurate_points(result: dict, accuracy: Accuracy) -> dict[str, list]:
+    """Return (TTFT, accuracy, row) of the rows with an accuracy, by method."""
     methods: dict[str, list] = {}
     for row in result["rows"]:
         weights = result["options"].get("weights", {}).get(row["model"])
@@ -139,8 +146,8 @@ def _known(result: dict, accuracy: Accuracy) -> dict[str, list]:
     return methods
 
 
-def _draw_pareto(figure, methods: dict[str, list]) -> None:
-    """Accuracy against TTFT."""
+def _draw_pareto(figure: "Figure", methods: dict[str, list]) -> None:
+    """Draw accuracy against TTFT."""
     axes = figure.subplots()
     for method, points in methods.items():
         points.sort(key=lambda point: point[0])
@@ -149,8 +156,8 @@ def _draw_pareto(figure, methods: dict[str, list]) -> None:
         sizes = [20 + 60 * row["kept"] / row["visual_tokens"] for *_, row in points]
         axes.scatter(xs, ys, sizes, color=line.get_color())
         for x, y, row in points if method == "none" else ():
-            how = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 7}
-            axes.annotate(f"{row['image_size']} px", (x, y), **how)
+            style = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 7}
+            axes.annotate(f"{row['image_size']} px", (x, y), **style)
     axes.margins(x=0.1)
     axes.set(xlabel="TTFT (ms)", ylabel="accuracy (%)")
     axes.grid(alpha=0.3)

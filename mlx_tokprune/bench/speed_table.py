@@ -1,8 +1,9 @@
-"""Table of a benchmark: one row per combination."""
+"""Table of a benchmark, with a row per case."""
 
 import statistics
 
 from ..errors import printable
+from ..measure.machine import format_versions
 from ..measure.tables import Table
 from .benchmark import is_base, median
 
@@ -21,10 +22,10 @@ NOTE = (
     f"is marked {_NOISE}, as noise; faster: unpruned TTFT over this one. Kept: visual "
     "tokens, mean over the language model's layers. Limit: FLOPs over the measured "
     "matmul rate or weights over the measured bandwidth, whichever is larger, ms. "
-    "Stages are fenced, ms. Calls: of this language model, not of one that "
-    "drafts, the prompt's, too, and tokens in each that follows. Cache: keys and "
-    "values of the prompt. "
-    "* Project and prefill alone, what some published tables call TTFT; not a TTFT."
+    "Stages are fenced, ms. Calls: of this language model, without a drafting "
+    "model's, the prompt's included; tokens per call after the prompt's. Cache: keys "
+    "and values of the prompt. "
+    "* Project and prefill alone; some published tables call it TTFT; not a TTFT."
 )
 
 
@@ -40,7 +41,7 @@ def tabulate(result: dict) -> Table:
 def describe(result: dict) -> str:
     """Return one sentence on the machine, the versions and the number of runs."""
     machine, rates = result["machine"], result["rates"]
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    versions = format_versions(machine)
     runs = len(result["rows"][0]["samples"]["ttft_ms"]) if result["rows"] else 0
     return (
         f"{machine['device']}, {machine['cores']} cores, {machine['system']}; "
@@ -62,12 +63,12 @@ def saved(row: dict, base: dict) -> float:
 
 
 def flops(row: dict) -> float:
-    """Return the FLOPs up to the first token."""
+    """Return a row's FLOPs up to the first token."""
     return sum(cost["flops"] for cost in row["costs"].values())
 
 
 def stage(row: dict, name: str) -> float | None:
-    """Return the median time of a stage in ms, if it was measured."""
+    """Return the median time of a stage in ms, `None` if it was not measured."""
     return median([sample.get(name) for sample in row["samples"]["stages_ms"]])
 
 
@@ -91,7 +92,7 @@ def _cells(row: dict, rows: list[dict]) -> list[str]:
 
 
 def _ttft(row: dict, base: dict) -> list[str]:
-    """Cells from `TTFT ms` to `x limit`."""
+    """Return the cells from `TTFT ms` to `x limit`."""
     times, limit = row["samples"]["ttft_ms"], row["limit_ms"]
     ttft, share = statistics.median(times), saved(row, base)
     ceiling = 1 - flops(row) / flops(base)
@@ -105,7 +106,7 @@ def _ttft(row: dict, base: dict) -> list[str]:
 
 
 def _calls(samples: dict) -> tuple[str, str]:
-    """Cells `calls` and `tok/call`."""
+    """Return the cells `calls` and `tok/call`."""
     calls, tokens = samples.get("calls"), samples.get("tokens")
     if not calls or not tokens:
         return "", ""

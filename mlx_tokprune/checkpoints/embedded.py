@@ -1,10 +1,8 @@
-"""The embedded demo: small models that we trained, and pictures.
+"""Embedded demo: three small trained models (FastVLM, OpenVLA, pi0-FAST) and images.
 
-A FastVLM, an OpenVLA and a pi0-FAST.
-
-`python -m mlx_tokprune.demo` runs the whole path on them. The checkpoints are stored as
-their families are published, so that the demo converts them like anybody's;
-`hub.EMBEDDED` says where.
+`python -m mlx_tokprune.demo` runs the whole path on them. The checkpoints are stored in
+the layouts in which their families are published, so that the demo converts them like
+any other checkpoint. `hub.EMBEDDED` holds their folders.
 """
 
 from dataclasses import dataclass
@@ -15,16 +13,16 @@ from ..files import DEMO
 
 @dataclass(frozen=True)
 class Picture:
-    """A stored picture, a question about it, and the right answer."""
+    """Stored image, a question about it, and the correct answer."""
 
     path: Path
     question: str
     answer: str
 
 
-# Meta-World's drawer, seed 7, after six steps of the expert, and what it does next.
+# Meta-World drawer task, seed 7, after six expert steps; the answer is the next action.
 POLICY_FRAME = Picture(DEMO / "frame.png", "open the drawer", "-0.09 +0.10 -0.58 -1.00")
-# Where the hand is in it, and how far its fingers are apart, which demo-pi0 reads.
+# Robot state in that frame, read by demo-pi0: hand position (x, y, z), finger gap.
 POLICY_STATE = (-0.0325, 0.6186, 0.2156, 1.0)
 PICTURES = (
     Picture(DEMO / "scene_0.png", "What does the sign say?", "EAST"),

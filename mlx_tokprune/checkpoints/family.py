@@ -1,6 +1,6 @@
-"""Model families: how their checkpoints are recognised, named and laid out.
+"""Model families: recognition, tensor names and disk layouts of their checkpoints.
 
-Each file of `convert/` registers one `Family`; `identify` picks the one of a
+Each family file in `convert/` registers one `Family`; `identify` picks the family of a
 checkpoint.
 """
 
@@ -15,29 +15,37 @@ import mlx.core as mx
 from ..errors import InputError
 from .shards import FLOATS, Checkpoint, Shape, check_shapes
 
-BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # that MLX quantizes weights to
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # supported by mx.quantize
 QUANTIZED = "2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family and its layouts on disk.
+    """Model family and its layouts on disk.
 
-    reads: what can be read, for people. model, args: the runtime's module, and the
-    class that checks its config. matches: whether a checkpoint is of this family.
-    is_mlx: whether names and shapes are those of the MLX layout, else the original one.
-    keys: original names -> MLX names, tried in order; `None` drops the tensor. axes:
-    the transposition of an original tensor, by its MLX name. complete: the config with
-    what the tensors say. gather: the family and the checkpoint with all its files,
-    given what becomes of a `lora_adapter/`. takes_adapter: whether it may have one.
-    unreadable: a layout of this family that cannot be read, in words. optional: tensors
-    carried along that no visual token needs. beside: files that belong to a checkpoint
-    and may lie elsewhere, by the names they have in the MLX layout.
+    Attributes:
+        name: family name for error messages.
+        reads: supported layouts, as text for error messages.
+        model: constructor of the runtime module, `model(args, inference)`.
+        args: class that checks the config (`args.from_dict(config)`).
+        matches: whether a checkpoint belongs to this family.
+        is_mlx: whether tensor names and shapes are in the MLX layout.
+        keys: regexes of original names -> MLX names, tried in order; `None` drops the
+            tensor.
+        axes: transposition of an original tensor, from its MLX name and rank; `None`
+            keeps the axes.
+        complete: config with the fields that follow from the tensors.
+        gather: family and checkpoint with all its files; the third argument is the
+            `lora_adapter/` mode ("auto", "merge" or "ignore").
+        takes_adapter: whether a `lora_adapter/` is allowed.
+        unreadable: description of an unsupported layout of this family, else `None`.
+        optional: names of tensors that are copied but not used by the model.
+        beside: files outside the checkpoint folder, by their names in the MLX layout.
     """
 
     name: str
     reads: str
-    model: Callable
+    model: Callable[..., Any]
     args: Any
     matches: Callable[[Checkpoint], bool]
     is_mlx: Callable[[Mapping[str, Shape]], bool]
@@ -53,7 +61,7 @@ class Family:
     beside: Callable[[Checkpoint], Mapping[str, Path]] = lambda checkpoint: {}
 
     def rename(self, name: str) -> str | None:
-        """An original name in the MLX layout; `None` for tensors that are dropped."""
+        """Return the MLX name of an original tensor; `None` when it is dropped."""
         for pattern, replacement in self.keys:
             if re.match(pattern, name):
                 if replacement is None:
@@ -62,10 +70,11 @@ class Family:
         return name
 
     def is_original(self, checkpoint: Checkpoint) -> bool:
+        """Return whether `checkpoint` is in the original layout, not the MLX layout."""
         return not self.is_mlx({n: t.shape for n, t in checkpoint.tensors.items()})
 
     def shapes(self, checkpoint: Checkpoint) -> dict[str, Shape]:
-        """Names and shapes that `to_mlx_layout` will give, from the headers alone."""
+        """Return MLX names and shapes after `to_mlx_layout`, from the headers alone."""
         original, shapes = self.is_original(checkpoint), {}
         for name, tensor in checkpoint.tensors.items():
             new = self.rename(name) if original else name
@@ -76,13 +85,13 @@ class Family:
         return shapes
 
     def dtypes(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """The stored safetensors type of each tensor, by its MLX-layout name."""
+        """Return the stored safetensors type of each tensor, by its MLX name."""
         original = self.is_original(checkpoint)
         names = {n: self.rename(n) if original else n for n in checkpoint.tensors}
         return {new: checkpoint.tensors[n].dtype for n, new in names.items() if new}
 
     def to_mlx_layout(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Tensors of either layout -> the MLX layout. Lazy and idempotent."""
+        """Convert tensors of either layout to the MLX layout. Lazy and idempotent."""
         if self.is_mlx({n: array.shape for n, array in weights.items()}):
             return weights
         renamed = {}
@@ -94,20 +103,30 @@ class Family:
         return renamed
 
     def check(
-        self, checkpoint: Checkpoint, found: dict, config: dict, expected: dict
+        self,
+        checkpoint: Checkpoint,
+        shapes: Mapping[str, Shape],
+        config: dict,
+        expected: dict[str, Shape],
     ) -> None:
-        """Raise `InputError` unless every tensor is there once, with its shape.
+        """Raise `InputError` unless each expected tensor exists once, with its shape.
 
-        found: `shapes`. config: of `complete`, which loses `quantization` where nothing
-        is quantized. expected: the tensors of the runtime's model.
+        Args:
+            checkpoint: checkpoint to check; also its dtypes are checked.
+            shapes: result of `shapes(checkpoint)`.
+            config: result of `complete`; changed in place: `quantization` is removed
+                when no tensor is quantized.
+            expected: shapes of the runtime model's tensors; changed in place to the
+                packed shapes of quantized tensors.
         """
-        found = {k: v for k, v in found.items() if not self.optional.match(k)}
-        quantized = _quantized_paths(found, expected)
+        shapes = {k: v for k, v in shapes.items() if not self.optional.match(k)}
+        quantized = _quantized_paths(shapes, expected)
         if quantized:
             bits, group = _quantization(checkpoint, config)
         else:
             config.pop("quantization", None)
             config.pop("quantization_config", None)
+        # MLX packs quantized weights into uint32; scales and biases are per group.
         for path in quantized:
             rows, columns = expected[f"{path}.weight"]
             expected[f"{path}.weight"] = (rows, columns * bits // 32)
@@ -116,22 +135,23 @@ class Family:
         source = str(checkpoint.folder)
         if self.is_original(checkpoint):
             source += ", in the MLX layout,"
-        check_shapes(found, expected, source)
+        check_shapes(shapes, expected, source)
         packed = {f"{path}.weight" for path in quantized}
         for name, dtype in self.dtypes(checkpoint).items():
-            right = dtype == "U32" if name in packed else dtype in FLOATS
-            if not right:
-                wanted = "U32, as it is quantized" if name in packed else FLOATS
-                wanted = wanted if isinstance(wanted, str) else ", ".join(wanted)
+            types = ("U32",) if name in packed else FLOATS
+            if dtype not in types:
+                reason = ", as it is quantized" if name in packed else ""
                 raise InputError(
                     f"tensor {name} of {checkpoint.folder} has type {dtype}; expected "
-                    f"{wanted}"
+                    f"{', '.join(types)}{reason}"
                 )
 
 
-def _quantized_paths(found: Mapping, expected: Mapping) -> list[str]:
-    """Matrices of the language model that come with scales."""
-    paths = (n.removesuffix(".scales") for n in found if n.endswith(".scales"))
+def _quantized_paths(
+    shapes: Mapping[str, Shape], expected: Mapping[str, Shape]
+) -> list[str]:
+    """Return the paths of language model matrices that have scales."""
+    paths = (n.removesuffix(".scales") for n in shapes if n.endswith(".scales"))
     return [
         path
         for path in paths
@@ -141,14 +161,13 @@ def _quantized_paths(found: Mapping, expected: Mapping) -> list[str]:
 
 
 def _quantization(checkpoint: Checkpoint, config: dict) -> tuple[int, int]:
-    """(bits, group size) that config.json gives for the language model."""
-    given = config.get("quantization")
-    given = given if isinstance(given, dict) else {}
-    bits, group = given.get("bits"), given.get("group_size")
-    affine = given.get("mode", "affine") == "affine"
-    whole = type(bits) is int and type(group) is int
-    right = whole and bits in BITS and group in GROUPS
-    if not affine or not right:
+    """Return (bits, group size) of the language model from config.json."""
+    settings = config.get("quantization")
+    settings = settings if isinstance(settings, dict) else {}
+    bits, group = settings.get("bits"), settings.get("group_size")
+    is_affine = settings.get("mode", "affine") == "affine"
+    are_whole = type(bits) is int and type(group) is int
+    if not is_affine or not are_whole or bits not in BITS or group not in GROUPS:
         raise InputError(
             f"{checkpoint.folder} has quantized tensors, but its config.json gives "
             f"{bits} bits and group_size {group}; expected {QUANTIZED}, mode affine"
@@ -160,7 +179,7 @@ _FAMILIES: list[Family] = []
 
 
 def register_family(family: Family) -> Family:
-    """Have `identify` know a family; return it."""
+    """Register a family for `identify`; return the family."""
     _FAMILIES.append(family)
     return family
 
@@ -170,8 +189,9 @@ def identify(
 ) -> tuple[Family, Checkpoint]:
     """Return the family of a checkpoint, and the checkpoint with all its files.
 
-    adapter: what becomes of an OpenVLA-OFT policy's `lora_adapter/`.
-    Raises `InputError` that says what was found and what can be read.
+    adapter: mode of an OpenVLA-OFT policy's `lora_adapter/`: "auto", "merge" or
+    "ignore". Raises `InputError`, with the layout of the checkpoint and the supported
+    layouts, when no family matches.
     """
     for family in _FAMILIES:
         if not family.matches(checkpoint):
@@ -185,7 +205,7 @@ def identify(
     layouts = (family.unreadable(checkpoint) for family in _FAMILIES)
     layout = next(filter(None, layouts), None) or (
         f"a checkpoint of model type {checkpoint.config.get('model_type')!r} without a "
-        "vision tower that is known here"
+        "vision tower of a supported family"
     )
     reads = "; ".join(family.reads for family in _FAMILIES)
     raise InputError(f"{checkpoint.folder} is {layout}; this reads {reads}")

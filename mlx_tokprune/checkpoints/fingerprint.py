@@ -1,4 +1,4 @@
-"""The fingerprint that tells one model's weights from another's."""
+"""Fingerprint of a model's weights, to tell two models apart."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of all tensors' names and bytes, 16 hexadecimal digits."""
+    """Return a SHA-256 of all tensor names and bytes, cut to 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, array in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())

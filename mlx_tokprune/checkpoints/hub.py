@@ -1,4 +1,4 @@
-"""A model's folder on disk from its name: the one door of every command."""
+"""Model names resolved to folders on disk, for every command."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import InputError, nearest
 from ..files import DEMO, cache_folder
 
-# What travels with the weights: tokenizer, licence and model card.
+# Files copied with the weights: tokenizer, licence and model card.
 COMPANIONS = (
     "tokenizer*",
     "fast_*.json",
@@ -29,6 +29,7 @@ COMPANIONS = (
     "*.md",
 )
 
+# Files downloaded from the hub.
 _PATTERNS = (
     "*.json",
     "*.safetensors",
@@ -42,7 +43,7 @@ _PATTERNS = (
 )
 
 
-# The embedded demo models, by name.
+# Folders of the embedded demo models, by name.
 EMBEDDED = {
     "demo": DEMO / "checkpoint",
     "demo-policy": DEMO / "policy",
@@ -50,19 +51,20 @@ EMBEDDED = {
 }
 
 
-# The model that `python -m recipes.testbed` makes, by its name and folder.
+# Model written by `python -m recipes.testbed`: its name, and its folder in the cache.
 TESTBED, CHECKPOINT = "testbed", "checkpoint"
 
 
 def is_local(name: str) -> bool:
-    """Whether `resolve` finds it without the hub."""
+    """Return whether `resolve` finds the model without the hub."""
     return name in (*EMBEDDED, TESTBED) or os.path.exists(name)
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """An embedded model, `testbed`, a folder, or a snapshot of a hub id.
+    """Return the folder of an embedded model, `testbed`, a local path or a hub id.
 
-    Raises `InputError` when it is none of these.
+    A hub id is downloaded, or taken from the Hugging Face cache. Raises `InputError`
+    when the name is none of these.
     """
     embedded = EMBEDDED.get(str(path_or_id))
     if embedded is not None and not embedded.is_dir():
@@ -93,9 +95,9 @@ def resolve(path_or_id: str | Path) -> Path:
 
 
 def fetch(hub_id: str, files: Sequence[str]) -> Path:
-    """A downloaded snapshot of a hub id, of the files that match these patterns.
+    """Download the files of a hub id that match patterns; return the snapshot folder.
 
-    Raises `InputError` when there is none.
+    Raises `InputError` when the id does not exist or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -107,5 +109,5 @@ def fetch(hub_id: str, files: Sequence[str]) -> Path:
             str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         )
         raise InputError(
-            f"{hub_id} is no folder here and cannot be fetched from the hub ({reason})"
+            f"{hub_id} is no local folder and cannot be fetched from the hub ({reason})"
         ) from None

@@ -1,10 +1,10 @@
-"""From a name to `(model, processor)`, whatever layout the folder has."""
+"""Load a checkpoint of any supported layout as `(model, processor)`."""
 
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,13 +22,19 @@ from .carried import read_carried
 from .opening import MISFITS, build, named_tensors, open_checkpoint
 from .shards import Checkpoint, check_shapes
 
+if TYPE_CHECKING:  # imported late at run time: mlx-lm loads transformers
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 log = logging.getLogger(__name__)
-PROJECTOR = "projector.safetensors"  # of an adapter that comes with one
+PROJECTOR = "projector.safetensors"  # optional file of an adapter
 AnyProcessor = Processor | ActionProcessor | ChunkProcessor
 
 
 def default_dtype() -> mx.Dtype | None:
-    """float32 on MLX's CPU backend, whose half precision is slow; else as stored."""
+    """Return float32 on MLX's CPU backend, else `None` (keep the stored type).
+
+    Half precision is slow on the CPU.
+    """
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
 
 
@@ -38,15 +44,24 @@ def load(
     lazy: bool = False,
     adapter_path: str | Path | None = None,
 ) -> tuple[VisionModel, AnyProcessor]:
-    """Load a checkpoint, converted or original: `demo`, a folder, or one of the hub.
+    """Load a checkpoint in the MLX layout or in its original layout.
 
-    dtype: of float weights; `default_dtype()` when `None`. lazy: leave most weights on
-    the disk until something needs them. adapter_path: the folder of an adapter in
-    mlx-lm's format, LoRA or DoRA, for the language model. A model that answers comes
-    with a `Processor`, a policy with an `ActionProcessor`, or for chunks of actions in
-    code with a `ChunkProcessor`. Pruners that the checkpoint carries prune wherever
-    none is given. Raises `InputError` when the folder cannot be used, or, unless lazy,
-    a weight is not finite.
+    Pruners stored in the checkpoint apply wherever the caller passes none.
+
+    Args:
+        path_or_hf_repo: `demo` or another embedded model, a folder, or a hub id.
+        dtype: type of float weights; `default_dtype()` when `None`.
+        lazy: keep most weights on disk until they are used.
+        adapter_path: folder of a LoRA or DoRA adapter in mlx-lm's format for the
+            language model.
+
+    Returns:
+        The model in evaluation mode and its processor: a `Processor` for a model that
+        answers in text, an `ActionProcessor` for a policy, a `ChunkProcessor` for a
+        policy that answers in FAST-coded action chunks.
+
+    Raises:
+        InputError: the folder cannot be used, or (unless lazy) a weight is not finite.
     """
     end_streams_with_thread()
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
@@ -54,11 +69,11 @@ def load(
         log.info(note)
     model = build(family, config, True)
     weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
-    if dtype is not None:  # before anything is folded, which costs precision
+    if dtype is not None:  # before `sanitize` folds layers, which needs the precision
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
     weights = model.sanitize(weights)
     if config.get("quantization"):
-        _take_quantized(model, config["quantization"], weights)
+        _quantize_layers(model, config["quantization"], weights)
     model.load_weights(list(weights.items()))
     model.signs = signs_of(model)
     if adapter_path is not None:
@@ -81,7 +96,7 @@ def load(
 
 
 def tokenizer_folder(checkpoint: Checkpoint, beside: Mapping[str, Path]) -> Path:
-    """Where the tokenizer of a checkpoint is."""
+    """Return the folder of a checkpoint's tokenizer; `beside` is `Family.beside`'s."""
     file = beside.get("tokenizer.json")
     return checkpoint.folder if file is None else file.parent
 
@@ -101,37 +116,37 @@ def _add_adapter(model: Any, folder: Path) -> None:
         raise InputError(
             f"the adapter {folder} has the scale {scale!r}; expected a number"
         )
-    read: Any = {}
+    projector: Any = {}
     try:
         load_adapters(model.language_model, str(folder))
         if (folder / PROJECTOR).is_file():
-            read = mx.load(str(folder / PROJECTOR))
+            projector = mx.load(str(folder / PROJECTOR))
     except (*MISFITS, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the adapter {folder} does not fit ({reason})") from None
-    if read:
-        given, own = dict(read), projector_of(model)
+    if projector:
+        tensors, own = dict(projector), projector_of(model)
         check_shapes(
-            {name: array.shape for name, array in given.items()},
+            {name: array.shape for name, array in tensors.items()},
             {name: array.shape for name, array in own.items()},
             f"the projector of the adapter {folder}",
         )
-        given = {n: array.astype(own[n].dtype) for n, array in given.items()}
-        model.load_weights(list(given.items()), strict=False)
+        tensors = {n: array.astype(own[n].dtype) for n, array in tensors.items()}
+        model.load_weights(list(tensors.items()), strict=False)
 
 
-def projector_of(model) -> dict[str, mx.array]:
-    """The tensors of a projector, by the names that they have in a checkpoint."""
+def projector_of(model: nn.Module) -> dict[str, mx.array]:
+    """Return the projector's tensors, by their names in a checkpoint."""
     named = named_tensors(model).items()
     return {n: array for n, array in named if n.startswith("mm_projector.")}
 
 
 def check_finite(tensors: Mapping[str, mx.array]) -> None:
-    """Raise `InputError` that names a tensor with NaN or infinity."""
+    """Raise `InputError` with the name of a tensor that has NaN or infinity."""
     floats = [(n, a) for n, a in tensors.items() if mx.issubdtype(a.dtype, mx.floating)]
     sums = [mx.all(mx.isfinite(mx.sum(mx.abs(a)))) for _, a in floats]
     for (name, array), finite in zip(floats, sums, strict=True):
-        # A sum may overflow where no number does.
+        # The sum can overflow although all numbers are finite: then check each number.
         if not finite.item() and not mx.all(mx.isfinite(array)).item():
             raise InputError(
                 f"tensor {name} has numbers that are not finite; the checkpoint is "
@@ -139,7 +154,9 @@ def check_finite(tensors: Mapping[str, mx.array]) -> None:
             )
 
 
-def _processor(model, tokenizer, _: Mapping, longest: int) -> Processor:
+def _processor(
+    model: Any, tokenizer: "TokenizerWrapper", _: Mapping, longest: int
+) -> Processor:
     return Processor(
         tokenizer,
         model.image_size,
@@ -152,11 +169,13 @@ def _processor(model, tokenizer, _: Mapping, longest: int) -> Processor:
     )
 
 
-def _action_processor(model, tokenizer, config: Mapping, longest: int):
+def _action_processor(
+    model: Any, tokenizer: "TokenizerWrapper", config: Mapping, longest: int
+) -> ActionProcessor:
     args = model.args
     if tokenizer.bos_token_id is None:
         raise InputError(
-            "the tokenizer has no token that opens a sequence; expected <s>"
+            "the tokenizer has no token that begins a sequence; expected <s>"
         )
     return ActionProcessor(
         tokenizer,
@@ -178,7 +197,13 @@ def _fast_code(folder: Path, beside: Mapping[str, Path]) -> FastCode:
     return FastCode.read(*(beside.get(name, folder / name) for name in names))
 
 
-def _chunk_processor(model, tokenizer, config: Mapping, longest: int, code: FastCode):
+def _chunk_processor(
+    model: Any,
+    tokenizer: "TokenizerWrapper",
+    config: Mapping,
+    longest: int,
+    code: FastCode,
+) -> ChunkProcessor:
     args = model.args
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is None:
@@ -204,7 +229,9 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def _take_quantized(model: nn.Module, quantization: dict, weights: dict) -> None:
+def _quantize_layers(model: nn.Module, quantization: dict, weights: dict) -> None:
+    """Replace the layers that `weights` has scales for by quantized layers."""
+
     def is_quantized(path: str, module: nn.Module) -> bool:
         return model.quant_predicate(path, module) and f"{path}.scales" in weights
 
@@ -217,10 +244,11 @@ def _take_quantized(model: nn.Module, quantization: dict, weights: dict) -> None
     )
 
 
-def load_tokenizer(folder: Path, config: dict):
-    """mlx-lm's tokenizer of a folder, with every stop token that the folder names.
+def load_tokenizer(folder: Path, config: dict) -> "TokenizerWrapper":
+    """Load mlx-lm's tokenizer of a folder, with all stop tokens.
 
-    Raises `InputError` when there is none.
+    Stop tokens come from `config` and from the folder's generation_config.json. Raises
+    `InputError` when the folder has no usable tokenizer.
     """
     from mlx_lm.tokenizer_utils import load as load_mlx_lm_tokenizer
 
@@ -230,13 +258,14 @@ def load_tokenizer(folder: Path, config: dict):
         ids = ids if isinstance(ids, list) else [ids]
         if not all(type(number) is int for number in ids):
             raise InputError(
-                f"{folder} says eos_token_id {ids}; expected a token id or a list"
+                f"{folder} has eos_token_id {ids}; expected a token id or a list"
             )
         stops |= set(ids)
-    # transformers warns that it has no model type `llava_qwen2`; it needs none.
-    theirs = logging.getLogger("transformers")
-    level = theirs.level
-    theirs.setLevel(logging.ERROR)
+    # transformers warns about the model type `llava_qwen2`, which a tokenizer does not
+    # need.
+    transformers_log = logging.getLogger("transformers")
+    level = transformers_log.level
+    transformers_log.setLevel(logging.ERROR)
     try:
         # Else transformers asks on the terminal whether to run the checkpoint's code.
         safe = {"trust_remote_code": False}
@@ -245,8 +274,9 @@ def load_tokenizer(folder: Path, config: dict):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None
     finally:
-        theirs.setLevel(level)
-    tokenizer.model_max_length = 1 << 30  # prompts that do not fit are refused here
+        transformers_log.setLevel(level)
+    # No warning from transformers: the processors refuse prompts that are too long.
+    tokenizer.model_max_length = 1 << 30
     return tokenizer
 
 
@@ -254,8 +284,8 @@ def _check_vocabulary(vocabulary: dict, size: int, folder: Path) -> None:
     highest = max(vocabulary.values(), default=0)
     if highest >= size:
         raise InputError(
-            f"the tokenizer of {folder} has token id {highest}, but the model only "
-            f"{size} embeddings"
+            f"the tokenizer of {folder} has token id {highest}, but the model has "
+            f"only {size} embeddings"
         )
 
 

@@ -1,4 +1,4 @@
-"""From a name to a checkpoint whose tensors fit its config, and to an empty model."""
+"""Open a checkpoint by name, check its tensors against its config, build its model."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,18 +8,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import InputError
+from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
 from ..pruners import Pruners
 from .family import Family, identify
 from .hub import resolve
 from .shards import Checkpoint
 
-# What building a model from an impossible config runs into.
+# Errors of MLX and Python while a model is built from an impossible config.
 MISFITS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
 
-class Opened(NamedTuple):
-    """A checkpoint whose headers were read and fit its config."""
+class ModelSource(NamedTuple):
+    """Checkpoint whose headers fit its config, with its family and complete config."""
 
     family: Family
     checkpoint: Checkpoint
@@ -30,11 +31,11 @@ def open_checkpoint(
     path_or_hf_repo: str | Path,
     lora_adapter: str = "auto",
     base_model: str | Path | None = None,
-) -> Opened:
+) -> ModelSource:
     """Find and check a checkpoint, from its headers alone.
 
-    lora_adapter, base_model: of an OpenVLA-OFT policy, as `convert` takes them. Raises
-    `InputError` unless every tensor is there once, with its shape.
+    lora_adapter, base_model: options for an OpenVLA-OFT policy, as in `convert`.
+    Raises `InputError` unless each expected tensor exists once, with its shape.
     """
     folder = resolve(path_or_hf_repo)
     base = resolve(base_model) if base_model is not None else None
@@ -43,11 +44,18 @@ def open_checkpoint(
     config = family.complete(checkpoint, shapes)
     expected = expected_shapes(family, config, len(checkpoint.tensors))
     family.check(checkpoint, shapes, config, expected)
-    return Opened(family, checkpoint, config)
+    return ModelSource(family, checkpoint, config)
 
 
-def build(family: Family, config: dict, inference: bool, tensors: int | None = None):
-    """The model of a config; with `inference` false its parameters are its tensors."""
+def build(
+    family: Family, config: dict, inference: bool, tensors: int | None = None
+) -> VisionModel:
+    """Build the model of a config, without weights.
+
+    inference: whether layers may be folded; with `False` the model's parameters are
+    exactly the checkpoint's tensors. tensors: number of tensors in the checkpoint; a
+    config with more layers raises `InputError`.
+    """
     args = family.args.from_dict(config)
     depth = args.depth
     if tensors is not None and depth > tensors:
@@ -61,9 +69,10 @@ def build(family: Family, config: dict, inference: bool, tensors: int | None = N
 def expected_shapes(
     family: Family, config: dict, tensors: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the MLX layout for this config, with its shape.
+    """Return the shape of every MLX-layout tensor of a config, by name.
 
-    tensors: how many there are; a config of more layers is not built.
+    tensors: number of tensors in the checkpoint; a config with more layers is not
+    built. Raises `InputError` for a config that does not describe a model.
     """
     try:
         model = build(family, config, False, tensors)
@@ -77,10 +86,10 @@ def expected_shapes(
 
 
 def named_tensors(model: nn.Module) -> dict[str, mx.array]:
-    """The parameters of a model, by the names that they have in a checkpoint."""
+    """Return a model's parameters, by their names in a checkpoint."""
     return dict(tree_flatten(model.parameters()))
 
 
 def check_plan(family: Family, config: dict, pruners: Pruners) -> None:
-    """Raise `InputError` unless a model of this config can be pruned so."""
+    """Raise `InputError` unless `pruners` can prune a model of this config."""
     plan_for(build(family, config, True), pruners)

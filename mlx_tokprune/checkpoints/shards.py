@@ -1,7 +1,8 @@
-"""Checkpoint folders: find shards, check them, read lazily, write atomically.
+"""Checkpoint folders: find shards, check them, read lazily, write shard by shard.
 
-Knows safetensors and folders, no model family. Headers are read and checked before any
-tensor is, so a damaged checkpoint is refused before work begins.
+This module handles safetensors files and folders for all model families. Headers are
+read and checked before any tensor, so a damaged checkpoint is refused before work
+begins.
 """
 
 import errno
@@ -20,11 +21,11 @@ from ..errors import InputError
 from ..files import read_json
 from .hub import COMPANIONS
 
-ADAPTER = "lora_adapter"  # OpenVLA-OFT's, beside the weights or in their place
+ADAPTER = "lora_adapter"  # folder of OpenVLA-OFT, beside or instead of the weights
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
-_ORBAX = (".", "params", "default")  # where its _METADATA lies
-_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_ORBAX = (".", "params", "default")  # folders that can hold Orbax's _METADATA
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _LARGEST_COMPANION = 256 << 20  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")
 Shape = tuple[int, ...]
@@ -32,13 +33,13 @@ Weights = dict[str, mx.array]
 # Bytes of each safetensors type that MLX reads.
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
-# What arrays that are made here are called there.
+# Safetensors types of the arrays that a conversion computes.
 TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies and its shape, from a safetensors header."""
+    """File, type and shape of a tensor, from a safetensors header."""
 
     file: Path
     dtype: str
@@ -46,11 +47,16 @@ class Tensor:
 
 
 class Checkpoint:
-    """An opened folder: `config`, and `tensors` by name, not yet read.
+    """Opened checkpoint folder, whose tensors are not read yet.
 
-    extra: tensors that came from other files and are in memory already. base: where
-    config and weights are, when not in the folder. finish: what is done to the weights
-    once they are read. notes: what people should know of all this.
+    Attributes:
+        folder: checkpoint folder.
+        config: content of config.json.
+        tensors: header entries by tensor name.
+        extra: tensors from other files that are in memory already.
+        base: folder of config and weights, when they are not in `folder`.
+        finish: function applied to the weights by `load`, such as an adapter merge.
+        notes: messages for the user about how the checkpoint was read.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class Checkpoint:
         tensors: dict[str, Tensor],
         extra: Mapping[str, mx.array] | None = None,
         base: Path | None = None,
-    ):
+    ) -> None:
         self.folder = folder
         self.config = config
         self.tensors = tensors
@@ -71,10 +77,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path, base: Path | None = None) -> "Checkpoint":
-        """Read config and headers. Raises `InputError` for anything unusable."""
+        """Read config and headers. Raises `InputError` for an unusable folder."""
         folder = Path(folder)
-        for place in (folder, base):
-            _check_folder(place or folder)
+        for path in (folder, base):
+            _check_folder(path or folder)
         bare = not any(folder.glob("*.safetensors"))
         if base and not bare:
             raise InputError(
@@ -83,7 +89,7 @@ class Checkpoint:
         if not base and bare and (folder / ADAPTER).is_dir():
             raise InputError(
                 f"{folder} has {ADAPTER} but no weights, as OpenVLA-OFT saves a policy "
-                "that is to be merged later; expected what it was trained on, as in "
+                "that is to be merged later; expected its base model, as in "
                 "mlx_tokprune.convert --base-model openvla/openvla-7b"
             )
         config = read_json((base or folder) / "config.json")
@@ -99,7 +105,7 @@ class Checkpoint:
         return cls(folder, config, tensors, base=base)
 
     def load(self) -> Weights:
-        """All tensors, lazily: nothing is read until it is evaluated."""
+        """Return all tensors by name, lazily: MLX reads a tensor on evaluation."""
         weights: Weights = {}
         stored = {n: t for n, t in self.tensors.items() if n not in self.extra}
         for file in sorted({t.file for t in stored.values()}):
@@ -109,7 +115,10 @@ class Checkpoint:
 
 
 def _check_folder(folder: Path) -> None:
-    """A pipe or a device in it would be waited for, or read for ever."""
+    """Raise `InputError` unless `path` is a folder of files and folders.
+
+    Reading a pipe or a device in it could block forever.
+    """
     if not folder.is_dir():
         raise InputError(
             f"{folder} is not a folder; expected a checkpoint folder with "
@@ -138,9 +147,9 @@ def _shards(folder: Path) -> list[Path]:
         if files:
             return files
         torch = sorted(p.name for p in folder.glob("*.bin"))
-        found = f"only {torch[0]}, a torch pickle" if torch else "no weights"
+        content = f"only {torch[0]}, a torch pickle" if torch else "no weights"
         raise InputError(
-            f"{folder} has {found}; expected safetensors files "
+            f"{folder} has {content}; expected safetensors files "
             f"(model.safetensors, or shards with {INDEX})"
         )
     names = read_json(index).get("weight_map")
@@ -165,7 +174,11 @@ def _shard(folder: Path, name: str) -> Path:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """Names and shapes in one safetensors file, whose length is checked too."""
+    """Return the tensors of one safetensors file by name, from its header.
+
+    Raises `InputError` for a damaged header, overlapping tensors, or a file of another
+    length than the header gives.
+    """
     if not file.is_file():
         raise InputError(f"{file} is not a file; expected a safetensors file")
     size = file.stat().st_size
@@ -202,7 +215,7 @@ def _check_metadata(metadata: dict) -> None:
 
 
 def _tensor(file: Path, entry: dict) -> Tensor:
-    """One entry of a header; `ValueError` or the like where it contradicts itself."""
+    """Return one header entry; raise `ValueError` when size and shape disagree."""
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
         raise ValueError("sizes are whole numbers")
@@ -212,35 +225,38 @@ def _tensor(file: Path, entry: dict) -> Tensor:
 
 
 def check_shapes(
-    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     source: str,
 ) -> None:
-    """Every expected tensor once, with its shape, and no other; else `InputError`."""
+    """Raise `InputError` unless `shapes` has exactly the expected names and shapes.
+
+    source: description of the tensors' origin for the message.
+    """
     for name, shape in expected.items():
-        if name not in found:
-            more = len(expected.keys() - found.keys()) - 1
-            others = f" and {more} more" if more else ""
-            raise InputError(f"{source} lacks tensor {name}{others}")
-        if tuple(found[name]) != tuple(shape):
+        if name not in shapes:
+            more = len(expected.keys() - shapes.keys()) - 1
+            rest = f" and {more} more" if more else ""
+            raise InputError(f"{source} lacks tensor {name}{rest}")
+        if tuple(shapes[name]) != tuple(shape):
             raise InputError(
-                f"tensor {name} of {source} has shape {tuple(found[name])}; "
+                f"tensor {name} of {source} has shape {tuple(shapes[name])}; "
                 f"expected {tuple(shape)}"
             )
-    if extra := sorted(found.keys() - expected.keys()):
-        others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise InputError(f"{source} has the unknown tensor {extra[0]}{others}")
+    if extra := sorted(shapes.keys() - expected.keys()):
+        rest = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise InputError(f"{source} has the unknown tensor {extra[0]}{rest}")
 
 
 def copy_beside(files: Mapping[str, Path], target: Path) -> None:
-    """Files that lay elsewhere, under the names they have beside the weights."""
+    """Copy files from other folders into `target`, under the names in `files`."""
     for name, path in files.items():
         _check_companion(path, path.parent)
         shutil.copyfile(path, target / name)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, licence and model card travel with the weights; code does not."""
+    """Copy tokenizer, licence and model card into `target`; code is not copied."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
@@ -249,7 +265,10 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _check_companion(path: Path, source: Path) -> None:
-    """Links stay in the folder, or in the hub's cache that the folder is a part of."""
+    """Raise `InputError` for a file that is too large, or a link that leaves `source`.
+
+    Links into the blobs of the Hugging Face cache that `source` belongs to are allowed.
+    """
     allowed = [source.resolve()]
     allowed += [p.parent / "blobs" for p in allowed[0].parents if p.name == "snapshots"]
     if not any(path.resolve().is_relative_to(folder) for folder in allowed):
@@ -264,6 +283,7 @@ def _check_companion(path: Path, source: Path) -> None:
 
 
 def write_config(folder: Path, config: dict) -> None:
+    """Write `config` as config.json with sorted keys."""
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -276,9 +296,10 @@ def write_shards(
 ) -> None:
     """Write lazy `tensors` as one safetensors file or as shards with an index.
 
-    Each shard is evaluated, written and released before the next is begun, so memory
-    holds one shard. `total_bytes` is an estimate that only the free disk space is
-    checked against. Raises `OSError` (ENOSPC) when the disk is full.
+    Each shard is evaluated, written and released before the next one, so memory holds
+    one shard. total_bytes: estimate of the size, used only for the check of free disk
+    space. shard_bytes: largest size of a shard. Raises `OSError` (ENOSPC) when the disk
+    is full.
     """
     if shutil.disk_usage(folder).free < total_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -291,7 +312,7 @@ def write_shards(
             shard, size = {}, 0
         shard[name] = array
         size += array.nbytes
-        del array
+        del array  # or this reference would keep the tensor in memory
     written.append(_write_shard(folder, len(written), shard))
     if len(written) == 1:
         written[0][0].rename(folder / "model.safetensors")
@@ -306,7 +327,10 @@ def write_shards(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(folder: Path, number: int, shard: dict[str, mx.array]):
+def _write_shard(
+    folder: Path, number: int, shard: dict[str, mx.array]
+) -> tuple[Path, list[str], int]:
+    """Write and empty `shard`; return its path, tensor names and bytes."""
     path = folder / f"shard-{number}.safetensors"
     names, nbytes = list(shard), sum(a.nbytes for a in shard.values())
     try:

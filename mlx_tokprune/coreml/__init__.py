@@ -1,1 +1,1 @@
-"""The pruned vision path as a Core ML package, and such a package as a vision path."""
+"""Core ML packages of the pruned vision path: export, and use in `generate`."""

@@ -1,5 +1,6 @@
 """Export the pruned vision path of a model as a Core ML package."""
 
+import argparse
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .plan import check_platform, compute_plan, format_plan
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune.coreml`."""
     parser = Parser(
         prog="mlx_tokprune.coreml",
         description=__doc__,
@@ -69,6 +71,7 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with `argv`, or with the process's arguments when `None`."""
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     options = ExportOptions(
@@ -99,14 +102,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"exported in {seconds:.1f} s")
 
 
-def _pruners(args) -> list[Pruner]:
-    """One pruner for each function of the package."""
+def _pruners(args: argparse.Namespace) -> list[Pruner]:
+    """Return one pruner for each function of the package."""
     method, ratios, tokens = args.method, args.keep_ratio, args.keep_tokens
     options = read_options(args.option)
     if args.prune:
         if method or args.at or ratios or tokens:
             raise InputError(
-                "--prune says method, budget and place; leave out --method, --at, "
+                "--prune sets method, budget and place; leave out --method, --at, "
                 "--keep-ratio and --keep-tokens"
             )
         plans = [read_plans([text], options, args.seed) for text in args.prune]
@@ -114,13 +117,13 @@ def _pruners(args) -> list[Pruner]:
             raise InputError("Core ML packages prune at the tower only; leave out +")
         return [_at_tower(plan[0]) for plan in plans]
     method = method or DEFAULT_METHOD
-    how = {"at": args.at, "seed": args.seed, "options": options}
+    settings = {"at": args.at, "seed": args.seed, "options": options}
     if get_method(method).name == "none" and not ratios and not tokens:
         return [Pruner("none")]
     if not ratios and not tokens:
         raise InputError(
-            "no keep ratio was given; say --keep-ratio 0.5, or --method none for a "
-            "package without pruning"
+            "no keep ratio was given; expected one, such as --keep-ratio 0.5, or "
+            "--method none for a package without pruning"
         )
     if 1 in ratios:
         raise InputError(
@@ -129,14 +132,14 @@ def _pruners(args) -> list[Pruner]:
         )
     budgets = [{"keep_ratio": ratio} for ratio in ratios]
     budgets += [{"keep_tokens": number} for number in tokens]
-    return [Pruner(method, **how, **budget) for budget in budgets]
+    return [Pruner(method, **settings, **budget) for budget in budgets]
 
 
 def _at_tower(pruner: Pruner) -> Pruner:
-    """Refuse a place inside the language model, which no package holds."""
+    """Return `pruner`; refuse one inside the language model, which no package holds."""
     if pruner.place == "layer":
         raise InputError(
-            f"Core ML packages prune at the tower only, not {pruner.at!r}; say "
+            f"Core ML packages prune at the tower only, not {pruner.at!r}; expected "
             f"{pruner.method}:BUDGET@tower"
         )
     return pruner
@@ -145,7 +148,7 @@ def _at_tower(pruner: Pruner) -> Pruner:
 def format_package(
     path: Path, functions: list[Function], options: ExportOptions
 ) -> str:
-    """What was written, for people."""
+    """Return a summary of a written package for the terminal."""
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     several = len(functions) > 1
     lines = [

@@ -1,9 +1,10 @@
-"""The graph of an MLX function: constants, and one `Node` per primitive.
+"""Graph of an MLX function: constants, and one `Node` per primitive.
 
-MLX hands every primitive of a traced function to a callback; nothing is evaluated, so
-what is exported is what runs. (That this makes a converter is the idea of mlx2coreml,
-https://pypi.org/project/mlx2coreml.) Traced on the CPU with MLX's own operations, so
-that a Mac and a Linux machine get the same graph.
+`mx.export_function` passes every primitive of a traced function to a callback and
+evaluates nothing, so the exported graph is the graph that runs. (Conversion from these
+callbacks is the idea of mlx2coreml, https://pypi.org/project/mlx2coreml.) Functions are
+traced on the CPU with MLX's own operations, so that a Mac and a Linux machine get the
+same graph.
 """
 
 import contextlib
@@ -20,7 +21,11 @@ LAYER_NORM = "LayerNorm"
 
 @dataclass(frozen=True)
 class Node:
-    """One primitive. inputs, outputs: names of arrays. shapes, dtypes: of outputs."""
+    """One MLX primitive.
+
+    kind, arguments: name and attributes of the primitive. inputs, outputs: names of
+    arrays. shapes, dtypes: one per output.
+    """
 
     kind: str
     arguments: tuple
@@ -32,7 +37,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in an order in which they can run, and constants by name."""
+    """Nodes in an order of execution, constants by name, input and output names."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -40,7 +45,7 @@ class Graph:
     nodes: tuple[Node, ...]
 
     def reaches(self) -> tuple[bool, ...]:
-        """Whether each output depends on any input."""
+        """Return for each output whether it depends on an input."""
         live = set(self.inputs)
         for node in self.nodes:
             if live.intersection(node.inputs):
@@ -48,21 +53,21 @@ class Graph:
         return tuple(name in live for name in self.outputs)
 
 
-def capture(function: Callable, *arrays: mx.array) -> Graph:
-    """The graph of `function(*arrays)`, which returns a list of arrays."""
+def capture(function: Callable[..., list[mx.array]], *arrays: mx.array) -> Graph:
+    """Trace `function(*arrays)`, which returns a list of arrays, into a `Graph`."""
     events: list[dict] = []
     with plain_operations(), _whole_layer_norm(), mx.stream(mx.cpu):
         mx.export_function(events.append, function, *arrays)
-    nodes, found = [], {"constants": [], "inputs": [], "outputs": []}
+    nodes, arrays_by_type = [], {"constants": [], "inputs": [], "outputs": []}
     for event in events:
         if event["type"] == "primitive":
             nodes.append(_node(event))
-        elif event["type"] in found:
-            found[event["type"]] += event[event["type"]]
+        elif event["type"] in arrays_by_type:
+            arrays_by_type[event["type"]] += event[event["type"]]
     return Graph(
-        tuple(name for name, *_ in found["inputs"]),
-        tuple(name for name, *_ in found["outputs"]),
-        {name: np.asarray(array) for name, array in found["constants"]},
+        tuple(name for name, *_ in arrays_by_type["inputs"]),
+        tuple(name for name, *_ in arrays_by_type["outputs"]),
+        {name: np.asarray(array) for name, array in arrays_by_type["constants"]},
         tuple(nodes),
     )
 
@@ -70,21 +75,28 @@ def capture(function: Callable, *arrays: mx.array) -> Graph:
 def _node(event: dict) -> Node:
     names, shapes, dtypes = zip(*event["outputs"], strict=True)
     inputs = tuple(name for name, *_ in event["inputs"])
-    # The only use of `mx.depends` here; see below.
+    # `_whole_layer_norm` marks layer norms with `mx.depends`, which nothing else uses.
     kind = LAYER_NORM if event["name"] == "Depends" else event["name"]
     return Node(kind, tuple(event["arguments"]), inputs, names, shapes, dtypes)
 
 
 @contextlib.contextmanager
 def _whole_layer_norm() -> Iterator[None]:
-    """Trace layer norms as one node of (x, weight, bias, eps).
+    """Trace each layer norm as one node with the inputs (x, weight, bias, eps).
 
-    On the CPU they would come as a dozen nodes, whose sums of squares overflow in
-    float16; Core ML has the whole operation.
+    On the CPU, MLX traces it as a dozen nodes, whose sums of squares overflow in
+    float16; Core ML has the whole operation. `mx.depends` stands in for it: a
+    primitive that keeps its inputs and computes nothing.
     """
     fused = mx.fast.layer_norm
 
-    def stand_in(x, weight, bias, eps, **_):
+    def stand_in(
+        x: mx.array,
+        weight: mx.array | None,
+        bias: mx.array | None,
+        eps: float,
+        **_: object,
+    ) -> mx.array:
         channels = x.shape[-1:]
         weight = mx.ones(channels) if weight is None else weight
         bias = mx.zeros(channels) if bias is None else bias

@@ -1,4 +1,4 @@
-"""What a package says about itself: `Function`, written to and read from metadata."""
+"""Descriptions of a package's functions, stored in the package's metadata."""
 
 import dataclasses
 import json
@@ -6,27 +6,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import InputError
 
+if TYPE_CHECKING:  # coremltools is an extra
+    from coremltools.proto.Model_pb2 import Model
+
 _KEY = "mlx_tokprune"  # key in the package's user defined metadata
 OUTPUTS = {
-    "image_features": "(1, K, C): the visual tokens that were kept, in raster order",
-    "kept_indices": "(1, K): which of the N visual tokens they are",
-    "assignment": "(1, N): the kept token (0 to K - 1) that most of each token was "
-    "merged into, -1 where none",
+    "image_features": "(1, K, C): kept visual tokens, in raster order",
+    "kept_indices": "(1, K): indices of the kept tokens among the N visual tokens",
+    "assignment": "(1, N): for each visual token the kept token (0 to K - 1) with the "
+    "largest merge weight, -1 for none",
 }
 
 
 @dataclass(frozen=True)
 class Function:
-    """One function of a package, and the input and outputs it has.
+    """One function of a package, with its input and its outputs.
 
-    keep: how many of the visual tokens on `grid` it gives, each with `channels`
-    numbers. projector: whether they went through it. image: whether the input is an
-    RGB picture, or else numbers.
+    Attributes:
+        name: name of the function in the package.
+        method: pruning method.
+        keep_ratio: share of visual tokens to keep; `None` for a fixed number.
+        keep: number of visual tokens in the output.
+        grid: (rows, columns) of visual tokens before pruning.
+        channels: size of an output token.
+        image_size: pixels per side of the input.
+        projector: whether the outputs went through the projector.
+        image: whether the input is an RGB image, or else a tensor.
     """
 
     name: str
@@ -41,44 +52,51 @@ class Function:
 
     @property
     def share(self) -> float:
-        """The keep ratio, or what comes to the same."""
+        """Keep ratio, or the share of tokens that a fixed number is."""
         return self.keep_ratio or self.keep / (self.grid[0] * self.grid[1])
 
     @property
     def input(self) -> str:
-        """The name of the input."""
+        """Name of the input."""
         return input_name(self.image)
 
 
 def input_name(image: bool) -> str:
-    """The name of a function's input; Apple's FastVLM app calls numbers `images`."""
+    """Return the name of a function's input: `image`, or `images` for a tensor.
+
+    Apple's FastVLM app passes a tensor named `images`.
+    """
     return "image" if image else "images"
 
 
 def describe(
-    spec,
+    spec: "Model",
     functions: Sequence[Function],
     source: Path | None,
     name: str | None,
     **settings: str,
 ) -> None:
-    """Write names, versions, licence and descriptions into a package's `spec`."""
-    about = spec.description.metadata
+    """Write names, versions, licence and descriptions into a package's `spec`.
+
+    source: checkpoint folder, for the licence. name: model name in the description, by
+    default the folder's. settings: additional metadata.
+    """
+    entries = spec.description.metadata
     kept = ", ".join(f"{f.name}: {f.method}, {f.keep} tokens" for f in functions)
     model = name or (source.resolve().name if source else "a model")
-    about.shortDescription = (
+    entries.shortDescription = (
         f"Vision path of {model} with visual-token pruning ({kept})"
     )
-    about.versionString = metadata.version("mlx-tokprune")
-    about.author = f"mlx_tokprune {about.versionString}"
-    about.license = _license(source)
-    about.userDefined.update(settings)
-    about.userDefined["mlx"] = mx.__version__
-    about.userDefined[_KEY] = json.dumps([dataclasses.asdict(f) for f in functions])
+    entries.versionString = metadata.version("mlx-tokprune")
+    entries.author = f"mlx_tokprune {entries.versionString}"
+    entries.license = _license(source)
+    entries.userDefined.update(settings)
+    entries.userDefined["mlx"] = mx.__version__
+    entries.userDefined[_KEY] = json.dumps([dataclasses.asdict(f) for f in functions])
     side = functions[0].image_size
     inputs = {
-        "image": f"the picture in RGB, {side} x {side} pixels",
-        "images": f"(1, 3, {side}, {side}): the picture's pixels in [0, 1], RGB",
+        "image": f"RGB image, {side} x {side} pixels",
+        "images": f"(1, 3, {side}, {side}): RGB pixels in [0, 1]",
     }
     for described in (spec.description, *spec.description.functions):
         for feature in (*described.input, *described.output):
@@ -86,17 +104,21 @@ def describe(
 
 
 def _license(source: Path | None) -> str:
-    """The text of the checkpoint's licences, or where to look for them."""
+    """Return the text of the checkpoint's licence files, or a reference to them."""
     files = sorted(source.glob("LICEN[CS]E*")) if source else []
     if files:
         return "\n\n".join(
             file.read_text(encoding="utf-8", errors="replace") for file in files
         )
-    return "that of the source checkpoint, which came without a licence file"
+    return "licence of the source checkpoint, which has no licence file"
 
 
-def read_functions(spec, name: str) -> list[Function]:
-    """What `describe` wrote; `InputError` when the package `name` has none of it."""
+def read_functions(spec: "Model", name: str) -> list[Function]:
+    """Return the functions that `describe` wrote into a package's metadata.
+
+    name: package name for messages. Raises `InputError` for a package of another
+    program, or of another version of mlx_tokprune.
+    """
     text = spec.description.metadata.userDefined.get(_KEY)
     if not text:
         raise InputError(f"{name} was not written by mlx_tokprune.coreml")

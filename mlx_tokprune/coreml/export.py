@@ -1,18 +1,20 @@
-"""A model's pruned vision path as a Core ML package: `export_package`.
+"""Export of a model's pruned vision path as a Core ML package: `export_package`.
 
 All functions come from one program, whose vision tower is traced, converted and
-compressed once; `split` cuts them apart. Tower, pruner and projector are traced
-separately, so that the pruner's part can keep float32 where the rest has float16: sums
-of squares would overflow, and rounding would change which tokens are kept.
+compressed once; `split` separates the functions. Tower, pruner and projector are traced
+separately, so that the pruner's part keeps float32 where the rest is float16: in
+float16, sums of squares overflow, and rounding changes the choice of tokens.
 """
 
 import contextlib
 import gc
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +24,7 @@ from ..checkpoints.loading import check_finite
 from ..errors import InputError, nearest
 from ..features import Features, Selection, keep_rows
 from ..files import new_folder
+from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
 from ..pruners import Pruner, get_method
 from .capture import Graph, capture
@@ -29,11 +32,17 @@ from .describe import Function, describe, input_name
 from .lower import lower
 from .split import output_name, split
 
+if TYPE_CHECKING:  # coremltools is an extra
+    from coremltools import target as AvailableTarget
+    from coremltools.converters.mil import Builder as MILBuilder
+    from coremltools.converters.mil.mil import Program, Var
+    from coremltools.models import MLModel
+
 TARGETS = {
     **{"iOS16": "iOS16", "iOS17": "iOS17", "iOS18": "iOS18", "iOS26": "iOS26"},
     **{"macOS13": "iOS16", "macOS14": "iOS17", "macOS15": "iOS18", "macOS26": "iOS26"},
 }
-_SHARING = ("iOS18", "iOS26")  # targets whose packages hold several functions
+_SHARING = ("iOS18", "iOS26")  # targets with several functions per package
 PRECISIONS = ("float16", "float32")
 _PALETTES = {"6bit": 6, "4bit": 4}
 COMPRESSIONS = ("8bit", *_PALETTES)
@@ -43,11 +52,17 @@ _LANGUAGE = "language_model"
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a package is written.
+    """Options of a package.
 
-    projector: whether the features go through it. image: whether the input is an RGB
-    picture, or else numbers in [0, 1]. compress: the weights, as in `COMPRESSIONS`.
-    Raises `InputError` on values that are not known.
+    Raises `InputError` for an unknown value.
+
+    Attributes:
+        projector: whether the package includes the projector.
+        image: whether the input is an RGB image, or else a tensor (1, 3, S, S) in
+            [0, 1].
+        target: deployment target, a key of `TARGETS`.
+        precision: type of computation, one of `PRECISIONS`; pruners always use float32.
+        compress: weight compression, one of `COMPRESSIONS`, or `None`.
     """
 
     projector: bool = True
@@ -56,14 +71,14 @@ class ExportOptions:
     precision: str = "float16"
     compress: str | None = None
 
-    def __post_init__(self):
-        for name, value, known in (
+    def __post_init__(self) -> None:
+        for name, value, choices in (
             ("deployment target", self.target, TARGETS),
             ("precision", self.precision, PRECISIONS),
             ("compression", self.compress, (None, *COMPRESSIONS)),
         ):
-            if value not in known:
-                names = [choice for choice in known if choice]
+            if value not in choices:
+                names = [choice for choice in choices if choice]
                 raise InputError(
                     f"unknown {name} {value!r}; expected one of {', '.join(names)}."
                     + nearest(str(value), names)
@@ -76,12 +91,12 @@ class ExportOptions:
 
     @property
     def shares(self) -> bool:
-        """Whether one package can hold several functions."""
+        """Support of several functions in one package by the target."""
         return TARGETS[self.target] in _SHARING
 
 
-def load_coremltools():
-    """The package, without its remarks; `InputError` says how to install it."""
+def load_coremltools() -> ModuleType:
+    """Import coremltools, without its warnings; `InputError` when it is missing."""
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
         import coremltools
@@ -94,7 +109,7 @@ def load_coremltools():
 
 
 def function_name(pruner: Pruner) -> str:
-    """`keep_50` for half of the tokens, `tokens_32` for so many, or `unpruned`."""
+    """Return `keep_50` for half of the tokens, `tokens_32` for 32, or `unpruned`."""
     if pruner.keeps_all:
         return UNPRUNED
     if pruner.keep_tokens is not None:
@@ -103,20 +118,32 @@ def function_name(pruner: Pruner) -> str:
 
 
 def export_package(
-    model,
+    model: VisionModel,
     pruners: Sequence[Pruner],
     output: str | Path,
     options: ExportOptions | None = None,
     source: str | Path | None = None,
     name: str | None = None,
 ) -> dict[Path, list[Function]]:
-    """Write `model`'s vision path to `output`; gives the functions of each package.
+    """Write a model's pruned vision path as one or more Core ML packages.
 
-    One pruner gives a package with one function, `main`. Several give one package that
-    shares their weights and also has `unpruned`, or a package each where the target
-    does not allow that. The model must be loaded in float32. source: the checkpoint's
-    folder, for its licence; name: what the package says the model is, by default that
-    folder's. Raises `InputError` for what cannot be exported, or when `output` exists.
+    One pruner gives a package with one function, `main`. Several pruners give one
+    package whose functions share the weights, with the function `unpruned` added; for
+    targets before iOS18 they give one package per function.
+
+    Args:
+        model: model loaded in float32.
+        pruners: pruners at the tower, with a fixed number of kept tokens.
+        output: package to write, ends in .mlpackage; must not exist.
+        options: options of the package; defaults when `None`.
+        source: checkpoint folder, for its licence.
+        name: model name in the package's description (default: the folder's name).
+
+    Returns:
+        The functions of each written package, by its path.
+
+    Raises:
+        InputError: model or pruner cannot be exported, or `output` exists.
     """
     options, output = options or ExportOptions(), Path(output)
     pruners = [pruners] if isinstance(pruners, Pruner) else list(pruners)
@@ -130,49 +157,52 @@ def export_package(
         pruners = [*pruners, Pruner("none")]
     _check(model, pruners)
     load_coremltools()
-    # The language model may stay on the disk.
+    # A lazily loaded language model stays on disk.
     mx.eval([array for _, array in _exported(model)])
     check_finite(dict(_exported(model)))
-    apart, paths = len(pruners) > 1 and not options.shares, [output]
-    if apart:
+    separate, paths = len(pruners) > 1 and not options.shares, [output]
+    if separate:
         stems = (f"{output.stem}-{function_name(pruner)}" for pruner in pruners)
         paths = [output.with_stem(stem) for stem in stems]
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(new_folder(path)) for path in paths]
         functions, package = _convert(model, pruners, options)
-        groups = [[function] for function in functions] if apart else [functions]
+        groups = [[function] for function in functions] if separate else [functions]
         for folder, group in zip(folders, groups, strict=True):
             _write(package, group, folder, options, source, name)
     del package
-    gc.collect()  # coremltools' programs hold each other
+    gc.collect()  # coremltools' programs have reference cycles
     return dict(zip(paths, groups, strict=True))
 
 
-def _check(model, pruners: Sequence[Pruner]) -> None:
+def _check(model: VisionModel, pruners: Sequence[Pruner]) -> None:
     if model.reads_prompt:
         raise InputError(
             "this policy's vision tower reads the instruction (FiLM), which a vision "
-            "package does not see; expected a policy without it"
+            "package does not have; expected a policy without it"
         )
     for pruner in pruners:
         if not pruner.keeps_all and pruner.place != "tower":
-            reason = _why_not_there(model, pruner)
+            reason = _place_problem(model, pruner)
             raise InputError(f"method {pruner.method!r} {reason}")
     for pruner in pruners:
         plan_for(model, pruner)
         if pruner.has_own_count:
-            known = get_method(pruner.method)
-            counting = [name for name in pruner.options if name in known.counting]
-            how = f"with a {counting[0]}" if counting else "without a budget"
+            method = get_method(pruner.method)
+            counting = [name for name in pruner.options if name in method.counting]
+            setting = f"with a {counting[0]}" if counting else "without a budget"
             raise InputError(
-                f"method {pruner.method!r} {how} decides for each picture how many "
+                f"method {pruner.method!r} {setting} decides for each picture how many "
                 "visual tokens to keep, and a package has fixed shapes; expected a "
                 "keep ratio or a number of tokens"
             )
     names = [function_name(pruner) for pruner in pruners]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"function {name} was asked for more than once")
+            raise InputError(
+                f"function {name} was requested more than once; expected one pruner "
+                "for each function"
+            )
     for _, array in _exported(model):
         if array.dtype != mx.float32:
             raise InputError(
@@ -181,8 +211,8 @@ def _check(model, pruners: Sequence[Pruner]) -> None:
             )
 
 
-def _why_not_there(model, pruner: Pruner) -> str:
-    """Why a vision package cannot prune at the prompt, or after a layer."""
+def _place_problem(model: VisionModel, pruner: Pruner) -> str:
+    """Return why a vision package cannot prune at the pruner's place."""
     if pruner.place == "layer":
         return (
             "prunes inside the language model, which a vision package does not hold; "
@@ -190,29 +220,36 @@ def _why_not_there(model, pruner: Pruner) -> str:
         )
     if any(name not in model.provides["tower"] for name in pruner.needs):
         return (
-            "looks at the prompt, which a vision package does not see; the nearest "
-            "that can be exported is 'attention'"
+            "reads the prompt, which a vision package does not have; the nearest "
+            "method that can be exported is 'attention'"
         )
     return (
         "prunes at the prompt, which comes after a vision package, but can prune at "
-        "the tower; say --at tower, in Python at='tower'"
+        "the tower; expected --at tower, in Python at='tower'"
     )
 
 
-def _exported(model) -> list[tuple[str, mx.array]]:
-    """Names and weights of all but the language model."""
+def _exported(model: Any) -> list[tuple[str, mx.array]]:
+    """Return names and weights of all parts except the language model."""
     parts = {n: p for n, p in model.parameters().items() if n != _LANGUAGE}
     return tree_flatten(parts)
 
 
-def _write(package, functions, folder: Path, options, source, name) -> None:
+def _write(
+    package: "MLModel",
+    functions: Sequence[Function],
+    folder: Path,
+    options: ExportOptions,
+    source: str | Path | None,
+    name: str | None,
+) -> None:
     """Fill `folder` with the part of `package` that computes `functions`."""
     work = folder / "work.mlpackage"
     package.save(str(work))
     for part in work.iterdir():
         part.rename(folder / part.name)
     work.rmdir()
-    for part in folder.rglob("*"):  # coremltools leaves them private
+    for part in folder.rglob("*"):  # coremltools writes them for the owner only
         part.chmod(0o755 if part.is_dir() else 0o644)
     (file,) = folder.glob("Data/*/*.mlmodel")
     spec = load_coremltools().utils.load_spec(str(file))
@@ -226,7 +263,7 @@ def _write(package, functions, folder: Path, options, source, name) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """coremltools draws its progress bars wherever it runs."""
+    """Hide coremltools' progress bars, which it also draws without a terminal."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -234,11 +271,12 @@ def _quiet() -> Iterator[None]:
 # The program of all functions --------------------------------------------------------
 
 
-def _trace(model, pruners: Sequence[Pruner]) -> tuple[Graph, Features]:
-    """The tower's graph, and features of zeros in the shapes of its outputs."""
+def _trace(model: VisionModel, pruners: Sequence[Pruner]) -> tuple[Graph, Features]:
+    """Return the tower's graph, and features of zeros in the shapes of its outputs."""
     needs, traced = dict.fromkeys(n for p in pruners for n in p.reads), []
 
-    def encode(pixels):
+    def encode(pixels: mx.array) -> list[mx.array]:
+        # `capture` returns arrays only, so keep the `Features` with their names, too.
         traced.append(model.encode(pixels, tuple(needs)))
         return traced[0].arrays()
 
@@ -247,14 +285,16 @@ def _trace(model, pruners: Sequence[Pruner]) -> tuple[Graph, Features]:
     for pruner in pruners:
         if not pruner.keeps_all and pruner.count(blank.total) == blank.total:
             raise InputError(
-                f"all {blank.total} visual tokens would stay, which is no pruning; "
+                f"all {blank.total} visual tokens would be kept, which is no pruning; "
                 "expected to keep fewer, or method 'none'"
             )
     return graph, blank
 
 
-def _convert(model, pruners: Sequence[Pruner], options: ExportOptions):
-    """The functions, and one coremltools model that computes the outputs of all."""
+def _convert(
+    model: VisionModel, pruners: Sequence[Pruner], options: ExportOptions
+) -> "tuple[list[Function], MLModel]":
+    """Return the functions, and one coremltools model with the outputs of all."""
     ct = load_coremltools()
     target = ct.target[TARGETS[options.target]]
     name, shape = input_name(options.image), (1, 3, *[model.image_size] * 2)
@@ -264,18 +304,27 @@ def _convert(model, pruners: Sequence[Pruner], options: ExportOptions):
     with _quiet():
         package = ct.convert(
             program,
-            source="milinternal",
+            source="milinternal",  # takes a MIL program, not a PyTorch model
             convert_to="mlprogram",
             inputs=[image] if options.image else None,
             minimum_deployment_target=target,
             compute_precision=_precision(ct, options),
-            skip_model_load=True,
+            skip_model_load=True,  # else Core ML compiles the package on macOS
         )
         return functions, _compressed(package, options.compress)
 
 
-def _build(model, pruners: Sequence[Pruner], options: ExportOptions, inputs, target):
-    """The MIL program that computes the outputs of all functions, and the functions."""
+def _build(
+    model: VisionModel,
+    pruners: Sequence[Pruner],
+    options: ExportOptions,
+    inputs: Mapping[str, tuple[int, ...]],
+    target: "AvailableTarget",
+) -> "tuple[Program, list[Function]]":
+    """Return a MIL program with the outputs of all functions, and the functions.
+
+    inputs: shapes by name.
+    """
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil import mil
 
@@ -286,19 +335,25 @@ def _build(model, pruners: Sequence[Pruner], options: ExportOptions, inputs, tar
         (image,) = body.inputs.values()
         pixels = mb.transpose(x=image, perm=[0, 2, 3, 1])
         arrays = lower("encode", tower, [pixels])
-        seen = dict(zip(("tokens", *blank.extras), arrays, strict=True))
+        encoded = dict(zip(("tokens", *blank.extras), arrays, strict=True))
         for pruner in pruners:
-            made = _add_function(mb, model, pruner, options.projector, blank, seen)
-            functions.append(_function(model, pruner, options, blank, made[0].shape))
-            outputs += made
+            added = _add_function(mb, model, pruner, options.projector, blank, encoded)
+            functions.append(_function(model, pruner, options, blank, added[0].shape))
+            outputs += added
         body.set_outputs(outputs)
     program = mil.Program()
     program.add_function("main", body)
     return program, functions
 
 
-def _function(model, pruner: Pruner, options, blank: Features, shape) -> Function:
-    """The description of a function whose features have `shape`."""
+def _function(
+    model: VisionModel,
+    pruner: Pruner,
+    options: ExportOptions,
+    blank: Features,
+    shape: tuple[int, ...],
+) -> Function:
+    """Return the description of a function whose features have `shape` (1, K, C)."""
     return Function(
         name=function_name(pruner),
         method=pruner.method,
@@ -313,24 +368,33 @@ def _function(model, pruner: Pruner, options, blank: Features, shape) -> Functio
 
 
 def _add_function(
-    mb, model, pruner: Pruner, projector: bool, blank: Features, seen: dict
-) -> list:
-    """Prune and project `seen` in the MIL function being built; returns the outputs."""
+    mb: "type[MILBuilder]",
+    model: VisionModel,
+    pruner: Pruner,
+    projector: bool,
+    blank: Features,
+    encoded: "dict[str, Var]",
+) -> "list[Var]":
+    """Prune and project the tower's outputs in the current MIL function.
 
-    def finish(tokens, chosen):
+    encoded: tokens and extras as MIL variables, by name. Returns the function's
+    outputs, named by `output_name`.
+    """
+
+    def finish(tokens: mx.array, chosen: mx.array) -> list[mx.array]:
         tokens = tokens if pruner.keeps_all else keep_rows(tokens, chosen)
         return [model.project(tokens) if projector else tokens]
 
     function = function_name(pruner)
-    (indices, *merging), is_computed = _choose(mb, pruner, blank, seen)
+    (indices, *merging), is_computed = _choose(mb, pruner, blank, encoded)
     weights, dtype = (merging[0], mx.float32) if merging else (indices, mx.int32)
     graph = capture(finish, blank.tokens, mx.zeros(tuple(weights.shape), dtype))
-    (result,) = lower(f"finish_{function}", graph, [seen["tokens"], weights])
+    (result,) = lower(f"finish_{function}", graph, [encoded["tokens"], weights])
     numbers = {"kept_indices": indices}
     if merging:
         numbers["assignment"] = merging[1]
     if not is_computed:
-        # Core ML promises nothing for outputs that are constants: add a computed zero.
+        # Core ML does not guarantee outputs that are constants: add a computed zero.
         first = mb.slice_by_size(x=result, begin=[0, 0, 0], size=[1, 1, 1])
         zero = mb.cast(x=mb.greater(x=first, y=first), dtype="int32")
         zero = mb.reshape(x=zero, shape=[1, 1])
@@ -342,30 +406,37 @@ def _add_function(
     ]
 
 
-def _choose(mb, pruner: Pruner, blank: Features, seen: dict) -> tuple[list, bool]:
-    """The choice as MIL variables (see `_arrays`), and whether `seen` decides it."""
+def _choose(
+    mb: "type[MILBuilder]", pruner: Pruner, blank: Features, encoded: "dict[str, Var]"
+) -> "tuple[list[Var], bool]":
+    """Return the selection as MIL variables, and whether it depends on the image.
+
+    The variables are those of `_arrays`. A selection that does not depend on the image,
+    such as that of a fixed grid, becomes constants.
+    """
     extras = {n: array for n, array in blank.extras.items() if n in pruner.reads}
     blank = replace(blank, extras=extras)
 
-    def prune(tokens, *arrays):
-        known = dict(zip(extras, arrays, strict=True))
-        return _arrays(pruner(replace(blank, tokens=tokens, extras=known)))
+    def prune(tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
+        traced = dict(zip(extras, arrays, strict=True))
+        return _arrays(pruner(replace(blank, tokens=tokens, extras=traced)))
 
     graph = capture(prune, *blank.arrays())
     if any(graph.reaches()):
-        inputs = [seen[name] for name in ("tokens", *extras)]
+        inputs = [encoded[name] for name in ("tokens", *extras)]
         return lower(f"prune_{function_name(pruner)}", graph, inputs), True
     constants = prune(*blank.arrays())
     return [mb.const(val=np.array(array)) for array in constants], False
 
 
 def _arrays(selection: Selection) -> list[mx.array]:
-    """Indices, and for merging methods weights and assignment."""
-    found = (selection.indices, selection.weights, selection.assignment())
-    return [array for array in found if array is not None]
+    """Return a selection's indices, and for merging methods weights and assignment."""
+    arrays = (selection.indices, selection.weights, selection.assignment())
+    return [array for array in arrays if array is not None]
 
 
-def _precision(ct, options: ExportOptions):
+def _precision(ct: ModuleType, options: ExportOptions) -> Any:
+    """Return coremltools' precision setting; operations of pruners keep float32."""
     if options.precision == "float32":
         return ct.precision.FLOAT32
     return ct.transform.FP16ComputePrecision(
@@ -373,7 +444,7 @@ def _precision(ct, options: ExportOptions):
     )
 
 
-def _compressed(package, compress: str | None):
+def _compressed(package: "MLModel", compress: str | None) -> "MLModel":
     if compress is None:
         return package
     from coremltools.optimize import coreml as optimize
@@ -382,10 +453,12 @@ def _compressed(package, compress: str | None):
         settings = optimize.OpLinearQuantizerConfig(mode="linear_symmetric")
         apply = optimize.linear_quantize_weights
     else:
-        # coremltools clusters smaller arrays with scikit-learn, for next to nothing.
+        # coremltools clusters smaller arrays with scikit-learn, a dependency that would
+        # save next to no bytes.
         settings = optimize.OpPalettizerConfig(
             mode="kmeans", nbits=_PALETTES[compress], weight_threshold=10_000
         )
         apply = optimize.palettize_weights
-    with np.errstate(divide="ignore", invalid="ignore"):  # of weights that are all 0
+    # Weights that are all 0 have the scale 0.
+    with np.errstate(divide="ignore", invalid="ignore"):
         return apply(package, optimize.OptimizationConfig(global_config=settings))

@@ -1,13 +1,14 @@
-"""MLX primitives as operations of Core ML's model intermediate language (MIL).
+"""Lowering of MLX primitives to Core ML's model intermediate language (MIL).
 
 `TABLE` has one small entry per kind of primitive. A `Value` pairs a MIL variable with
-the shape that MLX gives it, so that broadcasts and merged leading dimensions cost
-nothing until something needs them. Pictures go through convolutions channels-first;
-coremltools cancels the transposes in between.
+the shape that MLX gives it, so that broadcasts and merged leading dimensions become
+operations only where an entry needs them. MLX's images are channels-last and MIL's
+convolutions channels-first; coremltools cancels the transposes between layers.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,10 @@ from ..errors import InputError
 from .capture import LAYER_NORM, Graph, Node
 from .values import Builder, Value
 
+if TYPE_CHECKING:  # coremltools is an extra
+    from coremltools.converters.mil.mil import Var
+
+# MIL types; indices are int32 in Core ML, uint32 in MLX.
 _DTYPES = {mx.float32: "fp32", mx.bool_: "bool"} | dict.fromkeys(
     (mx.int32, mx.int64, mx.uint32), "int32"
 )
@@ -25,26 +30,27 @@ Entry = Callable[[Builder, Node, list[Value]], list[Value]]
 TABLE: dict[str, Entry] = {}
 
 
-def lower(part: str, graph: Graph, inputs: Sequence) -> list:
-    """Add `graph` to the MIL function being built; MIL variables in and out.
+def lower(part: str, graph: Graph, inputs: "Sequence[Var]") -> "list[Var]":
+    """Add `graph` to the current MIL function; return its outputs.
 
-    Raises `InputError` on a primitive that has no entry.
+    part: prefix of the operations' names. inputs: MIL variables, as are the outputs.
+    Raises `InputError` for a primitive without an entry in `TABLE`.
     """
     build = Builder(part)
-    known = {n: build.constant(array) for n, array in graph.constants.items()}
+    values_by_name = {n: build.constant(a) for n, a in graph.constants.items()}
     for name, var in zip(graph.inputs, inputs, strict=True):
-        known[name] = Value(var, tuple(var.shape))
+        values_by_name[name] = Value(var, tuple(var.shape))
     for node in graph.nodes:
-        values = [known[name] for name in node.inputs]
+        values = [values_by_name[name] for name in node.inputs]
         if node.kind not in TABLE:
             shapes = ", ".join(str(value.shape) for value in values)
             raise InputError(
                 f"MLX's primitive {node.kind} {node.arguments} of {shapes} has no "
-                f"counterpart here; known ones are {', '.join(sorted(TABLE))}"
+                f"counterpart in Core ML; expected one of {', '.join(sorted(TABLE))}"
             )
         results = TABLE[node.kind](build, node, values)
-        known |= zip(node.outputs, results, strict=True)
-    return [build.dense(known[name]) for name in graph.outputs]
+        values_by_name |= zip(node.outputs, results, strict=True)
+    return [build.dense(values_by_name[name]) for name in graph.outputs]
 
 
 def _entry(*kinds: str) -> Callable[[Callable], Callable]:
@@ -76,7 +82,7 @@ _BINARY = {
     **{"FloorDivide": "floor_div", "Maximum": "maximum", "Minimum": "minimum"},
     **{"Greater": "greater", "Less": "less", "Equal": "equal"},
 }
-_LOGICAL = ("logical_and", "logical_or")
+_LOGICAL = ("logical_and", "logical_or")  # in the order of MLX's BitwiseBinary codes
 
 
 @_entry(*_UNARY)
@@ -93,53 +99,58 @@ def _binary(build: Builder, node: Node, x: Value, y: Value) -> Value:
 def _bitwise(build: Builder, node: Node, x: Value, y: Value) -> Value:
     kind = node.arguments[0]
     if node.dtypes[0] != mx.bool_ or kind >= len(_LOGICAL):
-        raise InputError(f"MLX's BitwiseBinary {kind} is known for bools only")
+        raise InputError(
+            f"MLX's BitwiseBinary {kind} is supported for bools only; expected 'and' "
+            "or 'or' of two of them"
+        )
     return build.elementwise(_LOGICAL[kind], node.shapes[0], x=x, y=y)
 
 
 @_entry("Sqrt")
 def _sqrt(build: Builder, node: Node, x: Value) -> Value:
-    reciprocal = node.arguments[0]
+    reciprocal = node.arguments[0]  # MLX's `rsqrt` is `Sqrt` with this flag
     return build.elementwise("rsqrt" if reciprocal else "sqrt", node.shapes[0], x=x)
 
 
 @_entry("Negative")
 def _negative(build: Builder, node: Node, x: Value) -> Value:
+    # MIL has no negation.
     return build.elementwise("mul", node.shapes[0], x=x, y=build.constant(-1.0))
 
 
 @_entry("Select")
 def _select(build: Builder, node: Node, cond: Value, a: Value, b: Value) -> Value:
-    # Core ML does not say that `select` broadcasts.
+    # Core ML does not specify that `select` broadcasts.
     var = build("select", cond=build.dense(cond), a=build.dense(a), b=build.dense(b))
     return Value(var, node.shapes[0])
 
 
 @_entry("AsType")
 def _cast(build: Builder, node: Node, x: Value) -> Value:
-    wanted = _DTYPES[node.dtypes[0]]
-    if _type(x.var) == wanted:
+    dtype = _DTYPES[node.dtypes[0]]
+    if _type(x.var) == dtype:
         return x
-    return Value(build("cast", x=build.dense(x), dtype=wanted), x.shape)
+    return Value(build("cast", x=build.dense(x), dtype=dtype), x.shape)
 
 
-def _type(var) -> str:
+def _type(var: "Var") -> str:
+    """Return the name of a variable's type, such as `fp32`."""
     from coremltools.converters.mil.mil import types
 
     return types.builtin_to_string(var.dtype)
 
 
-# Core ML gathers, pads and reduces numbers only: bools go through as 0 and 1.
+# Core ML gathers, pads and reduces numbers only: bools become 0 and 1 for these.
 
 
-def _as_numbers(build: Builder, x: Value):
-    """`Builder.dense`, int32 for bools."""
+def _as_numbers(build: Builder, x: Value) -> "Var":
+    """Return a dense variable of `x`, int32 for bools."""
     var = build.dense(x)
     return build("cast", x=var, dtype="int32") if _type(var) == "bool" else var
 
 
-def _as_traced(build: Builder, node: Node, var) -> Value:
-    """The result `var` of a node, bools where MLX has bools."""
+def _as_traced(build: Builder, node: Node, var: "Var") -> Value:
+    """Return a node's result `var` as a value, cast to bool where MLX has bools."""
     if node.dtypes[0] == mx.bool_:
         var = build("cast", x=var, dtype="bool")
     return Value(var, node.shapes[0])
@@ -151,8 +162,10 @@ def _as_traced(build: Builder, node: Node, var) -> Value:
 @_entry("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze")
 def _reshape(build: Builder, node: Node, x: Value) -> Value:
     shape = node.shapes[0]
-    if tuple(x.var.shape) == shape:
+    if tuple(x.var.shape) == shape:  # nothing changes, or a merge is undone
         return Value(x.var, shape)
+    # MLX flattens (B, H, W, C) to (B * H * W, C) before a matmul. Keep the variable, so
+    # that `_linear` gets the image and no reshape separates the convolutions.
     merges = len(shape) == 2 and len(x.shape) > 2 and shape[1] == x.shape[-1]
     if merges and tuple(x.var.shape) == x.shape and x.constant is None:
         return Value(x.var, shape)
@@ -162,13 +175,13 @@ def _reshape(build: Builder, node: Node, x: Value) -> Value:
 @_entry("Broadcast", "Full")
 def _broadcast(build: Builder, node: Node, x: Value) -> Value:
     shape = node.shapes[0]
-    if x.is_merged:
+    if x.is_merged:  # its additional dimensions do not align with `shape`
         return Value(build.dense(x), shape)
     if x.constant is not None and x.shape:
-        # The pass that cancels transposes wants constants of full rank.
+        # coremltools' pass that cancels transposes requires constants of full rank.
         aligned = (1,) * (len(shape) - x.constant.ndim) + x.constant.shape
         return Value(build.constant(x.constant.reshape(aligned)).var, shape)
-    return Value(x.var, shape)
+    return Value(x.var, shape)  # MIL's operations broadcast on their own
 
 
 @_entry("Transpose")
@@ -191,7 +204,7 @@ def _split(build: Builder, node: Node, values: list[Value]) -> list[Value]:
     return [Value(var, shape) for var, shape in zip(parts, node.shapes, strict=True)]
 
 
-TABLE["Split"] = _split
+TABLE["Split"] = _split  # not by `_entry`: it returns several values
 
 
 @_entry("Concatenate")
@@ -202,11 +215,13 @@ def _concatenate(build: Builder, node: Node, *values: Value) -> Value:
 
 @_entry("Pad")
 def _pad(build: Builder, node: Node, x: Value, value: Value) -> Value:
+    # Concatenation with constants pads any axis, for every type of numbers.
     var = _as_numbers(build, x)
     for axis, low, high in zip(*node.arguments, strict=True):
         edges = []
         for size in filter(None, (low, high)):
             shape = (*var.shape[:axis], size, *var.shape[axis + 1 :])
+            # `+ 0` turns a bool into a number, as `_as_numbers` does for x.
             edges.append(build.constant(np.full(shape, value.constant + 0)).var)
         if edges:
             values = [*edges[: low > 0], var, *edges[low > 0 :]]
@@ -216,18 +231,18 @@ def _pad(build: Builder, node: Node, x: Value, value: Value) -> Value:
 
 @_entry("Scatter")
 def _scatter(build: Builder, node: Node, x: Value, *rest: Value) -> Value:
-    """Of constants: `mx.eye` is made with it."""
-    kind, axes = node.arguments
-    known = all(value.constant is not None for value in (x, *rest))
-    if kind != 4 or len(axes) != len(x.shape) or not known:
+    """Evaluate a scatter of constants, by which MLX builds `mx.eye`."""
+    kind, axes = node.arguments  # kind 4: replace, not add or multiply
+    is_constant = all(value.constant is not None for value in (x, *rest))
+    if kind != 4 or len(axes) != len(x.shape) or not is_constant:
         raise InputError(
-            f"MLX's Scatter {node.arguments} of {x.shape} is known for single numbers "
-            "that are put into constants only"
+            f"MLX's Scatter {node.arguments} of {x.shape} is supported only for single "
+            "numbers that replace numbers of constants"
         )
-    made, *index, updates = (np.broadcast_to(v.constant, v.shape) for v in (x, *rest))
-    made = made.copy()
-    made[tuple(index)] = updates.reshape(index[0].shape)
-    return build.constant(made)
+    array, *index, updates = (np.broadcast_to(v.constant, v.shape) for v in (x, *rest))
+    array = array.copy()
+    array[tuple(index)] = updates.reshape(index[0].shape)
+    return build.constant(array)
 
 
 @_entry("Arange")
@@ -252,11 +267,11 @@ def _matmul(build: Builder, node: Node, x: Value, y: Value) -> Value:
 
 @_entry("AddMM")
 def _addmm(build: Builder, node: Node, x: Value, y: Value, bias: Value) -> Value:
-    plain = tuple(node.arguments) == (1, 1)
-    if not plain or y.constant is None or bias.constant is None:
+    is_unscaled = tuple(node.arguments) == (1, 1)
+    if not is_unscaled or y.constant is None or bias.constant is None:
         raise InputError(
-            "MLX's AddMM is known for constant weights and biases with factors of 1 "
-            f"only, not {node.arguments} of {x.shape} and {y.shape}"
+            f"MLX's AddMM {node.arguments} of {x.shape} and {y.shape} is not "
+            "supported; expected constant weights and biases with factors of 1"
         )
     return _linear(build, node, x, y.constant, bias.constant.reshape(-1))
 
@@ -264,19 +279,23 @@ def _addmm(build: Builder, node: Node, x: Value, y: Value, bias: Value) -> Value
 def _linear(
     build: Builder, node: Node, x: Value, weight: np.ndarray, bias: np.ndarray | None
 ) -> Value:
-    """(..., C) times (C, D); on pictures a 1x1 convolution, as the hardware likes."""
+    """Multiply (..., C) by (C, D); on images as a 1x1 convolution.
+
+    Apple's hardware prefers the convolution, and the transposes around it cancel with
+    those of its neighbours.
+    """
     source = x.var if x.is_merged else build.dense(x)
-    given = {"weight": np.ascontiguousarray(weight.T)}
+    weights = {"weight": np.ascontiguousarray(weight.T)}
     if bias is not None:
-        given["bias"] = bias
+        weights["bias"] = bias
     if len(source.shape) != 4:
-        return Value(build("linear", x=source, **given), node.shapes[0])
-    given["weight"] = given["weight"][:, :, None, None]
-    return Value(_channels_first(build, source, **given), node.shapes[0])
+        return Value(build("linear", x=source, **weights), node.shapes[0])
+    weights["weight"] = weights["weight"][:, :, None, None]
+    return Value(_channels_first(build, source, **weights), node.shapes[0])
 
 
-def _channels_first(build: Builder, x, **options):
-    """Convolve (B, H, W, C)."""
+def _channels_first(build: Builder, x: "Var", **options: Any) -> "Var":
+    """Convolve a channels-last image (B, H, W, C) with MIL's channels-first `conv`."""
     x = build("transpose", x=x, perm=[0, 3, 1, 2])
     x = build("conv", x=x, **options)
     return build("transpose", x=x, perm=[0, 2, 3, 1])
@@ -284,12 +303,13 @@ def _channels_first(build: Builder, x, **options):
 
 @_entry("Convolution")
 def _convolution(build: Builder, node: Node, x: Value, weight: Value) -> Value:
-    stride, low, high, dilation, spread, groups, flip = node.arguments
-    if set(spread) != {1} or flip or len(x.shape) != 4:
+    stride, low, high, dilation, input_dilation, groups, flip = node.arguments
+    if set(input_dilation) != {1} or flip or len(x.shape) != 4:
         raise InputError(
-            f"MLX's Convolution {node.arguments} of {x.shape} is not known; expected "
-            "two dimensions, without input dilation or flipping"
+            f"MLX's Convolution {node.arguments} of {x.shape} is not supported; "
+            "expected two dimensions, without input dilation or flipping"
         )
+    # MLX's weights are (out, H, W, in), MIL's (out, in, H, W).
     pad = [p for pair in zip(low, high, strict=True) for p in pair]
     var = _channels_first(
         build,
@@ -308,7 +328,7 @@ def _convolution(build: Builder, node: Node, x: Value, weight: Value) -> Value:
 def _layer_norm(
     build: Builder, node: Node, x: Value, weight: Value, bias: Value, eps: Value
 ) -> Value:
-    channels = x.shape[-1:]
+    channels = x.shape[-1:]  # a weight may be stored as one number
     var = build(
         "layer_norm",
         x=build.dense(x),
@@ -327,50 +347,61 @@ def _softmax(build: Builder, node: Node, x: Value) -> Value:
 
 @_entry("Reduce")
 def _reduce(build: Builder, node: Node, x: Value) -> Value:
-    code, axes = node.arguments
+    code, axes = node.arguments  # codes: 0 all, 1 any, 2 sum, 3 product, 4 min, 5 max
     kinds = {2: "reduce_sum", 4: "reduce_min", 5: "reduce_max"}
     if _type(x.var) == "bool":
-        kinds |= {0: "reduce_min", 1: "reduce_max"}  # all, any
+        kinds |= {0: "reduce_min", 1: "reduce_max"}
     if code not in kinds:
-        raise InputError(f"MLX's Reduce {code} of {x.shape} is not known")
+        raise InputError(
+            f"MLX's Reduce {code} of {x.shape} is not supported; expected sum, min or "
+            "max, or all or any of bools"
+        )
     x = _as_numbers(build, x)
+    # MLX's primitive keeps the reduced axes; a `Squeeze` follows where needed.
     var = build(kinds[code], x=x, axes=list(axes), keep_dims=True)
     return _as_traced(build, node, var)
 
 
 @_entry("Scan")
 def _scan(build: Builder, node: Node, x: Value) -> Value:
-    code, axis, reverse, inclusive = node.arguments
+    code, axis, reverse, inclusive = node.arguments  # code 2: sum
     if code != 2 or not inclusive:
         raise InputError(
-            f"MLX's Scan {node.arguments} of {x.shape} is not known; expected a sum "
-            "with each number itself"
+            f"MLX's Scan {node.arguments} of {x.shape} is not supported; expected an "
+            "inclusive sum"
         )
     x = _as_numbers(build, x)
     return Value(build("cumsum", x=x, axis=axis, reverse=reverse), node.shapes[0])
 
 
 # Order ------------------------------------------------------------------------------
-# Core ML does not say which of equal numbers its sorting, top-k and argmax take first,
-# and padding makes equal tokens. Counting says it, has static shapes, and needs only
-# comparisons and sums.
+# Core ML does not specify the order of equal numbers in its sort, top-k and argmax, and
+# equal tokens are common: image padding gives them. Counting the smaller numbers fixes
+# the order as in MLX, has static shapes, and needs only comparisons and sums.
 
 
-def _places(build: Builder, x: Value):
-    """(B, N, 1) int32: where each number of (B, N) goes in ascending order, stably."""
+def _places(build: Builder, x: Value) -> "Var":
+    """Return the position of each number of (B, N) in ascending order, (B, N, 1) int32.
+
+    The order is stable: a number's position is the count of smaller numbers, plus that
+    of equal numbers with a lower index.
+    """
     batch, total = x.shape
     x = build.dense(x)
-    mine = build("reshape", x=x, shape=(batch, total, 1))
+    number = build("reshape", x=x, shape=(batch, total, 1))
     other = build("reshape", x=x, shape=(batch, 1, total))
     earlier = build.constant(np.tri(total, k=-1, dtype=bool)[None]).var
-    tied = build("logical_and", x=build("equal", x=other, y=mine), y=earlier)
-    before = build("logical_or", x=build("less", x=other, y=mine), y=tied)
+    tied = build("logical_and", x=build("equal", x=other, y=number), y=earlier)
+    before = build("logical_or", x=build("less", x=other, y=number), y=tied)
     before = build("cast", x=before, dtype="int32")
     return build("reduce_sum", x=before, axes=[2], keep_dims=True)
 
 
-def _put(build: Builder, places, numbers):
-    """(B, N) int32: numbers (B, N, 1), each put in its place."""
+def _put(build: Builder, places: "Var", numbers: "Var") -> "Var":
+    """Move numbers (B, N, 1) to their places (B, N, 1); return (B, N) int32.
+
+    A product with one-hot rows and a sum do this without a scatter.
+    """
     slots = build.constant(np.arange(places.shape[1])[None, None]).var
     here = build("cast", x=build("equal", x=places, y=slots), dtype="int32")
     placed = build("mul", x=here, y=numbers)
@@ -381,7 +412,7 @@ def _check_rows(node: Node, x: Value) -> None:
     if len(x.shape) != 2 or node.arguments[0] not in (1, -1):
         raise InputError(
             f"MLX's {node.kind} along axis {node.arguments[0]} of {x.shape} is not "
-            "known; expected the last axis of two"
+            "supported; expected the last axis of two"
         )
 
 
@@ -401,6 +432,7 @@ def _sort(build: Builder, node: Node, x: Value) -> Value:
 
 @_entry("ArgReduce")
 def _argreduce(build: Builder, node: Node, x: Value) -> Value:
+    # As MLX: the lowest index among those of the best number.
     largest, axis = node.arguments
     kind = "reduce_max" if largest else "reduce_min"
     dense, total = _as_numbers(build, x), x.shape[axis]
@@ -419,14 +451,15 @@ def _argreduce(build: Builder, node: Node, x: Value) -> Value:
 
 @_entry("GatherAxis")
 def _gather(build: Builder, node: Node, x: Value, indices: Value) -> Value:
-    axis, rows = node.arguments[0], indices.var
+    axis, rows = node.arguments[0], indices.var  # not dense: one list of indices may do
     shape = tuple(rows.shape)
-    one_list = len(shape) == len(x.shape) and math.prod(shape) == shape[axis]
+    # Indices of one row, broadcast over all others, need only MIL's plain `gather`.
+    is_one_list = len(shape) == len(x.shape) and math.prod(shape) == shape[axis]
     source = _as_numbers(build, x)
-    if one_list and x.shape[0] == 1:
+    if is_one_list and x.shape[0] == 1:
         rows = build("reshape", x=rows, shape=(-1,))
         var = build("gather", x=source, indices=rows, axis=axis)
     else:
-        given = {"indices": build.dense(indices), "axis": axis}
-        var = build("gather_along_axis", x=source, **given)
+        rows = build.dense(indices)
+        var = build("gather_along_axis", x=source, indices=rows, axis=axis)
     return _as_traced(build, node, var)

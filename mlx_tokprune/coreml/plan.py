@@ -1,32 +1,39 @@
-"""Where Core ML means to run each operation of a package. macOS 14.4 or newer."""
+"""Core ML's planned device for each operation of a package (macOS 14.4 or newer)."""
 
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .export import load_coremltools
+
+if TYPE_CHECKING:  # coremltools is an extra
+    from coremltools.models.compute_plan import MLComputePlanDeviceUsage
 
 _DEVICES = {"MLCPU": "CPU", "MLGPU": "GPU", "MLNeuralEngine": "Neural Engine"}
 
 
 def check_platform() -> None:
-    """Raise `InputError` where there is no Core ML to ask."""
+    """Raise `InputError` on a system without Core ML."""
     if sys.platform != "darwin":
-        raise InputError("only Core ML on macOS knows where operations run")
+        raise InputError(
+            "only Core ML on macOS reports where operations run; leave out "
+            "--compute-plan here"
+        )
 
 
 def compute_plan(package: str | Path) -> dict[str, Counter]:
-    """Kinds of operations, counted by the device that Core ML prefers for them.
+    """Count a package's operations by preferred device and kind.
 
-    Of all functions together; constants are left out, and operations of which Core ML
-    says nothing count as unknown.
+    The counts are over all functions. Constants are left out; an operation without a
+    report from Core ML counts as `unknown`.
     """
     ct = load_coremltools()
     from coremltools.models.compute_plan import MLComputePlan
 
-    found: dict[str, Counter] = {}
+    counts: dict[str, Counter] = {}
     with tempfile.TemporaryDirectory() as folder:
         compiled = ct.models.utils.compile_model(
             str(package), str(Path(folder) / "compiled.mlmodelc")
@@ -39,16 +46,18 @@ def compute_plan(package: str | Path) -> dict[str, Counter]:
                 name = operation.operator_name.split(".")[-1]
                 if name != "const":
                     device = "unknown" if usage is None else _device(usage)
-                    found.setdefault(device, Counter())[name] += 1
-    return found
+                    counts.setdefault(device, Counter())[name] += 1
+    return counts
 
 
-def _device(usage) -> str:
+def _device(usage: "MLComputePlanDeviceUsage") -> str:
+    """Return the name of the device; Core ML's classes are named after it."""
     kind = type(usage.preferred_compute_device).__name__
     return _DEVICES.get(kind.removesuffix("ComputeDevice"), kind)
 
 
 def format_plan(plan: dict[str, Counter]) -> str:
+    """Return a plan as text, one line per device."""
     lines = []
     for device, kinds in sorted(plan.items()):
         names = ", ".join(f"{name} {number}" for name, number in kinds.most_common())

@@ -1,50 +1,57 @@
-"""The functions of a package, cut from one converted program: `split`.
+"""Separation of one converted program into the functions of a package: `split`.
 
 A converted program computes the outputs of all functions, named FUNCTION_OUTPUT, with
-one vision tower. Core ML runs each function apart, so each gets the operations that its
-outputs need. The weights stay in one file, to which all functions point.
+one vision tower. Core ML runs functions separately, so each gets the operations that
+its outputs need. The weights stay in one file, to which all functions point.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .describe import OUTPUTS, Function
 
+if TYPE_CHECKING:  # coremltools is an extra
+    from coremltools.proto.MIL_pb2 import Argument, Operation
+    from coremltools.proto.MIL_pb2 import Function as MILFunction
+    from coremltools.proto.Model_pb2 import Model
+
 
 def output_name(function: str, output: str) -> str:
-    """The name in the whole program of one function's output."""
+    """Return the name of a function's output in the whole program."""
     return f"{function}_{output}"
 
 
-def split(spec, functions: Sequence[Function]) -> None:
-    """Replace the program in `spec` by `functions`; a single one is named `main`."""
+def split(spec: "Model", functions: Sequence[Function]) -> None:
+    """Replace the program in `spec` by `functions`; name a single function `main`."""
     from coremltools.proto.Model_pb2 import FunctionDescription, ModelDescription
 
-    described, programs = spec.description, spec.mlProgram.functions
+    description, programs = spec.description, spec.mlProgram.functions
     whole, several = programs["main"], len(functions) > 1
-    made, interfaces = {}, []
+    separated, interfaces = {}, []
     for function in functions:
         names = {output_name(function.name, output): output for output in OUTPUTS}
-        made[function.name if several else "main"] = _cut(whole, names)
-        interface = FunctionDescription(name=function.name, input=described.input)
-        for feature in described.output:
+        separated[function.name if several else "main"] = _cut(whole, names)
+        interface = FunctionDescription(name=function.name, input=description.input)
+        for feature in description.output:
             if feature.name in names:
                 interface.output.add().CopyFrom(feature)
                 interface.output[-1].name = names[feature.name]
         interfaces.append(interface)
     programs.clear()
-    for name, program in made.items():
+    for name, program in separated.items():
         programs[name].CopyFrom(program)
     if several:
         first = functions[0].name
         table = ModelDescription(functions=interfaces, defaultFunctionName=first)
-        described.CopyFrom(table)
+        # A package with several functions describes them in this table only.
+        description.CopyFrom(table)
     else:
-        del described.output[:]
-        described.output.extend(interfaces[0].output)
+        del description.output[:]
+        description.output.extend(interfaces[0].output)
 
 
-def _cut(whole, names: dict[str, str]):
-    """The part of a MIL function that computes the outputs in `names`, renamed."""
+def _cut(whole: "MILFunction", names: dict[str, str]) -> "MILFunction":
+    """Return the part of a MIL function with the outputs in `names`, renamed."""
     from coremltools.proto.MIL_pb2 import Function as Program
 
     program = Program(opset=whole.opset, inputs=whole.inputs)
@@ -59,17 +66,19 @@ def _cut(whole, names: dict[str, str]):
     return program
 
 
-def _needed(operations, wanted: set[str]) -> list:
-    """The operations that compute the variables in `wanted`, in order."""
-    kept, wanted = [], set(wanted)
+def _needed(
+    operations: "Sequence[Operation]", variables: set[str]
+) -> "list[Operation]":
+    """Return the operations that compute `variables`, in order."""
+    kept, variables = [], set(variables)
     for operation in reversed(operations):
-        if not wanted.isdisjoint(output.name for output in operation.outputs):
-            wanted.update(argument.name for argument in _arguments(operation))
+        if not variables.isdisjoint(output.name for output in operation.outputs):
+            variables.update(argument.name for argument in _arguments(operation))
             kept.append(operation)
     return kept[::-1]
 
 
-def _arguments(operation) -> list:
-    """The inputs of an operation that are variables."""
+def _arguments(operation: "Operation") -> "list[Argument.Binding]":
+    """Return the inputs of an operation that are variables."""
     inputs = operation.inputs.values()
     return [a for value in inputs for a in value.arguments if a.name]

@@ -1,9 +1,10 @@
-"""A Core ML package as the vision path of `generate`. Core ML itself is macOS only."""
+"""Core ML packages as the vision path of `generate` (macOS only)."""
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from ..errors import InputError
 from ..features import Selection
 from ..files import read_json
+from ..models.protocol import VisionModel
 from ..pipeline import Scene, VisualTokens, grouped
 from ..pipeline.timing import NO_CLOCK, NoClock
 from ..pruners import Plan
@@ -21,30 +23,36 @@ from .export import load_coremltools
 
 @dataclass(frozen=True)
 class CoreMLVision:
-    """One function of a package: tower, pruner and perhaps projector in one call.
+    """Vision path in one function of a package: tower, pruner, optionally projector.
 
-    predict: Core ML's, from arrays or pictures by name to arrays by name.
+    Attributes:
+        function: description of the function.
+        predict: Core ML's `predict`, from inputs by name (arrays or images) to output
+            arrays by name.
+        plan: pruners of the vision path for `generate`; empty, as the package prunes.
     """
 
     function: Function
     predict: Callable[[Mapping], Mapping]
 
-    plan: Plan = ()  # the package brought its own pruner along
+    plan: Plan = ()
 
     def __call__(
-        self, model, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
+        self, model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
     ) -> VisualTokens:
-        """(B, S, S, 3) pixels in [0, 1] -> kept and projected visual tokens.
+        """Encode images (B, S, S, 3) in [0, 1] to kept and projected visual tokens.
 
-        All of it counts as vision.
+        The whole call counts as the stage "vision".
         """
-        with clock.stage("vision") as done:
-            features, indices = self._look(model, scene.pixels)
-            done.append(features)
+        with clock.stage("vision") as outputs:
+            features, indices = self._encode(model, scene.pixels)
+            outputs.append(features)
         selection = Selection(indices.astype(mx.int32))
         return grouped(features, selection, self.function.grid, scene.prompt.places)
 
-    def _look(self, model, pixels: mx.array) -> tuple[mx.array, mx.array]:
+    def _encode(
+        self, model: VisionModel, pixels: mx.array
+    ) -> tuple[mx.array, mx.array]:
         size = self.function.image_size
         if pixels.shape[1:3] != (size, size):
             raise InputError(
@@ -52,23 +60,24 @@ class CoreMLVision:
                 f"{pixels.shape[2]} x {pixels.shape[1]}; leave size and padding as "
                 "they are"
             )
-        found = [self.predict(self._input(picture)) for picture in np.array(pixels)]
+        # A package has a batch size of 1.
+        results = [self.predict(self._input(picture)) for picture in np.array(pixels)]
         features, indices = (
-            mx.array(np.concatenate([np.asarray(f[name]) for f in found]))
+            mx.array(np.concatenate([np.asarray(r[name]) for r in results]))
             for name in ("image_features", "kept_indices")
         )
         if not self.function.projector:
             features = model.project(features)
         return features, indices
 
-    def _input(self, picture: np.ndarray) -> dict:
+    def _input(self, picture: np.ndarray) -> dict[str, np.ndarray | Image.Image]:
         if not self.function.image:
             return {self.function.input: picture.transpose(2, 0, 1)[None]}
         rgb = Image.fromarray(np.round(picture * 255).astype(np.uint8))
         return {self.function.input: rgb}
 
-    def check(self, model) -> None:
-        """Raise `InputError` unless the package was made from a model like this."""
+    def check(self, model: VisionModel) -> None:
+        """Raise `InputError` unless image size and feature size fit `model`."""
         size, expected = self.function.image_size, model.image_size
         if size != expected:
             raise InputError(
@@ -86,9 +95,11 @@ class CoreMLVision:
 
 
 def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVision:
-    """The function of the package at `path` with this keep ratio, or its first.
+    """Open the package at `path` as a vision path.
 
-    Raises `InputError` when there is no such package or function, and on Linux.
+    keep_ratio: keep ratio of the function; the first function when `None`. Raises
+    `InputError` when there is no such package or function, and on systems other than
+    macOS.
     """
     ct = load_coremltools()
     if not (Path(path) / "Manifest.json").is_file():
@@ -99,7 +110,7 @@ def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVisi
     check_manifest(Path(path))
     try:
         spec = ct.utils.load_spec(str(path))
-    except Exception as error:  # whatever coremltools' readers run into
+    except Exception as error:  # coremltools' readers raise many classes of errors
         raise InputError(f"{path} is damaged ({type(error).__name__})") from None
     functions = read_functions(spec, str(path))
     function = _choose(functions, keep_ratio, path)
@@ -122,19 +133,23 @@ def check_manifest(package: Path) -> None:
             )
 
 
-def _choose(functions: list[Function], keep_ratio: float | None, path) -> Function:
+def _choose(
+    functions: list[Function], keep_ratio: float | None, path: str | Path
+) -> Function:
     for function in functions:
-        # As people read it in the message below.
+        # Compare as text, so that a ratio from the message below always matches.
         if keep_ratio is None or f"{keep_ratio:g}" == f"{function.share:g}":
             return function
-    known = ", ".join(f"{function.share:g}" for function in functions)
+    ratios = ", ".join(f"{function.share:g}" for function in functions)
     raise InputError(
         f"{path} has no function that keeps {keep_ratio:g} of the visual tokens; it "
-        f"has {known}"
+        f"has {ratios}"
     )
 
 
-def _predict(ct, path: str | Path, function: str | None) -> Callable:
+def _predict(
+    ct: ModuleType, path: str | Path, function: str | None
+) -> Callable[[Mapping], Mapping]:
     if sys.platform != "darwin":
         raise InputError("Core ML runs on macOS only; leave out --vision here")
     return ct.models.MLModel(str(path), function_name=function).predict

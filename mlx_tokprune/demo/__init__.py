@@ -1,1 +1,1 @@
-"""Convert, prune, generate and act on the embedded models."""
+"""Demo of conversion, pruning, answers and actions with the embedded models."""

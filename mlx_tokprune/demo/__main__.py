@@ -1,9 +1,10 @@
-"""Convert, prune and time the embedded models, and draw what is kept."""
+"""Convert, prune and time the embedded models, and draw the kept tokens."""
 
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..act import predict_action
 from ..checkpoints.embedded import PICTURES, POLICY_FRAME, Picture
@@ -11,13 +12,17 @@ from ..checkpoints.loading import load
 from ..cli import Parser, command
 from ..convert import convert
 from ..generate import stream_generate
+from ..models.protocol import VisionModel
+from ..pipeline import VisualTokens
 from ..processing.image import load_image
 from ..processing.overlay import draw_overlay
+from ..processing.processor import Processor
 from ..pruners import DEFAULT_METHOD, POLICY_METHOD, Pruner
 from ..runtime import device_name
 
 KEEP_RATIOS = (1.0, 0.5)
-RUNS = 3  # warm ones, of which the median is shown
+Result = tuple[float, str, VisualTokens]  # TTFT in ms, answer
+RUNS = 3  # warm runs; the median is printed
 _NEXT = """
 next:
   mlx_tokprune generate --image YOUR.jpg --prompt "..." --keep-ratio 0.5
@@ -26,6 +31,7 @@ next:
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune.demo`."""
     parser = Parser(
         prog="mlx_tokprune.demo",
         description=__doc__,
@@ -41,6 +47,7 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Run both embedded models at each keep ratio, and write the overlays."""
     args = build_parser().parse_args(argv)
     output = Path(args.output)
     pruners = [Pruner(args.method, ratio) for ratio in KEEP_RATIOS]
@@ -56,21 +63,26 @@ def main(argv: list[str] | None = None) -> None:
     print(_NEXT)
 
 
-def _convert(checkpoint: str):
+def _convert(checkpoint: str) -> tuple[VisionModel, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         return load(convert(checkpoint, f"{scratch}/model"))
 
 
 def _answer(
-    model, processor, picture: Picture, pruners: Sequence[Pruner], file: Path
+    model: VisionModel,
+    processor: Processor,
+    picture: Picture,
+    pruners: Sequence[Pruner],
+    file: Path,
 ) -> None:
     """Answer one question from all visual tokens and from half of them."""
     images = [load_image(picture.path)]
     print(f"\n{picture.path.name}: {picture.question} (right: {picture.answer})")
 
-    def run(pruner: Pruner):
-        asked = (model, processor, images, picture.question)
-        pieces = list(stream_generate(*asked, pruner=pruner))
+    def run(pruner: Pruner) -> Result:
+        pieces = list(
+            stream_generate(model, processor, images, picture.question, pruner=pruner)
+        )
         last = pieces[-1]
         return last.ttft_ms, "".join(piece.text for piece in pieces), last.visual
 
@@ -86,7 +98,7 @@ def _act(file: Path) -> None:
     print(f"\n{POLICY_FRAME.path.name}: {instruction} (expert: {POLICY_FRAME.answer})")
     pruners = [Pruner("none" if r == 1 else POLICY_METHOD, r) for r in KEEP_RATIOS]
 
-    def run(pruner: Pruner):
+    def run(pruner: Pruner) -> Result:
         action = predict_action(model, processor, images, instruction, pruner=pruner)
         values = " ".join(f"{value:+.2f}" for value in action.values)
         return action.ttft_ms, values, action.visual
@@ -96,10 +108,12 @@ def _act(file: Path) -> None:
     print(f"  kept at {pruners[-1].keep_ratio:g}: {file}")
 
 
-def _compare(run: Callable, pruners: Sequence[Pruner]):
-    """Print answers and times under each pruner, runs interleaved; the last's tokens.
+def _compare(
+    run: Callable[[Pruner], Result], pruners: Sequence[Pruner]
+) -> VisualTokens:
+    """Print answers and times under each pruner; return the last pruner's tokens.
 
-    run: pruner -> (TTFT in ms, answer, visual tokens).
+    Runs are interleaved, so that a machine that slows down slows all pruners.
     """
     cold = [run(pruner) for pruner in pruners]
     warm = [[run(pruner)[0] for pruner in pruners] for _ in range(RUNS)]

@@ -1,4 +1,4 @@
-"""Answers under pruning, beside the unpruned model's and the right ones."""
+"""Evaluation of pruned answers against the unpruned and the right answers."""
 
 from ..measure.accuracy import SCHEMA, read_result
 

@@ -1,5 +1,6 @@
 """Measure accuracy, agreement and divergence of pruned answers."""
 
+import argparse
 import glob
 import json
 import sys
@@ -41,9 +42,11 @@ from .own_runtime import OwnRuntime
 from .recommend import recommend, sentence
 
 RATIOS = (0.5, 0.25, 0.11)
+Start = tuple[Evaluator, dict, Questions]  # with the description of the run
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune.evaluate`."""
     parser = Parser(
         prog="mlx_tokprune.evaluate",
         description=__doc__,
@@ -66,7 +69,7 @@ def build_parser() -> Parser:
     add("--image-size", type=int, metavar="PX", help=help_)
     help_ = "encode or skip the black border of padded images (default: keep)"
     add("--padding", choices=PADDINGS, default="keep", help=help_)
-    help_ = "show black images, to see what is right without looking"
+    help_ = "show black images, to measure accuracy without vision"
     add("--blind", action="store_true", help=help_)
     add = parser.add_argument_group("generation").add_argument
     help_ = "own runtime, or mlx-vlm for any model that it loads"
@@ -91,6 +94,7 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Evaluate a model, alone or in several processes, and write the result."""
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     _check(args)
@@ -109,7 +113,9 @@ def main(argv: list[str] | None = None) -> None:
         _evaluate(args, name, questions, workers)
 
 
-def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
+def _evaluate(
+    args: argparse.Namespace, name: str, questions: Questions, workers: Workers
+) -> None:
     begin = _begin_mlx_vlm if args.runtime == "mlx-vlm" else _begin
     evaluator, header, questions = begin(args, name, questions)
     if workers.is_first:
@@ -130,18 +136,18 @@ def _evaluate(args, name: str, questions: Questions, workers: Workers) -> None:
             "answers": _answers(questions, records),
         }
         if args.recommend is not None:
-            rows = evaluator.rows
-            found = recommend(questions.items, records, rows, args.recommend)
-            result["recommendation"] = found
+            result["recommendation"] = recommend(
+                questions.items, records, evaluator.rows, args.recommend
+            )
         write_text(args.output, json.dumps(result, indent=1) + "\n")
         _remove_journals(args.output, workers)
         _report(args, result)
 
 
-def _begin(args, name: str, questions: Questions) -> tuple:
-    """What answers, what makes two runs the same, and what can be asked."""
+def _begin(args: argparse.Namespace, name: str, questions: Questions) -> Start:
+    """Return the evaluator of a model in our runtime, its run and its questions."""
     subject = subject_of(name, *load(name, adapter_path=args.adapter_path))
-    subject = _resized(subject, args)
+    subject = _resize(subject, args)
     rows, settings = _rows(args, subject, questions), _settings(args)
     header = describe_run(
         subject.model,
@@ -159,20 +165,20 @@ def _begin(args, name: str, questions: Questions) -> tuple:
     return Evaluator(OwnRuntime(subject, rows, settings), rows), header, questions
 
 
-def _resized(subject: OwnSubject, args) -> OwnSubject:
+def _resize(subject: OwnSubject, args: argparse.Namespace) -> OwnSubject:
     size = subject.image_size if args.image_size is None else args.image_size
     return subject.at(size, args.padding)
 
 
-def _begin_mlx_vlm(args, name: str, questions: Questions) -> tuple:
-    """The same for a model in mlx-vlm's runtime."""
+def _begin_mlx_vlm(args: argparse.Namespace, name: str, questions: Questions) -> Start:
+    """Return the evaluator of a model in mlx-vlm's runtime, its run and questions."""
     from ..measure.mlx_vlm_subject import MlxVlmSubject, check_mlx_vlm
     from .mlx_vlm_runtime import MlxVlmRuntime, readable
 
     names = ("plans", "prune", "image_size", "adapter_path", "kv_bits", "eval_budgets")
     check_mlx_vlm(**{name: getattr(args, name) for name in names})
     if args.data == "metaworld":
-        raise InputError("Meta-World's frames are for policies; choose other data")
+        raise InputError("metaworld has questions for policies; choose other --data")
     check_mlx_vlm(recommend=args.recommend is not None, padding=args.padding == "skip")
     subject = MlxVlmSubject(name, args.positions)
     methods = subject.default_methods() if args.methods is None else args.methods
@@ -191,8 +197,8 @@ def _begin_mlx_vlm(args, name: str, questions: Questions) -> tuple:
     return Evaluator(runtime, rows), header, questions
 
 
-def _check(args) -> None:
-    """Refuse what can be refused before anything is read."""
+def _check(args: argparse.Namespace) -> None:
+    """Raise `InputError` for bad flags before any file is read."""
     if min(args.pictures, args.max_tokens, args.workers) < 1:
         raise InputError("pictures, max tokens and workers are whole numbers from 1")
     _settings(args)
@@ -213,7 +219,7 @@ def _check(args) -> None:
         import_matplotlib()
 
 
-def _settings(args) -> Settings:
+def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         positions=args.positions or DEFAULT_POSITIONS,
         max_tokens=args.max_tokens,
@@ -223,46 +229,53 @@ def _settings(args) -> Settings:
     )
 
 
-def _rows(args, subject: OwnSubject, questions: Questions) -> list[Row]:
+def _rows(
+    args: argparse.Namespace, subject: OwnSubject, questions: Questions
+) -> list[Row]:
     methods = args.methods
     if methods is None:
         everywhere = args.recommend is not None
         methods = [] if row_plans(args) else subject.default_methods(everywhere)
     options = options_of(methods, args)
     ratios = () if args.eval_budgets else args.keep_ratios
-    every = read_options(args.option)
-    plans = {text: read_plan(text, every) for text in row_plans(args)}
-    counts = _possible(args, subject, questions)
+    plan_options = read_options(args.option)
+    plans = {text: read_plan(text, plan_options) for text in row_plans(args)}
+    counts = _token_counts(args, subject, questions)
     rows = make_rows(methods, ratios, counts, options, plans)
     for row in rows:
-        plan_for(subject.model, row.pruners)
+        plan_for(subject.model, row.pruners)  # refuses a bad plan before any answer
     return rows
 
 
-def _possible(args, subject: OwnSubject, questions: Questions) -> list[int]:
-    """More visual tokens than there are means all of them, which is said once.
+def _token_counts(
+    args: argparse.Namespace, subject: OwnSubject, questions: Questions
+) -> list[int]:
+    """Return `--eval-budgets`, capped at the visual tokens of a picture.
 
-    Pictures whose padding is left out differ: the least of them counts.
+    Without padding, pictures differ in their tokens: the cap is the fewest of them.
     """
     counts = args.eval_budgets
     if not counts:
         return []
     pictures = list({item.picture: item for item in questions.items}.values())
     pictures = pictures if args.padding == "skip" else pictures[:1]
-    most = min(subject.total([item.load()]) for item in pictures)
-    over = [str(count) for count in counts if count > most]
+    total = min(subject.total([item.load()]) for item in pictures)
+    over = [str(count) for count in counts if count > total]
     if over:
-        print(f"{', '.join(over)} visual tokens are more than the {most}, so all stay")
-    return list(dict.fromkeys(min(count, most) for count in counts))
+        print(
+            f"{', '.join(over)} visual tokens are more than the {total}, so all are "
+            "kept"
+        )
+    return list(dict.fromkeys(min(count, total) for count in counts))
 
 
 def _journal_file(output: str, workers: Workers) -> Path:
-    """Beside the result, so that a run that is stopped goes on where it was."""
+    """Return the journal beside the result, from which a stopped run resumes."""
     return Path(f"{output}.{workers.rank}-of-{workers.size}.jsonl")
 
 
 def _remove_journals(output: str, workers: Workers) -> None:
-    """Those of this machine; the result holds all that is in them."""
+    """Remove the journals of this machine, whose records are in the result."""
     place = Path(output).absolute()
     name = glob.escape(place.name)
     for file in place.parent.glob(f"{name}.*-of-{workers.size}.jsonl"):
@@ -283,7 +296,7 @@ def _answers(questions: Questions, records: dict) -> list[dict]:
     ]
 
 
-def _report(args, result: dict) -> None:
+def _report(args: argparse.Namespace, result: dict) -> None:
     machine = result["machine"]
     print(
         f"{result['questions']} questions of {printable(result['data'])}, "

@@ -1,8 +1,9 @@
-"""Rows of an evaluation from the records of its questions; their table and plot."""
+"""Rows of an evaluation from records of its questions, their table and plot."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import import_matplotlib, printable
 from ..files import replacing
@@ -10,29 +11,35 @@ from ..measure.intervals import bootstrap, of_share
 from ..measure.tables import Table
 from .items import Item
 
+if TYPE_CHECKING:  # matplotlib is an extra
+    from matplotlib.axes import Axes
+
 
 def summarize(items: Sequence[Item], records: dict[int, dict]) -> list[dict]:
-    """Return a row for each label: accuracy and agreement by kind, KL and FLOPs."""
+    """Return a row for each label: accuracy and agreement by kind, KL and FLOPs.
+
+    records: by item number, the record of each row by its label.
+    """
     labels = list(next(iter(records.values())))
     return [_row(label, items, records) for label in labels]
 
 
-def _row(label: str, items, records: dict[int, dict]) -> dict:
-    mine = {number: rows[label] for number, rows in records.items()}
-    known = {n: r for n, r in mine.items() if r["accuracy"] is not None}
-    needed = {n: r["needed"] for n, r in mine.items() if r.get("needed") is not None}
-    divergence = [record["divergence"] for record in mine.values()]
-    flops = [record["flops"] for record in mine.values()]
-    kept = [record["kept"] for record in mine.values()]
-    low, high = bootstrap(divergence, [items[number].picture for number in mine])
+def _row(label: str, items: Sequence[Item], records: dict[int, dict]) -> dict:
+    own = {number: rows[label] for number, rows in records.items()}
+    right = {n: r["accuracy"] for n, r in own.items() if r["accuracy"] is not None}
+    needed = {n: r["needed"] for n, r in own.items() if r.get("needed") is not None}
+    divergence = [record["divergence"] for record in own.values()]
+    flops = [record["flops"] for record in own.values()]
+    kept = [record["kept"] for record in own.values()]
+    low, high = bootstrap(divergence, [items[number].picture for number in own])
     return {
         "label": label,
         "kept": sum(kept) / len(kept),
         "least": min(kept),
         "most": max(kept),
         "flops": None if None in flops else sum(flops) / len(flops),
-        "accuracy": _by_kind({n: r["accuracy"] for n, r in known.items()}, items),
-        "agreement": _by_kind({n: r["agrees"] for n, r in mine.items()}, items),
+        "accuracy": _by_kind(right, items),
+        "agreement": _by_kind({n: r["agrees"] for n, r in own.items()}, items),
         "needed": _by_kind(needed, items),
         "divergence": {
             "value": sum(divergence) / len(divergence),
@@ -43,16 +50,16 @@ def _row(label: str, items, records: dict[int, dict]) -> dict:
     }
 
 
-def _by_kind(values: dict[int, float], items) -> dict[str, dict]:
-    """`all`, then each kind of question: share, interval and number of questions."""
+def _by_kind(values: dict[int, float], items: Sequence[Item]) -> dict[str, dict]:
+    """Return share, interval and count of `all` questions, then of each kind."""
     kinds: dict[str, list[int]] = {"all": []} if values else {}
     for number in values:
         kinds["all"].append(number)
         if items[number].kind:
             kinds.setdefault(items[number].kind, []).append(number)
     return {
-        kind: _share([float(values[n]) for n in found], [items[n] for n in found])
-        for kind, found in kinds.items()
+        kind: _share([float(values[n]) for n in numbers], [items[n] for n in numbers])
+        for kind, numbers in kinds.items()
     }
 
 
@@ -63,14 +70,17 @@ def _share(values: list[float], items: list[Item]) -> dict:
 
 
 def most_common(items: Sequence[Item]) -> float | None:
-    """Return the accuracy of the most common answer to each kind of question."""
+    """Return the accuracy of the most common answer to each kind of question.
+
+    `None` without right answers.
+    """
     answers: dict[str, Counter] = {}
     for item in items:
         if item.answers:
             answers.setdefault(item.kind, Counter())[item.answers[0]] += 1
-    asked = sum(sum(found.values()) for found in answers.values())
-    right = sum(found.most_common(1)[0][1] for found in answers.values())
-    return right / asked if asked else None
+    total = sum(sum(counts.values()) for counts in answers.values())
+    right = sum(counts.most_common(1)[0][1] for counts in answers.values())
+    return right / total if total else None
 
 
 def tabulate(rows: list[dict]) -> Table:
@@ -95,7 +105,7 @@ def tabulate(rows: list[dict]) -> Table:
 
 
 def _kept(row: dict) -> str:
-    """Mean, with the minimum and the maximum where they differ."""
+    """Return the mean of kept tokens, with minimum and maximum if they differ."""
     kept = row["kept"]
     least, most = row.get("least", kept), row.get("most", kept)
     return f"{kept:.1f} ({least:g}-{most:g})" if least < most else f"{kept:.0f}"
@@ -109,8 +119,8 @@ def _percent(share: dict) -> str:
 def draw(rows: list[dict], file: Path, over_tokens: bool = False) -> None:
     """Draw accuracy (else agreement) against FLOPs, a line per method, as a PNG.
 
-    `over_tokens`, or unknown FLOPs: against visual tokens. Where the needed tokens are
-    known, a second plot shows the kept share of them. Bars are 95 % intervals. Raises
+    over_tokens: draw against visual tokens, as with unknown FLOPs. If rows have needed
+    tokens, a second plot shows the kept share of them. Bars are 95 % intervals. Raises
     `InputError` without matplotlib.
     """
     import_matplotlib()
@@ -121,35 +131,38 @@ def draw(rows: list[dict], file: Path, over_tokens: bool = False) -> None:
     size = (8 * len(shown), 5)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     both = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, what in zip(both, shown, strict=True):
-        _draw_shares(axes, rows, what, over_tokens)
+    for axes, quantity in zip(both, shown, strict=True):
+        _draw_shares(axes, rows, quantity, over_tokens)
     both[0].legend(fontsize=8, ncols=1 + len(rows) // 40)
     with replacing(file) as stream:
         figure.savefig(stream, format="png")
 
 
-def _draw_shares(axes, rows: list[dict], what: str, over_tokens: bool) -> None:
-    known = not over_tokens and all(row["flops"] is not None for row in rows)
+def _draw_shares(
+    axes: "Axes", rows: list[dict], quantity: str, over_tokens: bool
+) -> None:
+    over_flops = not over_tokens and all(row["flops"] is not None for row in rows)
 
     def cost(row: dict) -> float:
-        return row["flops"] / 1e9 if known else row["kept"]
+        return row["flops"] / 1e9 if over_flops else row["kept"]
 
     curves: dict[str, list[dict]] = {}
     for row in rows[1:]:
         curves.setdefault(row["label"].split()[0], [rows[0]]).append(row)
-    for number, (method, found) in enumerate((curves or {"none": rows}).items()):
-        found = sorted(found, key=cost)
-        shares = [row[what]["all"] for row in found]
+    for number, (method, points) in enumerate((curves or {"none": rows}).items()):
+        points = sorted(points, key=cost)
+        shares = [row[quantity]["all"] for row in points]
         values = [100 * share["value"] for share in shares]
         below = [100 * max(0, s["value"] - s["low"]) for s in shares]
         above = [100 * max(0, s["high"] - s["value"]) for s in shares]
-        costs = [cost(row) for row in found]
+        costs = [cost(row) for row in points]
         axes.errorbar(
             *(costs, values, [below, above]),
             **{"marker": "o", "ms": 4, "capsize": 2, "label": method},
             **{"color": f"C{number % 10}", "ls": "-" if number < 10 else ":"},
         )
-    counted = "GFLOP to the first token" if known else "visual tokens"
-    label = "needed tokens that are kept (%)" if what == "needed" else f"{what} (%)"
-    axes.set(xlabel=counted, ylabel=label)
+    unit = "GFLOP to the first token" if over_flops else "visual tokens"
+    needed = "needed tokens that are kept (%)"
+    label = needed if quantity == "needed" else f"{quantity} (%)"
+    axes.set(xlabel=unit, ylabel=label)
     axes.grid(alpha=0.3)

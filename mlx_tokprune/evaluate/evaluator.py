@@ -1,9 +1,9 @@
-"""Every question, unpruned and under every row, whatever runtime answers it."""
+"""Evaluation of every question, unpruned and under every row, in any runtime."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -14,12 +14,11 @@ from .items import Item
 
 
 class Answer:
-    """One answer, and the distributions that the unpruned answer's tokens follow from.
+    """Answer of one row, with its distributions at the unpruned answer's tokens.
 
     logs: (T, V) log-probabilities, one row for each token of the unpruned answer. kept:
     visual tokens, mean over layers. flops: up to the first token, `None` if unknown.
-    needed: the share of the tokens that the question needs which are left, `None` if
-    unknown.
+    needed: kept share of the tokens that the question needs, `None` if unknown.
     """
 
     def __init__(
@@ -40,23 +39,25 @@ class Answer:
 
 
 class Runtime(Protocol):
-    """What answers the questions of an evaluation: ours, or mlx-vlm's."""
+    """Runtime that answers the questions of an evaluation: ours, or mlx-vlm's."""
 
     def begin(self, item: Item) -> None:
-        """Take the item that the next answers are about."""
+        """Load the item of the next answers."""
         ...
 
     def answer(self, row: Row, item: Item, unpruned: Answer | None) -> Answer:
         """Answer under a row; the first row of an item is the unpruned one."""
         ...
 
-    def judged(self, ids: list[int], reference: list[int], answers) -> dict:
-        """The answer, its accuracy, and whether it is the unpruned one."""
+    def judge(
+        self, ids: list[int], reference: list[int], answers: Sequence[str]
+    ) -> dict:
+        """Return the answer, its accuracy, and whether it agrees with the unpruned."""
         ...
 
 
 class Evaluator:
-    """Asks one model about pictures, under every row."""
+    """Evaluator of one model on questions about pictures, under every row."""
 
     def __init__(self, runtime: Runtime, rows: Sequence[Row]):
         self.runtime, self.rows = runtime, rows
@@ -64,10 +65,10 @@ class Evaluator:
     def ask(self, item: Item) -> dict[str, dict]:
         """Return the record of each row, by label.
 
-        The answer, its accuracy (`None` if unknown), whether it is the unpruned one,
-        the mean KL divergence per token against it, tokens kept (mean over layers), the
-        share of the needed tokens that are left after every place (`None` if unknown),
-        and FLOPs up to the first token.
+        A record has the answer, its accuracy (`None` if unknown), whether it agrees
+        with the unpruned one, the mean KL divergence per token against that in nats,
+        tokens kept (mean over layers), the share of the needed tokens that are left
+        after every place (`None` if unknown), and FLOPs up to the first token.
         """
         records, unpruned = {}, None
         self.runtime.begin(item)
@@ -75,7 +76,7 @@ class Evaluator:
             answer = self.runtime.answer(row, item, unpruned)
             unpruned = unpruned or answer
             records[row.label] = {
-                **self.runtime.judged(answer.ids, unpruned.ids, item.answers),
+                **self.runtime.judge(answer.ids, unpruned.ids, item.answers),
                 "divergence": unpruned.divergence(answer),
                 "kept": answer.kept,
                 "needed": answer.needed,
@@ -84,19 +85,21 @@ class Evaluator:
         return records
 
 
-def describe_run(model, items: Sequence[Item], rows: Sequence[Row], **options) -> dict:
-    """What makes two runs the same."""
-    asked, seen = hashlib.sha256(), set()
+def describe_run(
+    model: Any, items: Sequence[Item], rows: Sequence[Row], **options: Any
+) -> dict:
+    """Return the identity of a run: runs with equal descriptions give equal answers."""
+    digest, hashed_pictures = hashlib.sha256(), set()
     for item in items:
-        if item.is_file and item.picture not in seen:
-            seen.add(item.picture)
-            asked.update(Path(item.picture).read_bytes())
-        about = (item.picture, item.question, item.answers, item.kind, item.needed)
-        asked.update(repr(about).encode())
+        if item.is_file and item.picture not in hashed_pictures:
+            hashed_pictures.add(item.picture)
+            digest.update(Path(item.picture).read_bytes())
+        fields = (item.picture, item.question, item.answers, item.kind, item.needed)
+        digest.update(repr(fields).encode())
     return {
         "schema": SCHEMA,
         "weights": fingerprint(model),
-        "questions": asked.hexdigest()[:16],
+        "questions": digest.hexdigest()[:16],
         "rows": [row.described() for row in rows],
         **options,
     }

@@ -1,4 +1,7 @@
-"""Questions split over processes and hosts with `mx.distributed` (`mlx.launch`)."""
+"""Split of the questions over processes and hosts with `mx.distributed`.
+
+`mlx.launch` starts the processes.
+"""
 
 import json
 import os
@@ -15,14 +18,16 @@ from ..errors import InputError
 
 
 def launch(arguments: Sequence[str], workers: int, output: str) -> None:
-    """Runs the evaluation again in `workers` processes, and waits for its result.
+    """Run the evaluation again in `workers` processes, and wait for its result.
 
-    Exits with 1 when they end without one: `mlx.launch` says which of them was lost,
-    but ends well.
+    Exits with 1 if no result was written: `mlx.launch` prints which process was lost,
+    but exits with 0. Raises `InputError` without `mlx.launch`.
     """
     launcher = shutil.which("mlx.launch", path=os.path.dirname(sys.executable))
     if launcher is None:
-        raise InputError("several workers need mlx.launch, which comes with mlx")
+        raise InputError(
+            "several workers need mlx.launch; install mlx, which brings it"
+        )
     before = _version(output)
     alone = [
         sys.executable,
@@ -39,21 +44,24 @@ def launch(arguments: Sequence[str], workers: int, output: str) -> None:
     subprocess.run(command, env=limits | dict(os.environ))
     if _version(output) == before:
         print(
-            f"error: a worker refused, as it says above, or was lost, so {output} was "
-            "not written; what was answered is kept for the same command",
+            f"error: a worker failed, as printed above, or was lost, so {output} was "
+            "not written; give the same command to resume from the answers so far",
             file=sys.stderr,
         )
         raise SystemExit(1)
 
 
 def _version(file: str) -> tuple | None:
-    """What changes when a file is replaced."""
+    """Return a value that changes when the file is replaced; `None` without one."""
     path = Path(file)
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 class Workers:
-    """This process among all. Alone when it was not started by `mlx.launch`."""
+    """Group of processes that share the questions; one unless `mlx.launch` started it.
+
+    rank: number of this process. size: number of processes.
+    """
 
     def __init__(self):
         self._group = mx.distributed.init()
@@ -61,25 +69,27 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process prints and writes the result."""
         return self.rank == 0
 
     def share(self, total: int) -> list[int]:
-        """The numbers below `total` that are this process's."""
+        """Return the item numbers below `total` of this process."""
         return list(range(self.rank, total, self.size))
 
     def gather(self, records: dict[int, dict]) -> dict[int, dict]:
-        """Everybody's records, by number, in every process."""
+        """Return the records of all processes, by item number, in every process."""
         if self.size == 1:
             return records
+        # Arrays only can be gathered: JSON as bytes, padded to the longest.
         sent = np.frombuffer(json.dumps(sorted(records.items())).encode(), np.uint8)
         lengths = self._all_gather(np.array([len(sent)], np.int32))
         padded = np.zeros(int(lengths.max()), np.uint8)
         padded[: len(sent)] = sent
         parts = self._all_gather(padded).reshape(self.size, -1)
-        found = {}
+        merged = {}
         for part, length in zip(parts, lengths.tolist(), strict=True):
-            found |= {number: rows for number, rows in json.loads(bytes(part[:length]))}
-        return dict(sorted(found.items()))
+            merged |= dict(json.loads(bytes(part[:length])))
+        return dict(sorted(merged.items()))
 
     def _all_gather(self, values: np.ndarray) -> np.ndarray:
         sent = mx.array(values)

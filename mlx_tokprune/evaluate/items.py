@@ -1,4 +1,4 @@
-"""Questions about pictures: from JSON lines, a folder, or generated ones."""
+"""Questions about pictures: from JSON lines, a folder, or generated pictures."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,11 +18,12 @@ FRAME_SEEDS = 80_000_000  # first seed of Meta-World's frames
 
 @dataclass(frozen=True)
 class Item:
-    """A question. picture: what tells pictures apart. answers: empty if not known.
+    """Question about one picture.
 
-    draw: makes the picture, where it is no file. needed: which visual tokens the answer
-    is in, by their number in the unpruned picture; empty if nobody knows. line: where
-    in the data it stands, from 1.
+    picture: file, or another name that is unique. answers: the right ones, empty if
+    unknown. image, draw: the picture or its source, if it is no file. needed: the
+    visual tokens that show the answer, by their number in the unpruned picture, empty
+    if unknown. line: line number in the data, from 1.
     """
 
     picture: str
@@ -38,9 +39,11 @@ class Item:
 
     @property
     def is_file(self) -> bool:
+        """Whether the picture is a file."""
         return self.image is None and self.draw is None
 
     def load(self) -> Image.Image:
+        """Return the picture; `InputError` for a file that cannot be read."""
         if self.draw is not None:
             return self.draw()
         return self.image or load_image(self.picture)
@@ -48,47 +51,49 @@ class Item:
 
 @dataclass(frozen=True)
 class Questions:
-    """What was read, and the lines that were skipped: (line number, reason)."""
+    """Questions of a source, and its skipped lines as (line number, reason)."""
 
     items: tuple[Item, ...]
     skipped: tuple[tuple[int, str], ...] = ()
 
 
 def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
-    """`demo`, `metaworld`, `testbed`, a JSONL file, or pictures, asked `prompt`.
+    """Read `demo`, `metaworld`, `testbed`, a JSONL file, or a folder of pictures.
 
-    pictures: of the first three, how many. Raises `InputError` when nothing is left.
+    pictures: number of pictures of the first three. prompt: question about each picture
+    of a folder. Raises `InputError` for an unknown source or one without questions.
     """
     path, makers = Path(source), {"demo": _demo, "metaworld": _tasks}
     makers["testbed"] = _testbed
     if source in makers:
-        found = Questions(tuple(makers[source](pictures)))
+        questions = Questions(tuple(makers[source](pictures)))
     elif path.is_dir():
-        found = _folder(path, prompt or DESCRIBE)
+        questions = _folder(path, prompt or DESCRIBE)
     elif path.is_file():
-        found = _lines(path)
+        questions = _lines(path)
     else:
         raise InputError(
             f"{source!r} does not exist; expected `demo`, `metaworld`, `testbed`, a "
             "folder of pictures, or a file with a line of JSON for each question"
         )
-    if not found.items:
-        reasons = "; ".join(f"line {n}: {why}" for n, why in found.skipped[:3])
+    if not questions.items:
+        skipped = questions.skipped[:3]
+        reasons = "; ".join(f"line {number}: {reason}" for number, reason in skipped)
         raise InputError(
             f"{source} has no question that can be asked"
             + (f" ({reasons})" if reasons else "")
         )
-    return found
+    return questions
 
 
 def blinded(questions: Questions) -> Questions:
-    """The same about black pictures of the same sizes, under names of their own."""
+    """Return the questions with black pictures of the same sizes, renamed."""
 
     def black(item: Item) -> Item:
         def draw() -> Image.Image:
             return Image.new("RGB", item.load().size)
 
-        name = f"{item.picture}, black"  # a run of these is none of the others
+        name = f"{item.picture}, black"  # its own run: a journal tells it apart
         return replace(item, picture=name, image=None, draw=draw)
 
     return replace(questions, items=tuple(map(black, questions.items)))
@@ -121,7 +126,7 @@ def _lines(file: Path) -> Questions:
             continue
         key = (item.picture, item.question)
         if key in items:
-            skipped.append((number, f"asks what line {first[key]} asks"))
+            skipped.append((number, f"repeats the question of line {first[key]}"))
             continue
         items[key], first[key] = replace(item, line=number), number
     # Questions about one picture together, so that it is encoded once.
@@ -136,7 +141,7 @@ def _item(line: str, folder: Path) -> Item:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
-        raise InputError("no JSON") from None
+        raise InputError("no JSON; expected image, question and answer") from None
     if not isinstance(entry, dict):
         raise InputError("no object; expected image, question and answer")
     for name in ("image", "question"):
@@ -165,7 +170,7 @@ def _item(line: str, folder: Path) -> Item:
 
 
 def _demo(pictures: int) -> Iterator[Item]:
-    """The held-out pictures of the demo model's training, which knows the answers."""
+    """Yield the held-out pictures of the demo model's training, with answers."""
     from ..scenes.held_out import held_out
     from ..scenes.pictures import check_fonts
 
@@ -182,7 +187,7 @@ def _demo(pictures: int) -> Iterator[Item]:
 
 
 def _testbed(pictures: int) -> Iterator[Item]:
-    """Things and backgrounds that the test bed's model was not trained on."""
+    """Yield scenes whose things and backgrounds are not in the test bed's training."""
     import numpy as np
 
     from ..scenes import testbed as scenes
@@ -190,19 +195,19 @@ def _testbed(pictures: int) -> Iterator[Item]:
     for number in range(pictures):
         rng = np.random.default_rng((_TESTBED_SEED, number))
         scene = scenes.sample_scene(rng, "test")
-        for asked in scenes.ask(rng, scene):
+        for question in scenes.ask(rng, scene):
             yield Item(
                 f"testbed {number}",
-                asked.prompt,
-                (asked.answer,),
-                asked.kind,
-                needed=scenes.covered(asked.needed),
+                question.prompt,
+                (question.answer,),
+                question.kind,
+                needed=scenes.covered(question.needed),
                 draw=scene.draw,
             )
 
 
 def _tasks(pictures: int) -> Iterator[Item]:
-    """Frames of Meta-World's experts on seeds never trained on, and what they do.
+    """Yield frames of Meta-World's experts on held-out seeds, with their actions.
 
     One frame of each episode, the tasks in turn.
     """

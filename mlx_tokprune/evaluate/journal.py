@@ -1,8 +1,9 @@
-"""Keeping what was answered: a line of JSON for each question."""
+"""Journal of a run: a line of JSON for each answered question."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,10 +14,10 @@ from .items import Item
 
 
 class Journal:
-    """A line of JSON for each question that was answered.
+    """File with a line of JSON for each answered question.
 
-    The first line says what was asked of which weights; a journal of anything else is
-    begun again.
+    header: the description of the run, which is the first line; a file of another run
+    is replaced. records: by item number.
     """
 
     def __init__(self, file: Path, header: dict):
@@ -32,8 +33,9 @@ class Journal:
                 self._lines.append(json.dumps(line))
 
     def add(self, item: int, rows: dict) -> None:
+        """Append the record of an item."""
         line = json.dumps({"item": item, "rows": rows})
-        if self._lines:  # what was there, without a line that was cut
+        if self._lines:  # the first time: rewrite the file without a truncated line
             write_text(self.file, "\n".join([*self._lines, line]) + "\n")
             self._lines = []
         else:
@@ -43,16 +45,16 @@ class Journal:
 
 
 def _parsed(line: str) -> dict | None:
-    """The last line of a run that was killed may be cut."""
+    """Return the object of a line; `None` if a killed run truncated it."""
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return entry if isinstance(entry, dict) else None
 
 
 def _is_answer(line: dict | None, labels: list[str]) -> bool:
-    """Whether a line holds an answer of every row; others are asked again."""
+    """Return whether a line holds an answer of every row; else it is asked again."""
     if line is None or line.keys() != {"item", "rows"} or type(line["item"]) is not int:
         return False
     rows = line["rows"]
@@ -60,22 +62,22 @@ def _is_answer(line: dict | None, labels: list[str]) -> bool:
         isinstance(rows, dict)
         and list(rows) == labels
         and not any(mismatch(row, ANSWER, "") for row in rows.values())
-        and all(_shares(rows, name) for name in ("accuracy", "needed"))
+        and all(_has_shares(rows, name) for name in ("accuracy", "needed"))
     )
 
 
-def _shares(rows: dict, name: str) -> bool:
-    """Whether all rows have a share, or none."""
-    found = [row.get(name) for row in rows.values()]
-    known = [share for share in found if share is not None]
-    shares = all(type(share) in (int, float) and 0 <= share <= 1 for share in known)
-    return len(known) in (0, len(found)) and shares
+def _has_shares(rows: dict, name: str) -> bool:
+    """Return whether all rows have a share in [0, 1], or none has one."""
+    values = [row.get(name) for row in rows.values()]
+    shares = [share for share in values if share is not None]
+    valid = all(type(share) in (int, float) and 0 <= share <= 1 for share in shares)
+    return len(shares) in (0, len(values)) and valid
 
 
 def answer_all(
-    evaluator, items: Sequence[Item], mine: Sequence[int], journal: Journal
+    evaluator: Any, items: Sequence[Item], mine: Sequence[int], journal: Journal
 ) -> dict[int, dict]:
-    """Records of the items whose numbers are `mine`."""
+    """Return the records of the items numbered `mine`; ask those not in the journal."""
     todo = [number for number in mine if number not in journal.records]
     for number in tqdm(todo, desc="questions", unit="question", disable=None):
         journal.add(number, evaluator.ask(items[number]))

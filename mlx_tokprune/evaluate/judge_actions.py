@@ -1,7 +1,7 @@
-"""Judging policies: actions under pruning beside the unpruned and the right ones.
+"""Accuracy of a policy's actions under pruning, and agreement with unpruned actions.
 
-One action at a time, so it is no measure of success: small mistakes add up in a closed
-loop, or are made good. `recipes.policy success` measures that.
+Each action is judged alone, so the accuracy is no success rate: in a closed loop small
+errors add up or are corrected. `recipes.policy success` measures success.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,14 @@ import numpy as np
 from ..errors import InputError
 from ..measure.subject import OwnSubject
 
-TOLERANCE = 0.1  # of the range [-1, 1] within which a number is right
+TOLERANCE = 0.1  # largest error of a right number, in the range [-1, 1]
 
 
 def accuracy(values: np.ndarray, answers: Sequence[str]) -> float:
-    """The share of numbers within `TOLERANCE` of the first answer's, normalised."""
+    """Return the share of numbers within `TOLERANCE` of the first answer's.
+
+    values: (N,), normalised. Raises `InputError` for an answer that is no such action.
+    """
     try:
         right = np.array([float(word) for word in answers[0].split()])
     except ValueError:
@@ -30,23 +33,28 @@ def accuracy(values: np.ndarray, answers: Sequence[str]) -> float:
     return float(np.mean(np.abs(values - right) <= TOLERANCE))
 
 
-class Actions:
-    """How a policy speaks, and how its actions are judged; chunks as one after another.
+class ActionJudge:
+    """Judge of a policy's actions; a chunk is a sequence of actions.
 
-    stops: tokens that end an action. most: tokens of one.
+    stops: tokens that end an action. most: tokens of an action.
     """
 
     def __init__(self, subject: OwnSubject, most: int):
         self._head = subject.head
         if not self._head.has_tokens:
             raise InputError(
-                "OpenVLA-OFT's actions are no tokens that could be compared; measure "
-                "its success in closed loop"
+                "OpenVLA-OFT's actions are no tokens to compare; measure its success "
+                "in closed loop"
             )
         self.most, self.stops = self._head.calls, self._head.stops
 
-    def judged(self, ids: list[int], reference: list[int], answers) -> dict:
-        """The normalised action, how right it is, and whether it is the unpruned."""
+    def judge(
+        self, ids: list[int], reference: list[int], answers: Sequence[str]
+    ) -> dict:
+        """Return the normalised action, its accuracy and whether it is `reference`.
+
+        The accuracy is `None` without right answers.
+        """
         values = self._head.normalized(np.array(ids)).reshape(-1)
         return {
             "answer": " ".join(f"{value:+.3f}" for value in values),

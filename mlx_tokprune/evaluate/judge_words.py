@@ -1,8 +1,8 @@
-"""Answers in words: VQA accuracy with the usual normalisation.
+"""VQA accuracy of answers in words, with the usual normalisation.
 
-Antol et al., 2015 (arXiv 1505.00468) and the evaluation that its authors publish:
-case, punctuation, articles and number words do not count, and an answer is right when
-three of ten people gave it.
+Source: Antol et al., 2015 (arXiv 1505.00468) and its authors' evaluation code: case,
+punctuation, articles and number words do not count, and an answer is right if three of
+ten people gave it.
 """
 
 import re
@@ -16,13 +16,13 @@ _NUMBERS = {
 }
 _ARTICLES = {"a", "an", "the"}
 _COMMA = re.compile(r"(?<=\d),(?=\d)")
-_POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")  # not that of a decimal number
+_POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")  # no decimal point
 _MARKS = re.compile(r"[;/\[\]\"{}()=+\\_><@`,?!:*-]")
 _ENOUGH = 3  # people who make an answer right
 
 
 def normalize(answer: str) -> str:
-    """The form in which answers are compared."""
+    """Return an answer in the form for comparison."""
     text = " ".join(answer.lower().split())
     # Contractions come with and without their apostrophe; either way counts.
     text = text.replace("'", "").replace("\u2019", "")
@@ -31,23 +31,26 @@ def normalize(answer: str) -> str:
     return " ".join(word for word in words if word not in _ARTICLES)
 
 
-def accuracy(given: str, answers: Sequence[str]) -> float:
-    """How right `given` is, in [0, 1].
+def accuracy(text: str, answers: Sequence[str]) -> float:
+    """Return the VQA accuracy of a text, in [0, 1].
 
-    With four answers or more: the mean over all but one of them, of a third for each
-    that is equal, at most 1. With fewer, any equal one is enough.
+    With four answers or more: the mean over the subsets that leave out one answer, each
+    a third per equal answer, at most 1. With fewer, one equal answer gives 1.
     """
-    given = normalize(given)
-    equal = [normalize(answer) == given for answer in answers]
+    normalized = normalize(text)
+    equal = [normalize(answer) == normalized for answer in answers]
     if len(equal) <= _ENOUGH:
         return float(any(equal))
-    found = sum(equal)
-    shares = [min(1.0, (found - one) / _ENOUGH) for one in equal]
+    matches = sum(equal)
+    shares = [min(1.0, (matches - one) / _ENOUGH) for one in equal]
     return sum(shares) / len(shares)
 
 
 def judge(text: str, unpruned: str, answers: Sequence[str]) -> dict:
-    """An answer, how right it is (`None` if nobody knows), and whether both agree."""
+    """Return an answer, its accuracy and whether it agrees with the unpruned one.
+
+    The accuracy is `None` without right answers.
+    """
     return {
         "answer": text,
         "accuracy": accuracy(text, answers) if answers else None,
@@ -55,18 +58,23 @@ def judge(text: str, unpruned: str, answers: Sequence[str]) -> dict:
     }
 
 
-class Words:
-    """How a model that answers speaks, and how its answers are judged.
+class WordJudge:
+    """Judge of a model's answers in words.
 
-    stops: tokens that end an answer. most: tokens of one.
+    stops: tokens that end an answer. most: tokens of an answer.
     """
 
     def __init__(self, subject: OwnSubject, most: int):
         self._tokenizer = subject.processor.tokenizer
         self.stops, self.most = self._tokenizer.eos_token_ids, most
 
-    def judged(self, ids: list[int], reference: list[int], answers) -> dict:
-        """The answer, how right it is, and whether it is the unpruned one."""
+    def judge(
+        self, ids: list[int], reference: list[int], answers: Sequence[str]
+    ) -> dict:
+        """Return the answer, its accuracy and whether it agrees with `reference`.
+
+        The accuracy is `None` without right answers.
+        """
         return judge(self._text(ids), self._text(reference), answers)
 
     def _text(self, ids: list[int]) -> str:

@@ -1,12 +1,13 @@
-"""A model of lmms-eval, the harness: what its arguments mean, and what answers.
+"""Model arguments and runtimes for the harness lmms-eval.
 
-lmms-eval finds `manifest` by the entry-point group `lmms_eval.models`. Its own classes
-are only met in `lmms_eval_model`, so that everything here works without it.
+lmms-eval loads `manifest` from the entry-point group `lmms_eval.models`. Only
+`lmms_eval_model` imports classes of lmms-eval, so that this module works without it.
 """
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from PIL import Image
@@ -30,26 +31,29 @@ from ..pruners import (
 )
 from ..pruners.registry import Options
 
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
 NAME = "mlx_tokprune"
-_LONGEST = 1024  # tokens of an answer where the task does not say, as LLaVA there
-# What would change answers and cannot be done, with the values that mean nothing.
-_UNKNOWN = {"num_beams": (None, 0, 1), "repetition_penalty": (None, 0, 1)}
+_LONGEST = 1024  # default tokens of an answer, as of LLaVA in lmms-eval
+# Unsupported options that would change answers, with their values of no effect.
+_UNSUPPORTED = {"num_beams": (None, 0, 1), "repetition_penalty": (None, 0, 1)}
 
 
-def manifest():
-    """What lmms-eval knows of the model before it is asked for."""
+def manifest() -> "ModelManifest":
+    """Return the entry of the model in the registry of lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     path = f"{__package__}.lmms_eval_model.MlxTokprune"
     return ModelManifest(NAME, simple_class_path=path)
 
 
-# How an answer is wanted ------------------------------------------------------------
+# Generation options -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A task's `generation_kwargs`. stops: texts that end an answer."""
+class GenerationOptions:
+    """Generation options of a task. stops: texts that end an answer."""
 
     max_tokens: int = _LONGEST
     temp: float = 0.0
@@ -58,41 +62,41 @@ class Wanted:
 
     @property
     def settings(self) -> dict:
-        """As `Settings` takes them."""
+        """Keyword arguments of `Settings`."""
         names = ("max_tokens", "temp", "top_p")
         return {name: getattr(self, name) for name in names}
 
 
-def read_wanted(told: Mapping) -> Wanted:
-    """What a task asks for; greedy where it does not say.
+def read_generation_options(kwargs: Mapping[str, Any]) -> GenerationOptions:
+    """Return the options of a task's `generation_kwargs`; greedy by default.
 
-    Raises `InputError` for what would change answers and is not known here.
+    Raises `InputError` for unsupported options that would change answers.
     """
-    for name, harmless in _UNKNOWN.items():
-        if told.get(name) not in harmless:
+    for name, harmless in _UNSUPPORTED.items():
+        if kwargs.get(name) not in harmless:
             raise InputError(
-                f"the task wants {name} {told[name]!r}, which is not known here; "
+                f"the task wants {name} {kwargs[name]!r}, which is not supported; "
                 f"override it by --gen_kwargs {name}=1"
             )
-    greedy = told.get("do_sample") is False or told.get("top_k") == 1
-    temp = 0.0 if greedy else told.get("temperature") or 0.0
-    if temp and (told.get("top_k") or 0) > 0:
+    greedy = kwargs.get("do_sample") is False or kwargs.get("top_k") == 1
+    temp = 0.0 if greedy else kwargs.get("temperature") or 0.0
+    if temp and (kwargs.get("top_k") or 0) > 0:
         raise InputError(
-            f"the task samples from the best {told['top_k']}, which is not known here; "
-            "override it by --gen_kwargs top_k=0"
+            f"the task samples from the best {kwargs['top_k']}, which is not "
+            "supported; override it by --gen_kwargs top_k=0"
         )
-    stops = told.get("until") or ()
+    stops = kwargs.get("until") or ()
     stops = (stops,) if isinstance(stops, str) else stops
-    return Wanted(
-        told.get("max_new_tokens") or _LONGEST,
+    return GenerationOptions(
+        kwargs.get("max_new_tokens") or _LONGEST,
         float(temp),
-        float(told.get("top_p") or 0),
+        float(kwargs.get("top_p") or 0),
         tuple(filter(None, stops)),
     )
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> str:
-    """The text of an answer up to the first of `stops`, and no longer generated."""
+    """Return an answer up to the first of `stops`; generation ends there, too."""
     text = ""
     for piece in pieces:
         text += piece
@@ -102,12 +106,12 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> str:
     return text
 
 
-def seed_of(seed: int, *question) -> int:
-    """A seed of each question's own, so that samples do not depend on their order."""
+def seed_of(seed: int, *question: Any) -> int:
+    """Return a seed for each question, so that samples do not depend on the order."""
     return zlib.crc32(repr((seed, *question)).encode())
 
 
-# What prunes ------------------------------------------------------------------------
+# Pruners ----------------------------------------------------------------------------
 
 
 def read_pruners(
@@ -119,29 +123,29 @@ def read_pruners(
     seed: int = 0,
     options: Options | None = None,
 ) -> Plan | None:
-    """What prunes, by the model's arguments; `None` leaves it to the checkpoint.
+    """Return the plan of the model's arguments; `None` is the checkpoint's plan.
 
-    prune: a plan as text. options: of methods. Raises `InputError` for one that none of
-    them takes.
+    prune: a plan as text. options: of methods. Raises `InputError` for an option that
+    none of the methods takes, and for arguments that exclude each other.
     """
     budget = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
-    told = {"method": method, **budget, "at": at}
-    said, options = [k for k, v in told.items() if v is not None], options or {}
-    if prune is not None and said:
+    values = {"method": method, **budget, "at": at}
+    names, options = [k for k, v in values.items() if v is not None], options or {}
+    if prune is not None and names:
         raise InputError(
-            f"prune says method, budget and place; leave out {', '.join(said)}"
+            f"prune has method, budget and place; leave out {', '.join(names)}"
         )
     if prune is not None:
         plan = read_plan(str(prune), options, seed)
         _check_options(options, [pruner.method for pruner in plan])
         return plan
-    if not said:
+    if not names:
         _check_options(options, [])
         return None
     name = DEFAULT_METHOD if method is None else str(method)
     _check_options(options, [name])
-    unsaid = keep_ratio is None and keep_tokens is None
-    if unsaid and get_method(name).lacks_budget(options):
+    unset = keep_ratio is None and keep_tokens is None
+    if unset and get_method(name).lacks_budget(options):
         raise InputError(
             f"method {name!r} needs a budget: give keep_ratio or keep_tokens"
         )
@@ -150,21 +154,24 @@ def read_pruners(
 
 
 def _check_options(options: Options, methods: Sequence[str]) -> None:
-    known = {name for method in methods for name in get_method(method).options}
-    for name in options:
-        if name not in known:
-            takes = f"; it takes {', '.join(sorted(known))}, too" if known else ""
+    names = {name for method in methods for name in get_method(method).options}
+    for option in options:
+        if option not in names:
+            takes = f"; it takes {', '.join(sorted(names))}, too" if names else ""
             raise InputError(
-                f"the model has no argument {name!r}; expected some of "
+                f"the model has no argument {option!r}; expected one of "
                 f"{', '.join(ARGUMENTS)}{takes}"
             )
 
 
-# What answers -----------------------------------------------------------------------
+# Runtimes ---------------------------------------------------------------------------
 
 
 class OwnRuntime:
-    """A checkpoint that this package runs."""
+    """Checkpoint in our runtime.
+
+    plan: `None` is the checkpoint's own. memory: pictures whose features are kept.
+    """
 
     def __init__(
         self,
@@ -181,42 +188,49 @@ class OwnRuntime:
         self.plan = plan_for(self.model, plan)
 
     def answer(
-        self, pictures: Sequence, text: str, wanted: Wanted, seed: int
+        self, pictures: Sequence, text: str, options: GenerationOptions, seed: int
     ) -> Iterator[str]:
-        """The pieces of an answer."""
+        """Yield the pieces of an answer."""
         pieces = stream_generate(
             *(self.model, self.processor, pictures, text),
             pruner=self.plan,
             memory=self._memory,
             positions=self.positions,
-            seed=seed if wanted.temp else None,
-            **wanted.settings,
+            seed=seed if options.temp else None,
+            **options.settings,
         )
         return (piece.text for piece in pieces)
 
     def loss(
         self, pictures: Sequence, text: str, continuation: str
     ) -> tuple[float, bool]:
-        """Mean of -log p of the tokens of `continuation`; whether they are greedy's."""
+        """Return the mean of -log p of the continuation's tokens, in nats.
+
+        Also return whether greedy generation gives the same tokens. Raises
+        `InputError` for an empty continuation.
+        """
         images, tokenizer = decoded(pictures), self.processor.tokenizer
         ids = tokenizer.encode(continuation, add_special_tokens=False)
         if not ids:
-            raise InputError("a continuation is empty; expected words to be judged")
+            raise InputError("a continuation is empty; expected words to judge")
         scene = ask(self.processor, images, text)
         after = mx.array([ids[:-1]], mx.int32)
         read, _ = run(
             self.model, scene, self.plan, positions=self.positions, after=after
         )
         logits = self.model.decoder.logits(read.hidden)[0].astype(mx.float32)
-        wanted = mx.array(ids)[:, None]
+        targets = mx.array(ids)[:, None]
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        loss = -mx.take_along_axis(logs, wanted, axis=-1).mean()
-        greedy = mx.all(mx.argmax(logits, axis=-1) == wanted[:, 0])
+        loss = -mx.take_along_axis(logs, targets, axis=-1).mean()
+        greedy = mx.all(mx.argmax(logits, axis=-1) == targets[:, 0])
         return loss.item(), greedy.item()
 
 
 class MlxVlmRuntime:
-    """A checkpoint that mlx-vlm runs, with a pruner attached."""
+    """Checkpoint in mlx-vlm's runtime, with a pruner attached.
+
+    Raises `InputError` for a plan of several places, and for memory.
+    """
 
     def __init__(
         self,
@@ -238,34 +252,35 @@ class MlxVlmRuntime:
             attach(self.model, self.processor, pruners[0], positions)
 
     def answer(
-        self, pictures: Sequence, text: str, wanted: Wanted, seed: int
+        self, pictures: Sequence, text: str, options: GenerationOptions, seed: int
     ) -> Iterator[str]:
-        """The pieces of an answer; pictures come before the text."""
+        """Yield the pieces of an answer; pictures come before the text."""
         from mlx_vlm import stream_generate
         from mlx_vlm.prompt_utils import apply_chat_template
 
         images: list[Image.Image] = decoded(pictures)
-        # Tasks mark pictures as LLaVA does; mlx-vlm has the marks of each family.
-        asked = text.replace("<image>", "").strip()
-        asked = apply_chat_template(
-            self.processor, self.model.config, asked, num_images=len(images)
+        # Tasks mark pictures as LLaVA does; mlx-vlm adds the marks of each family.
+        prompt = text.replace("<image>", "").strip()
+        prompt = apply_chat_template(
+            self.processor, self.model.config, prompt, num_images=len(images)
         )
         mx.random.seed(seed)
-        # What is not said would come from the checkpoint's generation_config.json.
+        # mlx-vlm reads missing options from the checkpoint's generation_config.json.
         for piece in stream_generate(
-            *(self.model, self.processor, asked),
+            *(self.model, self.processor, prompt),
             image=images,
-            max_tokens=wanted.max_tokens,
-            temperature=wanted.temp,
-            top_p=wanted.top_p or 1.0,
+            max_tokens=options.max_tokens,
+            temperature=options.temp,
+            top_p=options.top_p or 1.0,
             top_k=0,
         ):
             yield piece.text
 
-    def loss(self, *_) -> tuple[float, bool]:
+    def loss(self, *_: Any) -> tuple[float, bool]:
+        """Raise `InputError`: mlx-vlm's runtime only generates."""
         raise InputError(
-            "tasks of log-likelihoods are not known in mlx-vlm; use runtime=own, or a "
-            "task that generates"
+            "tasks of log-likelihoods are not supported in mlx-vlm; use runtime=own, "
+            "or a task that generates"
         )
 
 
@@ -280,18 +295,19 @@ def open_runtime(
     positions: str | None = None,
     adapter: str | None = None,
     memory: int = 0,
-    **told,
+    **arguments: Any,
 ) -> Runtime:
-    """What the arguments of the model name, loaded.
+    """Load the checkpoint of lmms-eval's `--model_args`.
 
-    memory: pictures that are remembered for their next question. told: what prunes, as
-    `read_pruners` takes it, and options of methods.
+    memory: number of pictures whose features are kept for the next question. arguments:
+    those of `read_pruners`, and options of methods. Raises `InputError` for an unknown
+    runtime, position or argument.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime is {' or '.join(RUNTIMES)}, not {runtime!r}")
-    pruning = {name: told.pop(name) for name in _PRUNING if name in told}
-    plan = read_pruners(**pruning, options=told)
+    pruning = {name: arguments.pop(name) for name in _PRUNING if name in arguments}
+    plan = read_pruners(**pruning, options=arguments)
     check_positions(positions or DEFAULT_POSITIONS)
     kind = OwnRuntime if runtime == "own" else MlxVlmRuntime
-    # A folder or hub id of digits comes as a number.
+    # lmms-eval passes a folder or hub id of digits as a number.
     return kind(str(pretrained), plan, positions, adapter, memory)

@@ -1,71 +1,88 @@
-"""The model `mlx_tokprune` of lmms-eval, which alone imports this file."""
+"""Model `mlx_tokprune` of lmms-eval; only lmms-eval imports this module."""
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..errors import InputError
-from .lmms_eval import open_runtime, read_wanted, seed_of, until
+from .lmms_eval import open_runtime, read_generation_options, seed_of, until
 
 
 class MlxTokprune(lmms):
-    """A checkpoint under pruning; arguments are those of `open_runtime`.
+    """Checkpoint under pruning; arguments are those of `open_runtime`.
 
-    Questions are asked one by one, whatever `batch_size` says, so that answers do not
-    depend on it. `device` says nothing here: MLX has its own.
+    Questions are asked one by one at any `batch_size`, so that answers do not depend on
+    it. `device` has no effect: MLX has its own.
     """
 
     is_simple = True
 
     def __init__(
-        self, batch_size=1, max_batch_size=None, device=None, seed: int = 0, **told
+        self,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        seed: int = 0,
+        **arguments: Any,
     ):
         super().__init__()
-        self.device = "cpu"  # where the harness gathers counts of several processes
+        self.device = "cpu"  # of the harness, to gather the counts of several processes
         self._seed = seed
-        self._runtime = open_runtime(**told, seed=seed)
+        self._runtime = open_runtime(**arguments, seed=seed)
 
-    def generate_until(self, requests) -> list[str]:
-        asked: Counter = Counter()
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Return an answer to each request."""
+        repeats: Counter = Counter()  # a question that is repeated gets another seed
 
-        def answer(text, how, pictures, *where) -> str:
-            wanted = read_wanted(how)
-            asked[where] += 1
-            seed = seed_of(self._seed, *where, asked[where])
-            seen = self._pictures(pictures, *where)
-            pieces = self._runtime.answer(seen, text, wanted, seed)
-            return until(pieces, wanted.stops)
+        def answer(text: str, kwargs: Mapping, pictures: Callable, *where: Any) -> str:
+            options = read_generation_options(kwargs)
+            repeats[where] += 1
+            seed = seed_of(self._seed, *where, repeats[where])
+            images = self._pictures(pictures, *where)
+            pieces = self._runtime.answer(images, text, options, seed)
+            return until(pieces, options.stops)
 
         return self._each(requests, answer)
 
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """Losses, of which lmms-eval takes the smallest, whatever their name says."""
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Return the loss of each request; in spite of its name, no likelihood.
 
-        def judge(text, target, pictures, *where) -> tuple[float, bool]:
-            seen, given = self._pictures(pictures, *where), target
-            continuation = given(self._doc(*where)) if callable(given) else given
-            return self._runtime.loss(seen, text, continuation)
+        lmms-eval takes the smallest of the choices.
+        """
+
+        def judge(
+            text: str, target: Any, pictures: Callable, *where: Any
+        ) -> tuple[float, bool]:
+            images = self._pictures(pictures, *where)
+            continuation = target(self._doc(*where)) if callable(target) else target
+            return self._runtime.loss(images, text, continuation)
 
         return self._each(requests, judge)
 
-    def generate_until_multi_round(self, requests) -> list[str]:
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Raise `InputError`: tasks of several rounds are not supported."""
         raise InputError(
-            "tasks of several rounds are not known here; choose one that generates once"
+            "tasks of several rounds are not supported; choose one that generates once"
         )
 
-    def _each(self, requests, answer) -> list:
-        found = []
+    def _each(self, requests: Sequence[Instance], answer: Callable) -> list:
+        answers = []
         for request in tqdm(requests, disable=self.rank != 0, desc="mlx_tokprune"):
             try:
-                found.append(answer(*request.args))
+                answers.append(answer(*request.args))
             except InputError as error:
                 number, task = request.doc_id, request.task_name
                 raise InputError(f"question {number} of {task}: {error}") from None
-        return found
+        return answers
 
-    def _doc(self, number, task, split) -> dict:
+    def _doc(self, number: int, task: str, split: str) -> dict:
         return self.task_dict[task][split][number]
 
-    def _pictures(self, pictures, *where) -> list:
+    def _pictures(
+        self, pictures: Callable[[dict], Iterable | None], *where: Any
+    ) -> list:
         return list(pictures(self._doc(*where)) or ())

@@ -1,4 +1,4 @@
-"""Answers of mlx-vlm's runtime."""
+"""Answers and costs of mlx-vlm's runtime."""
 
 from collections.abc import Sequence
 
@@ -15,11 +15,12 @@ from .judge_words import judge
 def readable(
     subject: MlxVlmSubject, rows: Sequence[Row], questions: Questions
 ) -> Questions:
-    """Return the questions about pictures that mlx-vlm takes; skip the others.
+    """Return the questions about pictures that mlx-vlm can encode; skip the rest.
 
-    Raises `InputError` when none is left.
+    Raises `InputError` if no question is left.
     """
-    items, skipped, reasons = [], list(questions.skipped), {}
+    items, skipped = [], list(questions.skipped)
+    reasons = {}  # by size, on which alone the check depends
     for item in questions.items:
         image = item.load()
         if image.size not in reasons:
@@ -39,7 +40,7 @@ def readable(
 
 
 class MlxVlmRuntime:
-    """A model in mlx-vlm's runtime. most: tokens of an answer."""
+    """Model in mlx-vlm's runtime. most: tokens of an answer."""
 
     def __init__(self, subject: MlxVlmSubject, most: int):
         self.subject, self.most = subject, most
@@ -50,16 +51,18 @@ class MlxVlmRuntime:
 
     def answer(self, row: Row, item: Item, unpruned: Answer | None) -> Answer:
         """Answer greedily; if it differs, run again forced to the unpruned answer."""
-        asked = (row, self._image, item.question)
-        reply = self.subject.ask(*asked, self.most)
+        question = (row, self._image, item.question)
+        reply = self.subject.ask(*question, self.most)
         logs = reply.logs
         if unpruned is not None and reply.ids != unpruned.ids:
-            logs = self.subject.ask(*asked, self.most, unpruned.ids).logs
-        cost = self.subject.cost(*asked, reply.kept)
+            logs = self.subject.ask(*question, self.most, unpruned.ids).logs
+        cost = self.subject.cost(*question, reply.kept)
         flops = cost and sum(part.flops for part in cost.values())
         return Answer(reply.ids, mx.stack(logs), reply.kept, flops)
 
-    def judged(self, ids: list[int], reference: list[int], answers) -> dict:
-        """The answer, its accuracy, and whether it is the unpruned one."""
+    def judge(
+        self, ids: list[int], reference: list[int], answers: Sequence[str]
+    ) -> dict:
+        """Return the answer, its accuracy and whether it agrees with `reference`."""
         decode = self.subject.decode
         return judge(decode(ids), decode(reference), answers)

@@ -1,7 +1,8 @@
-"""Answers of our runtime, from features that are computed once for each picture."""
+"""Answers of our runtime; features are computed once for each picture."""
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,50 +11,58 @@ from ..features import Features
 from ..generate.settings import Settings
 from ..measure.results import Row
 from ..measure.subject import OwnSubject
+from ..models.language import ReadResult
+from ..models.protocol import VisionModel
 from ..pipeline import Scene, VisualTokens, encode, prune_at_tower, run
 from ..pipeline.planning import plan_for
 from ..pruners import Plan
 from .evaluator import Answer
 from .items import Item
-from .judge_actions import Actions
-from .judge_words import Words
+from .judge_actions import ActionJudge
+from .judge_words import WordJudge
 
 
 class OwnRuntime:
-    """A model in our runtime, with the features of the last picture."""
+    """Model in our runtime, with the features of the last picture.
+
+    rows: every row that `answer` will be called with.
+    """
 
     def __init__(self, subject: OwnSubject, rows: Sequence[Row], settings: Settings):
         settings.check(subject.model)
         self.subject, self.settings = subject, settings
         self.model = subject.model
-        kinds = {"answering": Words, "acting": Actions}
-        self._speech = kinds[subject.kind](subject, settings.max_tokens)
-        self.judged = self._speech.judged
-        # Every extra that some row needs, computed at once.
+        kinds = {"answering": WordJudge, "acting": ActionJudge}
+        self._judge = kinds[subject.kind](subject, settings.max_tokens)
+        self.judge = self._judge.judge
+        # Every extra that a row needs, computed at once.
         self._all = tuple(p for row in rows for p in self._plan(row))
         self._last: tuple[str, Features] | None = None
 
     def begin(self, item: Item) -> None:
-        """Read the question, and encode the picture unless it is the last one."""
+        """Tokenize the question, and encode the picture unless it is the last one."""
         self._scene = self.subject.scene([item.load()], item.question)
         self._current = self._features(self._scene, item)
 
     def answer(self, row: Row, item: Item, unpruned: Answer | None) -> Answer:
-        """Answer greedily under a row."""
+        """Answer greedily under a row.
+
+        unpruned: the answer whose tokens the logits are for, `None` for the first row.
+        """
         plan, scene = self._plan(row), self._scene
         question = _Question(self.model, scene, plan, self.settings, self._current)
         ids, logits = self._ids_and_logits(question, unpruned)
         own = question.kept if any(p.has_own_count for p in plan) else None
-        counted = self.subject.count_shapes(scene, plan, own)
+        cost = self.subject.count_shapes(scene, plan, own)
         needed = question.share_of(item.needed)
         logs = _log_softmax(logits)
-        return Answer(ids, logs, counted.tokens.mean, counted.flops, needed)
+        return Answer(ids, logs, cost.tokens.mean, cost.flops, needed)
 
     def _plan(self, row: Row) -> Plan:
         return plan_for(self.model, row.pruners)
 
     def _features(self, scene: Scene, item: Item) -> Features:
-        """Of the item's picture, kept for the next question about it."""
+        """Return the features of the item's picture, kept for the next question."""
         if not self._last or self._last[0] != item.picture:
             features = encode(self.model, scene, self._all)
             mx.eval(features.arrays())
@@ -63,10 +72,10 @@ class OwnRuntime:
     def _ids_and_logits(
         self, question: "_Question", unpruned: Answer | None
     ) -> tuple[list[int], mx.array]:
-        """The answer's ids, and logits for the unpruned answer's tokens.
+        """Return the answer's ids, and logits (T, V) for the unpruned answer's tokens.
 
-        The prompt is read once: the unpruned answer is put behind it, and where it is
-        another than this row's, the cache goes back to there.
+        The prompt is encoded once: the unpruned answer follows it, and the cache is
+        trimmed to the first token that this row chooses differently.
         """
         from mlx_lm.generate import maybe_quantize_kv_cache
         from mlx_lm.models.cache import trim_prompt_cache
@@ -90,13 +99,15 @@ class OwnRuntime:
         own, _ = self._greedy([*ids[:same], chosen[same]], cache, logits)
         return own, logits
 
-    def _greedy(self, ids: list[int], cache, logits: mx.array):
-        """Token ids up to and with the one that stops, and the logits of all of them.
+    def _greedy(
+        self, ids: list[int], cache: list, logits: mx.array
+    ) -> tuple[list[int], mx.array]:
+        """Return token ids to the one that stops, included, and their logits (T, V).
 
-        ids: those so far, of which the last is not in the cache yet. logits: theirs.
+        ids: the first ones, of which the last is not in the cache yet. logits: theirs.
         """
         decoder, ids, parts = self.model.decoder, list(ids), [logits]
-        while ids[-1] not in self._speech.stops and len(ids) < self._speech.most:
+        while ids[-1] not in self._judge.stops and len(ids) < self._judge.most:
             hidden = decoder.follow(mx.array([ids[-1:]]), cache)
             parts.append(decoder.logits(hidden)[0])
             ids.append(mx.argmax(parts[-1]).item())
@@ -104,25 +115,34 @@ class OwnRuntime:
 
 
 class _Question:
-    """One question under one plan; the picture is looked at once."""
+    """Question under one plan; pruning at the tower is done once."""
 
-    def __init__(self, model, scene: Scene, plan: Plan, settings, features: Features):
+    def __init__(
+        self,
+        model: VisionModel,
+        scene: Scene,
+        plan: Plan,
+        settings: Settings,
+        features: Features,
+    ):
         self._model, self._scene, self._plan = model, scene, plan
         self._positions = settings.positions
         self._visual = prune_at_tower(model, scene, plan, features)
         self.kept, self._chosen = 0, self._visual
 
     def share_of(self, needed: tuple[int, ...]) -> float | None:
-        """Of tokens that a question needs, once it was read."""
+        """Return the kept share of the needed tokens, after `read`."""
         left = set(itertools.chain(*self._chosen.left()))
         return len(left.intersection(needed)) / len(needed) if needed else None
 
-    def read(self, cache):
-        def known(*_) -> VisualTokens:
+    def read(self, cache: list) -> ReadResult:
+        """Run the prompt into the cache."""
+
+        def cached_vision(*_: Any) -> VisualTokens:
             return self._visual
 
-        how = {"positions": self._positions, "vision": known, "cache": cache}
-        read, visual = run(self._model, self._scene, self._plan, **how)
+        options = {"positions": self._positions, "vision": cached_vision}
+        read, visual = run(self._model, self._scene, self._plan, **options, cache=cache)
         self.kept = visual.keep
         self._chosen = visual
         return read

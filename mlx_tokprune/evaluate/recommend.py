@@ -1,4 +1,4 @@
-"""The cheapest plan that loses no more than is allowed, on the questions asked."""
+"""Recommendation of the cheapest plan within an allowed loss of accuracy."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from .items import Item
 def recommend(
     items: Sequence[Item], records: dict[int, dict], rows: Sequence[Row], most: float
 ) -> dict:
-    """As JSON: what to take, and every row's loss and FLOPs.
+    """Return the recommended row, and the loss and FLOPs of every row, for JSON.
 
-    most: the loss allowed, a share of the answers: of accuracy where the right ones are
-    known, else of those equal to the unpruned model's. A row is fine where the upper
-    end of its interval is no more; intervals hold for all rows at once. `choice` is the
-    label of the cheapest by FLOPs up to the first token, `None` where no row is fine;
-    `closest` the one of the lowest upper end. Controls are measured, not recommended.
+    most: the allowed loss, a share of the answers: of accuracy where right answers
+    exist, else of answers equal to the unpruned model's. A row is fine if the upper end
+    of its interval is at most that; the intervals hold for all rows together. `choice`
+    is the label of the cheapest fine row by FLOPs up to the first token, or `None`;
+    `closest` the row of the lowest upper end. Controls are measured, not recommended.
     """
     candidates = [row for row in rows if not _is_control(row)]
     first, pictures = rows[0].label, [items[number].picture for number in records]
@@ -41,8 +41,8 @@ def recommend(
 
 
 def _score(record: dict) -> float:
-    known = record["accuracy"]
-    return float(record["agrees"]) if known is None else known
+    accuracy = record["accuracy"]
+    return float(record["agrees"]) if accuracy is None else accuracy
 
 
 def _is_control(row: Row) -> bool:
@@ -54,17 +54,20 @@ def _flops(records: dict[int, dict], label: str) -> float:
     return sum(rows[label]["flops"] for rows in records.values())
 
 
-def sentence(found: dict) -> str:
-    """For people."""
-    by_label = {row["label"]: row for row in found["rows"]}
-    allowed = f"{100 * found['most']:.3g} points"
-    if found["choice"] is None:
-        start = f"No plan is sure to stay within {allowed}: "
-        if found["closest"] is None:
+def sentence(recommendation: dict) -> str:
+    """Return the result of `recommend` as a sentence."""
+    by_label = {row["label"]: row for row in recommendation["rows"]}
+    allowed = f"{100 * recommendation['most']:.3g} points"
+    if recommendation["choice"] is None:
+        start = f"No plan is sure to lose at most {allowed}: "
+        if recommendation["closest"] is None:
             return f"{start}none was measured."
-        row, end = by_label[found["closest"]], ". Allow more, or ask more questions."
+        row, end = (
+            by_label[recommendation["closest"]],
+            ". Allow more, or ask more questions.",
+        )
         return f"{start}{row['label']} comes closest and {_described(row)}{end}"
-    row = by_label[found["choice"]]
+    row = by_label[recommendation["choice"]]
     return f"Within {allowed} the cheapest is {row['label']}: it {_described(row)}."
 
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..checkpoints.embedded import PICTURES
 from ..checkpoints.loading import load
 from ..cli import (
+    Flags,
     Parser,
     add_adapter,
     add_pruning,
@@ -46,6 +47,7 @@ from .temporal import Temporal
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune generate`."""
     parser = Parser(
         prog="mlx_tokprune.generate",
         description=__doc__,
@@ -79,8 +81,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def _add_vision(group) -> None:
-    """Flags of what the vision tower reads."""
+def _add_vision(group: Flags) -> None:
+    """Add the flags of the vision input."""
     add = group.add_argument
     help_ = "Core ML package in place of the tower (macOS)"
     add("--vision", metavar="MLPACKAGE", help=help_)
@@ -97,8 +99,8 @@ def _add_vision(group) -> None:
     size.add_argument("--vision-budget", type=float, **hidden)
 
 
-def _add_sampling(group) -> None:
-    """Flags of `Settings`."""
+def _add_sampling(group: Flags) -> None:
+    """Add the flags of `Settings`."""
     add = group.add_argument
     names = ("--max-tokens", "-m")
     add(
@@ -122,6 +124,7 @@ def _add_sampling(group) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Run `mlx_tokprune generate`."""
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     pruners, vision = _pruners_and_vision(args)
@@ -153,28 +156,28 @@ def main(argv: list[str] | None = None) -> None:
     drafts = make_drafts(args)
     vision = Temporal(plan) if args.temporal else vision
     apart = each or args.temporal
-    asked = [[image] for image in images] if apart else [images]
-    asking = _Asking(args, model, processor, plan, vision, settings, drafts)
+    groups = [[image] for image in images] if apart else [images]
+    session = _Session(args, model, processor, plan, vision, settings, drafts)
     for prompt in prompts:  # refuse any before answering the first
-        processor.check(prompt, len(asked[0]))
-    asking.fit(asked[0], prompts[0])
-    shown = pictures if each else [None] * len(asked)
-    for (seen, name), prompt in itertools.product(
-        zip(asked, shown, strict=True), prompts
+        processor.check(prompt, len(groups[0]))
+    session.fit(groups[0], prompts[0])
+    names = pictures if each else [None] * len(groups)
+    for (group, name), prompt in itertools.product(
+        zip(groups, names, strict=True), prompts
     ):
-        record, visual = asking.answer(seen, prompt)
+        record, visual = session.answer(group, prompt)
         if name is not None:
             record = {"image": str(name), **record}
         print(format_report(record), file=sys.stderr if args.json else sys.stdout)
         if args.json:
             print(json.dumps(record))
     if args.overlay:
-        write_overlay(args.overlay, seen, visual)
+        write_overlay(args.overlay, group, visual)
 
 
 @dataclass
-class _Asking:
-    """The command's questions, one after another."""
+class _Session:
+    """The command's questions in order, with one model, memory and input size."""
 
     args: argparse.Namespace
     model: VisionModel
@@ -186,14 +189,14 @@ class _Asking:
     memory: Memory = field(default_factory=Memory)
 
     def fit(self, images: list, prompt: str) -> None:
-        """Choose the input size."""
+        """Choose the input size, by the latency target if there is one."""
         args, size = self.args, self.processor.image_size
         if self.vision and not args.temporal:
-            given = (args.image_size, args.latency_target)
-            if any(one is not None for one in given) or args.padding != "keep":
+            sizes = (args.image_size, args.latency_target)
+            if any(one is not None for one in sizes) or args.padding != "keep":
                 raise InputError(
-                    "input size and padding can only be chosen for a FastVLM that sees "
-                    "by itself; leave them out"
+                    "a Core ML package has its own input size and padding; leave out "
+                    "--image-size, --latency-target and --padding"
                 )
             return
         size = size if args.image_size is None else args.image_size
@@ -206,7 +209,7 @@ class _Asking:
             self.processor = self.processor.at(fit.image_size)
 
     def answer(self, images: list, prompt: str) -> tuple[dict, VisualTokens]:
-        """Prints an answer; gives its record and visual tokens."""
+        """Print an answer; return its record and visual tokens."""
         mx.reset_peak_memory()
         pieces = []
         for piece in stream_generate(
@@ -252,17 +255,17 @@ class _Asking:
         return methods(self.plan)
 
 
-def _pruners_and_vision(args) -> tuple[Plan | None, Vision | None]:
-    """What prunes, and the package that sees in place of the model's tower, if any."""
+def _pruners_and_vision(args: argparse.Namespace) -> tuple[Plan | None, Vision | None]:
+    """Return the pruners, and the Core ML package that replaces them and the tower."""
     if args.vision is None:
         return plan_of(args, DEFAULT_METHOD), None
     if args.temporal:
-        raise InputError("a package sees whole frames; leave out --temporal")
+        raise InputError("a package encodes whole frames; leave out --temporal")
     own = (args.method, args.at, args.option, args.prune)
     if args.keep_tokens is not None or any(own):
         raise InputError(
-            "a package has its own method; with --vision, say only --keep-ratio, to "
-            "choose one of its functions"
+            "a package has its own method; with --vision, give only --keep-ratio, "
+            "which chooses one of its functions"
         )
     from ..coreml.vision import open_vision
 
@@ -270,9 +273,9 @@ def _pruners_and_vision(args) -> tuple[Plan | None, Vision | None]:
 
 
 def format_report(record: dict) -> str:
-    """The figures of one answer, for people."""
+    """Return the figures of one answer as readable lines."""
     stages, reused = record["stages_ms"], record["reused_tokens"]
-    seen, lines = record["encoded"], []
+    encoded, lines = record["encoded"], []
     if "image" in record:
         lines.append(f"picture         {Path(record['image']).name}")
     lines.append(
@@ -285,8 +288,8 @@ def format_report(record: dict) -> str:
         lines.append(f"stages          {times} ms (fenced)")
     ttft = f"TTFT            {record['ttft_ms']:.1f} ms"
     ttft += " (fenced)" if stages else " (not fenced)"
-    ttft += f", {reused} tokens of the prompt known" if reused else ""
-    ttft += "" if seen is None else f", {100 * seen:.0f} % of the frame encoded"
+    ttft += f", {reused} prompt tokens reused" if reused else ""
+    ttft += "" if encoded is None else f", {100 * encoded:.0f} % of the frame encoded"
     return "\n".join(
         [
             *lines,

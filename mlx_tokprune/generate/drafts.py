@@ -1,8 +1,8 @@
-"""What drafts the tokens of an answer about pictures.
+"""Drafts of answers: speculative decoding of text about images.
 
-An n-gram of the prompt, another model with a picture of its own, or the model itself
-with fewer visual tokens in its cache. None of them changes the answer; `speculative.py`
-says why.
+Drafts come from an n-gram of the prompt, from another model with its own image input,
+or from the model itself with fewer visual tokens in its cache. They do not change the
+answer; `models/speculative.py` gives the reason.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..models.language import Read
+from ..models.language import ReadResult
 from ..models.protocol import VisionModel
-from ..models.speculative import Drafter, ReadingAlong, Repeating, Sampling
+from ..models.speculative import Drafter, ModelDrafter, NgramDrafter, Sampling
 from ..pipeline import Scene, VisualTokens, ask, prune_at_prompt, run
 from ..pipeline.planning import plan_for
 from ..processing.processor import Processor
@@ -25,41 +25,50 @@ from .settings import Settings
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A question whose prompt has been read."""
+class PrefillResult:
+    """Result of reading a question's prompt, from which drafts begin."""
 
     model: VisionModel
     images: list[Image.Image]
     text: str
     prompt: Prompt
-    read: Read
+    read: ReadResult
     visual: VisualTokens
     settings: Settings
 
     @property
     def sampling(self) -> Sampling:
+        """Sampling method of the answer."""
         return Sampling(self.settings.temp, self.settings.top_p)
 
     @property
     def vocabulary(self) -> int:
+        """Tokens in the model's vocabulary."""
         return self.model.args.text["vocab_size"]
 
 
 class Drafts(Protocol):
-    """What can draft an answer. tokens: how many at once."""
+    """Method that drafts the tokens of answers."""
 
     @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int:
+        """Drafted tokens per call of the model."""
+        ...
 
     def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
         """Raise `InputError` unless it can draft for this model under this plan."""
 
-    def begin(self, begun: Begun) -> Drafter: ...
+    def begin(self, prefill: PrefillResult) -> Drafter:
+        """Return the drafter of one answer."""
+        ...
 
 
 @dataclass(frozen=True)
 class NgramDrafts:
-    """Drafts what followed the same tokens in the prompt or earlier in the answer."""
+    """Drafts by n-gram lookup in the prompt and in the answer so far.
+
+    tokens: drafted tokens per call of the model.
+    """
 
     tokens: int = 8
 
@@ -67,19 +76,21 @@ class NgramDrafts:
         _check_tokens(self.tokens)
 
     def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
-        """Every model can be drafted for."""
+        """Accept any model: n-grams need only its token ids."""
 
-    def begin(self, begun: Begun) -> Drafter:
-        segments = begun.prompt.segments
-        return Repeating([int(token) for part in segments for token in part])
+    def begin(self, prefill: PrefillResult) -> Drafter:
+        """Return the drafter of one answer."""
+        segments = prefill.prompt.segments
+        return NgramDrafter([int(token) for part in segments for token in part])
 
 
 @dataclass(frozen=True)
 class ModelDrafts:
-    """Drafts by another model, mostly a smaller one, of the same tokens.
+    """Drafts by another model with the same tokenizer, mostly a smaller one.
 
-    It looks at the pictures itself, in its own size and under its own `pruner`; that
-    happens after the first token, and so counts as decoding.
+    It encodes the images itself, at its own input size and under its own `pruner`,
+    after the first token; so this time counts as decoding. tokens: drafted tokens per
+    call of the model.
     """
 
     model: VisionModel = field(repr=False)
@@ -94,7 +105,7 @@ class ModelDrafts:
         plan_for(self.model, self.pruner)
 
     def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
-        """Raise `InputError` unless both have the same tokens."""
+        """Raise `InputError` unless both tokenizers have the same tokens."""
         own, other = self.processor.tokenizer, processor.tokenizer
         if own is other or own.get_vocab() == other.get_vocab():
             return
@@ -104,26 +115,29 @@ class ModelDrafts:
             "the same family, such as FastVLM-0.5B for FastVLM-7B"
         )
 
-    def begin(self, begun: Begun) -> Drafter:
-        model, settings = self.model, begun.settings
+    def begin(self, prefill: PrefillResult) -> Drafter:
+        """Read the prompt with the draft model and return the drafter of one answer."""
+        model, settings = self.model, prefill.settings
         read, _ = run(
             model,
-            ask(self.processor, begun.images, begun.text),
+            ask(self.processor, prefill.images, prefill.text),
             plan_for(model, self.pruner),
             positions=settings.positions,
             cache=model.decoder.make_cache(),
             step=settings.prefill_step_size,
         )
-        known = (begun.sampling, begun.vocabulary)
-        return ReadingAlong(model.decoder, read.cache, *known)
+        return ModelDrafter(
+            *(model.decoder, read.cache, prefill.sampling, prefill.vocabulary)
+        )
 
 
 @dataclass(frozen=True)
 class SelfDrafts:
     """Drafts by the model itself, from a cache with fewer visual tokens.
 
-    No prompt is read again: keys and values of those that `pruner` chooses, at the
-    prompt, and of all text are copied.
+    The prompt is not read again: the drafter's cache is a copy of the keys and values
+    of all text tokens and of the visual tokens that `pruner` keeps at the prompt.
+    tokens: drafted tokens per call of the model.
     """
 
     pruner: Pruner = field(default_factory=lambda: Pruner("norm", 0.25, at="prompt"))
@@ -138,7 +152,7 @@ class SelfDrafts:
             )
 
     def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
-        """Raise `InputError` where layers hold different tokens."""
+        """Raise `InputError` for a plan after which layers hold different tokens."""
         if any(pruner.place != "tower" or pruner.has_own_count for pruner in plan):
             raise InputError(
                 "a model drafts for itself under pruning at the tower, with a budget, "
@@ -146,24 +160,32 @@ class SelfDrafts:
             )
         plan_for(model, (*plan, self.pruner))
 
-    def begin(self, begun: Begun) -> Drafter:
-        decoder, visual, cache = begun.model.decoder, begun.visual, begun.read.cache
-        scene, plan = Scene(None, begun.prompt), as_plan(self.pruner)
-        kept = prune_at_prompt(begun.model, scene, plan, visual).indices
-        rows = mx.array(_rows(begun.prompt, np.array(visual.indices), np.array(kept)))
+    def begin(self, prefill: PrefillResult) -> Drafter:
+        """Copy the kept part of the cache and return the drafter of one answer."""
+        model, visual, cache = prefill.model, prefill.visual, prefill.read.cache
+        scene, plan = Scene(None, prefill.prompt), as_plan(self.pruner)
+        kept = prune_at_prompt(model, scene, plan, visual).indices
+        rows = mx.array(_rows(prefill.prompt, np.array(visual.indices), np.array(kept)))
         dropped = cache[0].inner.offset - len(rows)
         layers = []
         for layer in cache:
             keys, values = layer.keys_and_values()
             layers.append((mx.take(keys, rows, axis=2), mx.take(values, rows, axis=2)))
-        parts = decoder.cache_of(layers, [layer.shift + dropped for layer in cache])
-        return ReadingAlong(decoder, parts, begun.sampling, begun.vocabulary)
+        # The shift makes up for dropped rows, so that new tokens keep their positions.
+        shifts = [layer.shift + dropped for layer in cache]
+        parts = model.decoder.cache_of(layers, shifts)
+        return ModelDrafter(
+            *(model.decoder, parts, prefill.sampling, prefill.vocabulary)
+        )
 
 
-def _rows(prompt: Prompt, there: np.ndarray, kept: np.ndarray) -> list[int]:
-    """Of a cache with text and visual tokens (groups, N): those of text and `kept`."""
+def _rows(prompt: Prompt, cached: np.ndarray, kept: np.ndarray) -> list[int]:
+    """Return the cache rows of all text tokens and of the `kept` visual tokens.
+
+    cached: (groups, N) indices of the visual tokens in the cache, ascending.
+    """
     rows, start = list(range(len(prompt.segments[0]))), len(prompt.segments[0])
-    for before, after, text in zip(there, kept, prompt.segments[1:], strict=True):
+    for before, after, text in zip(cached, kept, prompt.segments[1:], strict=True):
         rows += (start + np.searchsorted(before, after)).tolist()
         start += len(before)
         rows += range(start, start + len(text))

@@ -1,7 +1,7 @@
-"""The largest input size whose time to first token fits a latency target.
+"""Choice of the largest input size whose time to first token meets a latency target.
 
 Time grows almost in proportion to pixels, so two small sizes are measured on this
-machine and a line is drawn through them.
+machine and extrapolated linearly.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..errors import InputError
+from ..models.protocol import VisionModel
 from ..pipeline import ask, run
 from ..pipeline.timing import Clock
 from ..processing.processor import Processor
@@ -18,14 +19,14 @@ from ..pruners import Plan
 
 @dataclass(frozen=True)
 class Fit:
-    """An input size and the time to first token that it is expected to take."""
+    """An input size and its predicted time to first token."""
 
     image_size: int
     predicted_ms: float
 
 
 def fit_image_size(
-    model,
+    model: VisionModel,
     processor: Processor,
     images: Sequence[Image.Image],
     text: str,
@@ -33,11 +34,11 @@ def fit_image_size(
     positions: str,
     milliseconds: float,
 ) -> Fit:
-    """The largest input size, up to the model's own, that is expected to fit.
+    """Return the largest input size, up to the model's own, that meets the target.
 
-    Runs the model twice on each of two sizes; the first run warms up. The time is that
-    of fenced stages, which is a little more than TTFT without fences. Raises
-    `InputError` when even the smallest size does not fit.
+    milliseconds: latency target. Runs the model twice on each of two sizes; the first
+    run warms up. The time is that of fenced stages, which is a little more than TTFT
+    without fences. Raises `InputError` when even the smallest size is too slow.
     """
     largest = model.image_size
     least = max((pruner.keep_tokens or 0 for pruner in plan), default=0)
@@ -46,14 +47,14 @@ def fit_image_size(
     for size in probes:
         small = processor.at(size)
         enough = not least or _tokens(small, images) >= least
-        asked = (images, text, plan if enough else (), positions)
-        times.append(_measure(model, small, *asked))
+        probed = plan if enough else ()
+        times.append(_measure(model, small, images, text, probed, positions))
     slope, start = 0.0, times[0]
     if len(probes) > 1:
         areas = [size * size for size in probes]
         slope = max(0.0, (times[1] - times[0]) / (areas[1] - areas[0]))
         start = times[0] - slope * areas[0]
-        if start < 0:  # small sizes would be said to take no time
+        if start < 0:  # else small sizes would be predicted to take no time
             start, slope = 0.0, times[1] / areas[1]
     sizes = range(processor.stride, largest + 1, processor.stride)
     if least:
@@ -75,13 +76,20 @@ def fit_image_size(
 
 
 def _tokens(processor: Processor, images: Sequence[Image.Image]) -> int:
-    """Visual tokens of a picture at this input size."""
+    """Return the visual tokens of an image at this input size."""
     height, width = processor.pixels(images).shape[1:3]
     return (height // processor.stride) * (width // processor.stride)
 
 
-def _measure(model, processor: Processor, images, text, plan: Plan, positions) -> float:
-    """Milliseconds of the second of two runs."""
+def _measure(
+    model: VisionModel,
+    processor: Processor,
+    images: Sequence[Image.Image],
+    text: str,
+    plan: Plan,
+    positions: str,
+) -> float:
+    """Return the milliseconds of the second of two runs."""
     clock = Clock()
     for _ in range(2):
         clock = Clock()
@@ -89,8 +97,8 @@ def _measure(model, processor: Processor, images, text, plan: Plan, positions) -
             scene = ask(processor, images, text)
             done.append(scene.pixels)
         cache = model.decoder.make_cache()
-        how = {"positions": positions, "cache": cache, "clock": clock}
-        read, _ = run(model, scene, plan, **how)
+        options = {"positions": positions, "cache": cache, "clock": clock}
+        read, _ = run(model, scene, plan, **options)
         with clock.stage("prefill") as done:
             done.append(model.decoder.logits(read.hidden))
     return sum(clock.times.values())

@@ -1,14 +1,14 @@
-"""What is kept of the last pictures, so that another question about one is quick.
+"""`Memory`: reuse of visual tokens and prompt caches between questions about images.
 
-A picture is known by its pixels, and by everything that shapes what is made of them
-before the prompt is looked at. Its visual tokens are kept; and, unless a pruner looks
-at the prompt and may choose others for another question, the language model's cache up
-to its last token, so that what follows in the prompt is all that has to be read.
+The key of an image is its pixels and everything that changes its visual tokens before
+the prompt is used. The memory keeps the visual tokens. Unless a pruner reads the prompt
+and may keep other tokens for another question, it also keeps the language model's cache
+up to the last visual token, so that only the rest of the prompt is read.
 """
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,15 +18,21 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from ..errors import InputError
-from ..pipeline import Look, Scene, VisualTokens, look
+from ..models.protocol import VisionModel
+from ..pipeline import Scene, VisionStep, VisualTokens, look
 from ..pipeline.timing import NoClock
+from ..processing.processor import Processor
 from ..processing.prompt import Prompt
 from ..pruners import Plan
 
 
 @dataclass
 class _Picture:
-    """Visual tokens, and keys and values of each layer after the prompt `opening`."""
+    """A remembered image, or set of images.
+
+    opening: the prompt up to the last image, and the positions. layers: keys and values
+    of each layer after reading it.
+    """
 
     visual: VisualTokens | None = None
     opening: Hashable = None
@@ -34,11 +40,11 @@ class _Picture:
 
 
 class Memory:
-    """The last `size` pictures (or sets of pictures) that were asked about.
+    """Memory of the last `size` images (or sets of images) with a question.
 
-    Belongs to one model with its weights as they are: another model empties it, and
-    after changing weights `clear` must be called. Memory for each picture is that of
-    its visual tokens and of its part of the prompt cache.
+    It belongs to one model and its present weights: another model empties it, and after
+    a change of weights `clear` must be called. Each image takes the memory of its
+    visual tokens and of its part of the prompt cache.
     """
 
     def __init__(self, size: int = 4):
@@ -52,14 +58,20 @@ class Memory:
         return len(self._pictures)
 
     def clear(self) -> None:
+        """Forget every image."""
         self._pictures.clear()
 
     def about(
-        self, model, processor, images: Sequence[Image.Image], plan: Plan, vision
+        self,
+        model: VisionModel,
+        processor: Processor,
+        images: Sequence[Image.Image],
+        plan: Plan,
+        vision: VisionStep | None,
     ) -> "Recollection":
-        """What is known of these decoded RGB pictures, as `plan` and `vision` see them.
+        """Return the recollection of decoded RGB images under `plan` and `vision`.
 
-        Pictures that are new are remembered once somebody looks at them.
+        New images are remembered when they are encoded.
         """
         if self._model is not model:
             self.clear()
@@ -87,20 +99,28 @@ class Memory:
 
 
 class Recollection:
-    """What a memory knows of the pictures of one question."""
+    """The remembered tokens and cache of one question's images.
 
-    def __init__(self, picture: _Picture, remember, keeps_cache: bool):
+    keeps_cache: whether the cache may be reused: no pruner after the tower.
+    """
+
+    def __init__(
+        self, picture: _Picture, remember: Callable[[], None], keeps_cache: bool
+    ):
         self._picture, self._remember = picture, remember
         self._keeps_cache = keeps_cache
 
     @property
     def visual(self) -> VisualTokens | None:
+        """Remembered visual tokens; `None` for images that are not encoded yet."""
         return self._picture.visual
 
-    def look(self, vision: Look | None) -> Look:
-        """Looks as `vision` (or the model) does, unless the tokens are known."""
+    def look(self, vision: VisionStep | None) -> VisionStep:
+        """Return a step that encodes with `vision` (or the model) only new images."""
 
-        def recall(model, scene: Scene, plan: Plan, clock: NoClock) -> VisualTokens:
+        def recall(
+            model: VisionModel, scene: Scene, plan: Plan, clock: NoClock
+        ) -> VisualTokens:
             if self._picture.visual is None:
                 visual = (vision or look)(model, scene, plan, clock)
                 mx.eval(visual.embeddings, visual.indices)
@@ -111,20 +131,20 @@ class Recollection:
         return recall
 
     def fill(self, cache: list, prompt: Prompt, positions: str) -> int:
-        """Fill `cache` with what is known of a prompt; gives how many tokens."""
+        """Fill `cache` with the remembered part of a prompt; return its token count."""
         picture = self._picture
         same = picture.opening == (prompt.segments[:-1], positions)
         if not (self._keeps_cache and picture.layers and same):
             return 0
-        known = 0
+        length = 0
         for layer, (keys, values) in zip(cache, picture.layers, strict=True):
-            # New arrays: a cache writes into those it holds.
-            known = layer.offset = keys.shape[2]
-            layer.keys, layer.values = keys[..., :known, :], values[..., :known, :]
-        return known
+            # Slices are new arrays: a cache writes into the arrays it holds.
+            length = layer.offset = keys.shape[2]
+            layer.keys, layer.values = keys[..., :length, :], values[..., :length, :]
+        return length
 
     def keep(self, cache: list, prompt: Prompt, positions: str) -> None:
-        """Remember the tokens of `cache` up to the last picture's."""
+        """Remember `cache` up to the last visual token of the prompt."""
         if not self._keeps_cache:
             return
         picture, opening = self._picture, prompt.segments[:-1]
@@ -138,12 +158,12 @@ class Recollection:
 
 
 def _copied(array: mx.array, length: int) -> mx.array:
-    """The first tokens of (..., T, D); a mere slice would keep all of them alive."""
+    """Copy the first tokens of (..., T, D); a slice would keep the whole array."""
     return mx.contiguous(array[..., :length, :]) + 0
 
 
 def _weights(scorer: nn.Module | None) -> str:
-    """Of a scorer as it is: one that has learned more chooses others."""
+    """Return a digest of a scorer's weights, because training changes its choice."""
     digest = hashlib.blake2b(digest_size=16)
     weights = dict(tree_flatten(scorer.parameters())) if scorer else {}
     for name, array in sorted(weights.items()):
@@ -153,7 +173,7 @@ def _weights(scorer: nn.Module | None) -> str:
 
 
 def _picture_key(images: Sequence[Image.Image], *settings: Hashable) -> Hashable:
-    """Of decoded RGB pictures and of what else shapes their visual tokens."""
+    """Return the key of decoded RGB images and of the settings of their tokens."""
     digest = hashlib.blake2b(digest_size=32)
     for image in images:
         digest.update(repr(image.size).encode())

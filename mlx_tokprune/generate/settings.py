@@ -1,4 +1,4 @@
-"""How an answer is generated: `Settings`, with the names and defaults of mlx-lm."""
+"""`Settings` of text generation, with the names and defaults of mlx-lm."""
 
 import math
 from dataclasses import dataclass
@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from ..checkpoints.family import GROUPS
 from ..errors import InputError
 from ..models.language import PREFILL_STEP
+from ..models.protocol import VisionModel
 from ..pipeline import DEFAULT_POSITIONS, check_positions
 from ..pruners import check_seed
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is generated; names and defaults are those of mlx-lm.
+    """Settings of text generation; names and defaults are those of mlx-lm.
 
-    positions: `original` keeps the place each kept token had, `contiguous` closes the
-    gaps. Raises `InputError` for values out of range.
+    positions: `original` keeps each token's position before pruning, `contiguous`
+    closes the gaps. Raises `InputError` for values out of range.
     """
 
     positions: str = DEFAULT_POSITIONS
@@ -61,17 +62,17 @@ class Settings:
 
     @property
     def quantization(self) -> dict:
-        """As mlx-lm's functions take it."""
+        """Cache quantization as keyword arguments of mlx-lm's functions."""
         names = ("kv_bits", "kv_group_size", "quantized_kv_start")
         return {name: getattr(self, name) for name in names}
 
-    def check(self, model) -> None:
-        """Raise `InputError` unless this model's cache can be quantized so."""
+    def check(self, model: VisionModel) -> None:
+        """Raise `InputError` unless this model's cache can be quantized like this."""
         text = model.args.text
         size = text["hidden_size"] // text["num_attention_heads"]
         if self.kv_bits and size % self.kv_group_size:
-            fitting = [str(group) for group in GROUPS if size % group == 0]
+            divisors = [str(group) for group in GROUPS if size % group == 0]
             raise InputError(
                 f"groups of {self.kv_group_size} do not divide this model's keys of "
-                f"{size} numbers; those that do are {', '.join(fitting) or 'none'}"
+                f"{size} numbers; groups that do are {', '.join(divisors) or 'none'}"
             )

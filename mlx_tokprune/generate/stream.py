@@ -1,7 +1,7 @@
-"""Answers about pictures: `generate` and `stream_generate`.
+"""Text answers about images: `generate` and `stream_generate`.
 
-Streaming, sampling and the cache are mlx-lm's; this file feeds them pruned prompts and
-keeps the time.
+Streaming, sampling and the cache are mlx-lm's; this module passes them pruned prompts
+and measures times.
 """
 
 import logging
@@ -27,7 +27,7 @@ from ..processing.image import load_image
 from ..processing.processor import Processor
 from ..pruners import Plan, Pruners, as_plan
 from ..runtime import end_streams_with_thread
-from .drafts import Begun, Drafts
+from .drafts import Drafts, PrefillResult
 from .memory import Memory
 from .settings import Settings
 
@@ -35,29 +35,32 @@ log = logging.getLogger("mlx_tokprune")
 
 
 class Vision(Protocol):
-    """A `Look` that users give: a `Temporal`, or a Core ML package.
+    """Replacement of tower and pruner: a `Temporal` or a Core ML package.
 
-    plan: the pruners that it brings along.
+    plan: the pruners that it applies.
     """
 
     plan: Plan
 
     def check(self, model: VisionModel) -> None:
-        """Raise `InputError` unless it can stand in for this model's tower."""
+        """Raise `InputError` unless it can replace this model's tower."""
 
     def __call__(
         self, model: VisionModel, scene: Scene, plan: Plan, clock: NoClock
-    ) -> VisualTokens: ...
+    ) -> VisualTokens:
+        """Return the kept and projected visual tokens of a scene."""
+        ...
 
 
 @dataclass(frozen=True)
 class Response:
     """One piece of a streamed answer; the last one has `finish_reason`.
 
-    text: this piece. token: its id. visual: the kept tokens. ttft_ms: from decoded
-    pictures and prompt string to the first token id on the host. reused: tokens of the
-    prompt that a `Memory` knew. stages_ms: of each stage, where a clock fenced them.
-    calls: how often the language model ran until then, for the prompt, too.
+    text: text of this piece. token: its id. visual: the kept visual tokens. ttft_ms:
+    time from decoded images and prompt string to the first token id on the host.
+    decode_tokens_per_second: rate after the first token. finish_reason: "stop" or
+    "length". reused: prompt tokens taken from a `Memory`. stages_ms: time of each
+    fenced stage, with `stages`. calls: language model calls so far, prompt included.
     """
 
     text: str
@@ -73,7 +76,7 @@ class Response:
 
 @dataclass(frozen=True)
 class _Question:
-    """One question about some pictures, checked."""
+    """A checked question about images, with its options."""
 
     model: VisionModel
     processor: Processor
@@ -87,13 +90,14 @@ class _Question:
     clock: NoClock
 
 
-class _Opening(NamedTuple):
-    """A question that has been read. reused: tokens of it that a memory knew.
+class _AnswerStart(NamedTuple):
+    """Start of an answer: the prompt that has been read, and its memory.
 
-    remember: makes the memory remember it, after the clock.
+    reused: prompt tokens taken from the memory. remember: stores the prompt in the
+    memory; called after TTFT is measured.
     """
 
-    begun: Begun
+    prefill: PrefillResult
     reused: int
     remember: Callable[[], None]
 
@@ -109,26 +113,25 @@ def stream_generate(
     memory: Memory | None = None,
     draft: Drafts | None = None,
     stages: bool = False,
-    **settings,
+    **settings: Any,
 ) -> Iterator[Response]:
     """Stream an answer about `images` (files, arrays or PIL images, in order).
 
-    pruner: a `Pruner`, or several at different places; when `None` those that the
-    checkpoint carries, mostly none.
-    vision: what sees and prunes in place of the model's tower and `pruner`: a Core ML
-    package (`coreml.vision.open_vision`) or a `Temporal`. memory: a `Memory`, which
-    makes another question about the same pictures quick. draft: what drafts tokens, of
-    which the model then checks several in a call (`answer.drafts`). stages: fence the
-    run and time its stages, which makes its TTFT a little longer. settings: fields of
-    `Settings`.
-    Raises `InputError` before anything is computed, but for more tokens than there are
-    or than the model can read, which the first step finds.
+    pruner: a `Pruner`, or several at different places; `None` uses the checkpoint's own
+    pruners, mostly none. vision: replaces the model's tower and `pruner`: a Core ML
+    package (`coreml.vision.open_vision`) or a `Temporal`. memory: a `Memory` that
+    speeds up further questions about the same images. draft: speculative decoding
+    (`generate.drafts`); the answer does not change. stages: fence the run and time its
+    stages, which adds a little to TTFT. settings: fields of `Settings`.
+
+    Raises `InputError` before anything is computed, except for a budget above the
+    number of tokens and a prompt that is too long, which raise at the first step.
     """
     chosen = Settings(**settings)
     images = decoded(images)
     check_answers(processor)
     if vision is not None and as_plan(pruner):
-        raise InputError("what sees also prunes: give the pruner to it, not here")
+        raise InputError("pass the pruner to `vision`, which replaces tower and pruner")
     plan = plan_for(model, pruner if vision is None else vision.plan)
     chosen.check(model)
     processor.check(prompt, len(images))
@@ -139,20 +142,32 @@ def stream_generate(
     if draft is not None:
         draft.check(model, processor, plan)
     clock = Clock() if stages else NO_CLOCK
-    about = (model, processor, images, prompt, plan, vision)
-    return _stream(_Question(*about, memory, draft, chosen, clock))
+    return _stream(
+        _Question(
+            *(model, processor, images, prompt, plan, vision),
+            *(memory, draft, chosen, clock),
+        )
+    )
 
 
 def generate(
-    model: VisionModel, processor: Processor, images: Sequence, prompt: str, **options
+    model: VisionModel,
+    processor: Processor,
+    images: Sequence,
+    prompt: str,
+    **options: Any,
 ) -> str:
-    """The whole answer as text; takes what `stream_generate` takes."""
+    """Return the whole answer as text; options are those of `stream_generate`."""
     pieces = stream_generate(model, processor, images, prompt, **options)
     return "".join(piece.text for piece in pieces)
 
 
-def decoded(images) -> list[Image.Image]:
-    """Pictures of one prompt, decoded; `InputError` where there is none."""
+def decoded(images: Any) -> list[Image.Image]:
+    """Return the decoded images of one prompt.
+
+    images: files, arrays or PIL images; one alone needs no list. Raises `InputError`
+    for an empty list.
+    """
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
     if len(images) == 0:
@@ -174,31 +189,32 @@ def _stream(question: _Question) -> Iterator[Response]:
 
     end_streams_with_thread()
     model = cast(nn.Module, question.model)
+    # Keeps large models in wired memory on macOS, as mlx-lm does; elsewhere a no-op.
     with wired_limit(model, [cast(mx.Stream, generation_stream)]):
         yield from _answer(question)
 
 
-def _answer(asked: _Question) -> Iterator[Response]:
+def _answer(question: _Question) -> Iterator[Response]:
     from mlx_lm.sample_utils import make_sampler
 
-    settings, tokenizer = asked.settings, asked.processor.tokenizer
+    settings, tokenizer = question.settings, question.processor.tokenizer
     sampler = make_sampler(settings.temp, settings.top_p)
     if settings.seed is not None:
         mx.random.seed(settings.seed)
     start = time.perf_counter()
-    begun, reused, remember = _open(asked)
-    with asked.clock.stage("prefill"):
-        logits = asked.model.decoder.logits(begun.read.hidden)[:, -1]
+    prefill, reused, remember = _open(question)
+    with question.clock.stage("prefill"):
+        logits = question.model.decoder.logits(prefill.read.hidden)[:, -1]
         logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         token = int(np.array(sampler(logits))[0])
     ttft = (time.perf_counter() - start) * 1e3
     _check(token if mx.isfinite(logits[0, token]).item() else -1)
     log.debug("first token after %.1f ms, %d tokens reused", ttft, reused)
-    remember()
+    remember()  # copies the cache, so it counts neither as TTFT nor as decoding
     first = time.perf_counter()
     detokenizer = tokenizer.detokenizer
     detokenizer.reset()
-    steps = _steps(asked, token, begun, sampler)
+    steps = _steps(question, token, prefill, sampler)
     for number, (token, calls) in enumerate(steps, 1):
         elapsed = time.perf_counter() - first
         reason = "length" if number == settings.max_tokens else None
@@ -211,81 +227,87 @@ def _answer(asked: _Question) -> Iterator[Response]:
         yield Response(
             text=detokenizer.last_segment,
             token=token,
-            visual=begun.visual,
+            visual=prefill.visual,
             ttft_ms=ttft,
             decode_tokens_per_second=(number - 1) / elapsed if number > 1 else 0.0,
             finish_reason=reason,
             reused=reused,
-            stages_ms=asked.clock.times,
+            stages_ms=question.clock.times,
             calls=calls,
         )
         if reason:
             return
 
 
-def _open(asked: _Question) -> _Opening:
-    """From a question to what the language model has read of it."""
-    model, processor, settings = asked.model, asked.processor, asked.settings
-    cache, known, vision, pixels = model.decoder.make_cache(), 0, asked.vision, None
-    with asked.clock.stage("preprocess") as done:
-        prompt = processor.prompt(asked.text, len(asked.images))
+def _open(question: _Question) -> _AnswerStart:
+    """Encode the images and read the prompt of a question."""
+    model, processor, settings = question.model, question.processor, question.settings
+    cache, reused, vision = model.decoder.make_cache(), 0, question.vision
+    pixels, images = None, question.images
+    with question.clock.stage("preprocess") as done:
+        prompt = processor.prompt(question.text, len(images))
         recalled = None
-        if asked.memory is not None:
-            about = (asked.images, asked.plan, vision)
-            recalled = asked.memory.about(model, processor, *about)
-            known = recalled.fill(cache, prompt, settings.positions)
+        if question.memory is not None:
+            plan = question.plan
+            recalled = question.memory.about(model, processor, images, plan, vision)
+            reused = recalled.fill(cache, prompt, settings.positions)
             vision = recalled.look(vision)
         if not (recalled and recalled.visual):
-            pixels = mx.array(processor.pixels(asked.images))
+            pixels = mx.array(processor.pixels(images))
             done.append(pixels)
     read, visual = run(
         model,
         Scene(pixels, prompt),
-        asked.plan,
+        question.plan,
         positions=settings.positions,
         vision=vision,
         cache=cache,
-        known=known,
+        cached=reused,
         step=settings.prefill_step_size,
-        clock=asked.clock,
+        clock=question.clock,
     )
 
     def remember() -> None:
-        mx.eval(visual.indices)  # other threads could not
-        if recalled and not known:
+        mx.eval(visual.indices)  # MLX evaluates lazy arrays only on their own thread
+        if recalled and not reused:
             recalled.keep(cache, prompt, settings.positions)
 
-    about = (model, asked.images, asked.text, prompt, read, visual, settings)
-    return _Opening(Begun(*about), known, remember)
+    prefill = PrefillResult(
+        *(model, images, question.text, prompt, read, visual, settings)
+    )
+    return _AnswerStart(prefill, reused, remember)
 
 
 def _check(token: int) -> None:
-    """Weights that are damaged must not look like an answer."""
+    """Raise `InputError` for -1, the mark of damaged weights."""
     if token < 0:
         raise InputError("the model's logits are not finite; its weights are damaged")
 
 
 def _steps(
-    asked: _Question, token: int, begun: Begun, sampler
+    question: _Question,
+    token: int,
+    prefill: PrefillResult,
+    sampler: Callable[[mx.array], mx.array],
 ) -> Iterator[tuple[int, int]]:
-    """`token`, which the prompt led to, and those that follow it.
+    """Yield the answer's tokens, each with the language model calls so far.
 
-    With each, how often the language model had run.
+    token: the first token, which follows the prompt.
     """
     from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
 
     yield token, 1
-    settings, cache = asked.settings, begun.read.cache
+    settings, cache = question.settings, prefill.read.cache
     if settings.max_tokens == 1:
         return
-    if asked.drafts is not None:
-        yield from _drafted(asked.drafts, token, begun)
+    if question.drafts is not None:
+        yield from _drafted(question.drafts, token, prefill)
         return
     maybe_quantize_kv_cache(cache, **settings.quantization)
     for number, (following, _) in enumerate(
         generate_step(
             mx.array([token]),
-            cast(nn.Module, asked.model),
+            cast(nn.Module, question.model),
             max_tokens=settings.max_tokens - 1,
             sampler=sampler,
             prompt_cache=cache,
@@ -296,12 +318,14 @@ def _steps(
         yield cast(int, following), number
 
 
-def _drafted(drafts: Drafts, token: int, begun: Begun) -> Iterator[tuple[int, int]]:
-    """What follows `token`, several tokens in a call where the draft had them."""
+def _drafted(
+    drafts: Drafts, token: int, prefill: PrefillResult
+) -> Iterator[tuple[int, int]]:
+    """Yield the tokens after `token`, several per call where the draft is accepted."""
     from mlx_lm.generate import maybe_quantize_kv_cache
 
-    settings, cache = begun.settings, begun.read.cache
-    drafter = drafts.begin(begun)  # before the cache it may copy from is quantized
+    settings, cache = prefill.settings, prefill.read.cache
+    drafter = drafts.begin(prefill)  # before the cache it may copy from is quantized
 
     def quantize() -> None:
         maybe_quantize_kv_cache(cache, **settings.quantization)
@@ -309,7 +333,7 @@ def _drafted(drafts: Drafts, token: int, begun: Begun) -> Iterator[tuple[int, in
     quantize()
     widths = (drafts.tokens, settings.max_tokens - 1)
     parts = speculate(
-        *(begun.model.decoder, cache, token, drafter, *widths, begun.sampling),
+        *(prefill.model.decoder, cache, token, drafter, *widths, prefill.sampling),
         after_call=quantize,
     )
     for calls, part in enumerate(parts, 2):

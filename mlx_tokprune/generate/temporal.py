@@ -1,11 +1,11 @@
-"""Frames of a video: regions that did not change keep the visual tokens they had.
+"""`Temporal`: reuse of visual tokens in the unchanged regions of video frames.
 
-FastViTHD is convolutional with conditional positions, so any part of a picture can be
-encoded alone. Of each frame only the smallest rectangle of cells with changes is
-encoded, with a border of unchanged cells around it; its tokens replace the old ones.
-Tokens far from a change would have changed a little, too, through the tower's attention
-and its squeeze-and-excite: this is an approximation. In the same spirit VLA-Cache
-(arXiv 2502.02175) reuses keys and values of unchanged patches in the language model.
+FastViTHD is convolutional with conditional positions, so any part of an image can be
+encoded alone. Only the smallest rectangle with all changed cells of a frame is encoded,
+with a border of unchanged cells around it; its tokens replace the old ones. This is an
+approximation: through the tower's attention and its squeeze-and-excite, tokens far from
+a change would change a little, too. Similarly, VLA-Cache (arXiv 2502.02175) reuses keys
+and values of unchanged patches in the language model.
 """
 
 from collections.abc import Iterable
@@ -21,15 +21,19 @@ from ..pipeline import Scene, VisualTokens, prune_at_tower
 from ..pipeline.timing import NO_CLOCK, NoClock
 from ..pruners import Plan, Pruner, as_plan
 
-_BORDER = 1  # cells of unchanged picture around what is encoded
-_MOST = 0.6  # share of the cells from which on the whole frame is encoded
+_BORDER = 1  # unchanged cells around the changed rectangle that are encoded, too
+_MOST = 0.6  # largest share of cells to encode as a part; above, the whole frame
+
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right, in cells
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """What is known of the last frame. pixels: those that each token was made from.
+    """Tokens of the previous frame.
 
-    ages: (H, W), frames since then.
+    pixels: the pixels that each token was encoded from. ages: (H, W), frames since each
+    token was encoded.
     """
 
     pixels: np.ndarray
@@ -38,11 +42,14 @@ class _Frame:
 
 
 class Temporal:
-    """Sees frames in order: `stream_generate(..., vision=Temporal(pruner))`.
+    """Encoder of video frames, in order: `stream_generate(..., vision=Temporal(p))`.
 
-    threshold: how much a pixel, in [0, 1], must change. max_age: for how many frames a
-    token may be reused. `reset` begins another video; so does a frame of another size,
-    or another model. `encoded` is the share of cells that the last frame had encoded.
+    pruner: one pruner, or several at different places. threshold: change of a pixel,
+    in [0, 1], above which its cell is encoded again. max_age: frames for which a token
+    may be reused. `reset` begins another video; a frame of another size or another
+    model does so, too. `encoded` is the share of the last frame's cells that were
+    encoded. Raises `InputError` for values out of range and for methods that need more
+    than the frame's tokens.
     """
 
     def __init__(
@@ -67,30 +74,37 @@ class Temporal:
         self.reset()
 
     def reset(self) -> None:
+        """Begin another video: forget the previous frame."""
         self._last: _Frame | None = None
         self._model = None
         self.encoded = 0.0
 
     def check(self, model: VisionModel) -> None:
-        """Raise `InputError` for a model whose tower cannot see parts of a picture."""
+        """Raise `InputError` for a tower that cannot encode parts of an image."""
         if not model.sees_parts:
-            raise InputError("only FastVLM's tower can see a part of a picture alone")
+            raise InputError(
+                "this model's tower cannot encode a part of an image alone; expected "
+                "a FastVLM"
+            )
 
     def __call__(
         self, model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
     ) -> VisualTokens:
-        """(1, h, w, 3) pixels of the next frame -> kept and projected visual tokens."""
+        """Return the kept, projected visual tokens of the next frame.
+
+        The scene has the (1, h, w, 3) pixels of one frame; else raises `InputError`.
+        """
         pixels = scene.pixels
         if pixels is None or pixels.shape[0] != 1:
-            given = 0 if pixels is None else pixels.shape[0]
-            raise InputError(f"frames come one by one; {given} given")
+            frames = 0 if pixels is None else pixels.shape[0]
+            raise InputError(f"frames come one by one; {frames} given")
         with clock.stage("vision") as done:
             features = self._encode(model, pixels)
             done += features.arrays()
         return prune_at_tower(model, scene, plan, features, clock)
 
     def _encode(self, model: VisionModel, pixels: mx.array) -> Features:
-        """The frame's features, of which only what changed is computed."""
+        """Return the frame's features and compute only the changed part."""
         if self._model is not model:
             self.reset()
             self._model = model
@@ -106,13 +120,20 @@ class Temporal:
     def _stale(
         self, frame: np.ndarray, cells: tuple[int, int], stride: int
     ) -> np.ndarray:
-        """(H, W) bool: cells that changed since they were encoded, or are too old."""
+        """Return (H, W) bool: cells that changed since encoding or are too old."""
         change = np.abs(frame - self._last.pixels).max(axis=-1)
         change = change.reshape(cells[0], stride, cells[1], stride)
         changed = change.max(axis=(1, 3)) > self._threshold
         return changed | (self._last.ages >= self._max_age)
 
-    def _updated(self, model, frame, cells, box) -> _Frame:
+    def _updated(
+        self,
+        model: VisionModel,
+        frame: np.ndarray,
+        cells: tuple[int, int],
+        box: Box | None,
+    ) -> _Frame:
+        """Encode the cells in `box` and merge them into the previous frame."""
         if box is None:
             self.encoded = 0.0
             return _Frame(self._last.pixels, self._last.tokens, self._last.ages + 1)
@@ -122,8 +143,8 @@ class Temporal:
             box = outer = (0, 0, *cells)
             self.encoded = 1.0
         top, left, bottom, right = (side * stride for side in outer)
-        seen = model.encode(mx.array(frame[None, top:bottom, left:right]))
-        tokens = seen.tokens.reshape(1, *seen.grid, -1)
+        features = model.encode(mx.array(frame[None, top:bottom, left:right]))
+        tokens = features.tokens.reshape(1, *features.grid, -1)
         if outer == (0, 0, *cells):
             return _Frame(frame, tokens, np.zeros(cells, int))
         top, left, bottom, right = box
@@ -136,23 +157,24 @@ class Temporal:
         merged[:, top:bottom, left:right] = inner
         ages = self._last.ages + 1
         ages[top:bottom, left:right] = 0
-        old = self._last.pixels.copy()
+        # Each cell keeps the pixels of its encoding: slow changes add up against them.
+        encoded = self._last.pixels.copy()
         rows = slice(top * stride, bottom * stride)
         columns = slice(left * stride, right * stride)
-        old[rows, columns] = frame[rows, columns]
-        mx.eval(merged)
-        return _Frame(old, merged, ages)
+        encoded[rows, columns] = frame[rows, columns]
+        mx.eval(merged)  # else the graph would hold every earlier frame
+        return _Frame(encoded, merged, ages)
 
 
-def _box(stale: np.ndarray) -> tuple[int, int, int, int] | None:
-    """(top, left, bottom, right) of the smallest rectangle with all stale cells."""
+def _box(stale: np.ndarray) -> Box | None:
+    """Return the smallest rectangle with all stale cells; `None` without any."""
     if not stale.any():
         return None
     rows, columns = np.flatnonzero(stale.any(1)), np.flatnonzero(stale.any(0))
     return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
 
 
-def _with_border(box, cells: tuple[int, int]) -> tuple[int, int, int, int]:
+def _with_border(box: Box, cells: tuple[int, int]) -> Box:
     top, left, bottom, right = box
     return (
         max(0, top - _BORDER),
@@ -162,5 +184,5 @@ def _with_border(box, cells: tuple[int, int]) -> tuple[int, int, int, int]:
     )
 
 
-def _area(box) -> int:
+def _area(box: Box) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])

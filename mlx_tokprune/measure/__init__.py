@@ -1,1 +1,1 @@
-"""What is measured, and how: below `bench` and `evaluate`."""
+"""Measurements of `bench` and `evaluate`: subjects, costs, intervals, results."""

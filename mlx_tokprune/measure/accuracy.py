@@ -1,19 +1,19 @@
-"""What a file of `evaluate` holds."""
+"""Result files of `evaluate`: their schema, reading and accuracies."""
 
 from pathlib import Path
 
 from ..errors import InputError
 from . import results
-from .results import MACHINE, NUMBER, Newer, Optional, Table
+from .results import MACHINE, NUMBER, NewerField, NullableValue, Table
 
 SCHEMA = "mlx_tokprune.evaluate/1"
 _SHARE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
-# What is kept of an answer until all are there.
+# Shape of an answer in the journal of an unfinished run.
 ANSWER = {
-    **{"answer": str, "accuracy": Optional(NUMBER), "agrees": bool},
-    **{"divergence": NUMBER, "kept": NUMBER, "flops": Optional(NUMBER)},
+    **{"answer": str, "accuracy": NullableValue(NUMBER), "agrees": bool},
+    **{"divergence": NUMBER, "kept": NUMBER, "flops": NullableValue(NUMBER)},
 }
-# docs/results.md says what it means.
+# docs/results.md documents the fields.
 SHAPE = {
     "machine": MACHINE,
     "model": str,
@@ -27,8 +27,8 @@ SHAPE = {
     },
     "rows": [
         {
-            **{"label": str, "kept": NUMBER, "flops": Optional(NUMBER)},
-            **{"least": Newer(NUMBER), "most": Newer(NUMBER)},
+            **{"label": str, "kept": NUMBER, "flops": NullableValue(NUMBER)},
+            **{"least": NewerField(NUMBER), "most": NewerField(NUMBER)},
             **{"accuracy": Table(_SHARE), "agreement": Table(_SHARE)},
             **{"needed": Table(_SHARE), "divergence": _SHARE},
         }
@@ -36,18 +36,21 @@ SHAPE = {
     "answers": [
         {
             **{"picture": str, "question": str, "answers": [str], "kind": str},
-            **{"given": Table(str), "scores": Table(Optional(NUMBER))},
+            **{"given": Table(str), "scores": Table(NullableValue(NUMBER))},
         }
     ],
 }
 
 
 def read_result(file: Path) -> dict:
-    """A result file; `InputError` unless it is one of this schema, and whole."""
+    """Return the JSON of a result file.
+
+    Raises `InputError` unless the file has this schema and is complete.
+    """
     result = results.read_result(file, SCHEMA, SHAPE)
     rows = result["rows"]
-    same = (_alike(rows, name) for name in ("accuracy", "needed"))
-    if not all(same) or not all("all" in row["agreement"] for row in rows):
+    alike = (_alike(rows, name) for name in ("accuracy", "needed"))
+    if not all(alike) or not all("all" in row["agreement"] for row in rows):
         raise InputError(
             f"{file} is damaged: its rows have other kinds of questions, or no share "
             "of all of them"
@@ -56,16 +59,16 @@ def read_result(file: Path) -> dict:
 
 
 def _alike(rows: list[dict], name: str) -> bool:
-    """Whether every row has the same shares, that of all questions or none at all."""
+    """Return whether the rows have equal kinds of shares: none, or "all" among them."""
     kinds = {tuple(row[name]) for row in rows}
     return len(kinds) == 1 and ("all" in min(kinds) or not min(kinds))
 
 
 def accuracies(result: dict) -> dict[tuple, float]:
-    """Accuracy over all questions, by weights, positions, label and input size."""
-    about = result["run"]["weights"], result["run"]["positions"]
+    """Return accuracies over all questions, by weights, positions, label and size."""
+    run = result["run"]["weights"], result["run"]["positions"]
     return {
-        (*about, row["label"], result["image_size"]): row["accuracy"]["all"]["value"]
+        (*run, row["label"], result["image_size"]): row["accuracy"]["all"]["value"]
         for row in result["rows"]
         if row["accuracy"]
     }

@@ -1,26 +1,27 @@
-"""What a function asks of the machine, from its MLX graph: FLOPs, bytes, launches.
+"""Cost of a function from its MLX graph: FLOPs, bytes and kernel launches.
 
-Nothing is evaluated, so a model larger than memory can be counted. The graph is the
-plain one, without the forms for the CPU, and operations that Metal has a kernel for
-(attention, norms, rotary positions) count as one. Counted on Linux, so a model of what
-Metal does, not a measurement. The tracing API of MLX is experimental; besides this file
-only `coreml/capture.py` uses it.
+Nothing is evaluated, so a model larger than memory can be counted. The graph has plain
+operations, without the forms for the CPU. Operations with a Metal kernel (attention,
+norms, rotary positions) count as one launch. The counts model Metal and are no
+measurement; they also work on Linux. The tracing API of MLX is experimental; besides
+this module only `coreml/capture.py` uses it.
 """
 
 import contextlib
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..models.layers import plain_operations
 
-# Operations that only describe their input differently.
+# Operations that return a view of their input, without a launch.
 _VIEWS = {
     *("AsStrided", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice"),
     *("Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "BroadcastAxes"),
@@ -30,9 +31,11 @@ _FUSED = ("layer_norm", "rms_norm", "rope", "scaled_dot_product_attention")
 
 @dataclass(frozen=True)
 class Cost:
-    """flops: of products and convolutions, two per multiply-add. bytes: read and
-    written by every launch. weights: bytes of constants, read once. launches: kernels
-    without fusion.
+    """Cost of a computation.
+
+    flops: FLOPs of products and convolutions, two per multiply-add. bytes: bytes that
+    all launches read and write. weights: bytes of constants, read once. launches:
+    kernels without fusion.
     """
 
     flops: float = 0.0
@@ -50,7 +53,7 @@ class Cost:
 
 
 def count(function: Callable, *arrays: mx.array) -> Cost:
-    """The cost of `function(*arrays)`, which returns arrays."""
+    """Return the cost of `function(*arrays)`, which returns arrays."""
     events: list[dict] = []
     with _as_on_metal() as fused:
         mx.export_function(events.append, function, *arrays)
@@ -58,7 +61,7 @@ def count(function: Callable, *arrays: mx.array) -> Cost:
     for event in events:
         if event["type"] != "primitive":
             continue
-        if event["name"] == "Depends":  # a stand-in, whose mark says which
+        if event["name"] == "Depends":  # a stand-in; its mark's size is the number
             total += fused[event["inputs"][-1][1][0] - 1]
         elif event["name"] not in _VIEWS:
             total += _of_primitive(event)
@@ -66,24 +69,25 @@ def count(function: Callable, *arrays: mx.array) -> Cost:
 
 
 def launches_compiled(function: Callable, *arrays: mx.array) -> int:
-    """Kernels of `function(*arrays)` under `mx.compile`, which fuses simple ones."""
+    """Return the launches of `function(*arrays)` under `mx.compile`, with fusion."""
     with _as_on_metal(), tempfile.TemporaryDirectory() as folder:
         outputs = mx.compile(function)(*arrays)
         outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-        before = _names(outputs, Path(folder) / "graph.dot")
-        given = _names(arrays, Path(folder) / "given.dot")
-    return len(before) - len(given)
+        output_names = _names(outputs, Path(folder) / "graph.dot")
+        # Inputs that are not evaluated bring operations of their own.
+        input_names = _names(arrays, Path(folder) / "inputs.dot")
+    return len(output_names) - len(input_names)
 
 
-def _names(arrays, file: Path) -> list[str]:
-    """Operations that have to run for these arrays, views left out."""
+def _names(arrays: Sequence[mx.array], file: Path) -> list[str]:
+    """Return the operations that compute these arrays, without views."""
     mx.export_to_dot(str(file), *arrays)
     labels = re.findall(r'label ="(\w+)"', file.read_text())
     return [name for name in labels if name not in _VIEWS]
 
 
 def _size(array: tuple) -> int:
-    """Bytes of a traced array `(name, shape, dtype)`."""
+    """Return the bytes of a traced array `(name, shape, dtype)`."""
     _, shape, dtype = array
     return math.prod(shape) * dtype.size
 
@@ -107,21 +111,25 @@ def _of_primitive(event: dict) -> Cost:
 
 @contextlib.contextmanager
 def _as_on_metal() -> Iterator[list[Cost]]:
-    """Plain operations, and a stand-in for each fused one; gives what those cost."""
-    found: list[Cost] = []
-    before = {name: getattr(mx.fast, name) for name in _FUSED}
+    """Use plain operations and stand-ins for fused ones; yield the stand-ins' costs.
+
+    Without Metal, MLX builds fused operations from primitives, which would all count.
+    """
+    costs: list[Cost] = []
+    originals = {name: getattr(mx.fast, name) for name in _FUSED}
 
     def stand_in(name: str) -> Callable:
-        def run(x, *args, **options):
-            others = [a for a in args if isinstance(a, mx.array)]
-            moved = 2 * x.nbytes + sum(a.nbytes for a in others)
+        def run(x: mx.array, *args: Any, **options: Any) -> mx.array:
+            inputs = [a for a in args if isinstance(a, mx.array)]
+            moved = 2 * x.nbytes + sum(a.nbytes for a in inputs)
             flops = 0
             if name == "scaled_dot_product_attention":
-                flops = 4 * x.size * others[0].shape[-2]
-            found.append(Cost(flops, moved, 0, 1))
-            # Only what the result needs is exported: the mark tells which it was.
-            mark = mx.array(np.zeros((len(found), 0), np.float32))
-            return mx.depends([x], [*others, mark])[0]
+                flops = 4 * x.size * inputs[0].shape[-2]
+            costs.append(Cost(flops, moved, 0, 1))
+            # The export has no calls that the result does not need, so each stand-in
+            # carries its number in `costs`, as the length of an empty array.
+            mark = mx.array(np.zeros((len(costs), 0), np.float32))
+            return mx.depends([x], [*inputs, mark])[0]
 
         return run
 
@@ -129,7 +137,7 @@ def _as_on_metal() -> Iterator[list[Cost]]:
         for name in _FUSED:
             setattr(mx.fast, name, stand_in(name))
         with plain_operations():
-            yield found
+            yield costs
     finally:
-        for name, function in before.items():
+        for name, function in originals.items():
             setattr(mx.fast, name, function)

@@ -1,4 +1,4 @@
-"""95 % intervals of shares and of means."""
+"""95 % confidence intervals of shares, means and paired losses."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -7,11 +7,14 @@ from statistics import NormalDist
 import numpy as np
 
 _Z = 1.96
-_SAMPLES = 2000
+_SAMPLES = 2000  # of a bootstrap
 
 
 def wilson(right: float, total: int) -> tuple[float, float]:
-    """Wilson's interval of `right` out of `total` independent ones, at least 1."""
+    """Return Wilson's score interval (low, high) of a share.
+
+    right: successes. total: independent trials, at least 1.
+    """
     share = right / total
     centre = share + _Z * _Z / (2 * total)
     half = _Z * math.sqrt(share * (1 - share) / total + _Z * _Z / (4 * total**2))
@@ -22,11 +25,11 @@ def wilson(right: float, total: int) -> tuple[float, float]:
 def of_share(
     values: Sequence[float], groups: Sequence[Hashable]
 ) -> tuple[float, float]:
-    """Of the mean of values in [0, 1].
+    """Return the interval (low, high) of the mean of values in [0, 1].
 
-    groups: what each is about. Wilson's where values are 0 or 1 and each is about
-    something else; partial scores, and several questions about one picture, are drawn
-    again by picture. Where no picture differs, Wilson's of so many pictures.
+    groups: image (or other group) of each value. Values of 0 or 1 with one value per
+    group get Wilson's interval. Partial scores, and several values per group, get a
+    bootstrap over groups; where no group differs, Wilson's interval of N groups.
     """
     total = len(set(groups))
     alone = total == len(values) and all(value in (0, 1) for value in values)
@@ -39,7 +42,10 @@ def of_share(
 def bootstrap(
     values: Sequence[float], groups: Sequence[Hashable]
 ) -> tuple[float, float]:
-    """Of the mean: the middle 95 % of means over groups drawn again, from one seed."""
+    """Return the interval (low, high) of a mean by a bootstrap over groups.
+
+    It is the middle 95 % of the means of resampled groups; the seed is fixed.
+    """
     numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     where = np.array([numbers[group] for group in groups])
     sums = np.bincount(where, np.asarray(values, np.float64))
@@ -56,12 +62,12 @@ def bootstrap(
 def of_loss(
     losses: Sequence[float], groups: Sequence[Hashable], rows: int = 1
 ) -> tuple[float, float, float]:
-    """The mean of paired losses in [-1, 1], and its interval.
+    """Return the mean of paired losses in [-1, 1], and its interval (low, high).
 
-    groups: what each is about. rows: how many such intervals shall hold together in
-    95 % of cases (Bonferroni). Agresti and Min's adjusted Wald interval (Statistics in
-    Medicine 24, 2005), which has a width also where no answer changed, and wider by the
-    design effect where several questions are about one picture.
+    groups: image (or other group) of each loss. rows: number of intervals that hold
+    together in 95 % of cases (Bonferroni). The interval is Agresti and Min's adjusted
+    Wald interval (Statistics in Medicine 24, 2005), which has a width even if no answer
+    changed. It is widened by the design effect where groups have several losses.
     """
     z = NormalDist().inv_cdf(1 - 0.025 / rows)
     values = np.asarray(losses, np.float64)
@@ -73,7 +79,7 @@ def of_loss(
 
 
 def _design_effect(residuals: np.ndarray, groups: Sequence[Hashable]) -> float:
-    """How much larger groups make the variance of a mean, at least 1."""
+    """Return the factor by which groups enlarge the variance of a mean, at least 1."""
     numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     sums = np.bincount([numbers[group] for group in groups], residuals)
     alone = np.square(residuals).sum()

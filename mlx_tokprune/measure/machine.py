@@ -1,22 +1,27 @@
-"""The machine that figures come from: its name, its versions and its speed."""
+"""Description of the measuring machine: device, versions and speed."""
 
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ..runtime import device_name
 
 _SIDE = 1024  # of the matrices whose product is timed
-_COPIED = 1 << 26  # floats
+_COPIED = 1 << 26  # floats of the copy that is timed
 
 
 def describe() -> dict:
-    """Device, system, versions, commit and power mode; `None` for what is unknown."""
+    """Return device, system, versions, commit and power mode.
+
+    Entries that cannot be read are `None`.
+    """
     return {
         "device": device_name(),
         "cores": _cores(),
@@ -31,8 +36,17 @@ def describe() -> dict:
     }
 
 
+def format_versions(machine: Mapping[str, Any]) -> str:
+    """Return a machine's package versions in one line: `mlx 0.31.0, mlx-lm 0.30.7`.
+
+    machine: the result of `describe`. Packages that are not installed are left out.
+    """
+    versions = machine["versions"].items()
+    return ", ".join(f"{name} {version}" for name, version in versions if version)
+
+
 def measure_rates(runs: int = 20) -> dict[str, float]:
-    """Floating point operations and bytes a second, the best of `runs`, in float32."""
+    """Return FLOPs and copied bytes per second in float32, the best of `runs`."""
     a, b = (mx.random.normal((_SIDE, _SIDE)) for _ in range(2))
     data = mx.zeros((_COPIED,))
     mx.eval(a, b, data)
@@ -44,7 +58,8 @@ def measure_rates(runs: int = 20) -> dict[str, float]:
     }
 
 
-def _seconds(function, runs: int) -> float:
+def _seconds(function: Callable[[], mx.array], runs: int) -> float:
+    """Return the shortest of `runs` times, after one run to warm up."""
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()
@@ -86,14 +101,14 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the working tree this package runs from, with `+` when it was changed."""
+    """Return the commit of this package's working tree, with `+` if it is modified."""
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     changed = commit and _output("git", "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+" if changed else commit
 
 
 def _power() -> str | None:
-    """macOS only: mains or battery, and whether low power mode is on."""
+    """Return the power source and low power mode; macOS only."""
     if platform.system() != "Darwin":
         return None
     source, settings = _output("pmset", "-g", "batt"), _output("pmset", "-g")

@@ -1,4 +1,4 @@
-"""A model in mlx-vlm's runtime, for bench and evaluate: answers, times and FLOPs."""
+"""Models in mlx-vlm's runtime, for bench and evaluate: answers, times and FLOPs."""
 
 import contextlib
 import time
@@ -15,15 +15,18 @@ from ..pruners.registry import Options
 from .cost import Cost, count
 from .results import Row, make_rows
 
-SMALLER = "max_pixels"  # rows of whole pictures with as few tokens
+SMALLER = "max_pixels"  # label of rows with smaller images instead of pruning
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: token ids, the logarithms of their probabilities (V,) one by one, and
-    what it took. prompt, total, kept: tokens of the prompt, visual ones of the whole
-    picture, and those that the language model read. peak_memory_mb: of MLX's arrays,
-    weights included.
+    """An answer of mlx-vlm with its times and token counts.
+
+    ids: token ids. logs: (V,) log probabilities at each token. ttft_ms, total_ms: time
+    to the first and to the last token. prompt: tokens of the prompt. total: visual
+    tokens of the whole image. kept: visual tokens that the language model read.
+    peak_memory_mb: peak memory of MLX arrays, weights included. places: kept tokens of
+    each image, counted from its first token; `None` without pruning.
     """
 
     ids: list[int]
@@ -38,39 +41,50 @@ class Reply:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
+        """Tokens per second after the first; `None` for an answer of one token."""
         seconds = (self.total_ms - self.ttft_ms) / 1e3
         return (len(self.ids) - 1) / seconds if len(self.ids) > 1 else None
 
 
 class MlxVlmSubject:
-    """A checkpoint loaded by mlx-vlm, unchanged between rows."""
+    """A checkpoint loaded by mlx-vlm, unchanged between rows.
+
+    name: folder or hub id. positions: `original`, `contiguous` or `None` for the
+    default of its family. Raises `InputError` for an unsupported model.
+    """
 
     kind = "answering"
 
     def __init__(self, name: str, positions: str | None = None):
         self.name, self.positions = name, positions
         self.model, self.processor = load_mlx_vlm(name)
-        self._counted: dict = {}
-        self._known = attach(self.model, self.processor, Pruner("norm", 0.5), positions)
-        self._known.detach()  # it refuses what is not known
+        # Token totals and costs by input shape: rows and repetitions share them.
+        self._cache: dict = {}
+        # A trial: it raises for unsupported models and describes supported ones.
+        self._handle = attach(
+            *(self.model, self.processor, Pruner("norm", 0.5), positions)
+        )
+        self._handle.detach()
 
     @property
     def kind_of_positions(self) -> str:
-        """As they are: original or contiguous."""
-        return self._known.positions
+        """Positions of kept tokens: "original" or "contiguous"."""
+        return self._handle.positions
 
     @property
     def stops(self) -> set[int]:
+        """Token ids that end an answer."""
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         return set(tokenizer.stopping_criteria.eos_token_ids)
 
     @property
     def resizes(self) -> bool:
-        """Whether pictures of fewer pixels have fewer tokens, by `max_pixels`."""
+        """Support of `max_pixels`, by which smaller images have fewer tokens."""
         kind = type(getattr(self.processor, "image_processor", None))
         return "qwen" in kind.__module__.lower()
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without stop tokens."""
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         return tokenizer.decode([i for i in ids if i not in self.stops])
 
@@ -80,9 +94,10 @@ class MlxVlmSubject:
         ratios: Sequence[float],
         options: Mapping[str, Options],
     ) -> list[Row]:
-        """Return the unpruned model, methods at every ratio, and smaller images.
+        """Return rows: the unpruned model, methods at every ratio, smaller images.
 
-        Raises `InputError` for a method that cannot choose in this model.
+        options: options of each method. Raises `InputError` for a method that does not
+        fit the model.
         """
         rows = make_rows(methods, ratios, options=options)
         for ratio in ratios if self.resizes else ():
@@ -94,8 +109,8 @@ class MlxVlmSubject:
         return rows
 
     def default_methods(self) -> list[str]:
-        """Methods that can choose after a projector and take a budget."""
-        provided = set(self._known.provides)
+        """Return the methods with a budget that can prune after a projector."""
+        provided = set(self._handle.provides)
         return [
             name
             for name in list_pruners()
@@ -122,31 +137,33 @@ class MlxVlmSubject:
         most: int,
         forced: Sequence[int] | None = None,
     ) -> Reply:
-        """A greedy answer of at most `most` tokens, or the probabilities of `forced`.
+        """Return a greedy answer of at most `most` tokens.
 
-        TTFT begins with the decoded picture and the question.
+        forced: token ids to decode instead; the reply has the model's probabilities at
+        each. TTFT begins with the decoded image and the question.
         """
         from mlx_vlm import stream_generate
 
-        text = self._told(question)
-        whole = self._sizes(row, image, text)
-        how = {"max_tokens": most, "temperature": 0.0, **whole}
+        text = self._templated(question)
+        sizes = self._sizes(row, image, text)
+        options = {"max_tokens": most, "temperature": 0.0, **sizes}
         if forced is not None:
-            how |= {"sampler": _Forcing(forced), "max_tokens": len(forced)}
+            options |= {"sampler": _ForcedSampler(forced), "max_tokens": len(forced)}
         ids, logs, first = [], [], None
         with self._pruned(row) as handle:
             mx.reset_peak_memory()
             start = time.perf_counter()
             for piece in stream_generate(
-                self.model, self.processor, text, image=[image], **how
+                self.model, self.processor, text, image=[image], **options
             ):
                 first = first or time.perf_counter()
+                # The last piece repeats the last token to report the reason of its end.
                 if piece.logprobs is not None and len(logs) < piece.generation_tokens:
                     ids.append(int(piece.token))
                     logs.append(piece.logprobs)
             end, peak = time.perf_counter(), mx.get_peak_memory() / 1e6
             last = handle.last
-        total = self._total(image, text, whole)
+        total = self._total(image, text, sizes)
         kept = last[0].keep if last else total
         first = end if first is None else first
         return Reply(
@@ -156,8 +173,8 @@ class MlxVlmSubject:
         )
 
     def check(self, image: Image.Image, rows: Sequence[Row]) -> None:
-        """Raise `InputError` for a picture that mlx-vlm's processor does not take."""
-        text = self._told("What is this?")
+        """Raise `InputError` for an image that mlx-vlm's processor does not accept."""
+        text = self._templated("What is this?")
         try:
             for share in dict.fromkeys(row.share for row in rows):
                 row = Row("", (Pruner("none"),), share)
@@ -170,8 +187,8 @@ class MlxVlmSubject:
                 f"({reason})"
             ) from None
 
-    def _told(self, question: str) -> str:
-        """The question about a picture in the model's chat template."""
+    def _templated(self, question: str) -> str:
+        """Return the question about an image in the model's chat template."""
         from mlx_vlm.prompt_utils import apply_chat_template
 
         return apply_chat_template(
@@ -179,7 +196,7 @@ class MlxVlmSubject:
         )
 
     def _sizes(self, row: Row, image: Image.Image, text: str) -> dict:
-        """`max_pixels` of a picture that is to have a share of its tokens."""
+        """Return `max_pixels` for a row that shrinks the image to a share of tokens."""
         if row.share is None:
             return {}
         (height, width), *_ = self.grids(image, text)
@@ -196,67 +213,69 @@ class MlxVlmSubject:
 
     def _total(self, image: Image.Image, text: str, sizes: dict) -> int:
         key = ("total", image.size, text, *sizes.values())
-        if key not in self._counted:
+        if key not in self._cache:
             inputs = self._inputs(image, text, sizes)
-            self._counted[key] = self._known.total(inputs)
-        return self._counted[key]
+            self._cache[key] = self._handle.total(inputs)
+        return self._cache[key]
 
     def grids(self, image: Image.Image, text: str) -> list[tuple[int, int]]:
-        """(h, w) of the tokens of each picture, where they are grids."""
-        if self._known.grids is None:
+        """Return the token grid (h, w) of each image; empty without grids."""
+        if self._handle.grids is None:
             return []
-        return self._known.grids(self._inputs(image, text, {}), self.model.config)
+        return self._handle.grids(self._inputs(image, text, {}), self.model.config)
 
     def cost(
         self, row: Row, image: Image.Image, question: str, kept: int
     ) -> dict[str, Cost] | None:
-        """Of the tower with its projector, and of reading the prompt.
+        """Return the costs of "vision" (tower and projector) and of "prefill".
 
-        `None` where mlx-vlm's code looks at values on its way, which no graph shows.
+        `None` where mlx-vlm's code reads values, which MLX cannot trace.
         """
-        text = self._told(question)
+        text = self._templated(question)
         sizes = self._sizes(row, image, text)
         key = ("cost", image.size, text, kept, *sizes.values())
-        if key not in self._counted:
+        if key not in self._cache:
             try:
-                self._counted[key] = self._cost(self._inputs(image, text, sizes), kept)
+                self._cache[key] = self._cost(self._inputs(image, text, sizes), kept)
             except ValueError:
-                self._counted[key] = None
-        return self._counted[key]
+                self._cache[key] = None
+        return self._cache[key]
 
     def _cost(self, inputs: dict, kept: int) -> dict[str, Cost]:
         from mlx_vlm.models.cache import make_prompt_cache
 
-        total = self._known.total(inputs)
+        total = self._handle.total(inputs)
         names = ("input_ids", "pixel_values", "attention_mask")
         ids, pixels, mask = (inputs.pop(name) for name in names)
         embed, language = self.model.get_input_embeddings, self.model.language_model
 
-        def seen(pixels):
+        def encode(pixels: mx.array) -> list[mx.array]:
             return [embed(ids, pixels, mask=mask, **inputs).inputs_embeds]
 
         cache = make_prompt_cache(language)
-        found = embed(ids, pixels, mask=mask, **inputs)
-        more = {k: v for k, v in found.to_dict().items() if v is not None}
-        embeddings = more.pop("inputs_embeds")
-        shorter = embeddings.shape[1] - (total - kept)
-        more = {k: v for k, v in more.items() if k in ("position_ids", "rope_deltas")}
-        if "position_ids" in more:
-            more["position_ids"] = more["position_ids"][..., :shorter]
+        embedded = embed(ids, pixels, mask=mask, **inputs)
+        extras = {k: v for k, v in embedded.to_dict().items() if v is not None}
+        embeddings = extras.pop("inputs_embeds")
+        length = embeddings.shape[1] - (total - kept)
+        names = ("position_ids", "rope_deltas")
+        extras = {k: v for k, v in extras.items() if k in names}
+        if "position_ids" in extras:
+            extras["position_ids"] = extras["position_ids"][..., :length]
 
-        def read(embeddings):
+        def read(embeddings: mx.array) -> list[mx.array]:
             blank = mx.zeros(embeddings.shape[:2], mx.int32)
-            how = {"inputs_embeds": embeddings, "cache": cache, "logits_to_keep": 1}
-            return [language(blank, **how, **more).logits[:, -1]]
+            options = {"inputs_embeds": embeddings, "cache": cache, "logits_to_keep": 1}
+            return [language(blank, **options, **extras).logits[:, -1]]
 
+        # Costs depend on shapes only: any `length` tokens stand for the kept ones.
         return {
-            "vision": count(seen, pixels),
-            "prefill": count(read, embeddings[:, :shorter]),
+            "vision": count(encode, pixels),
+            "prefill": count(read, embeddings[:, :length]),
         }
 
 
-class _Forcing:
-    """A sampler that gives these ids, whatever is likely."""
+class _ForcedSampler:
+    """Sampler that returns the given ids in order and ignores the probabilities."""
 
     def __init__(self, ids: Sequence[int]):
         self._ids, self._next = list(ids), 0
@@ -267,9 +286,9 @@ class _Forcing:
         return mx.array([self._ids[number]], mx.uint32)
 
 
-def check_mlx_vlm(**others) -> None:
+def check_mlx_vlm(**options: object) -> None:
     """Raise `InputError` for options that only this package's own runtime has."""
-    for name, value in others.items():
+    for name, value in options.items():
         if value:
             raise InputError(
                 f"--{name.replace('_', '-')} is for this package's own runtime; leave "

@@ -1,10 +1,11 @@
-"""Result files: the rows that were measured, whole files, and what they come from."""
+"""Rows of measurements, and the reading of result files."""
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..pruners import Plan, Pruner, get_method
@@ -15,10 +16,10 @@ MOST_BYTES = 1 << 30  # of a result file
 
 @dataclass(frozen=True)
 class Row:
-    """A pruner, or several at different places, under its label in tables.
+    """A pruner, or several at different places, with the label of its table row.
 
-    share: in mlx-vlm, the share of its tokens that the image is shrunk to instead,
-    which spares the tower.
+    share: in mlx-vlm, the share of visual tokens to which the image is shrunk instead
+    of pruning, which also shortens the tower's time.
     """
 
     label: str
@@ -26,10 +27,10 @@ class Row:
     share: float | None = None
 
     def described(self) -> dict:
-        """As JSON: the first pruner, the others if there are any, and the share."""
-        first, *others = [pruner.described() for pruner in self.pruners]
+        """Return the row as JSON: label, first pruner, other pruners and share."""
+        first, *rest = [pruner.described() for pruner in self.pruners]
         row = {"label": self.label, "pruner": first}
-        row |= {"others": others} if others else {}
+        row |= {"others": rest} if rest else {}
         return row | ({"share": self.share} if self.share else {})
 
 
@@ -40,10 +41,11 @@ def make_rows(
     options: Mapping[str, Options] | None = None,
     plans: Mapping[str, Plan] | None = None,
 ) -> list[Row]:
-    """The unpruned model, every method at every ratio or number of tokens, and plans.
+    """Return rows: the unpruned model, methods at every budget, and plans.
 
-    Methods that choose their own count have one row, and scorers that learned one have
-    it besides. options: of each method.
+    ratios, counts: budgets as keep ratios and as numbers of tokens. options: options of
+    each method. plans: plans by label. Methods with their own count have one row;
+    scorers with a learned count have an additional row for it.
     """
     rows = [Row("none", (Pruner("none"),))]
     for method in methods:
@@ -62,51 +64,59 @@ def make_rows(
 def budgets(
     method: str, ratios: Iterable[float], options: Options
 ) -> list[float | None]:
-    """The keep ratios of a method's rows; `None` where its own count says."""
-    known, shares = get_method(method), [ratio for ratio in ratios if ratio < 1]
-    if known.counts_itself(options):
+    """Return the keep ratios of a method's rows; `None` stands for its own count."""
+    entry, shares = get_method(method), [ratio for ratio in ratios if ratio < 1]
+    if entry.counts_itself(options):
         return [None]
-    return [None, *shares] if known.learned_count else shares
+    return [None, *shares] if entry.learned_count else shares
 
 
 # Reading ----------------------------------------------------------------------------
-# The shape of a file: a type, a tuple of types, a dict of names, or a list of one
-# shape. `Optional(x)` also takes null, `Table(x)` is an object of any names, and
-# `Newer(x)` may be missing: older files do not have it.
+# The shape of a file is a type, a tuple of types, a dict of named shapes, a list of one
+# shape, or one of these classes.
 
 
 @dataclass(frozen=True)
-class Optional:
+class NullableValue:
+    """Shape of a value that may be null."""
+
     of: object
 
 
 @dataclass(frozen=True)
-class Newer:
+class NewerField:
+    """Shape of a field that older files do not have."""
+
     of: object
 
 
 @dataclass(frozen=True)
 class Table:
+    """Shape of an object with any names."""
+
     of: object
 
 
 def read_result(file: str | Path, schema: str, shape: object) -> dict:
-    """The JSON of a result file.
+    """Return the JSON of a result file.
 
-    Raises `InputError` unless it is of this `schema` and whole: of this `shape`.
+    Raises `InputError` unless the file has this schema and shape.
     """
     result = read_any(file)
-    found = result.get("schema")
-    if found != schema:
-        raise InputError(f"{file} has schema {found!r}; expected {schema!r}")
-    wrong = mismatch(result, shape, "")
-    if wrong:
-        raise InputError(f"{file} is damaged: {wrong}")
+    name = result.get("schema")
+    if name != schema:
+        raise InputError(f"{file} has schema {name!r}; expected {schema!r}")
+    error = mismatch(result, shape, "")
+    if error:
+        raise InputError(f"{file} is damaged: {error}")
     return result
 
 
 def read_any(file: str | Path) -> dict:
-    """The JSON object of a file that may be a result."""
+    """Return the JSON object of a file that may be a result.
+
+    Raises `InputError` for a file that is no JSON object, or larger than 1 GiB.
+    """
     file = Path(file)
     try:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
@@ -122,9 +132,12 @@ def read_any(file: str | Path) -> dict:
     return result
 
 
-def mismatch(value, shape, where: str) -> str | None:
-    """What is wrong with a value, in words; `None` where it has the shape."""
-    if isinstance(shape, Optional):
+def mismatch(value: Any, shape: Any, where: str) -> str | None:
+    """Describe the first mismatch of a value and its shape; `None` without any.
+
+    where: path of the value in the file.
+    """
+    if isinstance(shape, NullableValue):
         return None if value is None else mismatch(value, shape.of, where)
     if isinstance(shape, (Table, dict)):
         return _object_mismatch(value, shape, where)
@@ -142,23 +155,27 @@ def mismatch(value, shape, where: str) -> str | None:
     return None
 
 
-def _object_mismatch(value, shape, where: str) -> str | None:
+def _object_mismatch(value: Any, shape: Table | dict, where: str) -> str | None:
     if not isinstance(value, dict):
         return f"{where or 'it'} is {str(value)[:40]!r}; expected an object"
     fields = dict.fromkeys(value, shape.of) if isinstance(shape, Table) else shape
     for name, inner in fields.items():
         path = f"{where}.{name}" if where else name
-        if isinstance(inner, Newer):
+        if isinstance(inner, NewerField):
             if name not in value:
                 continue
             inner = inner.of
         if name not in value:
             return f"{path} is missing"
-        wrong = mismatch(value[name], inner, path)
-        if wrong:
-            return wrong
+        error = mismatch(value[name], inner, path)
+        if error:
+            return error
     return None
 
 
 NUMBER = (int, float)
-MACHINE = {"device": str, "versions": Table(Optional(str)), "commit": Optional(str)}
+MACHINE = {
+    "device": str,
+    "versions": Table(NullableValue(str)),
+    "commit": NullableValue(str),
+}

@@ -1,8 +1,8 @@
-"""What is measured: a model that answers or one that acts, behind one face."""
+"""Subjects of bench and evaluate: text models and policies with one interface."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -25,14 +25,14 @@ from ..processing.processor import ActionProcessor, Processor
 from ..pruners import Counts, Plan, Pruner, count_tokens, get_method, list_pruners
 from .cost import Cost, count
 
-LOWER_SIZES = (256, 512, 768)  # rows without pruning, to compare with
+LOWER_SIZES = (256, 512, 768)  # input sizes of unpruned rows to compare with
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Pictures and a prompt, and what is done to the visual tokens.
+class Request:
+    """Images and a prompt, with the pruning of the visual tokens.
 
-    drafts: what drafts an answer.
+    positions: `original` or `contiguous`. drafts: speculative decoding of the answer.
     """
 
     images: Sequence
@@ -43,10 +43,11 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """The cost of each stage up to the first token, and visual tokens.
+class StageCosts:
+    """Cost of each stage up to the first token, and token counts.
 
-    cache_bytes: keys and values of the prompt, of all layers.
+    costs: by stage ("vision", "prune", "project", "prefill"). cache_bytes: keys and
+    values of the prompt in all layers. tokens: visual tokens at each place.
     """
 
     costs: dict[str, Cost]
@@ -55,33 +56,36 @@ class Counted:
 
     @property
     def flops(self) -> float:
+        """FLOPs of all stages."""
         return sum(cost.flops for cost in self.costs.values())
 
 
 def _budgeted(pruner: Pruner) -> Pruner:
-    """A scorer's with a budget in the place of its own count."""
+    """Return the pruner; a scorer's own count becomes a budget, for equal cost."""
     learned = pruner.has_own_count and pruner.scorer is not None
     return dataclasses.replace(pruner, keep_tokens=1) if learned else pruner
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model under the name it has in the table."""
+    """Base of subjects: a loaded model under its name in tables."""
 
     name: str
     model: VisionModel
     processor: Processor | ActionProcessor
     default_places: ClassVar[tuple[str, ...]] = ()
-    _counted: dict = field(default_factory=dict, repr=False, compare=False)
+    # Costs by input shape, kept between calls: rows and pictures share most of them.
+    _costs: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def image_size(self) -> int:
+        """Input size in pixels per side."""
         return self.processor.image_size
 
     def default_methods(self, everywhere: bool = False) -> list[str]:
-        """Methods with a budget that this kind of model is pruned by.
+        """Return the methods with a budget that fit this kind of model.
 
-        everywhere: at all places, not only those usual for this kind.
+        everywhere: include all places, not only the usual ones of this kind.
         """
         provided = self.model.provides
         return [
@@ -94,64 +98,71 @@ class _Subject:
         ]
 
     def total(self, images: Sequence) -> int:
-        """Visual tokens of a picture before pruning."""
+        """Return the visual tokens of an image before pruning."""
         _, height, width, _ = self.processor.pixels(images[:1]).shape
         return (height // self.model.stride) * (width // self.model.stride)
 
-    def count(self, asked: Asked) -> Counted:
-        """The cost of every stage; looks at the picture only where a method counts."""
-        scene, kept = self.scene(asked.images, asked.prompt), None
-        if any(pruner.has_own_count for pruner in asked.plan):
-            visual = look(self.model, scene, asked.plan)
-            kept = prune_at_prompt(self.model, scene, asked.plan, visual).keep
-        return self.count_shapes(scene, asked.plan, kept)
+    def count(self, request: Request) -> StageCosts:
+        """Return the cost of every stage up to the first token.
 
-    def count_shapes(self, scene: Scene, plan: Plan, kept: int | None) -> Counted:
-        """The same from shapes alone. kept: of a group, where a method counts."""
+        Encodes the images only for methods with their own count.
+        """
+        scene, kept = self.scene(request.images, request.prompt), None
+        if any(pruner.has_own_count for pruner in request.plan):
+            visual = look(self.model, scene, request.plan)
+            kept = prune_at_prompt(self.model, scene, request.plan, visual).keep
+        return self.count_shapes(scene, request.plan, kept)
+
+    def count_shapes(self, scene: Scene, plan: Plan, kept: int | None) -> StageCosts:
+        """Return the cost of every stage from shapes alone.
+
+        kept: visual tokens of a group, for methods with their own count.
+        """
         pictures, height, width, _ = scene.pixels.shape
         stride, groups = self.model.stride, scene.batch * scene.prompt.places
         grid, per_group = (height // stride, width // stride), pictures // groups
         depth, places = len(self.model.decoder.layers), scene.prompt.places
         counts = count_tokens(plan, grid, per_group, depth, kept, places)
         texts = [text.shape[1] for text in self.model.text(scene.prompt, scene.state)]
-        some = counts.projected // per_group
-        tokens = mx.zeros((pictures, some, self.model.feature_size))
+        projected = counts.projected // per_group
+        tokens = mx.zeros((pictures, projected, self.model.feature_size))
         sequence = self._blank(scene.batch, texts, counts.given)
-        read, held = self._prefill(sequence, plan)
+        read, cache_bytes = self._prefill(sequence, plan)
         costs = {
             "vision": self._vision(scene, plan),
             "prune": self._pruning(scene, plan, counts),
             "project": self._once(("project", tokens.shape), self._project, tokens),
             "prefill": read,
         }
-        return Counted(costs, held, counts)
+        return StageCosts(costs, cache_bytes, counts)
 
-    def _once(self, key: tuple, function, *args):
-        """What `function(*args)` gives, once for each key."""
-        if key not in self._counted:
-            self._counted[key] = function(*args)
-        return self._counted[key]
+    def _once(self, key: tuple, function: Callable, *args: Any) -> Any:
+        """Return `function(*args)`, computed once for each key."""
+        if key not in self._costs:
+            self._costs[key] = function(*args)
+        return self._costs[key]
 
     def _vision(self, scene: Scene, plan: Plan) -> Cost:
-        def encoded(pixels):
-            seen = dataclasses.replace(scene, pixels=pixels)
-            return encode(self.model, seen, plan).arrays()
+        def encoded(pixels: mx.array) -> list[mx.array]:
+            traced = dataclasses.replace(scene, pixels=pixels)
+            return encode(self.model, traced, plan).arrays()
 
         needs = tuple(p.reads for p in plan if p.place == "tower")
         key = ("vision", scene.pixels.shape, needs)
         return self._once(key, count, encoded, scene.pixels)
 
     def _pruning(self, scene: Scene, plan: Plan, counts: Counts) -> Cost:
-        """Of choosing; what is chosen in the language model is part of its prefill.
+        """Return the cost of pruning before the language model.
 
-        Nothing for methods that count for themselves: they look at the picture. But a
-        scorer takes what it takes, however many it keeps.
+        Pruning inside the language model is part of its prefill. Zero for methods with
+        their own count, which depends on values. A scorer is counted with a budget,
+        because its cost does not depend on the number of kept tokens.
         """
         early = [_budgeted(p) for p in plan if p.place != "layer"]
         if not early or any(pruner.has_own_count for pruner in early):
             return Cost()
-        asked = tuple(text.shape for text in self.model.text(scene.prompt, scene.state))
-        key = ("prune", scene.pixels.shape, asked, *(p.key for p in early))
+        texts = tuple(text.shape for text in self.model.text(scene.prompt, scene.state))
+        key = ("prune", scene.pixels.shape, texts, *(p.key for p in early))
         return self._once(key, self._count_pruning, scene, early, counts)
 
     def _count_pruning(self, scene: Scene, early: list[Pruner], counts: Counts) -> Cost:
@@ -159,15 +170,16 @@ class _Subject:
         names, groups = list(features.extras), scene.batch * scene.prompt.places
         blank = [mx.zeros(array.shape) for array in features.arrays()]
 
-        def choose_early(tokens, *extras):
-            given = dict(zip(names, extras, strict=True))
-            seen = dataclasses.replace(features, tokens=tokens, extras=given)
-            return [early[0](seen).apply(tokens)]
+        def choose_early(tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
+            extras = dict(zip(names, arrays, strict=True))
+            traced = dataclasses.replace(features, tokens=tokens, extras=extras)
+            return [early[0](traced).apply(tokens)]
 
-        def choose_late(embeddings, *state):
-            seen = VisualTokens(embeddings, indices, selection, grid, pictures)
-            told = dataclasses.replace(scene, state=state[0] if state else None)
-            return [prune_at_prompt(self.model, told, tuple(early), seen).embeddings]
+        def choose_late(embeddings: mx.array, *state: mx.array) -> list[mx.array]:
+            visual = VisualTokens(embeddings, indices, selection, grid, pictures)
+            traced = dataclasses.replace(scene, state=state[0] if state else None)
+            visual = prune_at_prompt(self.model, traced, tuple(early), visual)
+            return [visual.embeddings]
 
         if early[0].place == "tower":
             cost += count(choose_early, *blank)
@@ -185,7 +197,7 @@ class _Subject:
         return count(self.model.project, tokens)
 
     def _blank(self, batch: int, texts: list[int], kept: int) -> TokenSequence:
-        """A sequence of these lengths."""
+        """Return a sequence of zeros. texts: lengths. kept: visual tokens per group."""
         slices, length = [], texts[0]
         for text in texts[1:]:
             slices.append(slice(length, length + kept))
@@ -196,33 +208,34 @@ class _Subject:
         )
 
     def _prefill(self, sequence: TokenSequence, plan: Plan) -> tuple[Cost, int]:
-        """Of reading a sequence, and the bytes of its keys and values."""
+        """Return the cost of reading a sequence, and the bytes of its cache."""
         decoder, cache = self.model.decoder, self.model.decoder.make_cache()
         layers = [pruner for pruner in plan if pruner.place == "layer"]
 
-        def first(embeddings):
-            given = dataclasses.replace(sequence, embeddings=embeddings)
-            kept = None if self.model.attends == "full" else cache
-            found = decoder.read(given, kept, rows=self.rows, plan=layers)
-            return decoder.logits(found.hidden) if kept else found.hidden
+        def first(embeddings: mx.array) -> mx.array:
+            traced = dataclasses.replace(sequence, embeddings=embeddings)
+            # Models with full attention answer in one pass, without cache and logits.
+            used = None if self.model.attends == "full" else cache
+            read = decoder.read(traced, used, rows=self.rows, plan=layers)
+            return decoder.logits(read.hidden) if used else read.hidden
 
-        def counted():
-            return count(first, sequence.embeddings), sum(map(_bytes_held, cache))
+        def counted() -> tuple[Cost, int]:
+            return count(first, sequence.embeddings), sum(map(_cached_bytes, cache))
 
         keys = tuple(pruner.key for pruner in layers)
         return self._once(("prefill", sequence.embeddings.shape, keys), counted)
 
 
-def _bytes_held(cache) -> int:
-    """Keys and values of the tokens in a layer's cache."""
+def _cached_bytes(cache: Any) -> int:
+    """Return the bytes of keys and values of the tokens in a layer's cache."""
     if cache.keys is None:
         return 0
     batch, heads, _, size = cache.keys.shape
     return 2 * batch * heads * cache.offset * size * cache.keys.dtype.size
 
 
-class Answering(_Subject):
-    """A model that answers."""
+class AnswerSubject(_Subject):
+    """A model that answers in text."""
 
     kind = "answering"
     default_places = ("tower",)
@@ -233,23 +246,30 @@ class Answering(_Subject):
         """Input sizes to compare pruning with."""
         return tuple(size for size in LOWER_SIZES if size < self.image_size)
 
-    def at(self, size: int, padding: str | None = None) -> "Answering":
-        """The same with pictures of another size, or other padding."""
+    def at(self, size: int, padding: str | None = None) -> "AnswerSubject":
+        """Return the subject with another input size or padding.
+
+        Raises `InputError` for a size that does not fit the model or the memory.
+        """
         check_memory(self.model, size)
         return dataclasses.replace(self, processor=self.processor.at(size, padding))
 
     def scene(self, images: Sequence, prompt: str) -> Scene:
+        """Return the scene of images and a prompt."""
         return ask(self.processor, images, prompt)
 
-    def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
-        """Times of an answer of at most `tokens`; fenced with `stages`."""
+    def run(self, request: Request, tokens: int, stages: bool = False) -> dict:
+        """Return the times of an answer of at most `tokens` tokens.
+
+        stages: fence the run and time its stages.
+        """
         start = time.perf_counter()
         pieces = list(
             stream_generate(
-                *(self.model, self.processor, asked.images, asked.prompt),
-                pruner=asked.plan,
-                positions=asked.positions,
-                draft=asked.drafts,
+                *(self.model, self.processor, request.images, request.prompt),
+                pruner=request.plan,
+                positions=request.positions,
+                draft=request.drafts,
                 max_tokens=tokens,
                 stages=stages,
             )
@@ -265,8 +285,8 @@ class Answering(_Subject):
         }
 
 
-class Acting(_Subject):
-    """A policy. One of several pictures sees the picture as often as it wants them."""
+class ActionSubject(_Subject):
+    """A policy. One with several cameras gets the first image for each of them."""
 
     kind = "acting"
     default_places = ("tower", "prompt")
@@ -274,79 +294,89 @@ class Acting(_Subject):
 
     @property
     def _actions(self) -> int:
-        """Numbers of an action."""
+        """Dimensions of an action."""
         return len(self.processor.bounds("action", self.unnorm_key).low)
 
     @property
     def head(self) -> Head:
+        """Action head of the policy."""
         return head_of(self.model, self.processor, self._actions)
 
     @property
     def rows(self) -> int:
+        """Last positions of the prompt that the action head reads."""
         return self.head.rows
 
-    def at(self, size: int, padding: str | None = None) -> "Acting":
+    def at(self, size: int, padding: str | None = None) -> "ActionSubject":
+        """Return the subject itself; raise `InputError` for another size or padding."""
         if padding == "skip":
             raise InputError(f"{self.name} stretches pictures, so there is no padding")
         if size != self.image_size:
             raise InputError(
-                f"{self.name} sees pictures of {self.image_size} px only, not {size}"
+                f"{self.name} takes pictures of {self.image_size} px only, not {size}"
             )
         return self
 
     def scene(self, images: Sequence, prompt: str) -> Scene:
-        state = self._state
-        states = None if state is None else [state]
-        images = check_images(self.model, self._wanted(images))
-        told = tell(self.head, self.model, prompt, states, self.unnorm_key)
-        return observe(self.processor, [images], *told, first_inputs(1, self._actions))
+        """Return the scene of an instruction, with the first image for each camera."""
+        values = self._state
+        states = None if values is None else [values]
+        images = check_images(self.model, self._repeated(images))
+        prompt, state = tell(self.head, self.model, prompt, states, self.unnorm_key)
+        extras = first_inputs(1, self._actions)
+        return observe(self.processor, [images], prompt, state, extras)
 
-    def run(self, asked: Asked, tokens: int, stages: bool = False) -> dict:
-        """Times of one action, fenced with `stages`; `tokens` does not matter."""
+    def run(self, request: Request, tokens: int, stages: bool = False) -> dict:
+        """Return the times of one action; `tokens` is not used.
+
+        stages: fence the run and time its stages.
+        """
         action = predict_action(
-            *(self.model, self.processor, self._wanted(asked.images), asked.prompt),
+            *(self.model, self.processor),
+            *(self._repeated(request.images), request.prompt),
             unnorm_key=self.unnorm_key,
             proprio=self._state,
-            pruner=asked.plan,
-            positions=asked.positions,
+            pruner=request.plan,
+            positions=request.positions,
             stages=stages,
         )
-        said = len(action.token_ids or (0,))
-        more = said - 1
+        length = len(action.token_ids or (0,))
+        more = length - 1
         seconds = (action.total_ms - action.ttft_ms) / 1e3
         return {
             "ttft_ms": action.ttft_ms,
             "total_ms": action.total_ms,
             "decode_tokens_per_second": more / seconds if more > 0 else None,
-            "calls": said,
-            "tokens": said,
+            "calls": length,
+            "tokens": length,
             "stages_ms": action.stages_ms,
         }
 
-    def _wanted(self, images: Sequence) -> list:
+    def _repeated(self, images: Sequence) -> list:
+        """Return the first image once for each image that the policy takes."""
         return [images[0]] * (self.model.pictures or len(self.model.cameras))
 
     @property
     def unnorm_key(self) -> str | None:
-        """The first data set: times do not depend on it."""
+        """Name of the first data set; times do not depend on the choice."""
         return next(iter(self.processor.norm_stats), None)
 
     @property
     def _state(self) -> np.ndarray | None:
-        """The middle of what the robot's state can be, where it is read."""
+        """Robot state in the middle of its bounds; `None` if the policy reads none."""
         if not self.model.args.state_size:
             return None
         bounds = self.processor.bounds("proprio", self.unnorm_key)
         return (bounds.low + bounds.high) / 2
 
 
-OwnSubject = Answering | Acting
+OwnSubject = AnswerSubject | ActionSubject
 
 
 class Subject(Protocol):
-    """What bench and evaluate measure: a model in our runtime or in mlx-vlm's.
+    """Model that bench and evaluate measure, in this package's runtime or mlx-vlm's.
 
-    kind: `answering` or `acting`.
+    name: its name in tables. kind: `answering` or `acting`.
     """
 
     name: str
@@ -354,11 +384,13 @@ class Subject(Protocol):
     model: Any
 
     def default_methods(self) -> list[str]:
-        """Methods that are measured unless others are given."""
+        """Return the methods to measure by default."""
         ...
 
 
-def subject_of(name: str, model: VisionModel, processor) -> OwnSubject:
-    """Return a loaded model as a subject."""
-    kind = Answering if isinstance(processor, Processor) else Acting
+def subject_of(
+    name: str, model: VisionModel, processor: Processor | ActionProcessor
+) -> OwnSubject:
+    """Return a loaded model as a subject under a name."""
+    kind = AnswerSubject if isinstance(processor, Processor) else ActionSubject
     return kind(name, model, processor)

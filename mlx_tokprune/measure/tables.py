@@ -1,4 +1,4 @@
-"""Tables of results, as Markdown."""
+"""Tables of results in Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ class Table:
 
     columns: names; the first one may be empty. rows: cells in the order of the columns;
     a row may end early. before, after: lines of text around the table. left: positions
-    of the columns that are aligned left; all others are aligned right.
+    of the columns that are aligned left; the rest is aligned right.
     """
 
     columns: Sequence[str]

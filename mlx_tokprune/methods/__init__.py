@@ -1,7 +1,8 @@
-"""The pruning methods as a table, from their registrations and docstrings."""
+"""Table of the pruning methods, from their registrations and docstrings."""
 
 import inspect
 import re
+from collections.abc import Callable
 
 from ..pruners import get_method, list_pruners
 from ..pruners.registry import Depths, Method, Place
@@ -24,8 +25,8 @@ def _row(method: Method) -> tuple[str, ...]:
     return method.name, place_name(method.at), ", ".join(needs), source, options
 
 
-def _option(method: Method):
-    """Return what writes an option with its default."""
+def _option(method: Method) -> Callable[[str], str]:
+    """Return a function from an option's name to `name=default`."""
     parameters = inspect.signature(method.function).parameters
     return lambda name: f"{name}={parameters[name].default}"
 

@@ -8,6 +8,7 @@ from . import COLUMNS, method_rows
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune.methods`."""
     parser = Parser(
         prog="mlx_tokprune.methods",
         description=__doc__,
@@ -20,14 +21,15 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Print the methods as a table or as JSON."""
     args = build_parser().parse_args(argv)
     rows = method_rows()
     summaries = {name: get_method(name).summary for name, *_ in rows}
     if args.json:
-        described = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-        for entry in described:
+        entries = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        for entry in entries:
             entry["summary"] = summaries[entry["method"]]
-        print(json.dumps(described, indent=1))
+        print(json.dumps(entries, indent=1))
         return
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     for row in (COLUMNS, *rows):

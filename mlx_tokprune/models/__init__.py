@@ -1,0 +1,1 @@
+"""Model families, and what they share: towers, language model and cache."""

@@ -1,4 +1,4 @@
-"""Checks that every family's `ModelArgs.from_dict` makes of a config."""
+"""Config checks that every family's `ModelArgs.from_dict` uses."""
 
 import math
 from collections.abc import Mapping
@@ -14,35 +14,40 @@ _LANGUAGE_SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
-_LIMIT = 1 << 20  # larger sizes are mistakes, and would take the memory to prove it
-_HUGE = 1e6  # the same of other numbers
+_LIMIT = 1 << 20  # larger sizes are mistakes, and allocating them may crash
+_HUGE = 1e6  # the limit of other numbers
 
 
-def expect(right: bool, name: str, value, expected: str) -> None:
-    """Raise `InputError` unless `right`."""
+def expect(right: bool, name: str, value: object, expected: str) -> None:
+    """Raise `InputError`, with the value and the expected one, unless `right`."""
     if not right:
         raise InputError(f"config.json says {name} {value!r}; expected {expected}")
 
 
-def is_size(value) -> bool:
+def is_size(value: object) -> bool:
+    """Return whether a value is a whole number from 1 to 2**20 - 1."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and 0 < value < _LIMIT
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value is a number, not a bool, below 1e6 in magnitude."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and abs(value) < _HUGE
 
 
-def check_token(name: str, value, vocabulary: int) -> None:
-    """A token id has a row in the embeddings; beyond them MLX reads other memory."""
+def check_token(name: str, value: object, vocabulary: int) -> None:
+    """Raise `InputError` unless a value is a token id below `vocabulary`.
+
+    MLX does not check indices: an embedding of a larger id reads other memory.
+    """
     whole = isinstance(value, int) and not isinstance(value, bool)
     right = whole and 0 <= value < vocabulary
     expect(right, name, value, f"a token id below vocab_size {vocabulary}")
 
 
 def check_language(text: Mapping[str, Any]) -> None:
-    """Sizes of a Llama-like language model are there and fit together."""
+    """Raise `InputError` for missing or inconsistent sizes of a Llama-like model."""
     missing = [n for n in (*_LANGUAGE_SIZES, "rms_norm_eps") if n not in text]
     if missing:
         raise InputError(f"config.json does not say {', '.join(missing)}")

@@ -1,7 +1,7 @@
-"""Forms of operations that are fast on MLX's CPU backend, which `layers.py` chooses.
+"""Operations in forms that are fast on MLX's CPU backend; `layers.py` selects them.
 
-MLX's CPU backend runs grouped convolutions, `erf` and `exp` slowly and each on one
-core. Here depthwise convolutions are matrix products (large kernels) or shifted
+MLX's CPU backend runs grouped convolutions, `erf` and `exp` slowly, each on one core.
+Here depthwise convolutions are matrix products (large kernels) or shifted
 multiply-adds, GELU and softmax polynomials, all split over the cores.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 @functools.lru_cache(maxsize=1)
 def cpu_streams() -> list[mx.ThreadLocalStream]:
-    """A stream per core: MLX's CPU backend runs each stream on one thread."""
+    """Return one stream per core: MLX's CPU backend runs a stream on one thread."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -24,8 +24,12 @@ def cpu_streams() -> list[mx.ThreadLocalStream]:
 
 
 def on_all_cores(part: Callable[[int, int], mx.array], shape: tuple) -> mx.array:
-    """Join `part(start, stop)` along axis 1 of a result, a stream for each."""
+    """Compute a result of `shape` in parts of axis 1, one CPU stream per part.
+
+    part: called with the start and stop of a range of axis 1.
+    """
     streams, rows = cpu_streams(), shape[1]
+    # Small results take less time than a switch of streams.
     if math.prod(shape) < 1 << 16 or rows < len(streams):
         return part(0, rows)
     edges = [rows * i // len(streams) for i in range(len(streams) + 1)]
@@ -39,18 +43,18 @@ def on_all_cores(part: Callable[[int, int], mx.array], shape: tuple) -> mx.array
 # GELU and softmax -------------------------------------------------------------------
 
 _ERF_LIMIT = 3.7  # erf is 1 within float32 from here on
-_EXP_LIMIT = 32  # exp(-32) is nothing beside the largest weight, 1
+_EXP_LIMIT = 32  # exp(-32) is negligible beside the largest weight, 1
 
 
 def _fit(function: Callable[[float], float], degree: int) -> list[float]:
-    """Coefficients, lowest first, of a polynomial close to `function` on [-1, 1]."""
+    """Return coefficients, lowest first, of a polynomial fit on [-1, 1]."""
     chebyshev = np.polynomial.chebyshev
     fit = chebyshev.chebinterpolate(np.vectorize(function), degree)
     return [float(c) for c in chebyshev.cheb2poly(fit)]
 
 
 def _evaluate(terms: list[float], power: mx.array) -> mx.array:
-    """Estrin's scheme: a deep Horner chain would not fuse into one kernel."""
+    """Evaluate a polynomial by Estrin's scheme; Horner's deep chain would not fuse."""
     while len(terms) > 1:
         last = terms[-1:] if len(terms) % 2 else []
         pairs = zip(terms[::2], terms[1::2], strict=False)
@@ -61,7 +65,7 @@ def _evaluate(terms: list[float], power: mx.array) -> mx.array:
 
 @functools.lru_cache(maxsize=1)
 def _erf_terms() -> list[float]:
-    """Of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1."""
+    """Return coefficients of erf(u) / u as a polynomial in t = 2 (u / limit)**2 - 1."""
 
     def ratio(t: float) -> float:
         u = _ERF_LIMIT * math.sqrt((t + 1) / 2)
@@ -72,7 +76,7 @@ def _erf_terms() -> list[float]:
 
 @functools.lru_cache(maxsize=1)
 def _exp_terms() -> list[float]:
-    """Of exp((t - 1) / 2) as a polynomial in t."""
+    """Return coefficients of exp((t - 1) / 2) as a polynomial in t."""
     return _fit(lambda t: math.exp((t - 1) / 2), 7)
 
 
@@ -84,15 +88,15 @@ def _gelu(x: mx.array) -> mx.array:
 
 
 def _exp_below(x: mx.array, largest: mx.array) -> mx.array:
-    """exp(x - largest) for x <= largest."""
+    """Return exp(x - largest) for x <= largest."""
     return _polynomial_exp(mx.maximum(x - largest, -_EXP_LIMIT))
 
 
 @mx.compile
 def _polynomial_exp(x: mx.array) -> mx.array:
-    """exp(x) for -_EXP_LIMIT <= x <= 0, as exp(x / 32)**32.
+    """Return exp(x) for -_EXP_LIMIT <= x <= 0, as exp(x / 32)**32.
 
-    Limits are kept outside: in here they would keep the kernel from being vectorized.
+    The caller clips: a clip in the kernel would keep it from being vectorized.
     """
     root = _evaluate(_exp_terms(), x * (2 / _EXP_LIMIT) + 1)
     for _ in range(5):
@@ -101,17 +105,21 @@ def _polynomial_exp(x: mx.array) -> mx.array:
 
 
 def polynomial_gelu(x: mx.array) -> mx.array:
-    """Exact GELU of (B, rows, ...) within 1e-6 max(1, |x|)."""
+    """Apply the exact GELU to (B, rows, ...), within 1e-6 max(1, |x|)."""
     return on_all_cores(lambda start, stop: _gelu(x[:, start:stop]), x.shape)
 
 
 def softmax_powers(q: mx.array, k: mx.array, scale: float) -> tuple[mx.array, mx.array]:
-    """exp of the scaled products, up to a factor per row, and the sums of the rows."""
+    """Return unnormalised attention weights and their row sums.
+
+    q, k: (B, heads, N, D). Weights (B, heads, N, N) are exp(scaled products), up to a
+    factor per row; sums (B, heads, N, 1).
+    """
     scores = (q * scale) @ k.swapaxes(-1, -2)
 
     def part(start: int, stop: int) -> mx.array:
-        some = scores[:, start:stop]
-        return _exp_below(some, mx.max(some, axis=-1, keepdims=True))
+        chunk = scores[:, start:stop]
+        return _exp_below(chunk, mx.max(chunk, axis=-1, keepdims=True))
 
     powers = on_all_cores(part, scores.shape)
     return powers, mx.sum(powers, axis=-1, keepdims=True)
@@ -119,15 +127,15 @@ def softmax_powers(q: mx.array, k: mx.array, scale: float) -> tuple[mx.array, mx
 
 # Convolutions -----------------------------------------------------------------------
 
-_TILE = 16  # columns of a picture that one band matrix makes
-LARGE = 5  # kernels from here on are faster as matrix products
+_TILE = 16  # output columns of one band matrix
+LARGE = 5  # kernels of this size and larger are faster as matrix products
 
 
 def _bands(weight: mx.array) -> mx.array:
-    """(C, k, k, 1) -> (C, k, _TILE, _TILE + k - 1): each kernel row as a band matrix.
+    """Return each kernel row as a band matrix.
 
-    Row r of a matrix has the kernel row from column r on: written one after another,
-    rows are kernel row and `_TILE` zeros over and over.
+    (C, k, k, 1) -> (C, k, _TILE, _TILE + k - 1). Row r of a matrix has the kernel row
+    from column r on: flattened, the matrix repeats the kernel row and `_TILE` zeros.
     """
     channels, size = weight.shape[:2]
     zeros = mx.zeros((channels, size, _TILE), weight.dtype)
@@ -138,11 +146,11 @@ def _bands(weight: mx.array) -> mx.array:
 
 
 def _banded_products(x: mx.array, weight: mx.array) -> mx.array:
-    """Depthwise convolution (H, W, C) -> (H, W, C) of stride 1, by matrix products.
+    """Convolve (H, W, C) depthwise with stride 1, by matrix products.
 
-    Channels first, a picture is cut into tiles of `_TILE` columns and their borders,
-    and each row of the kernel is one product of all tiles' rows with its band matrix.
-    Rows between two tiles are computed along and dropped.
+    Channels first, a picture is cut into tiles of `_TILE` columns and their borders.
+    Each kernel row is one product of all tiles' rows with its band matrix. Rows between
+    two tiles are computed, too, and dropped.
     """
     (height, width, channels), size = x.shape, weight.shape[1]
     pad, tiles = size // 2, -(-width // _TILE)
@@ -154,16 +162,15 @@ def _banded_products(x: mx.array, weight: mx.array) -> mx.array:
     rows = mx.contiguous(rows).reshape(channels, tiles * high, -1)
     bands, count, total = _bands(weight).swapaxes(-1, -2), tiles * high - 2 * pad, None
     for i in range(size):
-        some = rows[:, i : i + count]
-        first = total is None
-        total = some @ bands[:, i] if first else mx.addmm(total, some, bands[:, i])
+        shifted, band = rows[:, i : i + count], bands[:, i]
+        total = shifted @ band if total is None else mx.addmm(total, shifted, band)
     total = mx.pad(total, ((0, 0), (0, 2 * pad), (0, 0)))
     total = total.reshape(channels, tiles, high, _TILE)[:, :, :height]
     return total.transpose(2, 1, 3, 0).reshape(height, -1, channels)[:, :width]
 
 
 def banded_convolution(x: mx.array, weight: mx.array) -> mx.array:
-    """Depthwise, of stride 1: (B, H, W, C), the channels split over the cores."""
+    """Convolve (B, H, W, C) depthwise with stride 1, channels split over the cores."""
     streams, channels = cpu_streams(), x.shape[-1]
     edges = [channels * i // len(streams) for i in range(len(streams) + 1)]
     pictures = []
@@ -172,14 +179,14 @@ def banded_convolution(x: mx.array, weight: mx.array) -> mx.array:
         for stream, start, stop in zip(streams, edges, edges[1:], strict=False):
             if start < stop:
                 with mx.stream(stream):
-                    some = picture[..., start:stop], weight[start:stop]
-                    parts.append(_banded_products(*some))
+                    channel_part = picture[..., start:stop]
+                    parts.append(_banded_products(channel_part, weight[start:stop]))
         pictures.append(mx.concatenate(parts, axis=-1))
     return mx.stack(pictures)
 
 
 def shifted_convolution(x: mx.array, weight: mx.array, stride: int) -> mx.array:
-    """Depthwise: (B, H, W, C) -> (B, H', W', C), the rows split over the cores."""
+    """Convolve depthwise, (B, H, W, C) -> (B, H', W', C), rows split over the cores."""
     size = weight.shape[1]
     pad = size // 2
     height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
@@ -194,7 +201,10 @@ def shifted_convolution(x: mx.array, weight: mx.array, stride: int) -> mx.array:
 
 @functools.lru_cache(maxsize=256)
 def _shifted_multiply_adds(height: int, width: int, stride: int) -> Callable:
-    """Depthwise convolution of a padded picture to (height, width), compiled."""
+    """Return a compiled depthwise convolution with outputs of (height, width).
+
+    It takes a padded picture.
+    """
 
     def convolve(padded: mx.array, weight: mx.array) -> mx.array:
         size = weight.shape[1]

@@ -3,8 +3,8 @@
 A convolutional stem, three stages of RepMixer blocks and two of attention blocks, then
 a squeeze-and-excite expansion; total stride 64 and no CLS token. Attribute names are
 those of the MLX checkpoints. In `inference` form batch norms are folded into the layers
-before them, and in float32 layer scales, too; the other form has a checkpoint's exact
-tensors.
+before them, and in float32 also layer scales; the other form has the exact tensors of a
+checkpoint.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from ..features import Features
 from .layers import DepthwiseConv, PointwiseConv, attend, attention_weights, gelu
 
 BATCH_NORM_EPS = 1e-5
-TOTAL_STRIDE = 64  # pixels per side that a visual token stands for
+TOTAL_STRIDE = 64  # pixels per side of a visual token
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of a tower; the defaults are FastViTHD as Apple published it."""
+    """Sizes of a tower; the defaults are those of Apple's FastViTHD."""
 
     layers: tuple[int, ...] = (2, 12, 24, 4, 2)
     embed_dims: tuple[int, ...] = (96, 192, 384, 768, 1536)
@@ -34,11 +34,15 @@ class VisionConfig:
 
     @property
     def output_dim(self) -> int:
+        """C, channels of a visual token."""
         return int(self.embed_dims[-1] * self.cls_ratio)
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """Of what goes into each attention block, for each token of the last grid."""
+        """Numbers per visual token that go into each attention block.
+
+        A finer stage has several of its tokens in the cell of one visual token.
+        """
         stages, last = range(len(self.layers)), len(self.layers) - 1
         return tuple(
             self.embed_dims[i] * 4 ** (last - i)
@@ -49,7 +53,7 @@ class VisionConfig:
 
 
 class MobileOneBlock(nn.Module):
-    """A convolution, squeeze-and-excite where asked for, and GELU."""
+    """Convolution, optional squeeze-and-excite, and GELU."""
 
     def __init__(self, conv: nn.Module, squeeze: nn.Module | None = None):
         super().__init__()
@@ -58,12 +62,13 @@ class MobileOneBlock(nn.Module):
             self.se = squeeze
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, H', W', C')."""
         x = self.reparam_conv(x)
         return gelu(self.se(x) if "se" in self else x)
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate computed from the mean over the picture."""
+    """Gate for each channel, computed from the mean over the picture."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -71,23 +76,25 @@ class SqueezeExcite(nn.Module):
         self.expand = PointwiseConv(channels // 16, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Scale the channels of (B, H, W, C)."""
         mean = mx.mean(x, axis=(1, 2), keepdims=True)
         return x * mx.sigmoid(self.expand(nn.relu(self.reduce(mean))))
 
 
 class RepConv(nn.Module):
-    """A depthwise convolution with its skip connection already folded in."""
+    """Depthwise convolution with its skip connection folded in."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
         self.reparam_conv = DepthwiseConv(channels, channels, size)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Convolve (B, H, W, C)."""
         return self.reparam_conv(x)
 
 
 class NormalizedConv(nn.Module):
-    """A 7x7 depthwise convolution and its batch norm, folded for inference."""
+    """7x7 depthwise convolution and its batch norm, folded for inference."""
 
     def __init__(self, channels: int, inference: bool):
         super().__init__()
@@ -96,11 +103,14 @@ class NormalizedConv(nn.Module):
             self.bn = nn.BatchNorm(channels, eps=BATCH_NORM_EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Convolve (B, H, W, C) and normalise."""
         x = self.conv(x)
         return self.bn(x) if "bn" in self else x
 
 
 class ConvFFN(nn.Module):
+    """Feed-forward layers of a block, behind a depthwise convolution."""
+
     def __init__(self, channels: int, hidden: int, inference: bool):
         super().__init__()
         self.conv = NormalizedConv(channels, inference)
@@ -108,6 +118,7 @@ class ConvFFN(nn.Module):
         self.fc2 = PointwiseConv(hidden, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, H, W, C)."""
         return self.fc2(gelu(self.fc1(self.conv(x))))
 
 
@@ -120,10 +131,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         self.head_dim = head_dim
 
-    def __call__(self, x: mx.array, needs: tuple[str, ...] = ()):
-        """(B, H, W, C) -> the same, and of `attention` and `keys` what is needed.
+    def __call__(
+        self, x: mx.array, needs: tuple[str, ...] = ()
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Return (B, H, W, C), and the extras `attention` and `keys` that are needed.
 
-        Only for `attention` are the attention weights computed.
+        Attention weights are computed for `attention` only: fused attention is faster.
         """
         batch, height, width, channels = x.shape
         heads = (batch, height * width, -1, self.head_dim)
@@ -143,6 +156,8 @@ class Attention(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
+    """Block that mixes tokens by a 3x3 depthwise convolution."""
+
     def __init__(self, channels: int, hidden: int, inference: bool):
         super().__init__()
         self.token_mixer = RepConv(channels, 3)
@@ -150,11 +165,14 @@ class RepMixerBlock(nn.Module):
         self.layer_scale = mx.ones((1, 1, channels))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, H, W, C)."""
         x = self.token_mixer(x)
         return x + _scaled(self, "layer_scale", self.convffn(x))
 
 
 class AttentionBlock(nn.Module):
+    """Block that mixes tokens by self-attention."""
+
     def __init__(self, channels: int, hidden: int, head_dim: int, inference: bool):
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=1e-5)
@@ -163,12 +181,16 @@ class AttentionBlock(nn.Module):
         self.layer_scale_1 = mx.ones((1, 1, channels))
         self.layer_scale_2 = mx.ones((1, 1, channels))
 
-    def attend(self, x: mx.array, needs: tuple[str, ...] = ()):
+    def attend(
+        self, x: mx.array, needs: tuple[str, ...] = ()
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Return (B, H, W, C), and the extras of the attention that are needed."""
         mixed, extras = self.token_mixer(self.norm(x), needs)
         x = x + _scaled(self, "layer_scale_1", mixed)
         return x + _scaled(self, "layer_scale_2", self.convffn(x)), extras
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, H, W, C)."""
         return self.attend(x)[0]
 
 
@@ -177,17 +199,20 @@ def _scaled(block: nn.Module, name: str, x: mx.array) -> mx.array:
 
 
 class LargeKernelConv(nn.Module):
-    """A 7x7 grouped convolution that halves the picture, and GELU."""
+    """7x7 grouped convolution of stride 2, and GELU."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.lkb_reparam = DepthwiseConv(inputs, outputs, 7, stride=2)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, H / 2, W / 2, C')."""
         return gelu(self.lkb_reparam(x))
 
 
 class PatchEmbed(nn.Module):
+    """Downsampling between two stages."""
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.proj = [
@@ -196,12 +221,15 @@ class PatchEmbed(nn.Module):
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, H / 2, W / 2, C')."""
         for layer in self.proj:
             x = layer(x)
         return x
 
 
 class Stem(nn.Module):
+    """First convolutions, of stride 4 in total."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.blocks = [
@@ -211,13 +239,17 @@ class Stem(nn.Module):
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, S / 4, S / 4, C) of pixels (B, S, S, 3)."""
         for block in self.blocks:
             x = block(x)
         return x
 
 
 def _stages(config: VisionConfig, inference: bool) -> list:
-    """Position convolutions, lists of blocks and downsamplings, in checkpoint order."""
+    """Return position convolutions, lists of blocks and downsamplings, in order.
+
+    The order and the nesting give the parameter names of the checkpoint.
+    """
     network: list = []
     for i, (depth, channels) in enumerate(
         zip(config.layers, config.embed_dims, strict=True)
@@ -237,10 +269,7 @@ def _stages(config: VisionConfig, inference: bool) -> list:
 
 
 class FastViTHD(nn.Module):
-    """(B, S, S, 3) pixels in [0, 1] -> `Features` with (B, N, C) tokens.
-
-    N = (S / 64)**2 and C = `config.output_dim`.
-    """
+    """Vision tower of FastVLM, from pixels to visual tokens."""
 
     def __init__(self, config: VisionConfig, inference: bool = True):
         super().__init__()
@@ -252,52 +281,59 @@ class FastViTHD(nn.Module):
         )
 
     def __call__(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
+        """Encode pixels (B, S, S, 3) in [0, 1] as tokens (B, N, C).
+
+        N = (S / 64)**2 and C = `config.output_dim`. needs: names of the extras.
+        """
         x, extras, received = self.patch_embed(pixels), {}, None
         blocks = [block for part in self.network for block in _as_list(part)]
-        last, middle, read = blocks[-1], self._middle, []
+        last, middle, block_inputs = blocks[-1], self._middle, []
         for block in blocks:
             if "blocks" in needs and isinstance(block, AttentionBlock):
-                read.append(x)
+                block_inputs.append(x)
             halfway = block is middle and "attention_middle" in needs
             wanted = needs if block is last else ()
             wanted += ("attention",) if halfway else ()
             if not wanted:
                 x = block(x)
                 continue
-            x, found = block.attend(x, wanted)
+            x, new = block.attend(x, wanted)
             if halfway:
-                received = found["attention"].reshape(x.shape[:3])
+                received = new["attention"].reshape(x.shape[:3])
             if block is last:
-                extras |= {name: found[name] for name in found if name in needs}
+                extras |= {name: new[name] for name in new if name in needs}
         x = self.conv_exp(x)
         grid = x.shape[1:3]
         if received is not None:
             extras["attention_middle"] = _pooled(received, grid).flatten(1)
-        if read:
-            cells = [_in_cells(part, grid) for part in read]
+        if block_inputs:
+            cells = [_in_cells(part, grid) for part in block_inputs]
             extras["blocks"] = mx.concatenate(cells, axis=-1)
         return Features(x.flatten(1, 2), grid, extras=extras)
 
     @property
     def _middle(self) -> nn.Module:
-        """What stands for a middle block: the last of the stage before the last.
+        """Block of `attention_middle`: the last of the stage before the last.
 
-        Four of its tokens are one of the last stage. Where that stage has no attention,
-        the first block of the last.
+        Four of its tokens are one of the last stage. If that stage has no attention,
+        the first block of the last stage.
         """
         before, last = [part for part in self.network if isinstance(part, list)][-2:]
         return before[-1] if isinstance(before[-1], AttentionBlock) else last[0]
 
 
 def _pooled(finer: mx.array, grid: tuple[int, int]) -> mx.array:
-    """(B, h, w) -> (B, H, W) sums over cells; H divides h, and W divides w."""
+    """Sum (B, h, w) over the cells of a grid (H, W); H divides h, and W divides w."""
     (rows, columns), (height, width) = finer.shape[1:], grid
     cells = finer.reshape(-1, height, rows // height, width, columns // width)
     return mx.sum(cells, axis=(2, 4))
 
 
 def _in_cells(finer: mx.array, grid: tuple[int, int]) -> mx.array:
-    """(B, h, w, C) -> (B, H * W, h * w / (H * W) * C): what is in a cell, joined."""
+    """Join the tokens of each cell of a grid (H, W).
+
+    (B, h, w, C) -> (B, H * W, h * w / (H * W) * C).
+    """
     batch, rows, columns, channels = finer.shape
     height, width = grid
     cells = (batch, height, rows // height, width, columns // width, channels)
@@ -305,22 +341,22 @@ def _in_cells(finer: mx.array, grid: tuple[int, int]) -> mx.array:
 
 
 def drop_layer_scales(tower: nn.Module) -> None:
-    """Make room for weights whose layer scales are folded."""
+    """Remove the layer scales, for weights that have them folded in."""
     for module in tower.modules():
         for name in [key for key in module if key.startswith("layer_scale")]:
             del module[name]
 
 
-def _as_list(part) -> list:
+def _as_list(part: nn.Module | list) -> list:
     return part if isinstance(part, list) else [part]
 
 
 def fold(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Checkpoint tensors -> those of the `inference` form.
+    """Return the tensors of the `inference` form of a checkpoint's tensors.
 
-    Each `*.bn.*` goes into the bias-free `*.conv.weight` beside it, each layer scale
-    into the last layer of what it scales; only in float32, since small scales would
-    push half precision weights to where they have few digits. Idempotent.
+    Each `*.bn.*` is folded into the bias-free `*.conv.weight` beside it. Each layer
+    scale is folded into the last layer of its branch, only in float32: small scales
+    would cost half precision weights their digits. Idempotent.
     """
     return _fold_layer_scales(_fold_batch_norms(weights))
 

@@ -1,7 +1,7 @@
 """FastVLM (arXiv 2412.13303): FastViTHD, a two-layer projector, and Qwen2.
 
 The language model is mlx-lm's. `FastVLM` has `layers` and accepts `input_embeddings`,
-so mlx-lm's caches, generation and quantization take it as a model of theirs.
+so that mlx-lm's caches, generation and quantization accept it.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from .checks import check_language, expect, is_size
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
 from .layers import projector
-from .protocol import PROVIDES, Chat
+from .protocol import PROVIDES, ChatModel
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """What `config.json` says of a FastVLM; `text` goes to mlx-lm's Qwen2 as it is."""
+    """Checked `config.json`; `text` is passed to mlx-lm's Qwen2 unchanged."""
 
     text: dict
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -33,22 +33,25 @@ class ModelArgs:
 
     @property
     def depth(self) -> int:
-        """Layers and blocks in all."""
+        """Number of language model layers and tower blocks."""
         return self.text["num_hidden_layers"] + sum(self.vision.layers)
 
     @property
     def context(self) -> int:
-        """Tokens that the language model can read."""
+        """Most tokens that the language model can read."""
         return self.text.get("max_position_embeddings", 32768)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
-        """Raises `InputError` when sizes are missing, impossible or disagree."""
+        """Check a config.
+
+        Raises `InputError` for sizes that are missing, impossible or inconsistent.
+        """
         text = dict(object_of(config, "text_config") or config)
         check_language(text)
-        known = {f.name for f in dataclasses.fields(VisionConfig)}
+        fields = {f.name for f in dataclasses.fields(VisionConfig)}
         sizes = object_of(config, "vision_config")
-        vision = VisionConfig(**{k: _tuple(v) for k, v in sizes.items() if k in known})
+        vision = VisionConfig(**{k: _tuple(v) for k, v in sizes.items() if k in fields})
         _check_vision(vision)
         features = config.get("mm_hidden_size", vision.output_dim)
         if features != vision.output_dim:
@@ -86,21 +89,25 @@ def _check_vision(vision: VisionConfig) -> None:
         expect(right, "head_dim", vision.head_dim, f"a divisor of {dim}")
 
 
-def _tuple(value):
+def _tuple(value: Any) -> Any:
+    """Return nested lists as tuples, other values unchanged."""
     return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 class VisionTower(nn.Module):
+    """FastViTHD, one level down as the checkpoint's keys have it."""
+
     def __init__(self, config: VisionConfig, inference: bool):
         super().__init__()
         self.vision_model = FastViTHD(config, inference)
 
     def __call__(self, pixels: mx.array, needs: tuple[str, ...] = ()) -> Features:
+        """Encode pixels (B, S, S, 3) in [0, 1]; needs: names of the extras."""
         return self.vision_model(pixels, needs)
 
 
-class FastVLM(Chat, nn.Module):
-    """`encode` and `project` for pictures; calling it is the language model.
+class FastVLM(ChatModel, nn.Module):
+    """FastVLM: `encode` and `project` for pictures; a call runs the language model.
 
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
     """
@@ -125,24 +132,24 @@ class FastVLM(Chat, nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Pixels per side of the square picture that the tower was trained on."""
+        """Pixels per side of the square pictures that the tower was trained on."""
         return self.args.vision.image_size
 
     @property
     def feature_size(self) -> int:
-        """C, the channels of a visual token before the projector."""
+        """C, channels of a visual token before the projector."""
         return self.args.mm_hidden_size
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """How `blocks` of a visual token is split, one part per attention block."""
+        """Numbers per attention block in the extra `blocks` of a visual token."""
         return self.args.vision.block_sizes
 
     def memory_of(self, side: int) -> int:
-        """Bytes that encoding a square picture takes at its peak, roughly.
+        """Return the approximate peak bytes of encoding a square picture.
 
         The stem's channels at every second pixel, and the attention of the first stage
-        that has it, whose tokens stand for half of the last one's pixels.
+        with attention, whose stride is half that of the last stage.
         """
         vision = self.args.vision
         tokens = (2 * side // self.stride) ** 2
@@ -155,14 +162,17 @@ class FastVLM(Chat, nn.Module):
         needs: tuple[str, ...] = (),
         prompt: Prompt | None = None,
     ) -> Features:
-        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector."""
+        """Encode pixels (B, S, S, 3) in [0, 1] as tokens before the projector.
+
+        needs: names of the extras. prompt: not read.
+        """
         first = self.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv
         return self.vision_tower(pixels.astype(first.weight.dtype), needs)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """MLX-layout tensors -> what the inference form holds. Idempotent.
+        """Return the tensors of the inference form, folded. Idempotent.
 
-        Takes the modules away whose tensors were folded into others.
+        Removes the modules whose tensors are folded into others.
         """
         weights = {k: v for k, v in weights.items() if ".vision_model.head." not in k}
         folded = fold(weights)

@@ -1,10 +1,10 @@
-"""The language model of every family: mlx-lm's, read layer by layer.
+"""Language model of every family: mlx-lm's, read layer by layer.
 
-Weights, layers and cache are mlx-lm's. What this adds: tokens stand at positions of
-their own (mlx-lm numbers them by the cache offset, so kept visual tokens would close
-up), the last layer answers for the last tokens only, and visual tokens can be dropped
-after any layer. Positions and lengths belong to the call and to each layer, so one
-model serves several threads and interleaved answers.
+Weights, layers and cache are mlx-lm's. This module adds custom token positions (mlx-lm
+numbers tokens by the cache offset, which would close the gaps between kept visual
+tokens), a last layer that is computed for the last tokens only, and pruning of visual
+tokens after any layer. Positions and lengths belong to the call and to each layer, so
+one model serves several threads and interleaved answers.
 """
 
 import dataclasses
@@ -16,34 +16,38 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..features import Features, Selection, place_marked
-from .positions import At, LayerCache, PositionedRoPE, follow_mask
+from .positions import LayerCache, PositionedRoPE, TokenPositions, follow_mask
 
-PREFILL_STEP = 2048  # tokens of a prompt that are read at once, as in mlx-lm
+PREFILL_STEP = 2048  # prompt tokens per chunk, as in mlx-lm
 
 
-class Choice(Protocol):
-    """What the decoder knows of a pruner: the layer after which it chooses, and how.
-
-    reads: the extras of `Features`.
-    """
+class LayerPruner(Protocol):
+    """Pruner inside the language model, as `Decoder.read` calls it."""
 
     @property
-    def at(self) -> Any: ...
+    def at(self) -> Any:
+        """Number of layers before the pruner (an int)."""
+        ...
 
     @property
-    def reads(self) -> tuple[str, ...]: ...
+    def reads(self) -> tuple[str, ...]:
+        """Names of the extras of `Features` that the pruner reads."""
+        ...
 
-    def __call__(self, features: Features) -> Selection: ...
+    def __call__(self, features: Features) -> Selection:
+        """Choose the visual tokens to keep."""
+        ...
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """What goes into the language model: T tokens of B samples.
+    """Input of the language model: T tokens of B samples.
 
-    embeddings: (B, T, D). positions: (T,) or (B, T) int32, `None` where tokens are
-    numbered as they come. end: the position of the token that follows, a number or one
-    for each sample. mask: who sees whom: "causal", "full", "prefix" (full, and causal
-    for what follows), or (B, T, T) bool. visual: where visual tokens are.
+    embeddings: (B, T, D). positions: (T,) or (B, T) int32; `None` numbers the tokens
+    from 0. end: position of the next token, one number or one per sample. mask:
+    "causal", "full", "prefix" (full, and causal for later tokens), or (B, T, T) bool,
+    true where the row's token attends to the column's. visual: ranges of the visual
+    tokens.
     """
 
     embeddings: mx.array
@@ -53,12 +57,12 @@ class TokenSequence:
     visual: tuple[slice, ...] = ()
 
     def extended(self, embeddings: mx.array) -> "TokenSequence":
-        """With tokens (B, L, D) behind, which see what is before them.
+        """Return the sequence with (B, L, D) causal tokens appended.
 
-        Raises `ValueError` where tokens of the sequence see those that follow.
+        Raises `ValueError` if tokens of the sequence attend to later tokens.
         """
         if not isinstance(self.mask, str) or self.mask == "full":
-            raise ValueError("only a causal sequence can be extended")
+            raise ValueError("only a causal or prefix sequence can be extended")
         (batch, length), more = self.embeddings.shape[:2], embeddings.shape[1]
         positions, mask = self.positions, self.mask
         if mask == "prefix":
@@ -83,14 +87,14 @@ class TokenSequence:
 
 
 @dataclass(frozen=True)
-class Read:
-    """What the language model made of a sequence.
+class ReadResult:
+    """Output of the language model for a sequence.
 
-    hidden: (B, R, D) states of the last R tokens after the final norm. cache: of each
-    layer, for mlx-lm or `Decoder.follow`; empty where none was asked for. choices:
-    what was dropped on the way: the layer, and which of the visual tokens that it met
-    stayed. attended: (B, R, M) what those R tokens attend to of the M visual tokens in
-    the layer that was asked for, mean over heads.
+    hidden: (B, R, D) states of the last R tokens after the final norm. cache: one per
+    layer, for mlx-lm or `Decoder.follow`; empty if `Decoder.read` had no cache.
+    choices: for each pruner its layer, and the kept ones of the visual tokens that
+    reached it. attended: (B, R, M) attention from those R tokens to the M visual tokens
+    in layer `attention_of`, mean over heads.
     """
 
     hidden: mx.array
@@ -100,43 +104,60 @@ class Read:
 
 
 class Decoder:
-    """A language model of mlx-lm's Llama-like families.
+    """Language model of one of mlx-lm's Llama-like families.
 
-    A plain object, so that a model's parameters stay those of `language_model`. scale:
-    what embeddings of text are multiplied by (Gemma).
+    A plain object, not a `nn.Module`: a model's parameters are those of its
+    `language_model`. scale: factor of the text embeddings (Gemma).
     """
+
+    # Per call: a `_State` holds hidden states, positions and mask until `read` returns.
+    # Per layer: the caller's `LayerCache`s hold what later calls need: keys and values,
+    # the shift from cache length to position, and the visible tokens. A pruner after
+    # layer k gives the layers after it shorter caches, so one length is not enough.
+    # Positions and cache lengths are never on the model: threads and interleaved
+    # answers share it, and one call would rotate its keys by another call's positions.
+    # mlx-lm's layers read the offset of the cache that they are passed, so
+    # `LayerCache.offset` brings a call's positions to `PositionedRoPE`.
 
     def __init__(self, language_model: nn.Module, scale: float = 1.0):
         self._model: Any = language_model
         self._scale = scale
         for layer in self.layers:
+            # Stateless: mlx-lm's own calls, with an integer offset, are unchanged.
             layer.self_attn.rope = PositionedRoPE(layer.self_attn.rope)
 
     @property
     def layers(self) -> list:
+        """mlx-lm's transformer layers, in order."""
         return self._model.layers
 
     def embed(self, token_ids: mx.array) -> mx.array:
-        """(B, T) token ids -> (B, T, D)."""
+        """Return the embeddings (B, T, D) of token ids (B, T)."""
         embedded = self._model.model.embed_tokens(token_ids)
         return embedded if self._scale == 1 else embedded * self._scale
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """(B, T, D) hidden states -> (B, T, V)."""
+        """Return the logits (B, T, V) of hidden states (B, T, D)."""
         if "lm_head" in self._model:
             return self._model.lm_head(hidden)
         return self._model.model.embed_tokens.as_linear(hidden)
 
     def make_cache(self) -> list:
-        """An empty cache of mlx-lm's."""
+        """Return an empty mlx-lm cache, one entry per layer."""
         from mlx_lm.models.cache import make_prompt_cache
 
         return make_prompt_cache(self._model)
 
     def cache_of(
-        self, layers: Sequence[tuple[mx.array, mx.array]], shifts: Sequence
+        self,
+        layers: Sequence[tuple[mx.array, mx.array]],
+        shifts: Sequence[int | mx.array],
     ) -> list[LayerCache]:
-        """A cache of each layer's keys and values (B, H, S, d), and its shift."""
+        """Return a filled cache.
+
+        layers: keys and values (B, H, S, d) of each layer. shifts: of each layer, the
+        next token's position less the length of its cache.
+        """
         cache = self.make_cache()
         for layer, (keys, values) in zip(cache, layers, strict=True):
             layer.keys, layer.values, layer.offset = keys, values, keys.shape[2]
@@ -148,31 +169,31 @@ class Decoder:
         cache: list | None = None,
         *,
         rows: int = 1,
-        plan: Sequence[Choice] = (),
-        known: int = 0,
+        plan: Sequence[LayerPruner] = (),
+        cached: int = 0,
         step: int = PREFILL_STEP,
         watch: Callable[[int, mx.array], None] | None = None,
         attention_of: int | None = None,
-    ) -> Read:
-        """Read a sequence; lazy, but for the chunks of a long one.
+    ) -> ReadResult:
+        """Read a sequence; lazy, except between the chunks of a long one.
 
-        cache: mlx-lm's, filled; `None` keeps nothing. rows: how many of the last
-        tokens are answered for; the first of them is the prompt's last. plan: pruners
-        whose `at` are layers, in order: after layer k the visual tokens that it does
-        not choose are gone. known: tokens that the cache holds already. step: tokens
-        read at once. watch: called with the number of each layer and what goes into
-        it; attention_of: the number of the layer whose attention is kept. Both
-        only where nothing is known or chunked.
+        cache: mlx-lm's, which this call fills; `None` keeps nothing. rows: number of
+        last tokens to return states for; the first of them is the prompt's last. plan:
+        pruners with an integer `at`, in order; each drops visual tokens after that many
+        layers. cached: number of tokens that are already in the cache. step: tokens per
+        chunk. watch: called with the number of each layer and its input (B, T, D).
+        attention_of: number of the layer whose attention is returned. watch and
+        attention_of require cached=0 and a sequence of one chunk.
 
-        mlx-lm would read the weights twice, for the prompt and for its last token.
+        Reads the weights once; mlx-lm reads them again for the prompt's last token.
         """
-        state = _State(self, sequence, cache, rows, known, step, watch, attention_of)
+        state = _State(self, sequence, cache, rows, cached, step, watch, attention_of)
         choices = []
         for pruner in plan:
             state.advance(pruner.at, keeps_input=True)
             choices.append((pruner.at, state.drop(pruner)))
         hidden = state.finish()
-        return Read(hidden, state.followers(), tuple(choices), state.attended)
+        return ReadResult(hidden, state.followers(), tuple(choices), state.attended)
 
     def follow(
         self,
@@ -180,9 +201,10 @@ class Decoder:
         cache: list[LayerCache],
         watch: Callable[[int, mx.array], None] | None = None,
     ) -> mx.array:
-        """(B, L) tokens after what `cache` holds -> (B, L, D) states after the norm.
+        """Return the states (B, L, D), after the norm, of the next tokens (B, L).
 
-        watch: called with the number of each layer and what goes into it.
+        cache: holds the tokens before; takes these, too. watch: called with the number
+        of each layer and its input (B, L, D).
         """
         hidden = self.embed(token_ids)
         for number, (layer, part) in enumerate(zip(self.layers, cache, strict=True)):
@@ -192,7 +214,7 @@ class Decoder:
         return self.norm(hidden)
 
     def norm(self, hidden: mx.array) -> mx.array:
-        """The final norm."""
+        """Apply the final norm."""
         return self._model.model.norm(hidden)
 
     def attention_to(
@@ -203,25 +225,25 @@ class Decoder:
         positions: mx.array | None = None,
         mask: mx.array | str = "causal",
     ) -> mx.array:
-        """(B, R, T): in layer `number`, what tokens `rows` (B, R) attend to.
+        """Return the attention (B, R, T) from tokens `rows` (B, R) in layer `number`.
 
-        hidden: (B, T, D), what goes into the layer. Mean over heads, float32. Only
-        these rows are computed, never T x T.
+        hidden: (B, T, D), the layer's input. Mean over heads, float32. Computes these
+        rows only, never T x T.
         """
         layer, (batch, length, _) = self.layers[number], hidden.shape
         attention, x = layer.self_attn, layer.input_layernorm(hidden)
         places = mx.arange(length) if positions is None else positions
         places = mx.broadcast_to(places, (batch, length))
-        asking = mx.take_along_axis(x, rows[..., None], axis=1)
-        asked_at = mx.take_along_axis(places, rows, axis=1)
-        queries = _heads(attention.q_proj, asking, attention.n_heads)
+        query_states = mx.take_along_axis(x, rows[..., None], axis=1)
+        query_places = mx.take_along_axis(places, rows, axis=1)
+        queries = _heads(attention.q_proj, query_states, attention.n_heads)
         keys = _heads(attention.k_proj, x, attention.n_kv_heads)
-        queries = attention.rope(queries, offset=At(asked_at))
-        keys = _grouped(attention.rope(keys, offset=At(places)), attention)
+        queries = attention.rope(queries, offset=TokenPositions(query_places))
+        keys = _grouped(attention.rope(keys, offset=TokenPositions(places)), attention)
         products = queries @ keys.swapaxes(-1, -2) * attention.scale
         if isinstance(mask, mx.array):
-            seen = mx.take_along_axis(mask, rows[..., None], axis=1)[:, None]
-            products = mx.where(seen, products, -1e9)
+            visible = mx.take_along_axis(mask, rows[..., None], axis=1)[:, None]
+            products = mx.where(visible, products, -1e9)
         elif mask == "causal":
             future = mx.arange(length) > rows[:, None, :, None]
             products = mx.where(future, -1e9, products)
@@ -230,9 +252,10 @@ class Decoder:
     def attention_to_cache(
         self, number: int, hidden: mx.array, part: LayerCache
     ) -> mx.array:
-        """(B, L, S): in layer `number`, what tokens (B, L, D) attend to in its cache.
+        """Return the attention (B, L, S) from new tokens to a layer's cache.
 
-        Mean over heads, float32; before the layer has read these tokens.
+        hidden: (B, L, D), the input of layer `number`. part: its cache, before the
+        layer has read these tokens. Mean over heads, float32.
         """
         layer = self.layers[number]
         attention, x = layer.self_attn, layer.input_layernorm(hidden)
@@ -243,9 +266,9 @@ class Decoder:
         return mx.mean(mx.softmax(products, axis=-1, precise=True), axis=1)
 
     def keys(self, number: int, hidden: mx.array) -> mx.array:
-        """(B, T, C): of layer `number` without rotary positions, heads joined.
+        """Return the keys (B, T, C) of layer `number`, heads joined.
 
-        hidden: (B, T, D), what goes into the layer.
+        hidden: (B, T, D), the layer's input. Without rotary positions.
         """
         layer = self.layers[number]
         return layer.self_attn.k_proj(layer.input_layernorm(hidden))
@@ -253,9 +276,10 @@ class Decoder:
     def queries_and_keys(
         self, visual: mx.array, text: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """The first layer's queries of (B, N, D) and keys of (B, T, D).
+        """Return the first layer's queries of `visual` and keys of `text`.
 
-        (B, heads, N, d) and (B, heads, T, d), without norm and rotary positions.
+        (B, N, D) and (B, T, D) -> (B, heads, N, d) and (B, heads, T, d), without norm
+        and rotary positions.
         """
         attention = self.layers[0].self_attn
         queries = _heads(attention.q_proj, visual, attention.n_heads)
@@ -264,7 +288,10 @@ class Decoder:
 
 
 def greedy(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """(..., V) -> the best token, and the same or -1 where logits are not finite."""
+    """Return the best tokens (...) of logits (..., V), and a checked copy.
+
+    The copy is -1 where the logits are not finite.
+    """
     token = mx.argmax(logits, axis=-1).astype(mx.int32)
     finite = mx.isfinite(mx.max(logits, axis=-1))  # NaN is the largest of all
     return token, mx.where(finite, token, -1)
@@ -275,148 +302,158 @@ def _heads(project: nn.Module, x: mx.array, count: int) -> mx.array:
 
 
 def _grouped(keys: mx.array, attention: Any) -> mx.array:
-    """Keys of fewer heads, one for each head of the queries."""
+    """Repeat keys of fewer heads, one for each head of the queries."""
     groups = attention.n_heads // attention.n_kv_heads
     return mx.repeat(keys, groups, axis=1) if groups > 1 else keys
 
 
 class _State:
-    """A sequence on its way through the layers."""
+    """Sequence on its way through the layers, for one call of `Decoder.read`."""
 
     def __init__(
-        self, decoder: Decoder, sequence, cache, rows, known, step, watch, attention_of
+        self,
+        decoder: Decoder,
+        sequence: TokenSequence,
+        cache: list | None,
+        rows: int,
+        cached: int,
+        step: int,
+        watch: Callable[[int, mx.array], None] | None,
+        attention_of: int | None,
     ):
         self._decoder, self._rows, self._watch = decoder, rows, watch
         self._attention_of, self.attended = attention_of, None
         self._cache = cache or [None] * len(decoder.layers)
-        self._known = known
-        # Without a cache, or where tokens see what follows, nothing can be cut.
+        self._cached = cached
+        # Chunks need a cache, and tokens that do not attend to later ones.
         whole = cache is None or sequence.mask != "causal"
         self._step = max(1, sequence.embeddings.shape[1]) if whole else step
-        self._hidden = sequence.embeddings[:, known:]
+        self._hidden = sequence.embeddings[:, cached:]
         self._positions, self._mask = sequence.positions, sequence.mask
         self._end = sequence.end
-        self._where = _indices(sequence.visual)
+        self._visual = _indices(sequence.visual)
         self._text = sequence.visual[-1].stop if sequence.visual else 0
-        self._done = 0
-        self._before = self._hidden  # what went into the last layer done
-        self._shifts, self._seen = [], []
+        self._done = 0  # layers
+        self._before = self._hidden  # input of the last layer done
+        # One entry per layer done: `drop` changes length, end and mask in between.
+        self._shifts: list[int | mx.array] = []
+        self._visible: list[mx.array | None] = []
 
     @property
     def _length(self) -> int:
-        return self._known + self._hidden.shape[1]
+        return self._cached + self._hidden.shape[1]
 
     def _chunks(self) -> list[tuple[int, int]]:
-        """Ranges of tokens that are read at once."""
-        starts = list(range(self._known, self._length, self._step))
+        """Return the token ranges that are read at once."""
+        starts = list(range(self._cached, self._length, self._step))
         return list(zip(starts, [*starts[1:], self._length], strict=True))
 
     def _part(self, number: int, start: int, stop: int) -> LayerCache:
-        """The cache of a layer, as it reads tokens `start` to `stop`."""
-        where = self._positions
-        where = None if where is None else where[..., start:stop]
-        return LayerCache(self._cache[number], 0, where)
+        """Return a layer's cache for reading tokens `start` to `stop`."""
+        positions = self._positions
+        positions = None if positions is None else positions[..., start:stop]
+        return LayerCache(self._cache[number], 0, positions)
 
-    def _seen_by(self, start: int, stop: int):
-        """The mask of these tokens as mlx-lm's layers take it."""
-        if isinstance(self._mask, mx.array):
-            return self._mask[:, None, start:stop, :stop]
-        return "causal" if self._mask == "causal" else None
+    def _mask_of(self, start: int, stop: int) -> mx.array | str | None:
+        """Return the mask of these tokens in the form that mlx-lm's layers take."""
+        if isinstance(self._mask, str):
+            return "causal" if self._mask == "causal" else None
+        return self._mask[:, None, start:stop, :stop]
 
-    def _remember(self, number: int) -> None:
-        """What tokens after the sequence need to know of this layer."""
+    def _remember(self) -> None:
+        """Keep what tokens after the sequence need from a layer."""
         self._shifts.append(self._end - self._length)
         mask = self._mask
-        self._seen.append(mask[:, -1, :] if isinstance(mask, mx.array) else None)
+        self._visible.append(None if isinstance(mask, str) else mask[:, -1, :])
 
     def advance(self, stop: int, keeps_input: bool = False) -> None:
-        """All tokens through the layers before `stop`, a chunk after the other.
+        """Read all tokens through the layers before `stop`, chunk by chunk.
 
-        keeps_input: keep what goes into the last of them, which `drop` looks at.
+        keeps_input: keep the input of the last of these layers, for `drop`.
         """
-        layers, parts, before = self._decoder.layers, [], []
+        parts, before = [], []
         for start, end in self._chunks() if stop > self._done else ():
-            if parts:
+            if parts:  # frees the activations of a chunk before the next is read
                 mx.eval(parts, _states(self._cache[self._done : stop]))
-            hidden = self._hidden[:, start - self._known : end - self._known]
+            hidden = self._hidden[:, start - self._cached : end - self._cached]
             for number in range(self._done, stop):
                 if keeps_input and number == stop - 1:
                     before.append(hidden)
-                hidden = self._layer(layers, number, hidden, start, end)
+                hidden = self._layer(number, hidden, start, end)
             parts.append(hidden)
-        for number in range(self._done, stop):
-            self._remember(number)
+        for _ in range(self._done, stop):
+            self._remember()
         self._done = max(self._done, stop)
         self._hidden = mx.concatenate(parts, axis=1) if parts else self._hidden
         self._before = mx.concatenate(before, axis=1) if before else self._before
 
-    def _layer(self, layers, number: int, hidden, start: int, end: int) -> mx.array:
-        self._look(number, hidden)
-        part = self._part(number, start, end)
-        return layers[number](hidden, self._seen_by(start, end), part)
+    def _layer(self, number: int, hidden: mx.array, start: int, end: int) -> mx.array:
+        self._observe(number, hidden)
+        part, mask = self._part(number, start, end), self._mask_of(start, end)
+        return self._decoder.layers[number](hidden, mask, part)
 
-    def _look(self, number: int, hidden: mx.array) -> None:
-        """Before a layer: what goes into it, for whoever asked."""
+    def _observe(self, number: int, hidden: mx.array) -> None:
+        """Pass a layer's input to `watch`, and keep the attention that is returned."""
         if self._watch:
             self._watch(number, hidden)
         if number != self._attention_of:
             return
-        asking = mx.arange(self._length - self._rows, self._length)[None]
-        asking = mx.broadcast_to(asking, (len(hidden), self._rows))
+        rows = mx.arange(self._length - self._rows, self._length)[None]
+        rows = mx.broadcast_to(rows, (len(hidden), self._rows))
         attended = self._decoder.attention_to(
-            number, hidden, asking, self._positions, self._mask
+            number, hidden, rows, self._positions, self._mask
         )
-        where = mx.broadcast_to(self._where, (len(hidden), self._where.shape[1]))
-        self.attended = mx.take_along_axis(attended, where[:, None], axis=2)
+        visual = mx.broadcast_to(self._visual, (len(hidden), self._visual.shape[1]))
+        self.attended = mx.take_along_axis(attended, visual[:, None], axis=2)
 
     def finish(self) -> mx.array:
-        """(B, R, D) after the final norm, of the last tokens."""
+        """Return the last tokens' states (B, R, D) after the final norm."""
         last = len(self._decoder.layers) - 1
         self.advance(last)
         hidden = self._last(self._decoder.layers[last], last)
-        self._remember(last)
+        self._remember()
         return self._decoder.norm(hidden[:, -self._rows :])
 
-    def _last(self, layer, number: int) -> mx.array:
-        """The last layer: what fills the cache for all tokens, the rest for few."""
-        hidden, start, end = self._hidden, self._known, self._length
-        self._look(number, hidden)
+    def _last(self, layer: nn.Module, number: int) -> mx.array:
+        """Fill the last layer's cache for all tokens; return the last rows' states."""
+        hidden, start, end = self._hidden, self._cached, self._length
+        self._observe(number, hidden)
         rows = min(self._rows, hidden.shape[1])
         if self._cache[number] is None or rows == hidden.shape[1]:
             part = self._part(number, start, end)
-            return layer(hidden, self._seen_by(start, end), part)
+            return layer(hidden, self._mask_of(start, end), part)
         cut = end - rows
-        # Lazy: nothing of this is computed but what goes into the cache.
+        # MLX is lazy: of this call only the keys and values are ever computed.
         part = self._part(number, start, cut)
-        layer(hidden[:, :-rows], self._seen_by(start, cut), part)
-        mask = self._seen_by(cut, end)
+        layer(hidden[:, :-rows], self._mask_of(start, cut), part)
+        mask = self._mask_of(cut, end)
         mask = None if rows == 1 and isinstance(mask, str) else mask
         return layer(hidden[:, -rows:], mask, self._part(number, cut, end))
 
-    def drop(self, pruner: Choice) -> Selection:
-        """Visual tokens that the pruner does not choose leave the sequence."""
+    def drop(self, pruner: LayerPruner) -> Selection:
+        """Remove the visual tokens that the pruner does not choose."""
         hidden, length = self._hidden, self._length
         batch = hidden.shape[0]
-        where = mx.broadcast_to(self._where, (batch, self._where.shape[1]))
-        visual = mx.take_along_axis(hidden, where[..., None], axis=1)
-        extras = self._extras(pruner.reads, where)
+        places = mx.broadcast_to(self._visual, (batch, self._visual.shape[1]))
+        visual = mx.take_along_axis(hidden, places[..., None], axis=1)
+        extras = self._extras(pruner.reads, places)
         selection = pruner(Features(visual, None, extras=extras).fixed)
-        kept = mx.take_along_axis(where, selection.indices, axis=1)
+        kept = mx.take_along_axis(places, selection.indices, axis=1)
         if selection.weights is not None:
             merged = selection.apply(visual)
             hidden = mx.put_along_axis(hidden, kept[..., None], merged, axis=1)
         is_visual = mx.zeros((batch, length), mx.bool_)
-        is_visual = mx.put_along_axis(is_visual, where, mx.array(True), axis=1)
-        stays = mx.put_along_axis(~is_visual, kept, mx.array(True), axis=1)
-        rows = place_marked(stays, length - where.shape[1] + selection.keep)
+        is_visual = mx.put_along_axis(is_visual, places, mx.array(True), axis=1)
+        is_kept = mx.put_along_axis(~is_visual, kept, mx.array(True), axis=1)
+        rows = place_marked(is_kept, length - places.shape[1] + selection.keep)
         self._hidden = mx.take_along_axis(hidden, rows[..., None], axis=1)
         self._text -= length - rows.shape[1]
         remain = mx.take_along_axis(is_visual, rows, axis=1)
-        self._where = place_marked(remain, selection.keep)
+        self._visual = place_marked(remain, selection.keep)
         if self._positions is not None:
-            places = mx.broadcast_to(self._positions, (batch, length))
-            self._positions = mx.take_along_axis(places, rows, axis=1)
-        else:
+            positions = mx.broadcast_to(self._positions, (batch, length))
+            self._positions = mx.take_along_axis(positions, rows, axis=1)
+        else:  # tokens are numbered from 0 in each layer, so the end moves, too
             self._end = self._end - (length - rows.shape[1])
         if isinstance(self._mask, mx.array):
             mask = mx.broadcast_to(self._mask, (batch, length, length))
@@ -424,31 +461,32 @@ class _State:
             self._mask = mx.take_along_axis(mask, rows[:, None], axis=2)
         return selection
 
-    def _extras(self, names: tuple[str, ...], where: mx.array) -> dict[str, mx.array]:
-        """What a pruner reads of the last layer done; where: (B, M) visual tokens."""
+    def _extras(self, names: tuple[str, ...], visual: mx.array) -> dict[str, mx.array]:
+        """Return a pruner's extras from the last layer done; visual: (B, M) places."""
         extras, last, number = {}, self._length - self._rows, self._done - 1
         text = mx.arange(self._text, last + 1)[None]
         rows = {"attention": mx.array([[last]]), "text_attention": text}
         for name in rows.keys() & set(names):
-            asking = mx.broadcast_to(rows[name], (len(where), rows[name].shape[1]))
+            queried = mx.broadcast_to(rows[name], (len(visual), rows[name].shape[1]))
             attended = self._decoder.attention_to(
-                number, self._before, asking, self._positions, self._mask
+                number, self._before, queried, self._positions, self._mask
             )
-            extras[name] = mx.take_along_axis(attended, where[:, None], axis=2)
+            extras[name] = mx.take_along_axis(attended, visual[:, None], axis=2)
         if "attention" in extras:
             extras["attention"] = extras["attention"][:, 0]
         if "text" in names:
             extras["text"] = self._hidden[:, self._text : last + 1]
         if "keys" in names:
             keys = self._decoder.keys(number, self._before)
-            extras["keys"] = mx.take_along_axis(keys, where[..., None], axis=1)
+            extras["keys"] = mx.take_along_axis(keys, visual[..., None], axis=1)
         return extras
 
     def followers(self) -> list[LayerCache]:
+        """Return the layers' caches for the tokens after the sequence."""
         if self._cache[0] is None:
             return []
-        parts = zip(self._cache, self._shifts, self._seen, strict=True)
-        return [LayerCache(inner, shift, None, seen) for inner, shift, seen in parts]
+        parts = zip(self._cache, self._shifts, self._visible, strict=True)
+        return [LayerCache(inner, shift, None, mask) for inner, shift, mask in parts]
 
 
 def _states(cache: list) -> list:
@@ -456,6 +494,6 @@ def _states(cache: list) -> list:
 
 
 def _indices(slices: tuple[slice, ...]) -> mx.array:
-    """(1, M) the places in all slices."""
+    """Return the places (1, M) in all slices."""
     places = [mx.arange(s.start, s.stop, dtype=mx.int32) for s in slices]
     return mx.concatenate(places)[None] if places else mx.zeros((1, 0), mx.int32)

@@ -1,7 +1,7 @@
-"""Operations whose best implementation depends on the device, chosen here only.
+"""Operations whose fastest implementation depends on the device.
 
-On a GPU these are MLX's own operations, on a CPU the forms of `cpu.py`.
-`plain_operations()` turns those off, so that tests can compare both.
+On a GPU they are MLX's own operations, on a CPU the forms of `cpu.py`.
+`plain_operations()` turns the CPU forms off, so that tests can compare both.
 """
 
 import contextlib
@@ -28,34 +28,37 @@ def plain_operations() -> Iterator[None]:
 
 
 def use_cpu_forms() -> bool:
-    """Whether operations run in the form that is fast on MLX's CPU backend."""
+    """Return whether operations run in the forms for MLX's CPU backend."""
     return not _PLAIN and mx.default_device().type == mx.DeviceType.cpu
 
 
 def gelu(x: mx.array) -> mx.array:
-    """Exact GELU of (B, rows, ...); the CPU form is within 1e-6 max(1, |x|)."""
+    """Apply the exact GELU to (B, rows, ...); on CPU within 1e-6 max(1, |x|)."""
     if not use_cpu_forms() or x.dtype != mx.float32:
         return nn.gelu(x)
     return cpu.polynomial_gelu(x)
 
 
 class Gelu(nn.Module):
+    """`gelu` as a module."""
+
     def __call__(self, x: mx.array) -> mx.array:
+        """Apply the exact GELU."""
         return gelu(x)
 
 
 def projector(inputs: int, outputs: int) -> list[nn.Module]:
-    """The two layers between visual tokens and a language model, as LLaVA has them."""
+    """Return LLaVA's projector: two layers from visual tokens to embeddings."""
     return [nn.Linear(inputs, outputs), Gelu(), nn.Linear(outputs, outputs)]
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU by tanh, as PaliGemma's SigLIP has it; tanh written as a sigmoid."""
+    """Apply PaliGemma's GELU with tanh, which is written as a sigmoid."""
     return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def attention_weights(q: mx.array, k: mx.array, scale: float) -> mx.array:
-    """Softmax of scaled products, (B, heads, N, N), from q and k (B, heads, N, D)."""
+    """Return attention weights (B, heads, N, N) of q and k (B, heads, N, D)."""
     if not use_cpu_forms() or q.dtype != mx.float32:
         return mx.softmax((q * scale) @ k.swapaxes(-1, -2), axis=-1, precise=True)
     powers, sums = cpu.softmax_powers(q, k, scale)
@@ -63,7 +66,7 @@ def attention_weights(q: mx.array, k: mx.array, scale: float) -> mx.array:
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Full attention; q, k, v and the result are (B, heads, N, D)."""
+    """Apply full attention; q, k, v and the result are (B, heads, N, D)."""
     if not use_cpu_forms() or q.dtype != mx.float32:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     powers, sums = cpu.softmax_powers(q, k, scale)
@@ -71,9 +74,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
 
 def depthwise_convolution(x: mx.array, weight: mx.array, stride: int = 1) -> mx.array:
-    """(B, H, W, C) with weight (C * m, k, k, 1) -> (B, H', W', C * m), padding k // 2.
+    """Convolve each channel on its own, with padding k // 2.
 
-    The channel multiplier m is a whole number; k is odd.
+    x (B, H, W, C), weight (C * m, k, k, 1) -> (B, H', W', C * m). The channel
+    multiplier m is a whole number; k is odd.
     """
     channels, size = x.shape[-1], weight.shape[1]
     if not use_cpu_forms():
@@ -86,7 +90,10 @@ def depthwise_convolution(x: mx.array, weight: mx.array, stride: int = 1) -> mx.
 
 
 def patch_convolution(x: mx.array, weight: mx.array) -> mx.array:
-    """(B, H, W, 3) with weight (C, p, p, 3) -> (B, H // p, W // p, C), stride p."""
+    """Convolve non-overlapping patches (stride p).
+
+    x (B, H, W, 3), weight (C, p, p, 3) -> (B, H // p, W // p, C).
+    """
     channels, size = weight.shape[:2]
     if not use_cpu_forms():
         return mx.conv2d(x, weight, size)
@@ -100,7 +107,14 @@ def patch_convolution(x: mx.array, weight: mx.array) -> mx.array:
 class DepthwiseConv(nn.Module):
     """Depthwise convolution; `weight` (out, k, k, 1), optional `bias` (out,)."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride=1, bias=True):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        stride: int = 1,
+        bias: bool = True,
+    ):
         super().__init__()
         scale = 1 / size
         self.weight = mx.random.uniform(-scale, scale, (outputs, size, size, 1))
@@ -109,6 +123,7 @@ class DepthwiseConv(nn.Module):
         self.stride = stride
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Convolve (B, H, W, C)."""
         y = depthwise_convolution(x, self.weight, self.stride)
         return y + self.bias if "bias" in self else y
 
@@ -123,5 +138,6 @@ class PointwiseConv(nn.Module):
         self.bias = mx.zeros((outputs,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Multiply (..., C) by the weight."""
         weight = self.weight.reshape(self.weight.shape[0], -1)
         return mx.addmm(self.bias, x, weight.T)

@@ -1,6 +1,6 @@
-"""What OpenVLA-OFT (arXiv 2502.19645) adds: an action head and a state projector.
+"""Parts of OpenVLA-OFT (arXiv 2502.19645): an action head and a state projector.
 
-Attribute names equal the keys of its side files.
+Attribute names equal the keys of OpenVLA-OFT's separate checkpoint files.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from .layers import gelu
 
 @dataclass(frozen=True)
 class OFTConfig:
-    """How an OFT policy acts.
+    """Settings of an OFT policy.
 
-    chunk: actions per forward. action_dim: numbers per action. pictures: per
-    observation. proprio_dim: numbers of robot state, 0 for none. film: whether the
-    towers are conditioned on the prompt. rule: `bounds_q99` or `bounds`. crop: share of
-    the picture's area that is looked at.
+    chunk: actions per forward pass. action_dim: numbers per action. pictures: number
+    per observation. proprio_dim: numbers of robot state, 0 for none. film: whether the
+    towers are conditioned on the prompt. rule: scaling of the actions, `bounds_q99` or
+    `bounds`. crop: share of the picture's area that is encoded.
     """
 
     chunk: int = 8
@@ -33,9 +33,12 @@ class OFTConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping) -> "OFTConfig":
-        """Raises `InputError` for sizes that cannot be."""
-        known = cls.__dataclass_fields__
-        values = {k: v for k, v in config.items() if k in known}
+        """Check the object `oft` of a config; other keys are ignored.
+
+        Raises `InputError` for impossible values.
+        """
+        fields = cls.__dataclass_fields__
+        values = {k: v for k, v in config.items() if k in fields}
         for name in ("chunk", "action_dim", "pictures", "proprio_dim"):
             value, least = values.get(name, 1), int(name != "proprio_dim")
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -56,11 +59,11 @@ class OFTConfig:
 
     @property
     def slots(self) -> int:
-        """Action slots in the sequence, one per number of the chunk."""
+        """Action slots in the sequence: one per number of the chunk."""
         return self.chunk * self.action_dim
 
 
-class _Residual(nn.Module):
+class _ResidualBlock(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.ffn = [nn.LayerNorm(dim), nn.Linear(dim, dim)]
@@ -75,7 +78,7 @@ class _MLPResNet(nn.Module):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(inputs)
         self.fc1 = nn.Linear(inputs, hidden)
-        self.mlp_resnet_blocks = [_Residual(hidden) for _ in range(2)]
+        self.mlp_resnet_blocks = [_ResidualBlock(hidden) for _ in range(2)]
         self.layer_norm2 = nn.LayerNorm(hidden)
         self.fc2 = nn.Linear(hidden, outputs)
 
@@ -87,7 +90,7 @@ class _MLPResNet(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """Hidden states of the action slots -> normalised actions."""
+    """Head from the action slots' hidden states to normalised actions."""
 
     def __init__(self, config: OFTConfig, hidden: int):
         super().__init__()
@@ -95,12 +98,12 @@ class ActionHead(nn.Module):
         self.model = _MLPResNet(hidden * config.action_dim, hidden, config.action_dim)
 
     def __call__(self, states: mx.array) -> mx.array:
-        """(B, chunk * A, D) -> (B, chunk, A)."""
+        """Return actions (B, chunk, A) of states (B, chunk * A, D)."""
         return self.model(states.reshape(states.shape[0], self._chunk, -1))
 
 
 class ProprioProjector(nn.Module):
-    """Normalised robot state (B, P) -> one token (B, D)."""
+    """Projector from the robot's normalised state to one token."""
 
     def __init__(self, inputs: int, hidden: int):
         super().__init__()
@@ -108,5 +111,6 @@ class ProprioProjector(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden)
 
     def __call__(self, state: mx.array) -> mx.array:
-        # `gelu` wants (B, T, D).
+        """Return the token (B, D) of a state (B, P)."""
+        # `gelu` takes (B, T, D).
         return self.fc2(gelu(self.fc1(state)[None])[0])

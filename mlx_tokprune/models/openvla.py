@@ -1,8 +1,8 @@
 """OpenVLA (arXiv 2406.09246) and Prismatic models: ViT towers, projector, Llama-2.
 
 The language model is mlx-lm's. `OpenVLA` has `layers` and accepts `input_embeddings`,
-so mlx-lm's caches, generation and quantization take it as a model of theirs. With `oft`
-in its config it is an OpenVLA-OFT policy (`oft.py`).
+so that mlx-lm's caches, generation and quantization accept it. With `oft` in its config
+it is an OpenVLA-OFT policy (`oft.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from .checks import check_language, check_token, expect, is_number, is_size
 from .language import Decoder
 from .layers import gelu
 from .oft import ActionHead, OFTConfig, ProprioProjector
-from .protocol import POLICY_PROVIDES, Common
+from .protocol import POLICY_PROVIDES, ModelBase
 from .vit import ViT, ViTConfig, tower_config
 
 TOWERS = ("featurizer", "fused_featurizer")
@@ -29,11 +29,11 @@ TOWERS = ("featurizer", "fused_featurizer")
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """What `config.json` says of a Prismatic model or policy.
+    """Checked `config.json` of a Prismatic model or policy.
 
-    text: goes to mlx-lm's Llama as it is. towers: one or two. means, stds: of the
-    pixels in [0, 1], per tower. bins: action bins. padding: unused rows at the end of
-    the vocabulary.
+    text: passed to mlx-lm's Llama unchanged. towers: one or two. means, stds: of the
+    pixels in [0, 1], per tower. bins: number of action bins. padding: unused rows at
+    the end of the vocabulary.
     """
 
     text: dict
@@ -47,9 +47,10 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
-        """Raises `InputError` when sizes are missing, impossible or disagree.
+        """Check a config.
 
-        `config` holds `preprocessor`, the content of preprocessor_config.json.
+        `config` holds `preprocessor`, the content of preprocessor_config.json. Raises
+        `InputError` for sizes that are missing, impossible or inconsistent.
         """
         text = dict(object_of(config, "text_config"))
         model_type = text.setdefault("model_type", "llama")
@@ -84,54 +85,56 @@ class ModelArgs:
 
     @property
     def depth(self) -> int:
-        """Layers and blocks in all."""
+        """Number of language model layers and tower blocks."""
         return self.text["num_hidden_layers"] + sum(t.depth for t in self.towers)
 
     @property
     def pictures(self) -> int:
+        """Pictures per observation."""
         return self.oft.pictures if self.oft else 1
 
     @property
     def state_size(self) -> int:
-        """Numbers of the robot's state that are read, 0 for none."""
+        """Numbers of robot state that the policy reads, 0 for none."""
         return self.oft.proprio_dim if self.oft else 0
 
     @property
     def rule(self) -> str:
-        """What scales actions: quantiles (`bounds_q99`) or extremes (`bounds`)."""
+        """Scaling of actions: by quantiles (`bounds_q99`) or extremes (`bounds`)."""
         return self.oft.rule if self.oft else "bounds_q99"
 
     @property
     def crop(self) -> float:
-        """Share of a picture's area that is looked at."""
+        """Share of a picture's area that is encoded."""
         return self.oft.crop if self.oft else 1.0
 
     @property
     def visual_tokens(self) -> int:
-        """Of all pictures, before pruning."""
+        """Visual tokens of all pictures, before pruning."""
         return self.towers[0].side ** 2 * self.pictures
 
     @property
     def action_tokens(self) -> int:
+        """Most tokens or slots of an action."""
         return self.oft.slots if self.oft else MOST_NUMBERS
 
     @property
     def context(self) -> int:
-        """Tokens that the language model can read."""
+        """Most tokens that the language model can read."""
         return self.text.get("max_position_embeddings", 2048)
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of an instruction's prompt that fit; 3 are <s>, </s> and the state."""
+        """Most tokens of an instruction's prompt; 3 are <s>, </s> and the state."""
         return self.context - self.visual_tokens - self.action_tokens - 3
 
     @property
     def vocabulary(self) -> int:
-        """Tokens without the padding; the last `bins` of them are actions."""
+        """Number of tokens without the padding; the last `bins` of them are actions."""
         return self.text["vocab_size"] - self.padding
 
 
-# The published config.json leaves out what equals Llama-2-7B.
+# The published config.json omits the sizes of Llama-2-7B.
 _LLAMA_2_7B = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -158,13 +161,13 @@ def _towers(config: Mapping) -> tuple[ViTConfig, ...]:
     acts = config.get("timm_override_act_layers") or [None] * expected
     right = isinstance(acts, list) and len(acts) == expected
     expect(right, "timm_override_act_layers", acts, f"a list of {expected}")
-    given = object_of(config, "vision_config")
+    overrides = object_of(config, "vision_config")
     towers = tuple(
-        tower_config(ids[i], sizes[i], acts[i], given.get(TOWERS[i]))
+        tower_config(ids[i], sizes[i], acts[i], overrides.get(TOWERS[i]))
         for i in range(expected)
     )
     right = len({(t.side, t.image_size) for t in towers}) == 1
-    expect(right, "image_sizes", sizes, "the same size and patches in both towers")
+    expect(right, "image_sizes", sizes, "equal sizes and patches in both towers")
     return towers
 
 
@@ -175,7 +178,7 @@ def _normalization(config: Mapping, towers: Sequence[ViTConfig]) -> list[tuple]:
             "the checkpoint has no preprocessor_config.json, which gives the mean and "
             "std of the pixels; copy it from the original"
         )
-    found = []
+    statistics = []
     for name in ("means", "stds"):
         values = preprocessor.get(name)
         lists = isinstance(values, list) and len(values) == len(towers)
@@ -185,28 +188,33 @@ def _normalization(config: Mapping, towers: Sequence[ViTConfig]) -> list[tuple]:
                 f"preprocessor_config.json says {name} {values!r}; expected three "
                 f"numbers for each of {len(towers)} tower{'s' * (len(towers) > 1)}"
             )
-        found.append(tuple(tuple(map(float, value)) for value in values))
-    if not all(all(v > 1e-6 for v in std) for std in found[1]):
-        raise InputError("preprocessor_config.json has a std that is not positive")
+        statistics.append(tuple(tuple(map(float, value)) for value in values))
+    if not all(all(v > 1e-6 for v in std) for std in statistics[1]):
+        raise InputError(
+            f"preprocessor_config.json has stds {preprocessor['stds']!r}, "
+            "not positive; expected numbers above 1e-6"
+        )
     side = towers[0].image_size
     for name, only in (("interpolations", "bicubic"), ("input_sizes", [3, side, side])):
         values = preprocessor.get(name, [only])
         right = isinstance(values, list) and all(value == only for value in values)
-        expect(right, name, values, f"{only!r} for every tower, all that is read here")
-    for said in (preprocessor, config):
-        strategy = said.get("image_resize_strategy", "resize-naive")
+        expect(
+            right, name, values, f"{only!r} for every tower, the only supported value"
+        )
+    for source in (preprocessor, config):
+        strategy = source.get("image_resize_strategy", "resize-naive")
         right = strategy == "resize-naive"
         expect(right, "image_resize_strategy", strategy, "'resize-naive'")
-    return found
+    return statistics
 
 
-def _is_color(value) -> bool:
+def _is_color(value: object) -> bool:
     three = isinstance(value, list) and len(value) == 3
     return three and all(map(is_number, value))
 
 
 class VisionBackbone(nn.Module):
-    """One ViT, or two whose channels are joined."""
+    """One ViT, or two with their channels joined."""
 
     def __init__(self, args: ModelArgs, complete: bool):
         super().__init__()
@@ -223,25 +231,26 @@ class VisionBackbone(nn.Module):
         needs: tuple[str, ...] = (),
         language: mx.array | None = None,
     ) -> Features:
-        """(B, S, S, 3) pixels in [0, 1] -> features of C1 + C2 channels.
+        """Encode pixels (B, S, S, 3) in [0, 1] as tokens of C1 + C2 channels.
 
-        Extras are those of the first tower that has a class token, else of the first.
+        language: (B, D), the mean prompt embedding, for FiLM. The extras `needs` are
+        those of the first tower with a class token, else of the first tower.
         """
         towers = [getattr(self, name) for name in TOWERS[: self._count]]
         with_class = [i for i, t in enumerate(towers) if t.config.class_token]
-        asked, tokens, extras = (with_class or [0])[0], [], {}
+        source, tokens, extras = (with_class or [0])[0], [], {}
         for i, tower in enumerate(towers):
             dtype = tower.pos_embed.dtype
             normal = ((pixels - self._means[i]) / self._stds[i]).astype(dtype)
-            some, found = tower(normal, language, needs if i == asked else ())
-            tokens.append(some)
-            extras |= found
+            part, new = tower(normal, language, needs if i == source else ())
+            tokens.append(part)
+            extras |= new
         side = towers[0].config.side
         return Features(mx.concatenate(tokens, axis=-1), (side, side), extras=extras)
 
 
 class Projector(nn.Module):
-    """Three layers behind two towers, two behind one."""
+    """Projector: three layers for two towers, two layers for one."""
 
     def __init__(self, inputs: int, hidden: int, fused: bool):
         super().__init__()
@@ -254,12 +263,13 @@ class Projector(nn.Module):
             self.fc2 = nn.Linear(hidden, hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Project (B, K, C) to (B, K, D)."""
         x = self.fc2(gelu(self.fc1(x)))
         return self.fc3(gelu(x)) if "fc3" in self else x
 
 
-class OpenVLA(Common, nn.Module):
-    """`encode` and `project` for pictures; calling it is the language model.
+class OpenVLA(ModelBase, nn.Module):
+    """OpenVLA: `encode` and `project` for pictures; a call runs the language model.
 
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
     """
@@ -285,32 +295,37 @@ class OpenVLA(Common, nn.Module):
 
     @property
     def answers(self) -> str:
+        """Form of the action: "slots" (OFT) or "bins"."""
         return "slots" if self.args.oft else "bins"
 
     @property
     def attends(self) -> str:
+        """Attention mask: "full" (OFT) or "causal"."""
         return "full" if self.args.oft else "causal"
 
     @property
     def reads_prompt(self) -> bool:
+        """True if FiLM conditions the towers on the prompt."""
         return bool(self.args.oft and self.args.oft.film)
 
     @property
     def pictures(self) -> int:
+        """Pictures per observation."""
         return self.args.pictures
 
     @property
     def image_size(self) -> int:
-        """Pixels per side of the square picture that the towers were trained on."""
+        """Pixels per side of the square pictures that the towers were trained on."""
         return self.args.towers[0].image_size
 
     @property
     def stride(self) -> int:
+        """Pixels per side of a visual token."""
         return self.args.towers[0].patch_size
 
     @property
     def feature_size(self) -> int:
-        """C, the channels of a visual token before the projector."""
+        """C, channels of a visual token before the projector."""
         return sum(tower.embed_dim for tower in self.args.towers)
 
     def encode(
@@ -319,9 +334,9 @@ class OpenVLA(Common, nn.Module):
         needs: tuple[str, ...] = (),
         prompt: Prompt | None = None,
     ) -> Features:
-        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector.
+        """Encode pixels (B, S, S, 3) in [0, 1] as tokens before the projector.
 
-        prompt: conditions the towers of policies with FiLM.
+        needs: names of the extras. prompt: read by the towers of policies with FiLM.
         """
         language = None
         if self.reads_prompt and prompt is not None:
@@ -330,7 +345,7 @@ class OpenVLA(Common, nn.Module):
         return self.vision_backbone(pixels, needs, language)
 
     def _words(self, prompt: Prompt) -> mx.array:
-        """(1, T, D): what the reference calls the language: all but action slots."""
+        """Return the embeddings (1, T, D) that FiLM reads: all but action slots."""
         ids = mx.concatenate([*prompt.arrays(), self._stop], axis=1)
         return self.decoder.embed(ids)
 
@@ -339,14 +354,14 @@ class OpenVLA(Common, nn.Module):
         return mx.array([[self.args.text["eos_token_id"]]])
 
     def project(self, tokens: mx.array) -> mx.array:
-        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
+        """Project visual tokens (B, K, C) to embeddings (B, K, D)."""
         return self.projector(tokens)
 
     def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
-        """(1 or B, L, D) for each text around the pictures.
+        """Return the embeddings (1 or B, L, D) of each text around the pictures.
 
-        For OFT the last one is the robots' `state` (B, p), the prompt, empty action
-        slots and a stop.
+        For OFT the last text is the robots' `state` (B, p), the prompt, empty action
+        slots and a stop token.
         """
         *before, last = [self.decoder.embed(ids) for ids in prompt.arrays()]
         if self.args.oft:
@@ -359,7 +374,7 @@ class OpenVLA(Common, nn.Module):
         return [*before, last]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """MLX-layout tensors -> what the inference form holds. Idempotent."""
+        """Return the tensors of the inference form: no unused blocks. Idempotent."""
         skipped = []
         for name, tower in zip(TOWERS, self.args.towers, strict=False):
             prefix = f"vision_backbone.{name}"

@@ -1,8 +1,8 @@
-"""pi0-FAST (arXiv 2501.09747): PaliGemma (SigLIP, one linear layer, Gemma) that acts.
+"""pi0-FAST (arXiv 2501.09747): a policy on PaliGemma (SigLIP, a linear layer, Gemma).
 
-The language model is mlx-lm's Gemma, with the activation of its Gemma 2, which is what
-PaliGemma was trained with. Up to as many pictures as it has cameras; one that is absent
-takes no place. Pictures and text see each other, answered tokens what is before them.
+The language model is mlx-lm's Gemma with the activation of its Gemma 2, as PaliGemma
+was trained. An observation has at most one picture per camera; an absent picture has no
+tokens. Pictures and text attend to each other, answer tokens to all tokens before them.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from ..processing.actions import RULES
 from ..processing.prompt import Prompt
 from .checks import check_language, expect, is_size
 from .language import Decoder
-from .protocol import POLICY_PROVIDES, Common
+from .protocol import POLICY_PROVIDES, ModelBase
 from .vit import ViT, ViTConfig, check_tower
 
 DIALECTS = ("lerobot", "openpi")
@@ -28,14 +28,14 @@ _MOST_CAMERAS = 16
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """What `config.json` says of a policy.
+    """Checked `config.json` of a policy.
 
-    text: goes to mlx-lm's Gemma as it is. cameras: their names, in order. horizon,
-    action_dim: actions of a chunk, numbers of an action. state_size: numbers of the
-    robot's state. rules: what scales actions and state. steps: the most tokens of an
-    answer. longest_prompt: of a prompt. skipped: tokens behind FAST's at the end of the
-    vocabulary. dialect: which reference it acts as. strict: an answer must begin as the
-    reference's does.
+    text: passed to mlx-lm's Gemma unchanged. cameras: their names, in order. horizon:
+    actions per chunk. action_dim: numbers per action. state_size: numbers of robot
+    state. rules: scaling of "action" and "proprio". steps: most tokens of an answer.
+    longest_prompt: most tokens of a prompt. skipped: number of tokens behind FAST's at
+    the end of the vocabulary. dialect: reference implementation to follow. strict:
+    whether an answer must begin as the reference's does.
     """
 
     text: dict
@@ -53,7 +53,10 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
-        """Raises `InputError` when sizes are missing, impossible or disagree."""
+        """Check a config.
+
+        Raises `InputError` for sizes that are missing, impossible or inconsistent.
+        """
         text = dict(object_of(config, "text_config"))
         model_type = text.setdefault("model_type", "gemma")
         expect(model_type == "gemma", "text_config.model_type", model_type, "'gemma'")
@@ -88,19 +91,20 @@ class ModelArgs:
             expect(right, f"policy rules {part}", rules.get(part), expected)
         if policy.get("relative"):
             raise InputError(
-                "the policy's actions are relative to its state, which is not read "
-                "here; expected use_relative_actions false"
+                "the policy's actions are relative to its state, which is not "
+                "supported; expected use_relative_actions false"
             )
-        how = {"dialect": dialect, "strict": strict, "rules": rules}
-        return cls(text, _tower(config), tuple(cameras), **sizes, **how)
+        options = {"dialect": dialect, "strict": strict, "rules": rules}
+        return cls(text, _tower(config), tuple(cameras), **sizes, **options)
 
     @property
     def depth(self) -> int:
-        """Layers and blocks in all."""
+        """Number of language model layers and tower blocks."""
         return self.text["num_hidden_layers"] + self.tower.depth
 
     @property
     def crop(self) -> float:
+        """Share of a picture's area that is encoded."""
         return 1.0
 
 
@@ -118,7 +122,7 @@ def _tower(config: Mapping) -> ViTConfig:
         embed_dim=width,
         depth=vision["num_hidden_layers"],
         num_heads=vision["num_attention_heads"],
-        mlp_ratio=(inner + 0.5) / width,  # times the width, cut to a whole number
+        mlp_ratio=(inner + 0.5) / width,  # `ViTConfig.hidden` rounds it down to inner
         **{"whole": True, "split": True, "tanh_gelu": True},
     )
     check_tower(tower)
@@ -126,18 +130,19 @@ def _tower(config: Mapping) -> ViTConfig:
 
 
 class Projector(nn.Module):
-    """(B, K, C) visual tokens -> (B, K, D) embeddings."""
+    """Linear projector."""
 
     def __init__(self, inputs: int, hidden: int):
         super().__init__()
         self.linear = nn.Linear(inputs, hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Project (B, K, C) to (B, K, D)."""
         return self.linear(x)
 
 
-class Pi0Fast(Common, nn.Module):
-    """`encode`, `project` and `text`; `decoder` reads them and what is answered.
+class Pi0Fast(ModelBase, nn.Module):
+    """pi0-FAST: `encode`, `project` and `text` make the input of `decoder`.
 
     With `inference=False` its parameters are exactly the tensors of the MLX layout.
     """
@@ -147,7 +152,7 @@ class Pi0Fast(Common, nn.Module):
     provides = POLICY_PROVIDES
     sees_parts = False
     reads_prompt = False
-    pictures = None  # as many as cameras are there
+    pictures = None  # any number, up to one per camera
 
     def __init__(self, args: ModelArgs, inference: bool = True):
         super().__init__()
@@ -160,24 +165,27 @@ class Pi0Fast(Common, nn.Module):
 
     @property
     def cameras(self) -> tuple[str, ...]:
+        """Names of the pictures, in order."""
         return self.args.cameras
 
     @property
     def gap(self) -> int:
-        """openpi answers a position later than the prompt ends."""
+        """Positions left free between prompt and answer: 1 in openpi, else 0."""
         return int(self.args.dialect == "openpi")
 
     @property
     def image_size(self) -> int:
+        """Pixels per side of the square pictures that the tower was trained on."""
         return self.args.tower.image_size
 
     @property
     def stride(self) -> int:
+        """Pixels per side of a visual token."""
         return self.args.tower.patch_size
 
     @property
     def feature_size(self) -> int:
-        """C, the channels of a visual token before the projector."""
+        """C, channels of a visual token before the projector."""
         return self.args.tower.embed_dim
 
     def encode(
@@ -186,31 +194,37 @@ class Pi0Fast(Common, nn.Module):
         needs: tuple[str, ...] = (),
         prompt: Prompt | None = None,
     ) -> Features:
-        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector."""
+        """Encode pixels (B, S, S, 3) in [0, 1] as tokens before the projector.
+
+        needs: names of the extras. prompt: not read.
+        """
         pixels = (pixels * 2 - 1).astype(self.vision_tower.pos_embed.dtype)
         tokens, extras = self.vision_tower(pixels, needs=needs)
         side = self.args.tower.side
         return Features(tokens, (side, side), extras=extras)
 
     def project(self, tokens: mx.array) -> mx.array:
-        """(B, K, C) visual tokens -> (B, K, D), which Gemma's scale does not touch."""
+        """Project visual tokens (B, K, C) to (B, K, D), without Gemma's scale."""
         return self.multi_modal_projector(tokens)
 
     def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
-        """(1, L, D) for each text around the pictures, the first of which is empty.
+        """Return the embeddings (1, L, D) of the texts around the pictures.
 
-        The state is a part of the last.
+        The first is empty. The prompt's last text contains the state.
         """
         words = self.decoder.embed(prompt.arrays()[-1])
-        return [words[:, :0], words]  # quantized tables cannot embed nothing
+        return [words[:, :0], words]  # quantized embeddings reject 0 tokens
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """MLX-layout tensors -> what the inference form holds: the same."""
+        """Return the tensors unchanged: files and memory have one layout."""
         return weights
 
 
 def _gemma(text: Mapping[str, Any]) -> nn.Module:
-    """mlx-lm's Gemma. Its GELU is exact, PaliGemma's by tanh, as Gemma 2's."""
+    """Return mlx-lm's Gemma with Gemma 2's MLP.
+
+    Its own GELU is exact; PaliGemma was trained with Gemma 2's, by tanh.
+    """
     from mlx_lm.models import gemma, gemma2
 
     model = gemma.Model(gemma.ModelArgs.from_dict(dict(text)))

@@ -1,7 +1,7 @@
-"""What the path asks of a model, whatever its family.
+"""Interface of all model families.
 
 A family is one file here: a module with these attributes, and a `ModelArgs` that checks
-its config. What a model can do is asked for by name, never by its class.
+its config. Callers read a model's abilities from its attributes, never from its class.
 """
 
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from ..features import EPISODE_EXTRAS, Features
 from ..processing.prompt import Prompt
 from .language import Decoder
 
-# Extras of `Features` at each kind of place, of families whose tower has attention.
+# Extras of `Features` by place, for families whose tower has attention.
 PROVIDES: Mapping[str, tuple[str, ...]] = {
     "tower": ("grid", "attention", "attention_middle", "keys"),
     "prompt": ("grid", "text", "queries", "text_keys"),
     "layer": ("attention", "keys", "text", "text_attention"),
 }
-# Of policies, whose robot did something before.
+# The same for policies, whose episodes add the previous action.
 POLICY_PROVIDES: Mapping[str, tuple[str, ...]] = {
     **PROVIDES,
     "prompt": (*PROVIDES["prompt"], *EPISODE_EXTRAS),
 }
 
 
-class Common:
-    """What most families have alike."""
+class ModelBase:
+    """Attributes that most families share."""
 
     gap = 0
     cameras: tuple[str, ...] = ()
@@ -39,29 +39,43 @@ class Common:
 
     @property
     def layers(self) -> list:
+        """mlx-lm's transformer layers, in order."""
         return self.language_model.layers
 
     @property
     def decoder(self) -> Decoder:
+        """Reader of the language model."""
         return self._decoder
 
     def memory_of(self, side: int) -> int:
-        return 0  # their pictures have one size
+        """Return 0: pictures have one size, so memory needs no check."""
+        return 0
 
-    def __call__(self, inputs, cache=None, input_embeddings=None) -> mx.array:
-        """Logits (B, T, V) of token ids (B, T) or of `input_embeddings` (B, T, D)."""
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Return logits (B, T, V) for ids (B, T) or `input_embeddings` (B, T, D).
+
+        mlx-lm's signature, so that its generation and quantization accept the model.
+        """
         return self.language_model(inputs, cache, input_embeddings)
 
     @staticmethod
     def quant_predicate(path: str, module: nn.Module) -> bool:
-        """Only the language model is quantized; towers and projector stay float."""
+        """Select the language model's layers; towers and projector are kept in float.
+
+        mlx-lm's quantization calls it with each module.
+        """
         return path.startswith("language_model.") and hasattr(module, "to_quantized")
 
 
-class Chat(Common):
-    """What models have alike that answer in words, in ChatML.
+class ChatModel(ModelBase):
+    """Attributes that models with text answers in ChatML share.
 
-    mm_projector: layers, from visual tokens to embeddings of the language model.
+    mm_projector: layers from visual tokens to language model embeddings.
     """
 
     image_token = "<image>"
@@ -77,32 +91,36 @@ class Chat(Common):
     mm_projector: list
 
     def project(self, tokens: mx.array) -> mx.array:
-        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
+        """Project visual tokens (B, K, C) to embeddings (B, K, D)."""
         for layer in self.mm_projector:
             tokens = layer(tokens)
         return tokens
 
     def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
-        """(1, L, D) for each text around the pictures."""
+        """Return the embeddings (1, L, D) of each text around the pictures."""
         return [self.decoder.embed(ids) for ids in prompt.arrays()]
 
 
 class VisionModel(Protocol):
-    """A vision-language model, or a policy.
+    """Vision-language model or robot policy.
 
-    answers: in "text", or in actions: "bins" (tokens), "slots" (states for a head) or
+    answers: "text", or actions as "bins" (tokens), "slots" (states for a head) or
     "chunks" (tokens of a compressed chunk of actions).
-    image_size, stride: pixels per side of a picture, and of a visual token. pictures:
-    how many an observation has; `None` for any number. cameras: their names, where
-    they have such, of which any may be absent. provides: by place ("tower",
-    "prompt", "layer"), the extras of `Features` that a pruner can have there; "grid"
-    where tokens fill their grid. sees_parts: whether the tower can see a part of a
-    picture alone. reads_prompt: whether the tower is conditioned on the prompt.
-    attends: "causal", "full" or "prefix" (full, and causal for what is answered). gap:
-    positions that stay free between prompt and answer. args: what its config says.
-    action_head: of a model that answers in slots. language_model: mlx-lm's. carried:
-    pruners of its checkpoint, which prune unless others are given. signs: what tells
-    its weights from another model's (`learned/fitting.py`), once they were loaded.
+    attends: "causal", "full" or "prefix" (full, and causal for the answer).
+    gap: positions left free between prompt and answer.
+    image_size, stride: pixels per side of a picture, and of a visual token.
+    feature_size: C, channels of a visual token before the projector.
+    pictures: number per observation; `None` for any number.
+    cameras: names of the pictures, any of which may be absent; empty without names.
+    provides: by place ("tower", "prompt", "layer"), the extras of `Features` that a
+        pruner can read there; "grid" if tokens fill their grid.
+    sees_parts: whether the tower can encode a part of a picture alone.
+    reads_prompt: whether the tower is conditioned on the prompt.
+    args: the checked config.
+    action_head: of a model that answers in slots.
+    language_model: mlx-lm's.
+    carried: pruners of the checkpoint, used unless the caller passes others.
+    signs: fingerprint of the loaded weights (`pruners/scorers`), or `None`.
     """
 
     answers: Literal["text", "bins", "slots", "chunks"]
@@ -123,10 +141,12 @@ class VisionModel(Protocol):
     signs: str | None
 
     @property
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> Decoder:
+        """Reader of the language model."""
+        ...
 
     def memory_of(self, side: int) -> int:
-        """Bytes that encoding a square picture takes at its peak, roughly, or 0."""
+        """Return the approximate peak bytes of encoding a square picture, or 0."""
         ...
 
     def encode(
@@ -135,13 +155,19 @@ class VisionModel(Protocol):
         needs: tuple[str, ...] = (),
         prompt: Prompt | None = None,
     ) -> Features:
-        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector."""
+        """Encode pixels (B, S, S, 3) in [0, 1] as tokens before the projector.
+
+        needs: names of the extras to compute. prompt: read if `reads_prompt`.
+        """
         ...
 
     def project(self, tokens: mx.array) -> mx.array:
-        """(B, K, C) visual tokens -> (B, K, D) language model embeddings."""
+        """Project visual tokens (B, K, C) to embeddings (B, K, D)."""
         ...
 
     def text(self, prompt: Prompt, state: mx.array | None = None) -> list[mx.array]:
-        """(1 or B, L, D) for each text around the pictures."""
+        """Return the embeddings (1 or B, L, D) of each text around the pictures.
+
+        state: (B, p), the robots' normalised state, for policies that read it.
+        """
         ...

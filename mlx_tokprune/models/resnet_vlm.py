@@ -1,7 +1,8 @@
 """ResNet-VLM: ResNet-50, a two-layer projector, and a Llama-like language model.
 
-The family of the test bed, whose parts others trained (see `testbed/`): a convolutional
-tower without attention, as many tokens as FastVLM has for pictures of half the size.
+The family of the test bed, which joins published weights (see `testbed/`). Its tower is
+convolutional, without attention. It has as many tokens as FastVLM at twice the image
+size.
 """
 
 import math
@@ -19,33 +20,36 @@ from ..processing.prompt import Prompt
 from .checks import check_language, expect, is_size
 from .language import Decoder
 from .layers import projector
-from .protocol import PROVIDES, Chat
+from .protocol import PROVIDES, ChatModel
 from .resnet import CHANNELS, STAGES, STRIDE, ResNet50
 
-_FREQUENCIES = 4  # of a token's place, along each side
+_FREQUENCIES = 4  # of a token's position, along each side
 _SINES = 4 * _FREQUENCIES
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """What `config.json` says; `text` goes to mlx-lm's Llama as it is."""
+    """Checked `config.json`; `text` is passed to mlx-lm's Llama unchanged."""
 
     text: dict
     image_size: int = 512
 
     @property
     def depth(self) -> int:
-        """Layers and blocks in all."""
+        """Number of language model layers and tower blocks."""
         return self.text["num_hidden_layers"] + sum(STAGES)
 
     @property
     def context(self) -> int:
-        """Tokens that the language model can read."""
+        """Most tokens that the language model can read."""
         return self.text.get("max_position_embeddings", 2048)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
-        """Raises `InputError` when sizes are missing, impossible or disagree."""
+        """Check a config.
+
+        Raises `InputError` for sizes that are missing, impossible or inconsistent.
+        """
         text = dict(object_of(config, "text_config"))
         check_language(text)
         text["model_type"] = "llama"
@@ -55,8 +59,8 @@ class ModelArgs:
         return cls(text, size)
 
 
-class ResNetVLM(Chat, nn.Module):
-    """`encode` and `project` for pictures; calling it is the language model."""
+class ResNetVLM(ChatModel, nn.Module):
+    """ResNet-VLM: `encode` and `project` for pictures; a call runs the text model."""
 
     stride = STRIDE
     feature_size = CHANNELS + _SINES
@@ -75,11 +79,14 @@ class ResNetVLM(Chat, nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Pixels per side of the square picture that the projector was trained on."""
+        """Pixels per side of the square pictures that the projector was trained on."""
         return self.args.image_size
 
     def memory_of(self, side: int) -> int:
-        """The first stage's feature maps, of 256 channels at every fourth pixel."""
+        """Return the approximate peak bytes of encoding a square picture.
+
+        The first stage's feature maps: 256 channels at every fourth pixel.
+        """
         return 4 * 4 * 256 * (side // 4) ** 2
 
     def encode(
@@ -88,26 +95,26 @@ class ResNetVLM(Chat, nn.Module):
         needs: tuple[str, ...] = (),
         prompt: Prompt | None = None,
     ) -> Features:
-        """(B, S, S, 3) pixels in [0, 1] -> visual tokens before the projector.
+        """Encode pixels (B, S, S, 3) in [0, 1] as tokens before the projector.
 
-        A token is what the tower saw, and its place as sines: convolutions hardly know
-        where they are. The sines of every token are of one length, so that the largest
-        tokens are those of the tower.
+        A token joins the tower's features and sines of its position, which convolutions
+        hardly encode. All tokens' sines have one norm, so that features alone decide
+        which tokens have the largest norm.
         """
-        seen = self.vision_tower(pixels)
-        batch, height, width, channels = seen.shape
-        tokens = seen.reshape(batch, height * width, channels)
-        where = mx.broadcast_to(_places(height, width), (*tokens.shape[:2], _SINES))
-        tokens = mx.concatenate([tokens, where.astype(tokens.dtype)], axis=-1)
+        features = self.vision_tower(pixels)
+        batch, height, width, channels = features.shape
+        tokens = features.reshape(batch, height * width, channels)
+        sines = mx.broadcast_to(_places(height, width), (*tokens.shape[:2], _SINES))
+        tokens = mx.concatenate([tokens, sines.astype(tokens.dtype)], axis=-1)
         return Features(tokens, (height, width))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """On disk as in memory."""
+        """Return the tensors unchanged: files and memory have one layout."""
         return weights
 
 
 def _places(height: int, width: int) -> mx.array:
-    """(N, sines) of the middle of each token, in rows and columns of its picture."""
+    """Return sines (N, _SINES) of each token's centre, by row and column."""
     rates = 2.0 ** np.arange(_FREQUENCIES) * math.pi / 2
     rows = np.repeat((np.arange(height) + 0.5) / height, width)
     columns = np.tile((np.arange(width) + 0.5) / width, height)

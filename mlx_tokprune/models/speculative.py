@@ -1,11 +1,11 @@
-"""Speculative decoding: the tokens of a language model, several of them in a call.
+"""Speculative decoding: several tokens of a language model per call.
 
-Something quick drafts what may follow, the model reads all of it at once, and says
-which of it stays and what comes instead of the rest (arXiv 2211.17192). Greedy tokens
-are those without a draft, up to ties in float; sampled ones have its distribution.
+A drafter proposes the next tokens, the model reads all of them in one call, accepts a
+part and replaces the rest (arXiv 2211.17192). Greedy tokens equal those without a
+draft, up to ties in float; sampled output follows the model's distribution.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,13 +15,14 @@ import numpy as np
 from .language import Decoder, greedy
 from .positions import LayerCache
 
-_LONGEST_MATCH = 3  # tokens by which a place in what was said before is told
+_LONGEST_MATCH = 3  # tokens of an n-gram that is looked up
 
 
 class Draft(NamedTuple):
-    """Tokens that may follow, and (L, V) logarithms of the shares that each had.
+    """Proposed next tokens.
 
-    log_shares: `None` for a guess that does not depend on chance.
+    tokens: L ids. log_shares: (L, V) log probabilities that they were sampled from;
+    `None` for tokens that were not sampled.
     """
 
     tokens: list[int]
@@ -29,22 +30,22 @@ class Draft(NamedTuple):
 
 
 class Drafter(Protocol):
-    """What drafts."""
+    """Source of drafts."""
 
-    def __call__(self, said: Sequence[int], most: int) -> Draft:
-        """At most `most` tokens after an answer's; it may have none."""
+    def __call__(self, answer_ids: Sequence[int], most: int) -> Draft:
+        """Propose at most `most` tokens after the answer's; possibly none."""
         ...
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen, as mlx-lm's sampler does; greedy at temperature 0."""
+    """Sampling options, as in mlx-lm's sampler; greedy at temperature 0."""
 
     temp: float = 0.0
     top_p: float = 0.0
 
     def log_shares(self, logits: mx.array) -> mx.array:
-        """(..., V) logits -> logarithms of what each token is chosen with."""
+        """Return the log probabilities (..., V) that tokens are sampled from."""
         from mlx_lm.sample_utils import apply_top_p
 
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -54,34 +55,37 @@ class Sampling:
         return logs - mx.logsumexp(logs, axis=-1, keepdims=True)
 
     def choose(self, logits: mx.array) -> tuple[mx.array, mx.array | None]:
-        """(..., V) -> tokens (...), and the logarithms of shares they were drawn by."""
+        """Choose tokens (...) from logits (..., V).
+
+        Also returns the log probabilities (..., V) of the sampling; `None` for greedy.
+        """
         if not self.temp:
             return mx.argmax(logits, axis=-1), None
         logs = self.log_shares(logits)
         return mx.random.categorical(logs), logs
 
     def accepted(self, draft: Draft, logits: mx.array) -> list[int]:
-        """The tokens that stay, and the one that follows them.
+        """Return the accepted tokens of the draft, and the model's next token.
 
-        logits: (L + 1, V), the model's after what was said and after each of the L.
+        logits: (L + 1, V), the model's before and after each of the L draft tokens.
         """
         if not self.temp:
-            _, found = greedy(logits)
-            return agreed(draft.tokens, _ids(found))
+            _, checked = greedy(logits)
+            return agreed(draft.tokens, _ids(checked))
         logs, count = self.log_shares(logits.astype(mx.float32)), len(draft.tokens)
         drafted = _log_shares(draft, logs.shape[-1])
-        stays = 0
+        kept = 0
         if count:
-            own, theirs = (
-                mx.take_along_axis(some, mx.array(draft.tokens)[:, None], axis=1)
-                for some in (logs[:-1], drafted)
+            target, proposal = (
+                mx.take_along_axis(rows, mx.array(draft.tokens)[:, None], axis=1)
+                for rows in (logs[:-1], drafted)
             )
-            lucky = mx.random.uniform(shape=(count, 1)) < mx.exp(own - theirs)
-            stays = int(np.cumprod(np.array(lucky[:, 0])).sum())
-        left = logs[stays]
-        if stays < count:  # what the draft had too little of
-            left = mx.log(mx.maximum(mx.exp(left) - mx.exp(drafted[stays]), 0))
-        return [*draft.tokens[:stays], *_ids(mx.random.categorical(left[None]))]
+            accepts = mx.random.uniform(shape=(count, 1)) < mx.exp(target - proposal)
+            kept = int(np.cumprod(np.array(accepts[:, 0])).sum())
+        rest = logs[kept]
+        if kept < count:  # the excess over the draft's distribution corrects its bias
+            rest = mx.log(mx.maximum(mx.exp(rest) - mx.exp(drafted[kept]), 0))
+        return [*draft.tokens[:kept], *_ids(mx.random.categorical(rest[None]))]
 
 
 def _ids(tokens: mx.array) -> list[int]:
@@ -89,20 +93,28 @@ def _ids(tokens: mx.array) -> list[int]:
 
 
 def _log_shares(draft: Draft, vocabulary: int) -> mx.array:
-    """(L, V); those of a guess are 1 and 0, and so are tokens that it does not know."""
+    """Return the draft's log probabilities (L, V) over the model's vocabulary.
+
+    Probabilities are 1 and 0 for tokens that were not sampled, and 0 for tokens that
+    the drafter's smaller vocabulary lacks.
+    """
     if draft.log_shares is None:
-        given = mx.array(draft.tokens, mx.int32).reshape(-1, 1)
-        return mx.where(mx.arange(vocabulary) == given, 0.0, -mx.inf)
+        draft_ids = mx.array(draft.tokens, mx.int32).reshape(-1, 1)
+        return mx.where(mx.arange(vocabulary) == draft_ids, 0.0, -mx.inf)
     lacking = vocabulary - draft.log_shares.shape[-1]
     return mx.pad(draft.log_shares, [(0, 0), (0, lacking)], constant_values=-mx.inf)
 
 
-def agreed(draft: Sequence[int], found: Sequence[int]) -> list[int]:
-    """The model's tokens up to and with the first that the draft had otherwise."""
+def agreed(draft: Sequence[int], model_ids: Sequence[int]) -> list[int]:
+    """Return the model's tokens up to and with the first that differs from the draft.
+
+    model_ids: the model's tokens before and after each token of the draft.
+    """
+    most = min(len(draft), len(model_ids) - 1)
     right = 0
-    while right < min(len(draft), len(found) - 1) and draft[right] == found[right]:
+    while right < most and draft[right] == model_ids[right]:
         right += 1
-    return list(found[: right + 1])
+    return list(model_ids[: right + 1])
 
 
 def verify(
@@ -112,15 +124,16 @@ def verify(
     draft: Draft,
     sampling: Sampling,
 ) -> list[int]:
-    """What follows `last`, in one call that also reads the draft.
+    """Return the tokens after `last`, by one call that also reads the draft.
 
-    cache: what was said before `last`; then also it, and what stays of the draft.
+    cache: holds the tokens before `last`; takes `last` and the accepted tokens, too.
     """
-    given = mx.array([[last, *draft.tokens]], mx.int32)
-    logits = decoder.logits(decoder.follow(given, list(cache)))[0]
-    said = sampling.accepted(draft, logits)
-    trim(cache, len(draft.tokens) + 1 - len(said))
-    return said
+    input_ids = mx.array([[last, *draft.tokens]], mx.int32)
+    logits = decoder.logits(decoder.follow(input_ids, list(cache)))[0]
+    new_ids = sampling.accepted(draft, logits)
+    # The last new token is not in the cache yet: the next call reads it.
+    trim(cache, len(draft.tokens) + 1 - len(new_ids))
+    return new_ids
 
 
 def speculate(
@@ -131,49 +144,52 @@ def speculate(
     width: int,
     most: int,
     sampling: Sampling,
-    after_call=None,
+    after_call: Callable[[], None] | None = None,
 ) -> Iterator[list[int]]:
-    """What follows the token `first`, at most `most` tokens, in parts of a call each.
+    """Yield the tokens after `first`, at most `most` of them, in one list per call.
 
-    width: tokens that are drafted at once. after_call: called after each.
+    width: most draft tokens per call. after_call: called after each call.
     """
-    said = [first]
-    while len(said) <= most:
-        draft = drafter(said, min(width, most - len(said)))
-        more = verify(decoder, cache, said[-1], draft, sampling)
+    answer_ids = [first]
+    while len(answer_ids) <= most:
+        draft = drafter(answer_ids, min(width, most - len(answer_ids)))
+        new_ids = verify(decoder, cache, answer_ids[-1], draft, sampling)
         if after_call is not None:
             after_call()
-        said += more
-        yield more
+        answer_ids += new_ids
+        yield new_ids
 
 
 def trim(cache: Sequence[LayerCache], count: int) -> None:
-    """Forget the last tokens."""
+    """Remove the last `count` tokens from every layer's cache."""
     for part in cache:
         part.inner.trim(count)
 
 
-# What drafts ------------------------------------------------------------------------
+# Drafters ---------------------------------------------------------------------------
 
 
-class Repeating:
-    """Drafts what followed in a text before, or in this answer, after the same tokens.
+class NgramDrafter:
+    """Drafter by n-gram lookup in the text before and in the answer.
 
-    Prompt lookup, or n-gram speculation: no model runs.
+    Proposes the tokens after an earlier occurrence of the answer's last tokens (prompt
+    lookup); no model runs. before: token ids of the text.
     """
 
     def __init__(self, before: Sequence[int]):
         self._before = list(before)
 
-    def __call__(self, said: Sequence[int], most: int) -> Draft:
-        whole = [*self._before, *said]
-        return Draft(continued(whole, said, near=len(whole))[:most])
+    def __call__(self, answer_ids: Sequence[int], most: int) -> Draft:
+        """Propose at most `most` tokens after the answer's."""
+        whole = [*self._before, *answer_ids]
+        return Draft(continued(whole, answer_ids, near=len(whole))[:most])
 
 
-class ReadingAlong:
-    """Drafts by a language model that has read a prompt, its own or a shorter one.
+class ModelDrafter:
+    """Drafter by a language model that has read the prompt, or a shorter one.
 
-    vocabulary: how many of its tokens the other model knows.
+    cache: holds the prompt. vocabulary: number of first tokens of its vocabulary that
+    the target model shares.
     """
 
     def __init__(
@@ -185,41 +201,44 @@ class ReadingAlong:
     ):
         self._decoder, self._cache, self._sampling = decoder, cache, sampling
         self._vocabulary = vocabulary
-        self._held: list[int] = []  # what the cache has behind the prompt
+        # Token ids that the cache holds after the prompt. They are kept between calls,
+        # so that a call drops rejected drafts and reads new tokens only.
+        self._cached: list[int] = []
 
-    def __call__(self, said: Sequence[int], most: int) -> Draft:
-        same = len(agreed(self._held, [*said, -1])) - 1
-        trim(self._cache, len(self._held) - same)
-        given, tokens, logs = mx.array([said[same:]], mx.int32), [], []
+    def __call__(self, answer_ids: Sequence[int], most: int) -> Draft:
+        """Propose at most `most` tokens after the answer's."""
+        same = len(agreed(self._cached, [*answer_ids, -1])) - 1
+        trim(self._cache, len(self._cached) - same)
+        input_ids, tokens, logs = mx.array([answer_ids[same:]], mx.int32), [], []
         for _ in range(most):
-            hidden = self._decoder.follow(given, self._cache)[:, -1:]
+            hidden = self._decoder.follow(input_ids, self._cache)[:, -1:]
             logits = self._decoder.logits(hidden)[:, 0, : self._vocabulary]
             token, shares = self._sampling.choose(logits.astype(mx.float32))
-            given = token[:, None]
+            input_ids = token[:, None]
             tokens.append(token)
             logs += [] if shares is None else [shares]
         if not tokens:
-            self._held = list(said[:same])
+            self._cached = list(answer_ids[:same])
             return Draft([])
-        found = _ids(mx.concatenate(tokens))
-        self._held = [*said, *found[:-1]]
-        return Draft(found, mx.concatenate(logs) if logs else None)
+        draft_ids = _ids(mx.concatenate(tokens))
+        self._cached = [*answer_ids, *draft_ids[:-1]]
+        return Draft(draft_ids, mx.concatenate(logs) if logs else None)
 
 
 def continued(
-    last: Sequence[int], said: Sequence[int], near: int | None = None
+    last: Sequence[int], answer_ids: Sequence[int], near: int | None = None
 ) -> list[int]:
-    """What followed in `last`, where it went on as `said` ends.
+    """Return the tokens of `last` after an occurrence of the answer's last tokens.
 
-    Of several such places the one with the longest match, and then the nearest to
-    `near`, which is the length of `said` unless it is given.
+    Of several occurrences the longest match is chosen, then the nearest to place
+    `near` (default: the length of `answer_ids`). Empty without an occurrence.
     """
     best: tuple[int, int] | None = None
-    place, near = 0, len(said) if near is None else near
+    place, near = 0, len(answer_ids) if near is None else near
     for end in range(1, len(last)):
         match = 0
-        while match < min(_LONGEST_MATCH, end, len(said)):
-            if last[end - 1 - match] != said[-1 - match]:
+        while match < min(_LONGEST_MATCH, end, len(answer_ids)):
+            if last[end - 1 - match] != answer_ids[-1 - match]:
                 break
             match += 1
         rank = (match, -abs(end - near))

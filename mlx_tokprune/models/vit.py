@@ -1,9 +1,9 @@
-"""Vision transformers as timm names them: DINOv2, SigLIP and CLIP, up to the features.
+"""Vision transformers with timm's names: DINOv2, SigLIP and CLIP, up to the features.
 
 Attribute names equal the checkpoint's keys. Prismatic models take the patch tokens of
 the second to last block, without prefix tokens and without the final norm, so the last
-block, the norm and SigLIP's pooling are never built here. PaliGemma takes those of the
-last block after the norm (`whole`).
+block and the norm are built with `complete` only, and SigLIP's pooling never.
+PaliGemma takes the patch tokens of the last block after the norm (`whole`).
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,10 @@ class ViTConfig:
 
     class_token, reg_tokens: prefix tokens. embeds_class: the position embedding has a
     row for the class token (CLIP). layer_scale: DINOv2's. pre_norm: CLIP's, which also
-    has no bias in the patch embedding. whole: features are those of the last block
-    after the final norm. split: queries, keys and values have a matrix each, and the
-    position embedding no batch axis, as in transformers. tanh_gelu: GELU by tanh.
+    has no bias in the patch embedding. quick_gelu: CLIP's x * sigmoid(1.702 x). whole:
+    features come from the last block after the final norm. split: queries, keys and
+    values have a matrix each, and the position embedding has no batch axis, as in
+    transformers. tanh_gelu: GELU by tanh.
     """
 
     image_size: int
@@ -52,15 +53,17 @@ class ViTConfig:
 
     @property
     def prefix(self) -> int:
+        """Number of tokens before the patches."""
         return int(self.class_token) + self.reg_tokens
 
     @property
     def hidden(self) -> int:
+        """Channels inside a block's MLP."""
         return int(self.embed_dim * self.mlp_ratio)
 
     @property
     def last(self) -> int:
-        """The block that features come from."""
+        """Number of the block that features come from."""
         return self.depth - 1 if self.whole else self.depth - 2
 
 
@@ -71,7 +74,7 @@ _CLIP = {
     "norm_eps": 1e-5,
 }
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
-_KNOWN: dict[str, dict] = {
+_SIZES: dict[str, dict] = {
     "vit_large_patch14_reg4_dinov2": _DINOV2 | _LARGE | {"reg_tokens": 4},
     "vit_large_patch14_dinov2": _DINOV2 | _LARGE | {"embeds_class": True},
     "vit_so400m_patch14_siglip_224": _SIGLIP | {"mlp_ratio": 3.7362},
@@ -87,15 +90,15 @@ _KNOWN: dict[str, dict] = {
 def tower_config(
     timm_id: str, image_size: int, act_layer: str | None, sizes: Mapping | None
 ) -> ViTConfig:
-    """The tower that timm builds for this id; `sizes` overrides what the id says.
+    """Return the sizes of timm's tower with this id; `sizes` overrides them.
 
     Raises `InputError` for an unknown id without sizes, or impossible sizes.
     """
     name = str(timm_id).split(".")[0]
-    if sizes is None and name not in _KNOWN:
+    if sizes is None and name not in _SIZES:
         raise InputError(
-            f"config.json names the vision tower {timm_id!r}, which is not known here; "
-            f"known towers are {', '.join(_KNOWN)}.{nearest(name, _KNOWN)}"
+            f"config.json names the vision tower {timm_id!r}, which is not supported; "
+            f"expected one of {', '.join(_SIZES)}.{nearest(name, _SIZES)}"
         )
     if act_layer not in (None, "gelu", "quick_gelu"):
         raise InputError(
@@ -104,12 +107,12 @@ def tower_config(
         )
     ours = {"image_size", "quick_gelu", "whole", "split", "tanh_gelu"}
     fields = ViTConfig.__dataclass_fields__.keys() - ours
-    given = dict(_KNOWN.get(name, {})) | {
+    options = dict(_SIZES.get(name, {})) | {
         k: v for k, v in (sizes or {}).items() if k in fields
     }
     quick = act_layer == "quick_gelu"
     try:
-        config = ViTConfig(image_size=image_size, quick_gelu=quick, **given)
+        config = ViTConfig(image_size=image_size, quick_gelu=quick, **options)
     except TypeError as error:
         raise InputError(f"config.json does not describe a tower ({error})") from None
     check_tower(config)
@@ -117,7 +120,7 @@ def tower_config(
 
 
 def check_tower(config: ViTConfig) -> None:
-    """Raise `InputError` for sizes that cannot be."""
+    """Raise `InputError` for impossible sizes."""
     for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads"):
         value = getattr(config, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -163,7 +166,7 @@ def check_tower(config: ViTConfig) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches; `proj.weight` (C, p, p, 3) as on disk."""
+    """Embedding of disjoint patches; `proj.weight` (C, p, p, 3) as on disk."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -171,12 +174,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.embed_dim, size, size, bias=not config.pre_norm)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """(B, S, S, 3) -> (B, N, C); pixels after the last whole patch do not count."""
+        """Embed (B, S, S, 3) as (B, N, C); pixels after the last patch are cut."""
         tokens = patch_convolution(pixels, self.proj.weight).flatten(1, 2)
         return tokens + self.proj.bias if "bias" in self.proj else tokens
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.num_heads, dim = config.num_heads, config.embed_dim
@@ -187,7 +192,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def heads(self, x: mx.array) -> list[mx.array]:
-        """(B, T, C) -> q, k and v, each (B, heads, T, D)."""
+        """Return q, k and v, each (B, heads, T, D), of (B, T, C)."""
         heads = (*x.shape[:2], self.num_heads, -1)
         if "qkv" in self:
             parts = mx.split(self.qkv(x), 3, axis=-1)
@@ -196,12 +201,15 @@ class Attention(nn.Module):
         return [part.reshape(heads).swapaxes(1, 2) for part in parts]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Attend over (B, T, C)."""
         q, k, v = self.heads(x)
         y = attend(q, k, v, q.shape[-1] ** -0.5)
         return self.proj(y.swapaxes(1, 2).reshape(x.shape))
 
 
 class Mlp(nn.Module):
+    """Two linear layers with the tower's GELU."""
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.hidden)
@@ -209,6 +217,7 @@ class Mlp(nn.Module):
         self._quick, self._tanh = config.quick_gelu, config.tanh_gelu
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, T, C)."""
         x = self.fc1(x)
         if self._tanh:
             return self.fc2(gelu_tanh(x))
@@ -216,18 +225,19 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel; OpenVLA saves it as `scale_factor`."""
+    """Learned factor per channel; OpenVLA saves it as `scale_factor`."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.scale_factor = mx.ones((dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Scale the channels of (B, T, C)."""
         return x * self.scale_factor
 
 
 class Block(nn.Module):
-    """A pre-norm block; `scale` and `shift` are OpenVLA-OFT's FiLM, where it has it."""
+    """Pre-norm block, with OpenVLA-OFT's FiLM (`scale`, `shift`) given a `film_dim`."""
 
     def __init__(self, config: ViTConfig, film_dim: int | None):
         super().__init__()
@@ -240,7 +250,7 @@ class Block(nn.Module):
             self.scale, self.shift = (nn.Linear(film_dim, dim) for _ in range(2))
 
     def __call__(self, x: mx.array, language: mx.array | None = None) -> mx.array:
-        """(B, T, C) -> the same; language: (B, D), the mean prompt embedding."""
+        """Return (B, T, C); language: (B, D), the mean prompt embedding for FiLM."""
         y = self.attn(self.norm1(x))
         x = x + (self.ls1(y) if "ls1" in self else y)
         if "scale" in self:
@@ -248,10 +258,12 @@ class Block(nn.Module):
         y = self.mlp(self.norm2(x))
         return x + (self.ls2(y) if "ls2" in self else y)
 
-    def attention_received(self, x: mx.array, prefix: int, from_class: bool):
-        """(B, N): attention each patch receives, mean over heads.
+    def attention_received(
+        self, x: mx.array, prefix: int, from_class: bool
+    ) -> mx.array:
+        """Return the attention (B, N) that each patch receives, mean over heads.
 
-        From the class token where there is one, else mean over the patches.
+        from_class: attention from the class token, else the mean over the patches.
         """
         q, k, _ = self.attn.heads(self.norm1(x))
         q = q[:, :, :1] if from_class else q[:, :, prefix:]
@@ -259,13 +271,17 @@ class Block(nn.Module):
         return mx.mean(weights[..., prefix:], axis=(1, 2))
 
     def keys(self, x: mx.array, prefix: int) -> mx.array:
-        """(B, N, C): of each patch, heads joined."""
+        """Return the keys (B, N, C) of the patches, heads joined."""
         _, k, _ = self.attn.heads(self.norm1(x))
         return k[:, :, prefix:].swapaxes(1, 2).flatten(2)
 
 
 class ViT(nn.Module):
-    """A tower up to where features come from; `complete` adds what else is stored."""
+    """Tower up to the block of the features.
+
+    film_dim: channels of the language embedding for FiLM, `None` without. complete: add
+    the checkpoint's remaining blocks and final norm.
+    """
 
     def __init__(
         self, config: ViTConfig, film_dim: int | None = None, complete: bool = False
@@ -288,14 +304,14 @@ class ViT(nn.Module):
             self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
 
     def _embed(self, pixels: mx.array) -> mx.array:
-        """(B, S, S, 3) -> (B, prefix + N, C), positions added."""
+        """Embed (B, S, S, 3) as (B, prefix + N, C), positions added."""
         x = self.patch_embed(pixels)
 
-        def of_batch(token: mx.array) -> mx.array:
+        def repeat(token: mx.array) -> mx.array:
             return mx.broadcast_to(token, (x.shape[0], *token.shape[1:]))
 
-        first = [of_batch(self.cls_token)] if self.config.class_token else []
-        registers = [of_batch(self.reg_token)] if self.config.reg_tokens else []
+        first = [repeat(self.cls_token)] if self.config.class_token else []
+        registers = [repeat(self.reg_token)] if self.config.reg_tokens else []
         if self.config.embeds_class:
             x = mx.concatenate([*first, x], axis=1) + self.pos_embed
             x = mx.concatenate([x[:, :1], *registers, x[:, 1:]], axis=1)
@@ -309,16 +325,18 @@ class ViT(nn.Module):
         language: mx.array | None = None,
         needs: tuple[str, ...] = (),
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """(B, S, S, 3) normalised pixels -> patch tokens (B, N, C), and extras.
+        """Return patch tokens (B, N, C) of normalised pixels (B, S, S, 3), and extras.
 
-        Attention and keys are those of the last block that runs. The middle one is that
-        at three eighths of the depth, as in HiPrune (9 of 24).
+        language: (B, D), the mean prompt embedding for FiLM. needs: names of the
+        extras. `attention` and `keys` come from the last block that runs,
+        `attention_middle` from the block at three eighths of the depth, as in HiPrune
+        (9 of 24).
         """
         x, extras, prefix = self._embed(pixels), {}, self.config.prefix
         last, from_class = self.config.last, self.config.class_token
-        asked = {"attention": last, "attention_middle": self.config.depth * 3 // 8}
+        places = {"attention": last, "attention_middle": self.config.depth * 3 // 8}
         for number, block in enumerate(self.blocks[: last + 1]):
-            for name, place in asked.items():
+            for name, place in places.items():
                 if name in needs and number == place:
                     received = block.attention_received(x, prefix, from_class)
                     extras[name] = received

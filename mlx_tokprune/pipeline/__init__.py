@@ -1,10 +1,10 @@
-"""One path from pixels and a prompt to the first token, with pruning as a value."""
+"""The path from pixels and a prompt to the first token, with a pruning plan."""
 
 from .run import (
     DEFAULT_POSITIONS,
     POSITIONS,
-    Look,
     Scene,
+    VisionStep,
     VisualTokens,
     ask,
     assemble,
@@ -21,8 +21,8 @@ from .run import (
 __all__ = [
     "DEFAULT_POSITIONS",
     "POSITIONS",
-    "Look",
     "Scene",
+    "VisionStep",
     "VisualTokens",
     "ask",
     "assemble",

@@ -1,4 +1,4 @@
-"""Whether encoding a picture fits into memory, said before it is tried."""
+"""A memory check before pictures are encoded."""
 
 import contextlib
 import os
@@ -17,13 +17,13 @@ def check_memory(model: VisionModel, side: int, pictures: int = 1) -> None:
     fitting = [size for size in sizes if pictures * model.memory_of(size) <= free]
     raise InputError(
         f"{pictures} picture{'s' * (pictures > 1)} of {side} px would take about "
-        f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB can be had; the largest that "
+        f"{needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; the largest that "
         f"fit have {max(fitting, default=model.stride)} px"
     )
 
 
 def _free_memory() -> int:
-    """Bytes that can be had, 0 where nobody says."""
+    """Return the free bytes, 0 if the system does not report them."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

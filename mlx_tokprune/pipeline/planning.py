@@ -1,4 +1,4 @@
-"""What pruners do in one model: in the order of their places, and whether they can."""
+"""The plan of pruners for one model, checked against what the model provides."""
 
 from ..errors import InputError
 from ..models.protocol import VisionModel
@@ -7,14 +7,16 @@ from ..pruners.scorers import check_fits
 
 
 def given_or_carried(model: VisionModel, pruners: Pruners) -> Plan:
-    """These pruners, those that the model's checkpoint carries when `None`."""
+    """Return these pruners as a plan, or those of the model's checkpoint for `None`."""
     return as_plan(model.carried if pruners is None else pruners)
 
 
 def plan_for(model: VisionModel, pruners: Pruners) -> Plan:
-    """What one pruner, several or none do in this model, in the order of their places.
+    """Return one pruner, several or none as a plan for a model, ordered by place.
 
-    Raises `InputError` unless it has what each needs at its place.
+    `None` stands for the pruners of the model's checkpoint. Raises `InputError` if the
+    model lacks what a pruner needs at its place, or if a method with its own count is
+    combined with a pruner inside the language model.
     """
     plan = as_plan(given_or_carried(model, pruners), len(model.decoder.layers))
     for pruner in plan:
@@ -52,5 +54,5 @@ def _check_layer(pruner: Pruner, layers: int) -> None:
 
 
 def _fits(method: str, provided: tuple[str, ...]) -> bool:
-    known = get_method(method)
-    return method != "none" and all(name in provided for name in known.needs)
+    needs = get_method(method).needs
+    return method != "none" and all(name in provided for name in needs)

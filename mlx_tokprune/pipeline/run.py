@@ -1,10 +1,10 @@
-"""The way of a picture: encode -> prune -> project -> assemble -> read.
+"""The path of a picture: encode -> prune -> project -> assemble -> read.
 
-The only place that knows models, pruners and prompts together. Everything that
-answers, acts, measures, exports or trains calls `run`, or one of the steps it is made
-of; but training makes sequences of its own where it packs questions behind one picture
-or gates tokens (`train/packing.py`, `train/policy`). All of it is lazy, but for the
-chunks of a long prompt, methods that choose their own count, and what a clock fences.
+The only module that combines models, pruners and prompts. All code that answers, acts,
+measures, exports or trains calls `run` or one of its steps; training builds its own
+sequences where it packs questions behind one picture or gates tokens
+(`train/packing.py`, `train/policy`). Everything is lazy, except the chunks of a long
+prompt, methods with their own count, and the stages of a clock.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..features import PER_TOKEN, Features, Selection
-from ..models.language import PREFILL_STEP, Read, TokenSequence
+from ..models.language import PREFILL_STEP, ReadResult, TokenSequence
 from ..models.protocol import VisionModel
 from ..processing.processor import Processor
 from ..processing.prompt import Prompt
@@ -30,12 +30,13 @@ DEFAULT_POSITIONS = "original"
 
 @dataclass(frozen=True)
 class Scene:
-    """B samples: their pixels, prompt and run-time inputs.
+    """The pixels, prompt and run-time inputs of B samples.
 
-    pixels: (B * G * n, h, w, 3), for each sample and each of the G places of the prompt
-    its n pictures after each other; `None` where their visual tokens are known. state:
-    (B, p) normalised robot states, or `None`. extras: inputs of pruners at the prompt
-    that neither picture nor prompt holds, by their names in `Features`, batch first.
+    pixels: (B * G * n, h, w, 3), ordered by sample, then by the G places of the prompt,
+        then by the n pictures of a place; `None` if `vision` provides visual tokens.
+    state: (B, p) normalised robot states, or `None`.
+    extras: inputs of pruners at the prompt from outside picture and prompt, by their
+        names in `Features`, batch first.
     """
 
     pixels: mx.array | None
@@ -47,19 +48,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The kept visual tokens, ready to go into a prompt.
+    """The kept visual tokens, ready for a prompt.
 
-    A group is what stands at one place of the prompt: `pictures` pictures, whose tokens
-    are numbered on through all of them.
+    A group is one place of the prompt: `pictures` pictures, with tokens numbered
+    through all of them.
 
-    embeddings: (groups, K, D). indices: (groups, K), which of the N tokens they are.
+    embeddings: (groups, K, D).
+    indices: (groups, K), the numbers of the kept tokens among the N of a group.
     mask: (groups, K) bool, false for padding where groups keep different counts, else
-    `None`. selection: of the last pruner before the language model, of each picture or
-    of each group. grid: of one picture; one that is not square is the middle of one
-    whose padding was left out. choices: of each pruner its place, and (groups, K) which
-    of the N tokens went on; inside the language model (B, K), which of the tokens of
-    all groups that came there. attended: (B, R, M) what the R last tokens attended to
-    of all M that the language model was given, where somebody asked.
+        `None`.
+    selection: of the last pruner before the language model, by picture or by group.
+    grid: (H, W) of one picture. A grid that is not square is the middle of a square
+        one, without its padding.
+    choices: for each pruner its place and its kept tokens: (groups, K), among the N
+        tokens; inside the language model (B, K), among the tokens of all groups that
+        reached the place.
+    attended: (B, R, M) attention from the last R tokens to all M visual tokens of the
+        language model's input; `None` without `attention_of`.
     """
 
     embeddings: mx.array
@@ -82,44 +87,45 @@ class VisualTokens:
         return self.pictures * self.grid[0] * self.grid[1]
 
     def left(self) -> list[list[int]]:
-        """Of each group of one sample, the tokens that are left after every place."""
+        """Return the tokens left after all places, by group of one sample."""
         places = self.by_place()
         return places[-1][1] if places else self._real(self.indices)
 
     def by_place(self) -> list[tuple[Place, list[list[int]]]]:
-        """After each place, the tokens that are left of each group of one sample."""
-        found, (groups, keep) = [], self.indices.shape
+        """Return each place with the tokens left after it, by group of one sample."""
+        left_after, (groups, keep) = [], self.indices.shape
         group = np.repeat(np.arange(groups), keep)
         index = np.array(self.indices).reshape(-1)
         for place, chosen in self.choices:
             if isinstance(place, str):
-                found.append((place, self._real(chosen)))
+                left_after.append((place, self._real(chosen)))
                 continue
-            some = np.array(chosen[0])
-            group, index = group[some], index[some]
-            found.append((place, [index[group == i].tolist() for i in range(groups)]))
-        return found
+            rows = np.array(chosen[0])
+            group, index = group[rows], index[rows]
+            by_group = [index[group == i].tolist() for i in range(groups)]
+            left_after.append((place, by_group))
+        return left_after
 
     def _real(self, indices: mx.array) -> list[list[int]]:
-        """Without padding, which only those of the last pruner can have."""
+        """Remove padding, which only the indices of the last pruner can have."""
         rows = np.array(indices)
         if self.mask is None or rows.shape != self.mask.shape:
             return rows.tolist()
         return [r[m].tolist() for r, m in zip(rows, np.array(self.mask), strict=True)]
 
     def per_picture(self, groups: list[list[int]]) -> list[np.ndarray]:
-        """Tokens of groups as those of each picture."""
+        """Return the tokens of groups, numbered within each picture."""
         each, pictures = self.grid[0] * self.grid[1], range(self.pictures)
         kept = [np.array(group, int) for group in groups]
         return [group[group // each == i] % each for group in kept for i in pictures]
 
     def chosen_at(self, place: Place) -> "VisualTokens":
-        """The same, noting that what is there now was chosen at `place`."""
+        """Return a copy that records the present tokens as the choice at `place`."""
         choices = (*self.choices, (place, self.indices))
         return dataclasses.replace(self, choices=choices)
 
     def on_squares(self) -> tuple[mx.array, int]:
-        """(groups, K) places of the tokens on square grids, and how many those have."""
+        """Return positions (groups, K) on square grids, and the cells of a group."""
         rows, columns = self.grid
         if rows == columns:
             return self.indices, self.total
@@ -132,8 +138,8 @@ class VisualTokens:
 
 
 _ALL = Pruner("none")
-# What can stand in for `look`: a part of a video, a Core ML package.
-Look = Callable[[VisionModel, Scene, Plan, NoClock], VisualTokens]
+# A replacement of `look`: for frames of a video, or a Core ML package.
+VisionStep = Callable[[VisionModel, Scene, Plan, NoClock], VisualTokens]
 
 
 def run(
@@ -142,27 +148,30 @@ def run(
     plan: Plan = (),
     *,
     positions: str = DEFAULT_POSITIONS,
-    vision: Look | None = None,
+    vision: VisionStep | None = None,
     after: mx.array | None = None,
     rows: int = 1,
     cache: list | None = None,
-    known: int = 0,
+    cached: int = 0,
     step: int = PREFILL_STEP,
     attention_of: int | None = None,
     clock: NoClock = NO_CLOCK,
-) -> tuple[Read, VisualTokens]:
-    """From a scene to what the language model makes of it.
+) -> tuple[ReadResult, VisualTokens]:
+    """Run the language model on a scene, pruned by a plan.
 
-    vision: looks in the place of the model's tower. after: (B, L) token ids read behind
-    the prompt. rows: how many of the prompt's last tokens are answered for; all of
-    `after` are, besides. cache, known, step, attention_of: as `Decoder.read` takes
-    them.
+    vision: replaces `look`, the model's tower and its pruner.
+    after: (B, L) token ids to read behind the prompt.
+    rows: last tokens of the prompt to return states for, besides all of `after`.
+    cache, cached, step, attention_of: arguments of `Decoder.read`.
+
+    Raises `InputError` if a pruner follows a tower whose pictures keep different
+    numbers of tokens.
     """
     visual = (vision or look)(model, scene, plan, clock)
     if visual.mask is not None and any(pruner.place != "tower" for pruner in plan):
         raise InputError(
-            "a method that keeps other numbers of visual tokens of each picture cannot "
-            "be followed by a pruner at a later place"
+            "a method that keeps a different number of visual tokens of each picture "
+            "cannot be followed by a pruner at a later place"
         )
     visual = prune_at_prompt(model, scene, plan, visual, clock)
     with clock.stage("prefill") as done:
@@ -176,7 +185,7 @@ def run(
             cache,
             rows=rows,
             plan=layers,
-            known=known,
+            cached=cached,
             step=step,
             attention_of=attention_of,
         )
@@ -188,7 +197,7 @@ def run(
 
 
 def ask(processor: Processor, images: Sequence, text: str) -> Scene:
-    """Decoded pictures and a question about them."""
+    """Return the scene of decoded pictures and a question about them."""
     pixels = mx.array(processor.pixels(images))
     return Scene(pixels, processor.prompt(text, len(images)))
 
@@ -199,14 +208,14 @@ def ask(processor: Processor, images: Sequence, text: str) -> Scene:
 def look(
     model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
 ) -> VisualTokens:
-    """What the picture alone decides: encode it, prune at the tower, project."""
+    """Encode the pictures, prune at the tower and project."""
     return prune_at_tower(model, scene, plan, encode(model, scene, plan, clock), clock)
 
 
 def encode(
     model: VisionModel, scene: Scene, plan: Plan, clock: NoClock = NO_CLOCK
 ) -> Features:
-    """The tower's features of every picture, with the extras that the plan needs."""
+    """Return the tower's features of every picture, with the plan's extras."""
     needs = tower_needs(plan)
     with clock.stage("vision") as done:
         features = model.encode(_pixels(scene), needs, scene.prompt)
@@ -215,14 +224,14 @@ def encode(
 
 
 def tower_needs(plan: Plan) -> tuple[str, ...]:
-    """The extras of `Features` that a plan reads at the tower."""
+    """Return the extras of `Features` that a plan reads at the tower."""
     read = [pruner.reads for pruner in plan if pruner.place == "tower"]
     return tuple(dict.fromkeys(itertools.chain(*read)))
 
 
 def _pixels(scene: Scene) -> mx.array:
     if scene.pixels is None:
-        raise ValueError("the scene has no pixels to look at")
+        raise ValueError("the scene has no pixels to encode")
     return scene.pixels
 
 
@@ -233,7 +242,7 @@ def prune_at_tower(
     features: Features,
     clock: NoClock = NO_CLOCK,
 ) -> VisualTokens:
-    """Prune at the tower, each picture by itself, and project what is left."""
+    """Prune at the tower, each picture by itself, and project the kept tokens."""
     pruner = _at(plan, "tower") or _ALL
     with clock.stage("prune") as done:
         selection = pruner(features)
@@ -252,7 +261,7 @@ def prune_at_tower(
 def grouped(
     embeddings: mx.array, selection: Selection, grid: tuple[int, int], groups: int
 ) -> VisualTokens:
-    """(pictures, K, D) projected tokens, those of a group joined."""
+    """Join the projected tokens (pictures, K, D) of each group."""
     pictures, kept, size = embeddings.shape
     each = pictures // groups
     offsets = mx.arange(pictures) % each * (grid[0] * grid[1])
@@ -280,11 +289,11 @@ def prune_at_prompt(
     if pruner is None:
         return visual
     with clock.stage("prune") as done:
-        selection = pruner(_asked(model, scene, pruner, visual).fixed)
+        selection = pruner(_prompt_features(model, scene, pruner, visual).fixed)
         embeddings = selection.apply(visual.embeddings)
         indices = mx.take_along_axis(visual.indices, selection.indices, axis=1)
         done += [embeddings, indices]
-    if visual.keep < visual.total:  # a pruner at the tower was there before
+    if visual.keep < visual.total:  # a pruner at the tower ran before
         selection = Selection(indices, mask=selection.mask)
     return dataclasses.replace(
         visual,
@@ -295,10 +304,10 @@ def prune_at_prompt(
     ).chosen_at("prompt")
 
 
-def _asked(
+def _prompt_features(
     model: VisionModel, scene: Scene, pruner: Pruner, visual: VisualTokens
 ) -> Features:
-    """Visual tokens at the language model's input, and the prompt behind them."""
+    """Return visual tokens at the language model's input, with the pruner's extras."""
     tokens, reads, extras = visual.embeddings, pruner.reads, {}
     text = model.text(scene.prompt, scene.state)[-1].astype(tokens.dtype)
     if "text" in reads:
@@ -326,13 +335,14 @@ def assemble(
     plan: Plan = (),
     positions: str = DEFAULT_POSITIONS,
 ) -> TokenSequence:
-    """Texts and visual tokens in one sequence.
+    """Join texts and visual tokens to one sequence.
 
-    positions: `original` as if no visual token had been dropped, or `contiguous`.
+    positions: `original` keeps the positions of the unpruned sequence, `contiguous`
+    numbers the kept tokens without gaps.
     """
     texts, batch = model.text(scene.prompt, scene.state), scene.batch
     where, total = visual.on_squares()
-    # A group's row in a batch is that of its place in the prompt.
+    # Groups are ordered by sample, then by place in the prompt.
     tokens, where = (
         array.reshape(batch, -1, *array.shape[1:])
         for array in (visual.embeddings, where)
@@ -354,27 +364,27 @@ def assemble(
             slices.append(slice(length, length + visual.keep))
             start, length = start + total, length + visual.keep
     embeddings = mx.concatenate(parts, axis=1)
-    mask, seen, gap = model.attends, None, model.gap
+    mask, valid, gap = model.attends, None, model.gap
     if masks is not None:
-        seen = mx.concatenate(keys, axis=1)
-        mask = _visible(seen, model.attends)
+        valid = mx.concatenate(keys, axis=1)
+        mask = _attention_mask(valid, model.attends)
     drops = any(pruner.place == "layer" for pruner in plan)
-    if positions == "original" and (length < start or seen is not None or drops):
-        found = mx.concatenate([p.astype(mx.int32) for p in places], axis=1)
-        found = found[0] if batch == 1 else found
-        return TokenSequence(embeddings, found, start + gap, mask, tuple(slices))
-    if seen is None:
+    if positions == "original" and (length < start or valid is not None or drops):
+        original = mx.concatenate([p.astype(mx.int32) for p in places], axis=1)
+        original = original[0] if batch == 1 else original
+        return TokenSequence(embeddings, original, start + gap, mask, tuple(slices))
+    if valid is None:
         return TokenSequence(embeddings, None, length + gap, mask, tuple(slices))
-    # Padding takes no place: only what each sample kept is counted.
-    counted = mx.cumsum(seen.astype(mx.int32), axis=1)
+    # Padding takes no position: only the kept tokens of each sample count.
+    counted = mx.cumsum(valid.astype(mx.int32), axis=1)
     ends = counted[:, -1] + gap
     return TokenSequence(embeddings, counted - 1, ends, mask, tuple(slices))
 
 
-def _visible(seen: mx.array, attends: str) -> mx.array:
-    """(B, T, T) bool: everybody sees the tokens (B, T) that are not padding."""
-    batch, length = seen.shape
-    mask = mx.broadcast_to(seen[:, None], (batch, length, length))
+def _attention_mask(valid: mx.array, attends: str) -> mx.array:
+    """Return a mask (B, T, T) bool that hides padding: false values of (B, T)."""
+    batch, length = valid.shape
+    mask = mx.broadcast_to(valid[:, None], (batch, length, length))
     return mask & mx.tri(length, length, 0, mx.bool_) if attends == "causal" else mask
 
 
@@ -383,5 +393,6 @@ def _at(plan: Plan, place: str) -> Pruner | None:
 
 
 def check_positions(positions: str) -> None:
+    """Raise `InputError` unless `positions` is one of `POSITIONS`."""
     if positions not in POSITIONS:
         raise InputError(f"positions are {' or '.join(POSITIONS)}, not {positions!r}")

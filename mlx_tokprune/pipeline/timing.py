@@ -1,6 +1,6 @@
-"""The clock of the path: `NO_CLOCK` lets it run as it is, a `Clock` fences its stages.
+"""Clocks of the path: `NO_CLOCK` keeps it lazy, a `Clock` evaluates after each stage.
 
-Both go through the same lines, so what is timed is what runs.
+Both run the same lines, so the timed code is the code in use.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ STAGES: tuple[str, ...] = ("preprocess", "vision", "prune", "project", "prefill"
 
 
 class NoClock:
-    """Stages that are not timed and stay lazy."""
+    """A clock that neither times nor evaluates its stages."""
 
     times: dict[str, float] | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[list]:
+        """Yield a list for the stage's results, which are not evaluated."""
         yield []
 
 
@@ -26,11 +27,11 @@ NO_CLOCK = NoClock()
 
 
 class Clock(NoClock):
-    """`times`: milliseconds of each stage, each measured between evaluated results.
+    """A clock that evaluates each stage: `times` has the milliseconds of each.
 
-    What a stage's block puts into its list is evaluated. On a warm model the sum is a
-    little larger than the time without fences. Actions add the stage `decode`: their
-    tokens after the first.
+    The results that a stage's block appends to its list are evaluated. On a warm model
+    the sum is slightly more than the time without a clock. Actions add the stage
+    `decode`: their tokens after the first.
     """
 
     def __init__(self):
@@ -38,6 +39,7 @@ class Clock(NoClock):
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[list]:
+        """Yield a list for the stage's results; evaluate them and add the time."""
         results: list = []
         start = time.perf_counter()
         yield results

@@ -1,1 +1,1 @@
-"""What goes into a model and what comes out: images, prompts, actions, overlays."""
+"""Inputs and outputs of models: images, prompts, actions, overlays."""

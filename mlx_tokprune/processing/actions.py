@@ -1,4 +1,4 @@
-"""Robot actions: token bins to values, and values to robot units. NumPy only."""
+"""Robot actions: from token bins to values, and to robot units. NumPy only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ import numpy as np
 
 from ..errors import InputError, nearest
 
-MOST_NUMBERS = 64  # of an action or a robot state
-_LARGEST = 1e12  # in any unit of a robot
+MOST_NUMBERS = 64  # dimensions of an action or a robot state
+_LARGEST = 1e12  # largest statistic, in any unit of a robot
 _SHOWN = 20  # keys in a message
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The range of each dimension in robot units; `mask` is false where unscaled.
+    """The range of each dimension in robot units.
 
-    low, high: (A,) float64; mask: (A,) bool.
+    low, high: (A,) float64. mask: (A,) bool, false for dimensions that are not scaled.
     """
 
     low: np.ndarray
@@ -24,21 +24,21 @@ class Bounds:
     mask: np.ndarray
 
     def to_units(self, normalized: np.ndarray) -> np.ndarray:
-        """(..., A) in [-1, 1] -> robot units, as OpenVLA does it.
+        """Convert (..., A) in [-1, 1] to robot units, as OpenVLA does.
 
-        OpenVLA-OFT also adds 1e-8 to the range, which is left out.
+        OpenVLA-OFT also adds 1e-8 to the range, which is left out here.
         """
         scaled = 0.5 * (normalized + 1) * (self.high - self.low) + self.low
         return np.where(self.mask, scaled, normalized)
 
     def from_units(self, values: np.ndarray) -> np.ndarray:
-        """(..., A) in robot units -> clipped to [-1, 1], as OpenVLA-OFT does it."""
-        with np.errstate(over="ignore"):  # infinite is clipped too
+        """Normalise (..., A) from robot units, clipped to [-1, 1], as OpenVLA-OFT."""
+        with np.errstate(over="ignore"):  # infinite values are clipped
             scaled = 2 * (values - self.low) / (self.high - self.low + 1e-8) - 1
         return np.clip(np.where(self.mask, scaled, values), -1, 1)
 
     def from_units_unclipped(self, values: np.ndarray) -> np.ndarray:
-        """(..., A) in robot units -> float32, not clipped, as lerobot does it."""
+        """Normalise (..., A) from robot units, float32, not clipped, as lerobot."""
         low, high = self.low.astype(np.float32), self.high.astype(np.float32)
         width, values = high - low, np.asarray(values, np.float32)
         width = np.where(width == 0, np.float32(1e-8), width)
@@ -55,30 +55,31 @@ class Deviations:
 
     @property
     def low(self) -> np.ndarray:
-        """(A,): what -1 stands for."""
+        """Value of -1 in robot units, (A,)."""
         return self.mean - self.std
 
     @property
     def high(self) -> np.ndarray:
+        """Value of 1 in robot units, (A,)."""
         return self.mean + self.std
 
     def to_units(self, normalized: np.ndarray) -> np.ndarray:
-        """(..., A) normalised -> robot units."""
+        """Convert normalised (..., A) to robot units."""
         return normalized * self.std + self.mean
 
     def from_units(self, values: np.ndarray) -> np.ndarray:
-        """(..., A) in robot units -> normalised, clipped to [-1, 1]."""
+        """Normalise (..., A) from robot units, clipped to [-1, 1]."""
         return np.clip(self.from_units_unclipped(values), -1, 1)
 
     def from_units_unclipped(self, values: np.ndarray) -> np.ndarray:
-        """(..., A) in robot units -> float32, not clipped, as lerobot does it."""
+        """Normalise (..., A) from robot units, float32, not clipped, as lerobot."""
         mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
         with np.errstate(over="ignore"):
             return (np.asarray(values, np.float32) - mean) / (std + np.float32(1e-8))
 
 
 Scale = Bounds | Deviations
-# What a rule of normalisation reads of the statistics of a data set.
+# The two statistics of a data set that a rule of normalisation reads.
 RULES = {
     "bounds_q99": ("q01", "q99"),
     "bounds_q90": ("q10", "q90"),
@@ -88,7 +89,7 @@ RULES = {
 
 
 def bin_values(ids: np.ndarray, vocabulary: int, bins: int = 256) -> np.ndarray:
-    """Action token ids -> centres of their bins in [-1, 1].
+    """Return the bin centres in [-1, 1] of action token ids, any shape.
 
     The last tokens of the `vocabulary` (without its padding) are the bins, in reverse.
     OpenVLA (arXiv 2406.09246).
@@ -99,10 +100,10 @@ def bin_values(ids: np.ndarray, vocabulary: int, bins: int = 256) -> np.ndarray:
 
 
 def choose_statistics(norm_stats: Mapping[str, dict], unnorm_key: str | None) -> dict:
-    """The statistics of one data set.
+    """Return the statistics of one data set; `None` chooses the only one.
 
-    Raises `InputError` that lists the keys when the key is unknown, or missing where
-    there are several.
+    Raises `InputError` that lists the keys for an unknown key, for `None` with several
+    data sets, and for a checkpoint without statistics.
     """
     keys = ", ".join(map(repr, sorted(norm_stats)[:_SHOWN]))
     keys += f" and {len(norm_stats) - _SHOWN} more" if len(norm_stats) > _SHOWN else ""
@@ -127,9 +128,9 @@ def choose_statistics(norm_stats: Mapping[str, dict], unnorm_key: str | None) ->
 
 
 def read_bounds(statistics: Mapping, part: str, rule: str = "bounds_q99") -> Bounds:
-    """The bounds of `action` or `proprio`: quantiles, or extremes for rule `bounds`.
+    """Return the bounds of `action` or `proprio`, by a rule of `RULES`.
 
-    Raises `InputError` when they are missing, no numbers, or do not fit together.
+    Raises `InputError` for statistics that are missing, no numbers or inconsistent.
     """
     names, low, high, mask = _read(statistics, part, rule)
     if (low > high).any():
@@ -138,15 +139,17 @@ def read_bounds(statistics: Mapping, part: str, rule: str = "bounds_q99") -> Bou
 
 
 def read_deviations(statistics: Mapping, part: str) -> Deviations:
-    """Mean and deviation of `action` or `proprio`. Raises as `read_bounds` does."""
+    """Return mean and deviation of `action` or `proprio`; raises as `read_bounds`."""
     _, mean, std, _ = _read(statistics, part, "mean_std")
     if (std < 0).any():
         raise InputError(f"norm_stats of {part} have a std below 0")
     return Deviations(mean, std)
 
 
-def _read(statistics: Mapping, part: str, rule: str):
-    """The names that a rule reads, (A,) numbers of both, and (A,) the mask."""
+def _read(
+    statistics: Mapping, part: str, rule: str
+) -> tuple[tuple[str, str], np.ndarray, np.ndarray, np.ndarray]:
+    """Return the two names of a rule, both statistics (A,) and the mask (A,)."""
     names = RULES[rule]
     entry = statistics.get(part) if isinstance(statistics, Mapping) else None
     if not isinstance(entry, Mapping) or any(n not in entry for n in names):
@@ -165,10 +168,10 @@ def _read(statistics: Mapping, part: str, rule: str):
     return names, low, high, np.array(mask)
 
 
-def _numbers(values, name: str) -> np.ndarray:
-    right = isinstance(values, list) and 0 < len(values) <= MOST_NUMBERS
-    right = right and all(type(value) in (int, float) for value in values)
-    if not right or not all(abs(value) < _LARGEST for value in values):
+def _numbers(values: object, name: str) -> np.ndarray:
+    valid = isinstance(values, list) and 0 < len(values) <= MOST_NUMBERS
+    valid = valid and all(type(value) in (int, float) for value in values)
+    if not valid or not all(abs(value) < _LARGEST for value in values):
         raise InputError(
             f"norm_stats say {name} {str(values)[:60]}; expected a list of 1 to "
             f"{MOST_NUMBERS} finite numbers"

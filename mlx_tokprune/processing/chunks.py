@@ -1,7 +1,7 @@
-"""What a pi0-FAST policy takes and gives: prompts with the state, chunks of actions.
+"""Inputs and outputs of pi0-FAST policies: prompts with the state, action chunks.
 
 The two references differ, and a checkpoint belongs to one of them. `openpi` writes
-tasks in lower case, ends at the stop token and gives zeros for damaged answers.
+tasks in lower case, ends at the stop token and returns zeros for damaged answers.
 `lerobot` puts a second <bos> behind the prompt, ends at "|", and pads or cuts damaged
 answers.
 """
@@ -25,13 +25,13 @@ _EDGES = np.linspace(-1, 1, 257)[:-1]
 
 @dataclass(frozen=True)
 class ChunkProcessor:
-    """Pictures, instructions and robot states to what a policy takes, and back.
+    """A converter of pictures, instructions and states to inputs, answers to actions.
 
-    rules: what scales `action` and `proprio`, "identity" for nothing. horizon, size:
-    actions of a chunk, and numbers of an action. skipped: tokens at the end of the
-    tokenizer's vocabulary that FAST's are counted down from. embedded: token ids that
-    the model has embeddings of. limit: the most tokens of a prompt. strict: an answer
-    must begin with "Action:". longest: characters of the longest token.
+    rules: the rule of normalisation of `action` and `proprio`, "identity" for none.
+    horizon, size: actions of a chunk, and numbers of an action. skipped: tokens at the
+    end of the tokenizer's vocabulary, below which FAST's tokens count down. embedded:
+    number of token ids with an embedding. limit: the most tokens of a prompt. strict:
+    an answer must begin with "Action:". longest: characters of the longest token.
     """
 
     tokenizer: Any
@@ -51,14 +51,14 @@ class ChunkProcessor:
     pads = True
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], on black."""
+        """Return RGB pictures as (B, S, S, 3) float32 in [0, 1], padded with black."""
         return preprocess_fitted(images, self.image_size)
 
     def prompt(self, instruction: str, state: np.ndarray) -> Prompt:
-        """The ids that follow the pictures; state: (p,) normalised.
+        """Return the prompt of an instruction and a normalised state (p,).
 
-        Raises `InputError` for an instruction that is empty, does not fit, or has a
-        token that the model has no embedding of. The references cut long ones.
+        Raises `InputError` for an instruction that is empty, too long (the references
+        cut it), or has a token without an embedding.
         """
         bins = np.digitize(state, _EDGES) - 1
         text = state_prompt(instruction, bins.tolist(), self.dialect == "openpi")
@@ -83,7 +83,7 @@ class ChunkProcessor:
         return Prompt(((), (*ids, start) if self.dialect == "lerobot" else tuple(ids)))
 
     def bounds(self, part: str, unnorm_key: str | None) -> Scale:
-        """The scale of `action` or `proprio` in one data set."""
+        """Return the scale of `action` or `proprio` in one data set."""
         rule = self.rules[part]
         if rule == "identity":
             size = self.size if part == "action" else 0
@@ -91,14 +91,14 @@ class ChunkProcessor:
         statistics = choose_statistics(self.norm_stats, unnorm_key)
         if rule == "mean_std":
             return read_deviations(statistics, part)
-        found = read_bounds(statistics, part, rule)
+        bounds = read_bounds(statistics, part, rule)
         if self.dialect == "openpi":
-            return Bounds(found.low, found.high + 1e-6, found.mask)
-        return found
+            return Bounds(bounds.low, bounds.high + 1e-6, bounds.mask)
+        return bounds
 
     @property
     def stop(self) -> int:
-        """The token that ends an answer."""
+        """Token id that ends an answer."""
         if self.dialect == "openpi":
             return self.tokenizer.eos_token_id
         return self._id("|")
@@ -107,18 +107,18 @@ class ChunkProcessor:
         return self.tokenizer.convert_tokens_to_ids(token)
 
     def answer(self, chunk: np.ndarray) -> list[int]:
-        """(horizon, size) normalised actions -> the token ids of an answer."""
+        """Return the token ids of an answer: normalised actions (horizon, size)."""
         head = self.tokenizer.encode("Action: ", add_special_tokens=False)
         last = self.tokenizer.vocab_size - 1 - self.skipped
         return [*head, *(last - t for t in self.code.encode(chunk)), self.stop]
 
-    def actions(self, said: Sequence[int]) -> tuple[np.ndarray, str | None]:
-        """Answered token ids -> (horizon, size) normalised actions, and what was wrong.
+    def actions(self, answer_ids: Sequence[int]) -> tuple[np.ndarray, str | None]:
+        """Return normalised actions (horizon, size) of an answer, and its fault.
 
-        Raises `InputError` for an answer that does not begin with "Action:", where that
-        is asked for.
+        The fault is `None` for an undamaged answer. Raises `InputError` for an answer
+        that does not begin with "Action:", if `strict`.
         """
-        ids = [int(number) for number in said]
+        ids = [int(number) for number in answer_ids]
         head = self.tokenizer.encode("Action: ", add_special_tokens=False)
         if self.dialect == "openpi":
             begin = _find(ids, head)
@@ -142,6 +142,6 @@ class ChunkProcessor:
 
 
 def _find(ids: list[int], part: list[int]) -> int | None:
-    """Where `part` first stands in `ids`."""
+    """Return the index of the first `part` in `ids`, or `None`."""
     starts = range(len(ids) - len(part) + 1)
     return next((i for i in starts if ids[i : i + len(part)] == part), None)

@@ -1,4 +1,4 @@
-"""Pictures: file or array -> pixels (B, S, S, 3). Pillow and NumPy only."""
+"""Pictures: from a file or an array to pixels (B, S, S, 3). Pillow and NumPy only."""
 
 import os
 import warnings
@@ -11,32 +11,30 @@ from PIL import Image, ImageOps
 from ..errors import InputError
 
 _LONGEST = 8192  # pixels; longer pictures shrink before they are padded
-
-
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def list_pictures(path: str | Path) -> list[str | Path]:
-    """The pictures of a folder by name, or the one file.
+    """Return the pictures of a folder, sorted by name, or the one file.
 
-    Raises `InputError` for a folder without any.
+    Raises `InputError` for a folder without pictures.
     """
     if not os.path.isdir(path):
         return [path]
     files = Path(path).iterdir()
-    found: list[str | Path] = []
-    found += sorted(p for p in files if p.suffix.lower() in _SUFFIXES)
-    if not found:
+    pictures: list[str | Path] = []
+    pictures += sorted(p for p in files if p.suffix.lower() in _SUFFIXES)
+    if not pictures:
         raise InputError(f"folder {path} has no pictures; expected PNG, JPEG or WebP")
-    return found
+    return pictures
 
 
 def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Image:
-    """A decoded RGB picture from a file, an (H, W, 3) uint8 array or a PIL image.
+    """Decode a file, an (H, W, 3) uint8 array or a PIL image to an RGB picture.
 
     EXIF rotation is applied, the first frame of an animation is used, 16-bit grey is
-    scaled to 8 bits, and transparency is laid over white. Raises `InputError` when
-    there is no such file or it is no picture.
+    scaled to 8 bits, and transparency becomes white. Raises `InputError` for a missing
+    file or one that is no picture.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -62,14 +60,16 @@ def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Im
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a picture is refused, or it is not
+            warnings.simplefilter(
+                "ignore"
+            )  # a bad picture raises, so warnings add nothing
             with Image.open(path) as image:
                 return _decode(image, f"picture {path}")
     except (InputError, PermissionError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large a picture ({error})") from None
-    except Exception:  # Pillow raises whatever a damaged header runs into
+    except Exception:  # Pillow may raise anything for a damaged header
         raise InputError(
             f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, WebP "
             "or similar file"
@@ -84,15 +84,15 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         return _to_rgb(_upright(image))
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises whatever damaged data run into
+    except Exception as error:  # Pillow may raise anything for damaged data
         raise InputError(f"{name} is damaged ({error})") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF says it is shown, as it is when the EXIF is damaged."""
+    """Apply the EXIF rotation, if the EXIF data can be read."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow raises whatever parsing the tags runs into
+    except Exception:  # Pillow may raise anything for damaged tags
         return image
 
 
@@ -116,9 +116,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
-    """The picture centred on a black square as wide as its longer side.
+    """Centre a picture on a black square as wide as its longer side.
 
-    A side of more than 8192 pixels shrinks to that first.
+    A picture with a side of more than 8192 pixels first shrinks to that.
     """
     if max(image.size) > _LONGEST:
         image = image.copy()
@@ -132,14 +132,14 @@ def pad_to_square(image: Image.Image) -> Image.Image:
 
 
 def square_offset(size: tuple[int, int]) -> tuple[int, int]:
-    """(left, top) of a (width, height) picture centred on its square."""
+    """Return (left, top) of a (width, height) picture centred on its square."""
     width, height = size
     side = max(size)
     return (side - width) // 2, (side - height) // 2
 
 
 def preprocess(images: Sequence[Image.Image], size: int) -> np.ndarray:
-    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], padded and resized."""
+    """Return pictures as (B, size, size, 3) float32 in [0, 1], padded and resized."""
     return np.stack([_pixels(image, size) for image in images])
 
 
@@ -153,10 +153,10 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
 def preprocess_content(
     images: Sequence[Image.Image], size: int, stride: int
 ) -> np.ndarray:
-    """RGB pictures -> (B, h, w, 3) float32 in [0, 1], without padding to a square.
+    """Return pictures as (B, h, w, 3) float32 in [0, 1], not padded to a square.
 
-    Longer sides get `size` pixels, as when padded; every picture is centred on the
-    smallest black rectangle of multiples of `stride` that holds all of them.
+    Longer sides get `size` pixels, as with padding. Every picture is centred on the
+    smallest black rectangle, in multiples of `stride`, that holds all of them.
     """
     contents = [_content_size(image.size, size) for image in images]
     width, height = (
@@ -172,16 +172,15 @@ def preprocess_content(
 
 
 def _content_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """(width, height) scaled so that the longer one is `longest`."""
+    """Scale (width, height) so that the longer side is `longest`."""
     width, height = (max(1, round(side * longest / max(size))) for side in size)
     return width, height
 
 
 def preprocess_fitted(images: Sequence[Image.Image], size: int) -> np.ndarray:
-    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], centred on black.
+    """Return pictures as (B, size, size, 3) float32 in [0, 1], centred on black.
 
-    Resized bilinearly between the four nearest pixels however much they shrink, as
-    openpi's and lerobot's policies were trained.
+    Resized bilinearly without antialiasing, as openpi and lerobot train policies.
     """
     frames = np.zeros((len(images), size, size, 3), np.float32)
     for frame, image in zip(frames, images, strict=True):
@@ -198,7 +197,7 @@ def preprocess_fitted(images: Sequence[Image.Image], size: int) -> np.ndarray:
 
 
 def _interpolated(pixels: np.ndarray, size: int) -> np.ndarray:
-    """(R, C, 3) -> (size, C, 3), linear along the first axis."""
+    """Resize (R, C, 3) to (size, C, 3), linearly along the first axis."""
     rows = len(pixels)
     at = (np.arange(size) + 0.5) * (rows / size) - 0.5
     at = np.clip(at, 0, rows - 1)
@@ -209,7 +208,7 @@ def _interpolated(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def center_crop(image: Image.Image, share: float) -> Image.Image:
-    """The middle of a picture, `share` of its area, cut between pixels if need be."""
+    """Zoom to the middle of a picture: `share` of its area, with subpixel edges."""
     margin = (1 - share**0.5) / 2
     width, height = image.size
     box = (margin * width, margin * height, (1 - margin) * width, (1 - margin) * height)
@@ -222,11 +221,11 @@ def preprocess_naive(
     crop: float = 1.0,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """RGB pictures -> (B, size, size, 3) float32 in [0, 1], stretched to a square.
+    """Return pictures as (B, size, size, 3) float32 in [0, 1], stretched to a square.
 
-    crop: share of the area that stays, around the middle, as OpenVLA-OFT trains; it
-    is cut after resizing and resized again, bilinearly. resample: of the first
-    resizing; OFT's is Lanczos, after a round trip through JPEG that is left out here.
+    crop: kept share of the area, around the middle, as OpenVLA-OFT trains; cropped
+    after resizing and resized again, bilinearly. resample: filter of the first
+    resizing; OFT uses Lanczos, after a round trip through JPEG that is left out here.
     """
     return np.stack([_stretched(image, size, crop, resample) for image in images])
 
@@ -248,5 +247,5 @@ def _stretched(
     rows = pixels[low] + share[:, None, None] * (pixels[low + 1] - pixels[low])
     across = share[None, :, None]
     cropped = rows[:, low] + across * (rows[:, low + 1] - rows[:, low])
-    # TensorFlow's way from [0, 1] to bytes.
+    # TensorFlow's conversion of [0, 1] to bytes.
     return np.floor(np.clip(cropped * 255.5, 0, 255)) / np.float32(255)

@@ -1,4 +1,4 @@
-"""A picture of what was kept: dropped patches dimmed, merged patches coloured."""
+"""Overlays of kept tokens: dropped patches dimmed, merged patches coloured."""
 
 import colorsys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from ..features import Selection
 
 _SIDE = 768  # pixels of a drawn square
-_DIM = 0.25  # brightness that dropped patches keep
+_DIM = 0.25  # brightness of dropped patches
 _TINT = 0.45  # strength of the colour of a merged patch
 _GAP = 8
 
@@ -20,13 +20,13 @@ def draw_overlay(
     grid: tuple[int, int],
     padded: bool = True,
 ) -> Image.Image:
-    """The pictures side by side, without their padding, patches shaded.
+    """Draw the pictures side by side, without padding, with shaded patches.
 
     selection: of all pictures, or the kept tokens of each. padded: whether the model
-    saw them padded (to a square where `grid` is one), else stretched to a square.
+    encoded the pictures padded (to a square if `grid` is one), else stretched.
 
-    Dropped patches are dimmed. Merging methods: patches that went to the same kept
-    token share a colour, and a ring marks where that token sits.
+    Dropped patches are dimmed. For merging methods, patches of one kept token share a
+    colour, and a ring marks the position of that token.
     """
     if isinstance(selection, Selection):
         kept, assignment = list(np.array(selection.indices)), selection.assignment()
@@ -47,7 +47,7 @@ def draw_overlay(
 
 
 def stack(rows: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
-    """Pictures below each other, each with its title above."""
+    """Stack pictures vertically, each below its title."""
     line = 20 if any(titles) else 0
     height = sum(row.height + line for row in rows) + _GAP * (len(rows) - 1)
     sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")
@@ -60,15 +60,20 @@ def stack(rows: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
 
 
 def _panel(
-    image: Image.Image, kept, groups, grid: tuple[int, int], padded: bool
+    image: Image.Image,
+    kept: np.ndarray,
+    groups: np.ndarray | None,
+    grid: tuple[int, int],
+    padded: bool,
 ) -> Image.Image:
+    """Shade one picture. groups: (N,) the kept token of each patch, -1 for none."""
     scale = _SIDE / max(image.size)
     size = [max(1, round(scale * side)) for side in image.size]
     frame = [round(_SIDE * cells / max(grid)) for cells in (grid[1], grid[0])]
     left, top = ((f - s) // 2 for f, s in zip(frame, size, strict=True))
     canvas = Image.new("RGB", frame)
-    seen = image.resize(size if padded else frame, Image.Resampling.BICUBIC)
-    canvas.paste(seen, (left, top) if padded else (0, 0))
+    resized = image.resize(size if padded else frame, Image.Resampling.BICUBIC)
+    canvas.paste(resized, (left, top) if padded else (0, 0))
     pixels = np.asarray(canvas, dtype=np.float32)
     if groups is None:
         mask = np.full(grid[0] * grid[1], _DIM, np.float32)
@@ -88,7 +93,7 @@ def _panel(
 
 
 def _stretch(cells: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """(H, W, ...) per patch -> (h, w, ...) per pixel of (h, w, 3) pixels."""
+    """Repeat patch values (H, W, ...) for each pixel of (h, w, 3): (h, w, ...)."""
     height, width = pixels.shape[:2]
     rows = np.arange(height) * cells.shape[0] // height
     columns = np.arange(width) * cells.shape[1] // width
@@ -96,12 +101,13 @@ def _stretch(cells: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def _colors(count: int) -> np.ndarray:
-    """(count, 3) colours; the golden ratio keeps neighbours apart in hue."""
+    """Return colours (count, 3); the golden ratio separates neighbours in hue."""
     hues = (np.arange(count) * 0.618034) % 1
     return 255 * np.array([colorsys.hsv_to_rgb(h, 0.85, 1.0) for h in hues])
 
 
-def _mark(panel: Image.Image, kept, grid: tuple[int, int]) -> None:
+def _mark(panel: Image.Image, kept: np.ndarray, grid: tuple[int, int]) -> None:
+    """Draw a ring at each kept token."""
     draw = ImageDraw.Draw(panel)
     height, width = panel.height / grid[0], panel.width / grid[1]
     radius = min(height, width) / 5

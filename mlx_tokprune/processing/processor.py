@@ -1,4 +1,4 @@
-"""What models take and give: pixels, token ids, and the numbers of actions."""
+"""Processors: inputs and outputs of models as pixels, token ids and actions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from .image import preprocess, preprocess_content, preprocess_naive
 from .prompt import Prompt, action_prompt, place_pictures, tokenize
 
 PADDINGS = ("keep", "skip")
-_LARGEST = 4096  # px of an input, four times what FastVLM was trained on
+_LARGEST = 4096  # px of an input, four times FastVLM's training size
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Pictures and text to what the model takes; `tokenizer` is mlx-lm's wrapper.
+    """A converter of pictures and text to inputs; `tokenizer` is mlx-lm's wrapper.
 
-    stride: pixels per side of a visual token. context: tokens that the model can read.
-    longest: characters of the longest token.
+    stride: pixels per side of a visual token. context: the most tokens that the model
+    reads. longest: characters of the longest token.
     """
 
     tokenizer: Any
@@ -37,10 +37,11 @@ class Processor:
     pads = True
 
     def at(self, image_size: int, padding: str | None = None) -> "Processor":
-        """The same for another input size, or another way with padding.
+        """Return a copy for another input size or padding.
 
-        padding: `keep` pads pictures to a square, as the model was trained; `skip`
-        leaves the padding out. Raises `InputError` for a size that cannot be encoded.
+        image_size: pixels per side. padding: `keep` pads pictures to a square, as in
+        training; `skip` leaves the padding out. Raises `InputError` for a size that
+        cannot be encoded.
         """
         padding = padding or self.padding
         if padding not in PADDINGS:
@@ -58,25 +59,28 @@ class Processor:
         return dataclasses.replace(self, image_size=image_size, padding=padding)
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], or (B, h, w, 3) if skipping.
+        """Return RGB pictures as (B, S, S, 3) float32 in [0, 1].
 
-        The longer side of a skipped picture is S.
+        With padding `skip`: (B, h, w, 3), with S pixels on the longer side.
         """
         if self.padding == "skip":
             return preprocess_content(images, self.image_size, self.stride)
         return preprocess(images, self.image_size)
 
     def check(self, text: str, pictures: int) -> str:
-        """The text with a mark for each picture; `InputError` unless it can be asked.
+        """Return the text with a mark for each picture, without tokenizing it.
 
-        Nothing is tokenized.
+        Raises `InputError` for an empty or too long text, or a wrong number of marks.
         """
         text = place_pictures(text, pictures, self.image_token)
         _check_length(text, self.context, self.longest, "the prompt")
         return text
 
     def prompt(self, text: str, pictures: int) -> Prompt:
-        """The user's text in the chat template, as token ids around the pictures."""
+        """Return the user's text in the chat template, as token ids around pictures.
+
+        Raises `InputError` for a text that `check` refuses, or with too many tokens.
+        """
         text = self.check(text, pictures)
         chat = f"{self.prefix}{text}{self.suffix}"
         prompt = tokenize(chat, self.image_token, self._encode)
@@ -94,11 +98,11 @@ class Processor:
 
 @dataclass(frozen=True)
 class ActionProcessor:
-    """Pictures, instructions and robot states to what a policy takes, and back.
+    """A converter of pictures and instructions to inputs, and of tokens to actions.
 
-    limit: the most tokens that an instruction's prompt may have. norm_stats: of each
-    data set, by unnorm key. crop: share of the picture's area that is looked at.
-    resample: how pictures are resized. longest: characters of the longest token.
+    limit: the most tokens of an instruction's prompt. norm_stats: statistics of each
+    data set, by unnorm key. crop: encoded share of the picture's area. resample: filter
+    of the resizing. longest: characters of the longest token.
     """
 
     tokenizer: Any
@@ -115,13 +119,13 @@ class ActionProcessor:
     pads = False
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures -> (B, S, S, 3) float32 in [0, 1], resized without padding."""
+        """Return RGB pictures as (B, S, S, 3) float32 in [0, 1], without padding."""
         return preprocess_naive(images, self.image_size, self.crop, self.resample)
 
     def prompt(self, instruction: str) -> Prompt:
-        """The id that opens the sequence, and the ids that follow the pictures.
+        """Return the ids before and after the pictures.
 
-        Raises `InputError` for an empty instruction or one that does not fit.
+        Raises `InputError` for an instruction that is empty or too long.
         """
         text = action_prompt(instruction)
         _check_length(text, self.limit, self.longest, "the instruction")
@@ -136,17 +140,17 @@ class ActionProcessor:
         return Prompt(((self.tokenizer.bos_token_id,), tuple(ids)))
 
     def bounds(self, part: str, unnorm_key: str | None) -> Bounds:
-        """The range of `action` or `proprio` in one data set."""
+        """Return the range of `action` or `proprio` in one data set."""
         statistics = choose_statistics(self.norm_stats, unnorm_key)
         return read_bounds(statistics, part, self.rule)
 
     def values(self, ids: np.ndarray) -> np.ndarray:
-        """(..., A) action token ids -> values in [-1, 1]."""
+        """Return the values in [-1, 1] of action token ids (..., A)."""
         return bin_values(ids, self.vocabulary, self.bins)
 
 
 def _check_length(text: str, limit: int, longest: int, name: str) -> None:
-    """Refuse a text that cannot fit, before the time that its tokens would take."""
+    """Raise `InputError` for a text that cannot fit, before it is tokenized."""
     if len(text) > limit * longest:
         raise InputError(
             f"{name} is too long: it has {len(text)} characters, and the {limit} "

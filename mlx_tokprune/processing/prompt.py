@@ -12,28 +12,28 @@ from ..errors import InputError
 class Prompt:
     """Token ids of the text around pictures: one segment more than places of pictures.
 
-    Segments are tuples of numbers, arrays (L,) in a compiled call, or arrays (B, L)
-    where the samples of a scene are told different things.
+    Segments are tuples of numbers, arrays (L,) in a compiled call, or arrays (B, L) if
+    the samples of a scene have different prompts.
     """
 
     segments: tuple[tuple[int, ...] | mx.array, ...]
 
     @property
     def places(self) -> int:
-        """Where pictures go."""
+        """Number of places for pictures."""
         return len(self.segments) - 1
 
     def arrays(self) -> list[mx.array]:
-        """Each segment as (1 or B, L) int32."""
+        """Return each segment as (1 or B, L) int32."""
         arrays = [mx.array(ids, mx.int32) for ids in self.segments]
         return [ids if ids.ndim == 2 else ids[None] for ids in arrays]
 
 
 def place_pictures(text: str, pictures: int, image_token: str) -> str:
-    """The user's text with one `image_token` per picture.
+    """Return the user's text with one `image_token` per picture.
 
-    Text without any gets them in front, a line each. Raises `InputError` for an empty
-    text, or when it has some but not one per picture.
+    A text without any gets them in front, one per line. Raises `InputError` for an
+    empty text, or for another number of them than pictures.
     """
     check_text(text, "the prompt")
     if not text.replace(image_token, "").strip():
@@ -51,7 +51,7 @@ def place_pictures(text: str, pictures: int, image_token: str) -> str:
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise `InputError` unless `text` can be given to a tokenizer."""
+    """Raise `InputError` unless `text` is valid Unicode. name: its name in errors."""
     if not isinstance(text, str):
         raise InputError(f"{name} is a text, not {type(text).__name__}")
     try:
@@ -61,7 +61,10 @@ def check_text(text: str, name: str) -> None:
 
 
 def action_prompt(instruction: str) -> str:
-    """OpenVLA's question for an instruction, which its scripts write in lower case."""
+    """Return OpenVLA's prompt of an instruction, in lower case as in its scripts.
+
+    Raises `InputError` for an empty instruction.
+    """
     check_text(instruction, "the instruction")
     if not instruction.strip():
         raise InputError("the instruction is empty; expected what the robot should do")
@@ -71,9 +74,10 @@ def action_prompt(instruction: str) -> str:
 
 
 def state_prompt(instruction: str, bins: Sequence[int], lower: bool) -> str:
-    """pi0-FAST's question: the task, and the bins of the state, from -1 to 255.
+    """Return pi0-FAST's prompt: the task, and the bins of the state, -1 to 255.
 
-    lower: in lower case, as openpi writes it; lerobot leaves it as it is.
+    lower: write the task in lower case, as openpi does; lerobot does not. Raises
+    `InputError` for an empty instruction.
     """
     check_text(instruction, "the instruction")
     task = instruction.strip().replace("_", " ").replace("\n", " ")
@@ -84,5 +88,5 @@ def state_prompt(instruction: str, bins: Sequence[int], lower: bool) -> str:
 
 
 def tokenize(text: str, image_token: str, encode: Callable[[str], list[int]]) -> Prompt:
-    """Split at the pictures and encode each part on its own, as LLaVA does."""
+    """Split at the image tokens and encode each part separately, as LLaVA does."""
     return Prompt(tuple(tuple(encode(part)) for part in text.split(image_token)))

@@ -1,4 +1,4 @@
-"""Choosing which visual tokens stay: `Pruner`, `list_pruners`, and the methods."""
+"""Pruners, plans and pruning methods: the choice of the visual tokens to keep."""
 
 from . import (  # noqa: F401  (registers the methods)
     absorbing,

@@ -1,7 +1,7 @@
-"""Pruners that keep what the tower attends to and let it take in some of the rest.
+"""Pruners that keep the most attended tokens and add dropped tokens to them.
 
-They publish sums that are no averages, so rows of their `weights` have other sums
-than 1. Tokens that nobody takes in are gone.
+The papers add without averaging, so rows of `weights` do not sum to 1. A token that
+no kept token absorbs is dropped.
 """
 
 import mlx.core as mx
@@ -11,28 +11,28 @@ from .registry import in_ranges, register
 from .saliency import keep_highest, keep_marked, normalize, one_hot
 
 _CONTEXTUAL = 10 / 64  # VisionZip's share of the budget
-_NEIGHBOURS = 32  # tokens that a kept one of PruMerge takes in
+_NEIGHBOURS = 32  # tokens that each kept token of PruMerge absorbs
 
 
 @register("visionzip", needs=("attention", "keys"))
 def visionzip(features: Features, *, keep: int) -> Selection:
-    """Keep the most attended tokens, and some that stand for the rest.
+    """Keep the most attended tokens, and evenly spread ones that absorb the rest.
 
-    Of every 64, 54 are those that receive most attention. The rest of the budget (10 of
-    64, rounded down) are every s-th of the tokens left; each other one joins the one
-    whose key is most similar (cosine) to its own. What comes out of a group is, as
-    published, its token plus the mean of those that joined: such rows of `weights` sum
-    to 2. VisionZip (arXiv 2412.04467), whose keys are the mean over heads; here heads
-    are joined.
+    54 of every 64 kept tokens receive most attention. The rest of the budget (10 of
+    64, rounded down) is every s-th of the remaining tokens; each other token joins the
+    one with the most similar key (cosine). As published, a group becomes its token
+    plus the mean of the tokens that joined, so these rows of `weights` sum to 2.
+    VisionZip (arXiv 2412.04467), which averages keys over heads; here the heads are
+    concatenated.
     """
     contextual = int(keep * _CONTEXTUAL)
     attention, total = features.extras["attention"], features.total
     dominant = one_hot(keep_highest(attention, keep - contextual).indices, total)
     if not contextual:
         return Selection(place_marked(dominant, keep))
-    others = place_marked(~dominant, total - keep + contextual)
-    step = others.shape[1] // contextual
-    targets = others[:, : step * contextual : step]
+    remaining = place_marked(~dominant, total - keep + contextual)
+    step = remaining.shape[1] // contextual
+    targets = remaining[:, : step * contextual : step]
     indices = place_marked(dominant | one_hot(targets, total), keep)
     stands = mx.take_along_axis(~dominant, indices, axis=1)
     unit = normalize(features.extras["keys"])
@@ -46,15 +46,12 @@ def visionzip(features: Features, *, keep: int) -> Selection:
 
 
 def _own(indices: mx.array, total: int) -> mx.array:
-    """(B, K) -> (B, K, N) float32: each kept token alone."""
+    """Return one-hot weights (B, K, N) float32 of indices (B, K)."""
     return (indices[..., None] == mx.arange(total)).astype(mx.float32)
 
 
 def _outliers(attention: mx.array) -> mx.array:
-    """(B, N) bool: above the third quartile by 1.5 times the quartiles' distance.
-
-    At least the highest.
-    """
+    """Mark (B, N) attention above Q3 + 1.5 IQR, and always the highest."""
     ordered = mx.sort(attention, axis=1)
     low, high = (_quantile(ordered, share) for share in (0.25, 0.75))
     above = attention > high + 1.5 * (high - low)
@@ -63,7 +60,7 @@ def _outliers(attention: mx.array) -> mx.array:
 
 
 def _quantile(ordered: mx.array, share: float) -> mx.array:
-    """(B, N) ascending -> (B, 1), between neighbours where it falls between them."""
+    """Return a quantile (B, 1) of ascending values (B, N), linearly interpolated."""
     place = share * (ordered.shape[1] - 1)
     below = int(place)
     above = min(below + 1, ordered.shape[1] - 1)
@@ -72,7 +69,10 @@ def _quantile(ordered: mx.array, share: float) -> mx.array:
 
 
 def _absorb(features: Features, selection: Selection, rest: bool) -> Selection:
-    """Each kept token takes in those whose keys are most similar to its own."""
+    """Add to each kept token the tokens with the most similar keys.
+
+    rest: also add one token that sums all dropped tokens.
+    """
     indices, total = selection.indices, features.total
     attention = features.extras["attention"].astype(mx.float32)
     unit, own = normalize(features.extras["keys"]), _own(indices, total)
@@ -87,10 +87,10 @@ def _absorb(features: Features, selection: Selection, rest: bool) -> Selection:
 
 
 def _with_rest(selection: Selection, attention: mx.array) -> Selection:
-    """One token more: all that were dropped, in the place of the most attended."""
+    """Append the sum of all dropped tokens, at the most attended one of them."""
     mask, own, batch = selection.mask, selection.weights, attention.shape[0]
     if own is None:
-        raise ValueError("a selection that merges was expected")
+        raise ValueError("the selection has no weights; expected one that merges")
     kept = one_hot(selection.indices, attention.shape[1], mask)
     gone = mx.argmax(mx.where(kept, -mx.inf, attention), axis=1, keepdims=True)
     indices = mx.concatenate([selection.indices, gone.astype(mx.int32)], axis=1)
@@ -114,16 +114,15 @@ def _with_rest(selection: Selection, attention: mx.array) -> Selection:
     check=in_ranges(rest=(0, 1)),
 )
 def prumerge(features: Features, *, keep: int | None, rest: float = 0) -> Selection:
-    """Keep the tokens whose attention stands out; each takes in its 32 most similar.
+    """Keep the tokens with outlying attention; each absorbs its 32 most similar.
 
-    Without a budget those are kept whose attention is above Q3 + 1.5 IQR of the
-    picture's, and at least one; with one, the most attended. Each adds the 32 other
-    tokens (all where there are fewer) with the most similar keys (cosine), kept or not,
-    times their attention, which is not normalised: rows of `weights` sum to more than
-    1. With `rest` 1 one token of a budget of two or more is the sum of all dropped ones
-    times their attention, which is published; it stands in the place of the most
-    attended of them.
-    LLaVA-PruMerge (arXiv 2403.15388).
+    Without a budget, keep the tokens with attention above Q3 + 1.5 IQR of the picture,
+    and at least one; with a budget, keep the most attended. Each adds the 32 other
+    tokens (or all, if fewer) with the most similar keys (cosine), kept or not, times
+    their attention. Attention is not normalised: rows of `weights` sum to more than 1.
+    With `rest` 1 (as published) and a budget of two or more, one token is the sum of
+    all dropped tokens times their attention, in the place of the most attended of
+    them. LLaVA-PruMerge (arXiv 2403.15388).
     """
     attention = features.extras["attention"]
     if keep is None:
@@ -134,13 +133,13 @@ def prumerge(features: Features, *, keep: int | None, rest: float = 0) -> Select
 
 @register("prumerge_plus", needs=("attention", "keys"), counts="either")
 def prumerge_plus(features: Features, *, keep: int | None) -> Selection:
-    """PruMerge with three times the tokens: two more for each, spread evenly.
+    """Keep the most attended tokens and twice as many spread ones; each absorbs others.
 
-    A third of the budget (without one, as many as stand out, and the budget is three
-    times that) has most attention; the others are spread over the tokens left: the
-    i-th of n at place (2 i + 1) M // (2 n) of those M. Then each takes in others as
-    `prumerge` does. LLaVA-PruMerge+ (arXiv 2403.15388), whose published steps assume
-    576 tokens.
+    A third of the budget has most attention (without a budget: the outliers of
+    `prumerge`, and the budget is three times their number). The other tokens are
+    spread over the M remaining ones: the i-th of n at place (2 i + 1) M // (2 n). Each
+    kept token absorbs as in `prumerge`. LLaVA-PruMerge+ (arXiv 2403.15388), whose
+    published steps assume 576 tokens.
     """
     attention = features.extras["attention"]
     if keep is None:
@@ -154,13 +153,13 @@ def prumerge_plus(features: Features, *, keep: int | None) -> Selection:
 
 
 def _spread(leading: mx.array, count: mx.array) -> mx.array:
-    """(B, N) bool with others between, so that `count` (B, 1) are true."""
-    some = mx.sum(leading, axis=1, keepdims=True)
-    places, left = count - some, mx.maximum(leading.shape[1] - some, 1)
-    rank = mx.cumsum((~leading).astype(mx.int32), axis=1)  # with the token itself
+    """Mark evenly spread tokens besides `leading` (B, N), until `count` (B, 1) are."""
+    marked = mx.sum(leading, axis=1, keepdims=True)
+    places, left = count - marked, mx.maximum(leading.shape[1] - marked, 1)
+    rank = mx.cumsum((~leading).astype(mx.int32), axis=1)  # counts the token itself
 
     def below(rank: mx.array) -> mx.array:
-        """How many of the places (2 i + 1) left // (2 places) are smaller."""
+        """Count the places (2 i + 1) left // (2 places) below a rank."""
         number = ((2 * places * rank - 1) // left + 1) // 2
         return mx.minimum(number, places)
 

@@ -1,4 +1,4 @@
-"""Pruners that do not look at the picture: the full set, and controls."""
+"""Pruners that do not read the picture: the full set, and controls."""
 
 import mlx.core as mx
 
@@ -18,15 +18,15 @@ def none(features: Features, *, keep: int) -> Selection:
 
 @register("random", seeded=True)
 def random(features: Features, *, keep: int, seed: int = 0) -> Selection:
-    """Control: keep tokens at random, from a seed."""
+    """Control: keep randomly drawn tokens, from a seed."""
     total = features.tokens.shape[1]
     drawn = mx.random.uniform(shape=(1, total), key=mx.random.key(seed))
-    # The same in every row, so that a batch keeps what its rows alone would.
+    # Equal in every row, so that a row keeps the same tokens alone and in a batch.
     scores = mx.broadcast_to(drawn, features.tokens.shape[:2])
     return keep_highest(scores, keep)
 
 
 @register("uniform", needs=("grid",), fits=cells_within)
 def uniform(features: Features, *, keep: int) -> Selection:
-    """Control: keep the tokens at the cell centres of the grid that `spatial` uses."""
+    """Control: keep the tokens at the cell centres of the grid of `spatial`."""
     return Selection(spatial(features, keep=keep).indices)

@@ -1,6 +1,6 @@
-"""Pruners that keep tokens unlike each other: greedy, one token after another.
+"""Pruners that keep dissimilar tokens, chosen greedily one after another.
 
-Their loops are unrolled, with static shapes and nothing read on the host.
+The loops are unrolled, with static shapes and no evaluation on the host.
 """
 
 import mlx.core as mx
@@ -10,40 +10,40 @@ from ..features import Features, Selection, place_marked
 from .registry import Options, in_ranges, register
 from .saliency import keep_highest, normalize, one_hot
 
-_FAR = 2.0  # more than any 1 - cosine but the farthest
-_LEAST = 1e-6  # of a determinant's next factor
+_FAR = 2.0  # the largest 1 - cosine
+_LEAST = 1e-6  # smallest next factor of a determinant
 
 
 def _best(scores: mx.array) -> mx.array:
-    """(B, N) -> (B, N) bool: where the highest is, the first of equal ones."""
+    """Mark the highest score of each row (B, N), the first of equal ones."""
     places = mx.arange(scores.shape[1])
     return places == mx.argmax(scores, axis=1, keepdims=True)
 
 
 def _row(matrix: mx.array, chosen: mx.array) -> mx.array:
-    """(B, M, N) and (B, N) bool with one true -> (B, M), that column."""
+    """Return the column (B, M) of a matrix (B, M, N) that `chosen` (B, N) marks."""
     where = mx.argmax(chosen, axis=1)[:, None, None]
     return mx.take_along_axis(matrix, where, axis=2)[..., 0]
 
 
 def _cosine(tokens: mx.array) -> mx.array:
-    """(B, N, C) -> (B, N, N) float32."""
+    """Return cosines (B, N, N) float32 between tokens (B, N, C)."""
     unit = normalize(tokens)
     return unit @ unit.swapaxes(1, 2)
 
 
 @register("divprune")
 def divprune(features: Features, *, keep: int) -> Selection:
-    """Keep tokens that are as far from each other as can be (max-min of 1 - cosine).
+    """Keep the most diverse tokens: the smallest 1 - cosine between them is maximised.
 
-    The first is the token whose nearest other one is farthest, then always the one
-    that is farthest from the nearest kept one. DivPrune (arXiv 2503.02175).
+    The first token has the farthest nearest neighbour; each next one is the farthest
+    from its nearest kept token. DivPrune (arXiv 2503.02175).
     """
     return farthest(features.tokens, keep)
 
 
 def farthest(tokens: mx.array, keep: int, among: mx.array | None = None) -> Selection:
-    """What `divprune` chooses of tokens (B, N, C), or `among` those (B, N) of them."""
+    """Select tokens of (B, N, C) as `divprune` does, `among` marked ones (B, N)."""
     distance, total = 1 - _cosine(tokens), tokens.shape[1]
     places = mx.arange(total)
     out = mx.zeros((1, total), mx.bool_) if among is None else ~among
@@ -66,20 +66,19 @@ def _check_cdpruner(options: Options, budget: bool) -> None:
 
 @register("cdpruner", needs=("text",), at="prompt", check=_check_cdpruner)
 def cdpruner(features: Features, *, keep: int, sign: float = 1) -> Selection:
-    """Keep tokens that are unlike each other and like the prompt (greedy DPP).
+    """Keep tokens that differ from each other and match the prompt (greedy DPP).
 
     Relevance is the mean cosine to the prompt's embeddings, scaled to [1e-6, 1 + 1e-6]
-    by its least and most; the kernel is relevance times cosine times relevance, and
+    by its minimum and maximum. The kernel is relevance times cosine times relevance;
     the most probable set of its determinantal point process is built greedily (Chen et
-    al., arXiv 1709.05135). Where nothing independent is left (residuals up to 1e-6),
-    relevance chooses.
-    `sign` -1 turns relevance around, as is published for CLIP's text tower. CDPruner
-    (arXiv 2506.10967).
+    al., arXiv 1709.05135). Where no independent token is left (residuals up to 1e-6),
+    relevance chooses. `sign` -1 inverts relevance, as published for CLIP's text tower.
+    CDPruner (arXiv 2506.10967).
     """
     text = normalize(features.extras["text"])
-    # The mean of cosines is the cosine with the mean.
-    about = mx.mean(text, axis=1, keepdims=True)
-    relevance = sign * mx.sum(normalize(features.tokens) * about, axis=-1)
+    # The mean of the cosines is the product with the mean unit vector.
+    mean_text = mx.mean(text, axis=1, keepdims=True)
+    relevance = sign * mx.sum(normalize(features.tokens) * mean_text, axis=-1)
     least = mx.min(relevance, axis=1, keepdims=True)
     most = mx.max(relevance, axis=1, keepdims=True)
     relevance = (relevance - least) / mx.maximum(most - least, 1e-12) + 1e-6
@@ -106,11 +105,11 @@ def cdpruner(features: Features, *, keep: int, sign: float = 1) -> Selection:
 
 @register("dart", at="prompt", check=in_ranges(pivots=(1, 1 << 16)))
 def dart(features: Features, *, keep: int, pivots: float = 4) -> Selection:
-    """Keep a few large tokens, the pivots, and those that duplicate them least.
+    """Keep a few pivots (largest L1 norm), and the tokens least similar to them.
 
-    Pivots have the largest L1 norm. One after the other takes its even share (the
-    first ones one more) of the tokens left that are least similar (cosine) to it. DART
-    (arXiv 2502.11494), which has as many pivots in the text and runs after two layers.
+    Each pivot in turn takes an even share (the first pivots one more) of the remaining
+    tokens, those least similar (cosine) to it. DART (arXiv 2502.11494), which has as
+    many pivots in the text and runs after two layers.
     """
     count = min(int(pivots), keep)
     size = mx.sum(mx.abs(features.tokens.astype(mx.float32)), axis=-1)

@@ -1,4 +1,4 @@
-"""Pruners that merge: every source token lives on in some kept one."""
+"""Pruners that merge: every source token becomes part of a kept token."""
 
 import mlx.core as mx
 
@@ -9,15 +9,15 @@ from .saliency import keep_highest, keep_marked, normalize, squared_norm
 
 
 def grid_within(grid: tuple[int, int], keep: int) -> tuple[int, int]:
-    """The largest (h, w) with at most `keep` cells no more than 2:1 out of square.
+    """Return the largest (h, w) with at most `keep` cells, of an aspect within 2:1.
 
-    The cells divide the whole `grid`; of equal sizes the squarest wins, then the one of
-    fewer rows.
+    The cells divide the whole `grid`. Of equally many cells the squarest wins, then
+    the grid with fewer rows.
     """
     height, width = grid
     best, best_rank = (1, 1), (1, 0.0)
     for h in range(1, min(height, keep) + 1):
-        # Cells of 2:1 or wider have `w` up to here, those of 1:2 from there.
+        # More columns than this would make cells narrower than 1:2.
         w = min(width, keep // h, int(2 * width * h / height))
         if w == 0:
             continue
@@ -29,7 +29,7 @@ def grid_within(grid: tuple[int, int], keep: int) -> tuple[int, int]:
 
 
 def average(members: mx.array) -> mx.array:
-    """(B, K, N) membership (0 or 1) -> weights whose rows sum to 1."""
+    """Return weights with rows that sum to 1 from membership (B, K, N), 0 or 1."""
     return members / mx.maximum(mx.sum(members, axis=-1, keepdims=True), 1)
 
 
@@ -48,17 +48,17 @@ def similarity(
 ) -> Selection:
     """Merge redundant tokens into the kept token they are most similar to (cosine).
 
-    A token is redundant when some token of larger norm is similar to it: the gap
-    criterion of density peaks clustering (Rodriguez and Laio, Science 2014) with the
-    norm as density. The `keep` least redundant tokens stay, or with a `threshold` those
-    that no larger token is as similar to as that; every other token joins the nearest
-    of them and each group is averaged.
+    A token is redundant when a token of larger norm is similar to it: the gap criterion
+    of density peaks clustering (Rodriguez and Laio, Science 2014) with the norm as
+    density. The `keep` least redundant tokens are kept, or with a `threshold` the
+    tokens whose similarity to every larger token is below it. Every other token joins
+    the nearest kept one, and each group is averaged.
     """
     unit = normalize(features.tokens)
     cosine = unit @ unit.swapaxes(1, 2)
     size, place = squared_norm(features.tokens), mx.arange(cosine.shape[1])
     larger = size[:, None, :] > size[:, :, None]
-    # Of identical tokens, as padding gives, the first is the larger one.
+    # Of identical tokens, as in padding, the first counts as larger.
     same = size[:, None, :] == size[:, :, None]
     larger = larger | (same & (place[None, :] < place[:, None]))
     redundancy = mx.max(mx.where(larger, cosine, -2.0), axis=-1)
@@ -79,7 +79,7 @@ def similarity(
 
 
 def cells_within(grid: tuple[int, int], keep: int) -> int:
-    """How many cells `grid_within` has."""
+    """Return the number of cells of `grid_within`."""
     rows, columns = grid_within(grid, keep)
     return rows * columns
 
@@ -88,7 +88,8 @@ def cells_within(grid: tuple[int, int], keep: int) -> int:
 def spatial(features: Features, *, keep: int) -> Selection:
     """Average neighbouring tokens on the largest grid with at most `keep` cells.
 
-    The grid may have fewer cells than asked for; what was kept is what is reported.
+    The grid may have fewer cells than the budget; the reported count is that of the
+    cells.
     """
     grid = features.grid or (1, features.total)
     (height, width), (h, w) = grid, grid_within(grid, keep)
@@ -101,14 +102,16 @@ def spatial(features: Features, *, keep: int) -> Selection:
     return Selection(_cell_centers(grid, (h, w), batch), weights)
 
 
-def _cell_centers(grid, cells, batch: int) -> mx.array:
-    """(B, h * w) int32: the token in the middle of each cell, ascending."""
+def _cell_centers(
+    grid: tuple[int, int], cells: tuple[int, int], batch: int
+) -> mx.array:
+    """Return the token in the middle of each cell, (B, h * w) int32, ascending."""
     rows, columns = (_middles(n, k) for n, k in zip(grid, cells, strict=True))
     centers = (rows[:, None] * grid[1] + columns[None]).reshape(1, -1)
     return mx.broadcast_to(centers.astype(mx.int32), (batch, centers.size))
 
 
 def _middles(total: int, parts: int) -> mx.array:
-    """(parts,) the middle of each run of i < total with equal i * parts // total."""
+    """Return the middle (parts,) of each run of i < total by i * parts // total."""
     edges = (mx.arange(parts + 1) * total + parts - 1) // parts
     return (edges[:-1] + edges[1:]) // 2

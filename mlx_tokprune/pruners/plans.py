@@ -1,4 +1,4 @@
-"""Plans: pruners at several places, in order, and what they leave."""
+"""Plans: pruners at several places, in order, and their token counts."""
 
 import itertools
 from collections.abc import Iterable
@@ -12,17 +12,17 @@ Pruners = Pruner | Iterable[Pruner] | None
 
 
 def as_plan(pruners: Pruners, layers: int | None = None) -> Plan:
-    """One pruner, several or none as a plan: in the order of their places.
+    """Return one pruner, several or none as a plan, in the order of their places.
 
-    layers: of the language model, for those of several places, which stay one pruner
-    without it. Those that keep everything are left out. Raises `InputError` for
-    anything else, and for two at one place.
+    layers: depth of the language model, to split a pruner with several places; without
+    it such a pruner stays whole. Pruners that keep everything are left out. Raises
+    `InputError` for anything but pruners, and for two pruners at one place.
     """
-    given = [pruners] if isinstance(pruners, Pruner) else list(pruners or ())
-    for pruner in given:
+    members = [pruners] if isinstance(pruners, Pruner) else list(pruners or ())
+    for pruner in members:
         if not isinstance(pruner, Pruner):
             raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")
-    pruning = (p for p in given if not p.keeps_all)
+    pruning = (p for p in members if not p.keeps_all)
     spread = [(p,) if layers is None else p.spread(layers) for p in pruning]
     plan = sorted(itertools.chain(*spread), key=_order)
     for first, second in itertools.pairwise(plan):
@@ -36,11 +36,12 @@ def as_plan(pruners: Pruners, layers: int | None = None) -> Plan:
 
 @dataclass(frozen=True)
 class Counts:
-    """Visual tokens of a place in the prompt, of all its pictures together.
+    """Visual tokens of one place in the prompt, over all its pictures.
 
-    total: before pruning. projected: after the tower. given: to the language model.
-    left: after its last layer. mean: over its layers. Inside the language model those
-    of all places are chosen from together, and these are their means.
+    total: before pruning. projected: after the tower. given: at the language model's
+    input. left: after its last layer. mean: over its layers. Inside the language model
+    a pruner chooses among the tokens of all places; `left` and `mean` are averages
+    over the places.
     """
 
     total: int
@@ -58,29 +59,29 @@ def count_tokens(
     own: int | None = None,
     places: int = 1,
 ) -> Counts:
-    """What a plan leaves of `pictures` of a grid of tokens, from shapes alone.
+    """Return the token counts of a plan for `pictures` grids, from shapes alone.
 
-    own: what a method that counts for itself left of all of them. places: in the
-    prompt, with so many pictures each.
+    own: number of tokens that a method with its own count kept of all pictures.
+    places: places in the prompt, with `pictures` pictures each.
     """
     each = grid[0] * grid[1]
-    projected = given = each * pictures
-    held = []  # by each layer
+    projected = entering = each * pictures
+    held = []  # tokens in each layer
     for pruner in plan:
         counted = own if pruner.has_own_count else None
         if pruner.place == "tower":
             projected = counted or pruner.count_on(grid) * pictures
-            given = projected
+            entering = projected
         elif pruner.place == "prompt":
-            given = counted or pruner.count(given)
-    left = given * places
+            entering = counted or pruner.count(entering)
+    left = entering * places
     for pruner in plan:
         if isinstance(pruner.at, int):
             held += [left] * (pruner.at - len(held))
             left = pruner.count(left)
     held += [left] * (layers - len(held))
     mean = sum(held) / max(1, len(held)) / places
-    return Counts(each * pictures, projected, given, left / places, mean)
+    return Counts(each * pictures, projected, entering, left / places, mean)
 
 
 def _order(pruner: Pruner) -> float:

@@ -21,12 +21,12 @@ POLICY_METHOD = "trimvla"  # default of policies
 
 
 def count_kept(total: int, keep_ratio: float) -> int:
-    """K = max(1, int(N * ratio)), the one place where a ratio becomes a count."""
+    """Return K = max(1, int(N * ratio)), the only conversion of a ratio to a count."""
     return max(1, int(total * keep_ratio))
 
 
 def check_seed(seed: int) -> None:
-    """Raise `InputError` unless MLX takes `seed`."""
+    """Raise `InputError` unless `seed` is a whole number that MLX accepts."""
     if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
         raise InputError(f"seed {seed} is out of range; expected 0 to 2**64 - 1")
 
@@ -35,17 +35,21 @@ def check_seed(seed: int) -> None:
 class Pruner:
     """A method, its budget and its place: `Pruner("norm", keep_ratio=0.5)(features)`.
 
-    Give `keep_ratio` in (0, 1] or `keep_tokens` (at least 1), not both; neither keeps
-    every token, or as many as a method with a rule of its own says. at: "tower" (before
-    the projector), "prompt" (at the language model's input) or k, after k of its layers
-    (FastV is `Pruner("attention", 0.5, at=2)`); the method's own place by default,
-    which may be several, as shares of the depth, with the budget at each. `seed` is
-    read by seeded methods only; `options` are the method's own. scorer: an
-    `nn.Module` from `Features` to scores (B, N), for methods that need `scores`; its
-    attribute `needs` names extras that it reads. `method` may be the folder of a scorer
-    that `mlx_tokprune.train prune` wrote, which `folder` then is. Raises `InputError`
-    for an unknown method, option or place, a budget out of range, or more tokens than
-    there are.
+    Give `keep_ratio` in (0, 1] or `keep_tokens` (at least 1), not both. Without either,
+    every token is kept, or the method's own rule decides the count.
+
+    method: a registered name or alias, `package.module:function`, or the folder of a
+        scorer that `mlx_tokprune.train prune` wrote, which is then also `folder`.
+    at: "tower" (before the projector), "prompt" (at the language model's input) or k
+        (after k of its layers: FastV is `Pruner("attention", 0.5, at=2)`). Default: the
+        method's place. Several places are shares of the depth, with the budget at each.
+    seed: for seeded methods only.
+    options: options of the method, by name.
+    scorer: an `nn.Module` from `Features` to scores (B, N), for methods that need
+        `scores`. Its attribute `needs` names the extras that it reads.
+
+    Raises `InputError` for an unknown method, option or place, a budget out of range,
+    or more tokens than there are.
     """
 
     method: str = DEFAULT_METHOD
@@ -60,22 +64,23 @@ class Pruner:
     folder: str | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self):
-        known, folder = get_method(self.method), None
+        method, folder = get_method(self.method), None
         if self.scorer is None and is_scorer(self.method):
             folder = str(self.method)
             object.__setattr__(self, "scorer", load_scorer(folder))
-        if known.name == "learned" and _own_count(self.scorer):
-            known = get_method("threshold")
-        own = known.at if folder is None else self.scorer.at
+        if method.name == "learned" and _own_count(self.scorer):
+            method = get_method("threshold")
+        own = method.at if folder is None else self.scorer.at
         at = own if self.at is None else self.at
         if folder is not None and at != own:
             raise InputError(
                 f"the scorer of {folder} was trained for {own!r}, not {at!r}"
             )
-        object.__setattr__(self, "method", known.name)
+        # The dataclass is frozen: its own fields are set once, here.
+        object.__setattr__(self, "method", method.name)
         object.__setattr__(self, "at", tuple(at) if isinstance(at, list) else at)
         object.__setattr__(self, "folder", folder)
-        if self.at != known.at:
+        if self.at != method.at:
             _check_place(self.at)
         self._check_options()
         ratio, tokens = self.keep_ratio, self.keep_tokens
@@ -98,7 +103,7 @@ class Pruner:
                 f"method 'none' keeps every visual token, so a keep ratio of "
                 f"{ratio:g} needs another method, such as 'norm'"
             )
-        if ("scores" in known.needs) != (self.scorer is not None):
+        if ("scores" in method.needs) != (self.scorer is not None):
             raise InputError(
                 f"method {self.method!r} chooses by a scorer; say its folder as the "
                 "method, or give one"
@@ -109,7 +114,7 @@ class Pruner:
 
     def _check_options(self) -> None:
         method = get_method(self.method)
-        known = method.options
+        takes = method.options
         if not isinstance(self.options, Mapping) or not all(
             isinstance(name, str) and isinstance(value, (Real, str))
             for name, value in self.options.items()
@@ -118,11 +123,11 @@ class Pruner:
                 f"options are numbers or words by name, not {self.options!r}"
             )
         for name, value in self.options.items():
-            if name not in known:
-                takes = f"takes {', '.join(known)}" if known else "takes no options"
+            if name not in takes:
+                listed = f"takes {', '.join(takes)}" if takes else "takes no options"
                 raise InputError(
-                    f"method {self.method!r} {takes}, not {name!r}."
-                    + nearest(name, known)
+                    f"method {self.method!r} {listed}, not {name!r}."
+                    + nearest(name, takes)
                 )
             words = method.words(name)
             if value not in words if words else isinstance(value, str):
@@ -142,49 +147,52 @@ class Pruner:
 
     @property
     def place(self) -> str:
-        """`tower`, `prompt` or `layer`."""
+        """Kind of the place: `tower`, `prompt` or `layer`."""
         return self.at if isinstance(self.at, str) else "layer"
 
     @property
     def has_own_count(self) -> bool:
-        """Whether the method, not a budget, says how many tokens stay."""
-        unset, known = self.keep_ratio is None and self.keep_tokens is None, self._known
-        return unset and (known.counts != "budget" or known.counts_itself(self.options))
+        """True if the method, not a budget, decides how many tokens are kept."""
+        unset = self.keep_ratio is None and self.keep_tokens is None
+        method = self._method
+        own = method.counts != "budget" or method.counts_itself(self.options)
+        return unset and own
 
     @property
-    def _known(self) -> Method:
+    def _method(self) -> Method:
         return get_method(self.method)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The extras of `Features` that are read, none when everything is kept."""
+        """Required extras of `Features`; none when everything is kept."""
         if self.keeps_all:
             return ()
-        own = (n for n in self._known.needs if n != "scores")
+        own = (n for n in self._method.needs if n != "scores")
         return tuple(dict.fromkeys((*own, *getattr(self.scorer, "needs", ()))))
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The same, with what is read only where there is any."""
+        """Required and optional extras of `Features`; none when everything is kept."""
         if self.keeps_all:
             return ()
-        return tuple(dict.fromkeys((*self.needs, *self._known.wants)))
+        return tuple(dict.fromkeys((*self.needs, *self._method.wants)))
 
     def spread(self, layers: int) -> tuple["Pruner", ...]:
-        """One pruner for each of its places in a language model of so many layers."""
+        """Return one pruner for each place in a language model of N `layers`."""
         if not isinstance(self.at, tuple):
             return (self,)
-        found = (round(share * layers) for share in self.at)
-        places = dict.fromkeys(max(1, min(layers - 1, place)) for place in found)
+        depths = (round(share * layers) for share in self.at)
+        places = dict.fromkeys(max(1, min(layers - 1, depth)) for depth in depths)
         return tuple(replace(self, at=place) for place in places)
 
     @property
     def prepare(self) -> Callable[[mx.array], mx.array]:
-        """What is done to what the first layer makes queries and keys of."""
-        return self._known.prepare or (lambda x: x)
+        """Function applied to the inputs of the first layer's queries and keys."""
+        return self._method.prepare or (lambda x: x)
 
     @property
     def keeps_all(self) -> bool:
+        """True if every token is kept, whatever the features."""
         if self.has_own_count:
             return False
         ratio_is_full = self.keep_ratio is None or self.keep_ratio == 1
@@ -192,19 +200,22 @@ class Pruner:
 
     @property
     def key(self) -> tuple:
-        """What tells pruners apart, hashable."""
+        """Hashable identity of the pruner."""
         options = tuple(sorted(self.options.items()))
         budget = (self.keep_ratio, self.keep_tokens)
         return self.method, *budget, self.at, self.seed, options, id(self.scorer)
 
     def described(self) -> dict:
-        """As JSON: what makes an equal pruner, but for a scorer without a folder."""
+        """Return JSON-ready arguments of an equal pruner (a scorer needs a folder)."""
         names = ("method", "keep_ratio", "keep_tokens", "at", "seed")
-        found = {n: getattr(self, n) for n in names} | {"options": dict(self.options)}
-        return found | ({"method": self.folder} if self.folder else {})
+        fields = {n: getattr(self, n) for n in names} | {"options": dict(self.options)}
+        return fields | ({"method": self.folder} if self.folder else {})
 
     def count(self, total: int) -> int:
-        """How many of `total` visual tokens to keep, at most."""
+        """Return how many of `total` visual tokens are kept, at most.
+
+        Raises `InputError` for a budget of more tokens than `total`.
+        """
         if self.keep_tokens is None:
             return count_kept(total, self.keep_ratio or 1.0)
         if self.keep_tokens > total:
@@ -220,16 +231,21 @@ class Pruner:
         return int(self.keep_tokens)
 
     def count_on(self, grid: tuple[int, int]) -> int:
-        """How many of a picture's tokens stay; methods of whole grids keep fewer."""
-        keep, fits = self.count(grid[0] * grid[1]), self._known.fits
+        """Return how many tokens of a picture are kept; grid methods may keep fewer."""
+        keep, fits = self.count(grid[0] * grid[1]), self._method.fits
         return keep if fits is None else fits(grid, keep)
 
     def __call__(self, features: Features) -> Selection:
+        """Choose the tokens of `features` to keep.
+
+        Raises `InputError` for a budget or features that the method cannot use, and
+        for a registered method that returns no tokens or tokens out of range.
+        """
         selection = self._select(features)
-        if not self._known.is_own:
-            selection = _inside(selection, features.total, self.method)
-        given, kept = features.total, selection.keep
-        log.debug("%s at %s: %d -> %d tokens", self.method, self.at, given, kept)
+        if not self._method.is_own:
+            selection = _in_range(selection, features.total, self.method)
+        total, kept = features.total, selection.keep
+        log.debug("%s at %s: %d -> %d tokens", self.method, self.at, total, kept)
         return selection
 
     def _select(self, features: Features) -> Selection:
@@ -237,11 +253,11 @@ class Pruner:
         if keep == features.total:
             return get_method("none").function(features, keep=keep)
         _check_extras(self, features)
-        method, options = self._known, tuple(sorted(self.options.items()))
+        method, options = self._method, tuple(sorted(self.options.items()))
         if keep is None or not method.can_compile:
             return self._run(features, keep)
         shape = (features.grid, features.pictures)
-        scorer = None if self.scorer is None else _Same(self.scorer)
+        scorer = None if self.scorer is None else _ModuleKey(self.scorer)
         chosen = _compiled(method, keep, shape, options, scorer)(
             features.tokens,
             {
@@ -254,14 +270,14 @@ class Pruner:
         return Selection(**chosen)
 
     def _run(self, features: Features, keep: int | None) -> Selection:
-        method = self._known
+        method = self._method
         if self.scorer is not None:
             features = _scored(features, self.scorer, keep)
         seed = {"seed": int(self.seed)} if method.seeded else {}
         return _checked(method.function(features, keep=keep, **seed, **self.options))
 
 
-def _check_place(at) -> None:
+def _check_place(at: object) -> None:
     layer = isinstance(at, int) and not isinstance(at, bool) and at >= 1
     if not layer and at not in ("tower", "prompt"):
         raise InputError(
@@ -282,8 +298,8 @@ def _check_extras(pruner: Pruner, features: Features) -> None:
         )
 
 
-def _checked(selection) -> Selection:
-    """What a method returned; `InputError` unless it chose something."""
+def _checked(selection: object) -> Selection:
+    """Return the result of a method; `InputError` unless it has tokens."""
     if not isinstance(selection, Selection) or not selection.keep:
         raise InputError(
             f"a pruning method returned {type(selection).__name__} without tokens; "
@@ -292,31 +308,31 @@ def _checked(selection) -> Selection:
     return selection
 
 
-def _inside(selection: Selection, total: int, method: str) -> Selection:
-    """What somebody else's method chose; `InputError` for tokens that there are not.
+def _in_range(selection: Selection, total: int, method: str) -> Selection:
+    """Return a custom method's selection; `InputError` for indices out of range.
 
-    MLX reads whatever lies there. In a compiled call nothing can be looked at: there
-    the nearest token is taken.
+    MLX reads out of bounds without an error. A compiled call cannot evaluate, so there
+    indices are clipped.
     """
-    indices, right = mx.clip(selection.indices, 0, total - 1), True
-    with contextlib.suppress(ValueError):  # MLX's, where it traces
-        right = mx.array_equal(indices, selection.indices).item()
-    if not right:
+    indices, valid = mx.clip(selection.indices, 0, total - 1), True
+    with contextlib.suppress(ValueError):  # `item` raises it while MLX traces
+        valid = mx.array_equal(indices, selection.indices).item()
+    if not valid:
         raise InputError(
-            f"method {method!r} chose tokens that there are not; expected numbers "
+            f"method {method!r} chose tokens that do not exist; expected numbers "
             f"from 0 to {total - 1}"
         )
     return replace(selection, indices=indices)
 
 
-class _Same:
-    """A module as a key: equal to nothing but itself."""
+class _ModuleKey:
+    """A module as a cache key, equal only to itself."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def __eq__(self, other) -> bool:
-        return self.module is other.module
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ModuleKey) and self.module is other.module
 
     def __hash__(self) -> int:
         return id(self.module)
@@ -337,7 +353,7 @@ def _scored(features: Features, scorer: nn.Module, keep: int | None) -> Features
 
 @contextlib.contextmanager
 def _parameters(module: nn.Module, parameters: dict) -> Iterator[None]:
-    """The module with these parameters, for the length of a `with` block."""
+    """Swap the parameters of a module inside a `with` block."""
     before = module.parameters()
     module.update(parameters)
     try:
@@ -348,14 +364,17 @@ def _parameters(module: nn.Module, parameters: dict) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(
-    method: Method, keep: int, shape: tuple, options: tuple, scorer: _Same | None
+    method: Method, keep: int, shape: tuple, options: tuple, scorer: _ModuleKey | None
 ) -> Callable:
-    """The method under `mx.compile`: one graph per budget, grid and options.
+    """Compile a method with `mx.compile`: one graph per budget, grid and options.
 
-    Extras and the scorer's parameters are inputs, so that it chooses by those of today.
+    Extras and the scorer's parameters are inputs: as constants, the graph would keep
+    their values of the first call.
     """
 
-    def arrays(tokens, extras, parameters):
+    def arrays(
+        tokens: mx.array, extras: dict[str, mx.array], parameters: dict
+    ) -> dict[str, mx.array]:
         grid, pictures = shape
         features = Features(tokens, grid, pictures, extras)
         if scorer is not None:

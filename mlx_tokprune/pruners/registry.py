@@ -1,9 +1,9 @@
 """Methods by name: `register`, `get_method`, `list_pruners`.
 
 A method is a pure function `(Features, *, keep, **options) -> Selection`. `keep` is a
-Python int, so every shape is static; only methods that choose a count of their own get
-`None`. Registering one makes it known to every command. One of somebody else's comes by
-`package.module:function`, or by the entry-point group `mlx_tokprune.pruners`.
+Python int, so every shape is static; it is `None` only for methods with their own
+count. A registered method works in every command. Methods of other packages are named
+`package.module:function`, or come by the entry-point group `mlx_tokprune.pruners`.
 """
 
 import contextlib
@@ -29,23 +29,28 @@ Place = Literal["tower", "prompt"] | int
 Depths = tuple[float, ...]  # shares of a language model's depth, ascending
 Options = Mapping[str, float | str]
 PruneFunction = Callable[..., Selection]
-# (options, whether there is a budget) -> None, or `InputError`
+# (options, whether a budget is given) -> None, or raises `InputError`
 OptionCheck = Callable[[Options, bool], None]
 GROUP = "mlx_tokprune.pruners"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: `needs` names the extras of `Features` that it reads.
+    """A registered pruning method.
 
-    wants: extras that it also reads where there are any. at: where it runs unless a
-    pruner says otherwise: "tower" (before the projector), "prompt" (at the language
-    model's input), a number of layers, or several places as shares of the language
-    model's depth. counts: who says how many tokens stay: the `budget`, the method's
-    `own` rule, or the budget when there is one (`either`); counting: options that say
-    it in place of a budget. check: of the values of its options. prepare: what is done
-    to tokens and text before the first layer makes `queries` and `text_keys` of them.
-    fits: how many really stay of a (grid, budget), where those are fewer.
+    needs: required extras of `Features`.
+    wants: optional extras.
+    seeded: whether it takes `seed`.
+    at: default place: "tower" (before the projector), "prompt" (at the language
+        model's input), a number of layers, or several places as shares of the language
+        model's depth.
+    counts: the source of the token count: "budget", "own" (the method's rule), or
+        "either" (the budget if given, else the rule).
+    counting: options that decide the count in place of a budget.
+    check: validates the option values.
+    prepare: function applied to tokens and text before the first layer computes
+        `queries` and `text_keys`.
+    fits: kept tokens of a (grid, budget), for methods that may keep fewer.
     """
 
     name: str
@@ -62,55 +67,56 @@ class Method:
 
     @property
     def place(self) -> str:
-        """`tower`, `prompt` or `layer`."""
+        """Kind of the place: `tower`, `prompt` or `layer`."""
         return self.at if isinstance(self.at, str) else "layer"
 
     @property
     def is_own(self) -> bool:
-        """Whether it is one of this package's."""
+        """True for a method of this package."""
         return self.function.__module__.startswith("mlx_tokprune.")
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the options that the method takes besides its budget."""
+        """Names of the method's options, without budget and seed."""
         parameters = inspect.signature(self.function).parameters
         return tuple(p for p in parameters if p not in ("features", "keep", "seed"))
 
     def words(self, option: str) -> tuple[str, ...]:
-        """What an option can be, none for a number: those of its `Literal` type."""
+        """Return the words of an option with a `Literal` type, none for a number."""
         kind = inspect.signature(self.function).parameters[option].annotation
         return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
     @property
     def summary(self) -> str:
+        """First line of the function's docstring."""
         return (self.function.__doc__ or "").strip().partition("\n")[0]
 
     def counts_itself(self, options: Options) -> bool:
-        """Whether the method, given these options, takes no budget."""
+        """Return whether the method takes no budget with these options."""
         return self.counts == "own" or any(name in self.counting for name in options)
 
     def lacks_budget(self, options: Options) -> bool:
-        """Whether the method, given these options and no budget, cannot say a count."""
+        """Return whether the method needs a budget with these options."""
         either = self.counts != "budget" or self.counts_itself(options)
         return not either and self.name != "none"
 
     @property
     def learned_count(self) -> bool:
-        """Whether tables have a row of its own count besides those of budgets."""
+        """True if a table has a row for the learned count besides those of budgets."""
         return self.counts == "either" and "scores" in self.needs
 
     @functools.cached_property
     def can_compile(self) -> bool:
-        """Whether a compiled call would go on choosing as the function does.
+        """True if a compiled call always chooses as the function does.
 
-        MLX keeps the arrays that a function closes over as they were when it was
-        compiled; a seeded one would be compiled for each seed.
+        MLX freezes the arrays that a function closes over when it compiles. A seeded
+        method would compile once per seed.
         """
         function = self.function
         if self.seeded or not inspect.isfunction(function):
             return False
-        found = inspect.getclosurevars(function)
-        closed = (*found.nonlocals.values(), *found.globals.values())
+        variables = inspect.getclosurevars(function)
+        closed = (*variables.nonlocals.values(), *variables.globals.values())
         return not any(isinstance(value, (mx.array, nn.Module)) for value in closed)
 
 
@@ -119,18 +125,18 @@ _NAMES: dict[str, str] = {}  # every name and alias -> name
 
 
 def register(
-    name: str, *, aliases: tuple[str, ...] = (), **known
+    name: str, *, aliases: tuple[str, ...] = (), **fields
 ) -> Callable[[PruneFunction], PruneFunction]:
-    """Register a pruner function under `name`; takes the fields of `Method`.
+    """Register a pruning function under `name`; takes the fields of `Method`.
 
-    Raises `ValueError` on a known name.
+    Raises `ValueError` for a name that is already registered.
     """
 
     def add(function: PruneFunction) -> PruneFunction:
         for word in (name, *aliases):
             if word in _NAMES:
                 raise ValueError(f"pruner name {word!r} is already registered")
-        _METHODS[name] = Method(name, function, **known)
+        _METHODS[name] = Method(name, function, **fields)
         _NAMES.update({word: name for word in (name, *aliases)})
         return function
 
@@ -139,7 +145,7 @@ def register(
 
 @contextlib.contextmanager
 def temporary(name: str, **options) -> Iterator[Callable]:
-    """`register` for the length of a `with` block."""
+    """Register a method inside a `with` block, with the arguments of `register`."""
     try:
         yield register(name, **options)
     finally:
@@ -149,10 +155,9 @@ def temporary(name: str, **options) -> Iterator[Callable]:
 
 
 def list_pruners(at: str | None = None) -> list[str]:
-    """Names of the methods (of one place), in the order of registration.
+    """Return the method names (of one place), in the order of registration.
 
-    at: "tower", "prompt" or "layer". Methods that choose by a scorer are left out: they
-    need one to be given.
+    at: "tower", "prompt" or "layer". Methods that need a scorer are left out.
     """
     _load_entry_points()
     return [
@@ -163,7 +168,7 @@ def list_pruners(at: str | None = None) -> list[str]:
 
 
 def in_ranges(**ranges: tuple[float, float]) -> OptionCheck:
-    """A check that each option, where it is given, is within its (least, most)."""
+    """Return a check that each given option is within its (least, most)."""
 
     def check(options: Options, budget: bool) -> None:
         for name, (least, most) in ranges.items():
@@ -177,10 +182,10 @@ def in_ranges(**ranges: tuple[float, float]) -> OptionCheck:
 
 
 def get_method(name: str) -> Method:
-    """The method of this name or alias, `package.module:function`, or a scorer's.
+    """Return the method of a name, an alias, `package.module:function` or a scorer.
 
-    The folder of a trained scorer means the method `learned`, or `threshold` where it
-    learned a count, too. `InputError` lists the known ones.
+    The folder of a trained scorer means the method `learned`, or `threshold` if it
+    also learned a count. Raises `InputError` that lists the registered methods.
     """
     if isinstance(name, str) and name not in _NAMES:
         if is_scorer(name):
@@ -189,28 +194,28 @@ def get_method(name: str) -> Method:
         if ":" in name and name not in _NAMES:
             return _imported(name)
     if not isinstance(name, str) or name not in _NAMES:
-        known = ", ".join(list_pruners())
+        names = ", ".join(list_pruners())
         raise InputError(
-            f"unknown pruning method {name!r}; known methods are {known}."
+            f"unknown pruning method {name!r}; known methods are {names}."
             + nearest(str(name), _NAMES)
         )
     return _METHODS[_NAMES[name]]
 
 
 def is_registered(name: str) -> bool:
-    """Whether this name is known without importing somebody's module for it."""
+    """Return whether a name is registered, without importing a module for it."""
     _load_entry_points()
     return name in _NAMES
 
 
 def _imported(path: str) -> Method:
-    """The method of a function by its path; registered under that unless it is."""
+    """Return the method of a function by its path; register it if it is new."""
     module, _, attribute = path.partition(":")
-    if "" not in sys.path:  # an installed command would not see this folder
+    if "" not in sys.path:  # an installed command lacks the working folder
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # somebody else's module
+    except (Exception, SystemExit) as error:  # a custom module may raise anything
         raise InputError(
             f"method {path!r} cannot be imported ({error}); expected "
             "package.module:function"
@@ -227,8 +232,8 @@ def _imported(path: str) -> Method:
     return _METHODS[path]
 
 
-def _takes_features(function) -> bool:
-    """Whether it can be called as methods are."""
+def _takes_features(function: Callable) -> bool:
+    """Return whether a function takes the arguments of a method."""
     try:
         inspect.signature(function).bind(None, keep=1)
     except (TypeError, ValueError):
@@ -238,11 +243,11 @@ def _takes_features(function) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _load_entry_points() -> None:
-    """Import what installed packages name; each registers its methods."""
+    """Import the entry points of installed packages, which register their methods."""
     for entry in metadata.entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:  # whatever somebody else's package runs into
+        except Exception as error:  # a foreign package may raise anything
             warnings.warn(
                 f"methods of {entry.value} are left out: {error}", stacklevel=2
             )

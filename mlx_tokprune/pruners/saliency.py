@@ -8,15 +8,15 @@ from .registry import in_ranges, register
 
 
 def keep_highest(scores: mx.array, keep: int) -> Selection:
-    """The `keep` highest of `scores` (B, N), in raster order; ties keep the earlier."""
+    """Select the `keep` highest of `scores` (B, N); of equal scores the earlier."""
     order = mx.argsort(-scores, axis=1)[:, :keep]
     return Selection(mx.sort(order, axis=1).astype(mx.int32))
 
 
 def keep_marked(marked: mx.array) -> Selection:
-    """(B, N) bool -> the marked tokens, padded to the largest count of the batch.
+    """Select the marked tokens (B, N), padded to the largest count of the batch.
 
-    The count has to be known on the host, so this evaluates.
+    Evaluates `marked`: the count decides the shape.
     """
     total = marked.shape[1]
     keep = int(np.array(mx.max(mx.sum(marked, axis=1))))
@@ -26,20 +26,20 @@ def keep_marked(marked: mx.array) -> Selection:
 
 
 def one_hot(indices: mx.array, total: int, mask: mx.array | None = None) -> mx.array:
-    """(B, K) indices -> (B, N) bool: which tokens they are, those of `mask` only."""
+    """Mark the tokens (B, N) of indices (B, K), without those that `mask` hides."""
     here = indices[..., None] == mx.arange(total)
     return mx.any(here if mask is None else here & mask[..., None], axis=1)
 
 
 def normalize(tokens: mx.array) -> mx.array:
-    """(..., C) vectors of length 1 in float32; zero vectors stay zero."""
+    """Scale vectors (..., C) to length 1, in float32; zero vectors are kept."""
     tokens = tokens.astype(mx.float32)
     squares = mx.sum(mx.square(tokens), axis=-1, keepdims=True)
     return tokens * mx.rsqrt(mx.maximum(squares, 1e-12))
 
 
 def squared_norm(tokens: mx.array) -> mx.array:
-    """(B, N, C) -> (B, N) squared L2 norm in float32."""
+    """Return the squared L2 norm (B, N) float32 of tokens (B, N, C)."""
     return mx.sum(mx.square(tokens.astype(mx.float32)), axis=-1)
 
 
@@ -54,7 +54,7 @@ def attention(features: Features, *, keep: int) -> Selection:
     """Keep the tokens that receive most attention in the tower's last attention block.
 
     The score of VisionZip (arXiv 2412.04467) for towers without a CLS token. Inside the
-    language model, after layer k: attention of the prompt's last token in that layer,
+    language model, after layer k: attention from the last prompt token in that layer,
     the score of FastV (arXiv 2403.06764).
     """
     return keep_highest(features.extras["attention"], keep)
@@ -67,13 +67,13 @@ def attention(features: Features, *, keep: int) -> Selection:
     check=in_ranges(alpha=(0, 1)),
 )
 def hiprune(features: Features, *, keep: int, alpha: float = 0.1) -> Selection:
-    """Keep anchors with their neighbours, and what the last block attends to.
+    """Keep mid-tower anchors with their neighbours, then the most attended tokens.
 
     Anchors receive most attention in a middle block: alpha times the budget over 5 of
     them, rounded, each with the tokens above, below, left and right. The rest of the
-    budget receives most in the last block; it stands for the middle one where that is
-    not known. HiPrune (arXiv 2508.00553), where neighbours wrap over the ends of rows:
-    not here.
+    budget receives most attention in the last block, which also replaces a middle
+    block that the model does not provide. HiPrune (arXiv 2508.00553), in which
+    neighbours wrap over the ends of rows; here they do not.
     """
     last, total = features.extras["attention"], features.total
     anchors = round(alpha * keep / 5)
@@ -104,21 +104,21 @@ def mean_similarity(features: Features, *, keep: int) -> Selection:
 
 @register("learned", needs=("scores",))
 def learned(features: Features, *, keep: int) -> Selection:
-    """Keep the tokens that a scorer, which was trained for it, gives most."""
+    """Keep the tokens with the highest scores of a trained scorer."""
     return keep_highest(features.extras["scores"], keep)
 
 
 @register("threshold", needs=("scores",), counts="either")
 def threshold(features: Features, *, keep: int | None) -> Selection:
-    """Keep the tokens that a scorer, which learned how many, gives more than 0.
+    """Keep the tokens with scores above 0 of a scorer that learned the count.
 
-    With a budget those that it gives most.
+    With a budget, keep the tokens with the highest scores.
     """
     scores = features.extras["scores"]
     return keep_marked(above(scores)) if keep is None else keep_highest(scores, keep)
 
 
 def above(scores: mx.array) -> mx.array:
-    """(B, N) bool: which scores are more than 0, the highest where none is."""
+    """Mark the scores (B, N) above 0, or the highest if there are none."""
     best = keep_highest(scores, 1).indices
     return (scores > 0) | one_hot(best, scores.shape[1])

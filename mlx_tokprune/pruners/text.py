@@ -1,7 +1,7 @@
-"""Pruners of policies: which visual tokens does the instruction ask for?
+"""Pruners for policies, which choose visual tokens by the instruction.
 
-They run at the language model's input, on projected tokens, so they cost a projection
-of every token. Those with a count of their own may keep another number in each sample.
+They run at the language model's input, on projected tokens, so every token has to be
+projected. Methods with their own count may keep a different number in each sample.
 """
 
 import math
@@ -19,12 +19,12 @@ Aggregation = Literal["logsumexp", "max", "mean"]
 
 
 def rms_normalize(x: mx.array) -> mx.array:
-    """(..., D) divided by its root mean square, in float32, without weights."""
+    """Divide (..., D) by its root mean square, in float32, without weights."""
     return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6)
 
 
 def parameter_free_norm(x: mx.array) -> mx.array:
-    """The same in the type of `x`: what TrimVLA gives to the first layer."""
+    """Apply `rms_normalize` in the type of `x`: TrimVLA's input of the first layer."""
     return rms_normalize(x).astype(x.dtype)
 
 
@@ -63,12 +63,12 @@ def trimvla(
     temperature: float = 1.0,
     aggregation: Aggregation = "logsumexp",
 ) -> Selection:
-    """Keep the tokens whose first-layer queries meet the prompt's keys best.
+    """Keep the tokens whose first-layer queries best match the prompt's keys.
 
     The score of a token is the `aggregation` (log-sum-exp, max or mean) of its scaled
-    products over the prompt, mean over heads. Without a budget each sample keeps the
+    products over the prompt, mean over heads. Without a budget, each sample keeps the
     fewest tokens whose softmax (of scores over `coverage_temperature`) reaches
-    `coverage`, and at least `min_keep_ratio` of all. `temperature` is that of the
+    `coverage`, and at least `min_keep_ratio` of all tokens. `temperature` scales the
     log-sum-exp. TrimVLA (github.com/grisha0057/TrimVLA), with its defaults.
     """
     queries, keys = features.extras["queries"], features.extras["text_keys"]
@@ -91,7 +91,10 @@ def prompt_scores(
     temperature: float = 1.0,
     aggregation: Aggregation = "logsumexp",
 ) -> mx.array:
-    """(B, heads, N, d) and (B, heads, T, d) -> (B, N) in float32."""
+    """Return scores (B, N) float32 of `trimvla`.
+
+    queries, keys: (B, heads, N, d) and (B, heads, T, d).
+    """
     queries, keys = queries.astype(mx.float32), keys.astype(mx.float32)
     products = queries @ keys.swapaxes(-1, -2) * queries.shape[-1] ** -0.5
     if aggregation == "logsumexp":
@@ -104,11 +107,11 @@ def prompt_scores(
 
 @register("lightvla", needs=("text",), at="prompt", counts="own")
 def lightvla(features: Features, *, keep: int | None = None) -> Selection:
-    """Keep every token that is the best match of some token's query to the prompt.
+    """Keep every token that is the best match of at least one prompt-based query.
 
-    Each visual token asks the prompt by attention without parameters; the answer votes
-    for the visual token closest to it. LightVLA (arXiv 2509.12594), without its
-    training noise. It decides itself how many tokens stay.
+    Each visual token attends to the prompt without parameters; the result is a query
+    that votes for the closest visual token. The votes decide the count. LightVLA
+    (arXiv 2509.12594), without its training noise.
     """
     votes = mx.argmax(votes_for(features.tokens, features.extras["text"]), axis=-1)
     positions = mx.arange(features.total)
@@ -116,16 +119,16 @@ def lightvla(features: Features, *, keep: int | None = None) -> Selection:
 
 
 def votes_for(
-    tokens: mx.array, text: mx.array, asked: mx.array | None = None
+    tokens: mx.array, text: mx.array, text_mask: mx.array | None = None
 ) -> mx.array:
-    """(B, N, N): how much each visual token's query likes each visual token.
+    """Return products (B, N, N) of each visual token's query with every visual token.
 
-    tokens, text: (B, N, D) and (B, T, D). asked: (B, T) bool, false at padding.
+    tokens, text: (B, N, D) and (B, T, D). text_mask: (B, T) bool, false at padding.
     """
     tokens, text = rms_normalize(tokens), rms_normalize(text)
     products = tokens @ text.swapaxes(-1, -2) * tokens.shape[-1] ** -0.5
-    if asked is not None:
-        products = mx.where(asked[:, None], products, -mx.inf)
+    if text_mask is not None:
+        products = mx.where(text_mask[:, None], products, -mx.inf)
     queries = rms_normalize(mx.softmax(products, axis=-1) @ text)
     return queries @ tokens.swapaxes(-1, -2)
 
@@ -138,14 +141,13 @@ def votes_for(
     prepare=parameter_free_norm,
 )
 def vlapruner(features: Features, *, keep: int) -> Selection:
-    """Keep what the prompt or the last actions attend to, far from each other.
+    """Keep diverse tokens that the prompt or the last actions attend to.
 
-    Of the `keep` tokens with the highest score of `trimvla` and the `keep` that the
-    last actions of the episode attended to most, those stay that are farthest from each
-    other, chosen as `divprune` does. In a `Policy`, which smooths over time (decay
-    0.8), the first three steps of an episode keep every token. Without an episode the
-    prompt alone chooses. VLA-Pruner (arXiv 2511.16449), whose scores of the prompt are
-    those of a prefill.
+    Candidates are the `keep` tokens with the highest score of `trimvla` and the `keep`
+    most attended by the last actions of the episode; `divprune` chooses among them. A
+    `Policy` smooths over time (decay 0.8) and keeps every token in the first three
+    steps of an episode. Without an episode, only the prompt scores tokens. VLA-Pruner
+    (arXiv 2511.16449), which scores by the prompt's attention in a prefill.
     """
     extras, total = features.extras, features.total
     scores = prompt_scores(extras["queries"], extras["text_keys"])

@@ -1,4 +1,4 @@
-"""One HTML page from results of `bench` and `evaluate`."""
+"""HTML report from results of `bench` and `evaluate`."""
 
 from .page import page
 

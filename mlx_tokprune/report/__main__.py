@@ -20,6 +20,7 @@ from .page import (
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune.report`."""
     parser = Parser(
         prog="mlx_tokprune.report",
         description=__doc__,
@@ -38,18 +39,19 @@ def build_parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Write the page of the result files."""
     args = build_parser().parse_args(argv)
     if args.pictures < 0:
         raise InputError("pictures is a whole number from 0")
     import_matplotlib()
     check_output(args.output)
     check_apart(args.output, args.results)
-    speeds, guests, answers = _read(args.results)
+    speeds, mlx_vlm_speeds, answers = _read(args.results)
     accuracy = {}
     for result in answers:
         accuracy |= evaluation.accuracies(result)
     sections = [bench_section(result, accuracy) for result in speeds]
-    sections += [mlx_vlm_section(result) for result in guests]
+    sections += [mlx_vlm_section(result) for result in mlx_vlm_speeds]
     for result in answers:
         sections.append(evaluation_section(result))
         if args.pictures:
@@ -60,16 +62,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def _read(files: Sequence[str]) -> tuple[list[dict], list[dict], list[dict]]:
     """Return the results of `bench`, of `bench` in mlx-vlm, and of `evaluate`."""
-    speeds, guests, answers = [], [], []
+    speeds, mlx_vlm_speeds, answers = [], [], []
     for name in map(Path, files):
         schema = read_any(name).get("schema")
         if schema == bench.SCHEMA:
             speeds.append(bench.read_bench(name))
         elif schema == mlx_vlm_benchmark.SCHEMA:
-            guests.append(mlx_vlm_benchmark.read_mlx_vlm(name))
+            mlx_vlm_speeds.append(mlx_vlm_benchmark.read_mlx_vlm(name))
         else:
             answers.append(evaluation.read_result(name))
-    return speeds, guests, answers
+    return speeds, mlx_vlm_speeds, answers
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""One HTML page from results of `bench` and `evaluate`: tables, plots and pictures.
+"""HTML page of results of `bench` and `evaluate`: tables, plots and pictures.
 
-The page is self-contained: it holds its styles and pictures and fetches nothing.
+The page is self-contained: styles and pictures are inline, and it fetches nothing.
 """
 
 import base64
+import functools
 import html
 import io
 import tempfile
@@ -21,6 +22,7 @@ from ..cli import draw_choices
 from ..errors import InputError
 from ..evaluate import accuracy_table
 from ..evaluate.items import Item, blinded, read_questions
+from ..measure.machine import format_versions
 from ..measure.mlx_vlm_subject import MlxVlmSubject
 from ..measure.results import Row
 from ..measure.subject import OwnSubject, subject_of
@@ -49,10 +51,12 @@ figcaption { font-size: .8rem; overflow-wrap: anywhere; }
 small, .note { color: #777; }
 """
 _SIDE = 320  # pixels of a picture on the page
+# (picture, question, row of the run) -> overlay
+Draw = Callable[[Image.Image, str, dict], Image.Image]
 
 
 def page(title: str, sections: Sequence[str]) -> str:
-    """Return the HTML document."""
+    """Return the HTML document. sections: HTML, in their order."""
     body = "\n".join(sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -70,8 +74,8 @@ def render_table(table: Table) -> str:
 
 
 def _row(kind: str, cells: Sequence[str]) -> str:
-    shown = "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells)
-    return f"<tr>{shown}</tr>"
+    escaped = "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells)
+    return f"<tr>{escaped}</tr>"
 
 
 def _note(text: str) -> str:
@@ -79,16 +83,16 @@ def _note(text: str) -> str:
 
 
 def picture(image: Image.Image, text: str, style: str = "") -> str:
-    """Return a figure with its caption as HTML."""
+    """Return a figure with its caption as HTML. style: CSS class of the caption."""
     image = image.convert("RGB")
     image.thumbnail((_SIDE, _SIDE))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)
-    shown = html.escape(text)
+    caption = html.escape(text)
     source = _inline(data.getvalue(), "jpeg")
     return (
-        f'<figure><img src="{source}" alt="{shown}">'
-        f'<figcaption class="{style}">{shown}</figcaption></figure>'
+        f'<figure><img src="{source}" alt="{caption}">'
+        f'<figcaption class="{style}">{caption}</figcaption></figure>'
     )
 
 
@@ -108,9 +112,9 @@ def _plot(file: Path) -> str:
 def bench_section(result: dict, accuracy: plots.Accuracy) -> str:
     """Return the table and the plots of a benchmark."""
     with tempfile.TemporaryDirectory() as folder:
-        drawn = plots.draw_all(result, Path(folder), accuracy)
-        shown = "".join(_plot(file) for file in drawn)
-    return f"<h2>Speed</h2>{render_table(speed_table.tabulate(result))}{shown}"
+        files = plots.draw_all(result, Path(folder), accuracy)
+        images = "".join(_plot(file) for file in files)
+    return f"<h2>Speed</h2>{render_table(speed_table.tabulate(result))}{images}"
 
 
 def mlx_vlm_section(result: dict) -> str:
@@ -124,7 +128,7 @@ def evaluation_section(result: dict) -> str:
     """Return the table of an evaluation and the plot of accuracy against FLOPs."""
     title = html.escape(f"{result['questions']} questions of {result['data']}")
     machine = result["machine"]
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    versions = format_versions(machine)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "curve.png"
         accuracy_table.draw(result["rows"], file)
@@ -140,97 +144,101 @@ def evaluation_section(result: dict) -> str:
 def picture_sections(
     result: dict, pictures: int, methods: Sequence[str]
 ) -> Iterator[str]:
-    """Yield a section for each of N questions: kept tokens and answer of each row."""
+    """Yield a section for each of N questions: kept tokens and answer of each row.
+
+    pictures: N. methods: the custom ones that may be imported. Raises `InputError` for
+    a model, method, question or weights that differ from the results.
+    """
     _check_methods(result, methods)
     name = result["model"]
     if not is_local(name):
         raise InputError(
-            f"model {name!r} of the results is no folder here, and a file must not say "
-            "what is fetched; give --pictures 0"
+            f"model {name!r} of the results is no folder here, and a result file must "
+            "not choose downloads; give --pictures 0"
         )
     draw = _drawing(name, result)
-    chosen = result["answers"][:: max(1, len(result["answers"]) // pictures)]
+    answers = result["answers"][:: max(1, len(result["answers"]) // pictures)]
     items = _items(result)
-    for answer in chosen[:pictures]:
+    for answer in answers[:pictures]:
         key = (answer["picture"], answer["question"])
         if key not in items:
             raise InputError(
                 f"question {key[1]!r} about {key[0]} is no longer in {result['data']}; "
-                "give --pictures 0, or the questions as they were"
+                "give --pictures 0, or restore the questions"
             )
         yield _picture_section(draw, result, answer, items[key])
 
 
 def _check_methods(result: dict, methods: Sequence[str]) -> None:
-    """Refuse methods that the user did not name: a file must not import code."""
+    """Raise `InputError` for unnamed custom methods: a file must not import code."""
     for name in methods:
         get_method(name)
     for row in result["run"]["rows"]:
-        for name in [described["method"] for described in _described(row)]:
+        for name in [pruner["method"] for pruner in _pruners(row)]:
             if not is_registered(name) and not is_scorer(name):
                 raise InputError(
-                    f"method {name!r} of the results is none that is known here; if it "
-                    f"is yours, allow it with --method {name}"
+                    f"method {name!r} of the results is unknown here; if it is yours, "
+                    f"allow it with --method {name}"
                 )
 
 
 def _items(result: dict) -> dict[tuple[str, str], Item]:
     names = {answer["picture"] for answer in result["answers"]}
-    asked = result["answers"][0]["question"] if result["answers"] else None
-    found = read_questions(result["data"], max(1, len(names)), asked)
-    found = blinded(found) if result["run"].get("blind") else found
-    return {(item.picture, item.question): item for item in found.items}
+    prompt = result["answers"][0]["question"] if result["answers"] else None
+    questions = read_questions(result["data"], max(1, len(names)), prompt)
+    questions = blinded(questions) if result["run"].get("blind") else questions
+    return {(item.picture, item.question): item for item in questions.items}
 
 
-def _drawing(name: str, result: dict) -> Callable[..., Image.Image]:
-    """Return a function that draws the tokens that a row kept of a picture."""
+def _drawing(name: str, result: dict) -> Draw:
+    """Return a function that draws a row's kept tokens on a picture."""
     run = result["run"]
     if run.get("runtime") == "mlx-vlm":
         subject = MlxVlmSubject(
             name, None if run["positions"] == "original" else "contiguous"
         )
-        return lambda *asked: _mlx_vlm_overlay(subject, *asked)
+        return functools.partial(_mlx_vlm_overlay, subject)
     subject = subject_of(name, *load(name, adapter_path=run.get("adapter")))
     if fingerprint(subject.model) != run["weights"]:
         raise InputError(
-            f"{name} has other weights here than those that were measured, or another "
-            "precision; --pictures 0 leaves pictures out"
+            f"{name} has other weights here, or another precision, than the measured "
+            "model; give --pictures 0"
         )
     subject = subject.at(result["image_size"], run.get("padding"))
 
     def draw(image: Image.Image, text: str, row: dict) -> Image.Image:
-        pruners = map(_pruner, _described(row))
+        pruners = map(_pruner, _pruners(row))
         return _overlay(subject, image, text, pruners, run["positions"])
 
     return draw
 
 
-def _picture_section(draw, result: dict, answer: dict, item: Item) -> str:
+def _picture_section(draw: Draw, result: dict, answer: dict, item: Item) -> str:
     image, right = item.load(), answer["answers"]
-    told = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
+    solution = f" (right: {', '.join(dict.fromkeys(right))})" if right else ""
     cards = []
     for row in result["run"]["rows"]:
         overlay = draw(image, item.question, row)
         label = row["label"]
-        score, given = answer["scores"][label], answer["given"][label]
+        score, text = answer["scores"][label], answer["given"][label]
         style = "" if score is None else "right" if score > 0.5 else "wrong"
-        cards.append(picture(overlay, f"{label}: {given}", style))
-    question = html.escape(answer["question"] + told)
+        cards.append(picture(overlay, f"{label}: {text}", style))
+    question = html.escape(answer["question"] + solution)
     return f'<h2>{question}</h2><div class="cards">{"".join(cards)}</div>'
 
 
-def _described(row: dict) -> list[dict]:
+def _pruners(row: dict) -> list[dict]:
     """Return the descriptions of a row's pruners."""
     return [row["pruner"], *row.get("others", [])]
 
 
-def _pruner(described: dict) -> Pruner:
+def _pruner(description: dict) -> Pruner:
     try:
-        return Pruner(**described)
+        return Pruner(**description)
     except TypeError:
         raise InputError(
-            f"the results describe a pruner as {str(described)[:80]}; expected one of "
-            "mlx_tokprune.evaluate"
+            f"the results describe a pruner as {str(description)[:80]}; expected one "
+            "of mlx_tokprune.evaluate"
         ) from None
 
 
@@ -249,8 +257,8 @@ def _mlx_vlm_overlay(
 ) -> Image.Image:
     """Return the overlay in mlx-vlm, or the picture if its tokens are not one grid."""
     pruner = _pruner(row["pruner"])
-    found = subject.ask(Row(row["label"], (pruner,)), image, text, 1)
+    reply = subject.ask(Row(row["label"], (pruner,)), image, text, 1)
     grids = subject.grids(image, text)
-    if len(grids) != 1 or found.places is None or len(found.places) != 1:
+    if len(grids) != 1 or reply.places is None or len(reply.places) != 1:
         return image
-    return draw_overlay([image], [np.array(found.places[0])], grids[0], False)
+    return draw_overlay([image], [np.array(reply.places[0])], grids[0], False)

@@ -1,4 +1,4 @@
-"""Held-out scenes of the demo model, whose seeds no training uses."""
+"""Held-out scenes of the demo model, with seeds that no training uses."""
 
 from collections.abc import Iterator
 

@@ -1,9 +1,9 @@
 """Generated pictures for the embedded demo model.
 
 A scene holds a few coloured shapes and, most of the time, a sign with a short word or
-number. Everything is drawn from one `numpy.random.Generator`, so a seed is a data set.
-What is asked about it stands in `questions.py`. Labels for the helper losses are here
-too; models and losses are not.
+number. One `numpy.random.Generator` draws everything, so a seed defines a data set.
+`questions.py` generates the questions. Labels for the helper losses are here, too;
+models and losses are in `recipes/demo`.
 """
 
 import functools
@@ -35,11 +35,13 @@ FINE = 16  # pixels of a cell of the fine labels
 CANVAS = 512
 
 _COLOR_NAMES = tuple(COLORS)
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+_Color = tuple[int, ...]  # RGB
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape; centre and radius in pixels of the padded square."""
+    """Coloured shape; centre and radius in pixels of the padded square."""
 
     shape: str
     color: str
@@ -51,7 +53,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """One printed text; box `(left, top, right, bottom)` of its ink in the square."""
+    """Printed text; box `(left, top, right, bottom)` of its ink in the square."""
 
     text: str
     box: tuple[float, float, float, float]
@@ -61,13 +63,14 @@ class Sign:
 
     @property
     def center(self) -> tuple[float, float]:
+        """Centre `(x, y)` of the ink, in pixels of the square."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture of `width` x `height`, padded to `canvas` x `canvas`."""
+    """Content of a picture of `width` x `height`, padded to `canvas` x `canvas`."""
 
     width: int
     height: int
@@ -78,13 +81,20 @@ class Scene:
 
 @dataclass
 class _Layout:
-    """Where things already stand while a scene is laid out."""
+    """Occupied cells and boxes while a scene is laid out."""
 
-    cells: set = field(default_factory=set)
-    boxes: list = field(default_factory=list)
+    cells: set[tuple[int, int]] = field(default_factory=set)
+    boxes: list[_Box] = field(default_factory=list)
 
-    def find(self, rng, area, half_w: float, half_h: float, tries: int = 12):
-        """A free centre inside `area`, now taken; `None` when there is no room."""
+    def find(
+        self,
+        rng: np.random.Generator,
+        area: _Box,
+        half_w: float,
+        half_h: float,
+        tries: int = 12,
+    ) -> tuple[float, float] | None:
+        """Reserve a free centre inside `area`; return `None` when there is no room."""
         left, top = area[0] + half_w, area[1] + half_h
         right, bottom = area[2] - half_w, area[3] - half_h
         if left >= right or top >= bottom:
@@ -96,6 +106,7 @@ class _Layout:
         return None
 
     def _take(self, x: float, y: float, half_w: float, half_h: float) -> bool:
+        """Reserve a cell and a box; return false when either is occupied."""
         cell = (int(x // CELL), int(y // CELL))
         box = (x - half_w - 3, y - half_h - 3, x + half_w + 3, y + half_h + 3)
         free = all(
@@ -110,9 +121,9 @@ class _Layout:
 
 
 def check_fonts() -> None:
-    """Raise `InputError` unless the fonts that signs are drawn with are there."""
+    """Raise `InputError` unless the fonts of the signs are installed."""
     try:
-        import matplotlib  # noqa: F401  (brings them)
+        import matplotlib  # noqa: F401  (it ships the fonts)
     except ImportError:
         raise InputError(
             "the fonts of the generated pictures come with matplotlib; "
@@ -122,7 +133,7 @@ def check_fonts() -> None:
 
 @functools.lru_cache(maxsize=1)
 def font_files() -> tuple[str | None, ...]:
-    """Pillow's own font (`None`) and the DejaVu faces that ship with matplotlib."""
+    """Return Pillow's default font (`None`) and the DejaVu faces of matplotlib."""
     from matplotlib import get_data_path
 
     names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
@@ -130,15 +141,17 @@ def font_files() -> tuple[str | None, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _font(index: int, size: int):
+def _font(index: int, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     path = font_files()[index]
     if path is None:
         return ImageFont.load_default(size)
     return ImageFont.truetype(path, size)
 
 
-def _polygon(shape: str, x: float, y: float, r: float, turn: float):
-    def ring(n, radii, phase):
+def _polygon(
+    shape: str, x: float, y: float, r: float, turn: float
+) -> list[tuple[float, float]]:
+    def ring(n: int, radii: list[float], phase: float) -> list[tuple[float, float]]:
         angles = [phase + turn + 2 * math.pi * i / n for i in range(n)]
         return [
             (x + rr * math.cos(a), y + rr * math.sin(a))
@@ -158,7 +171,7 @@ def _polygon(shape: str, x: float, y: float, r: float, turn: float):
     return [(x + c * a - s * b, y + s * a + c * b) for a, b in arms]
 
 
-def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill) -> None:
+def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill: _Color) -> None:
     x, y, r = thing.x, thing.y, thing.radius
     if thing.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -169,7 +182,9 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill) -> None:
         draw.polygon(_polygon(thing.shape, x, y, r, thing.turn), fill=fill)
 
 
-def _draw_sign(draw: ImageDraw.ImageDraw, sign: Sign, ink, plate) -> None:
+def _draw_sign(
+    draw: ImageDraw.ImageDraw, sign: Sign, ink: _Color, plate: _Color
+) -> None:
     font = _font(sign.face, sign.size)
     left, top, right, bottom = sign.box
     m = sign.margin
@@ -218,8 +233,8 @@ def _sample_text(rng: np.random.Generator) -> str:
     return WORDS[rng.integers(len(WORDS))]
 
 
-def _sample_sign(rng, layout: _Layout, area) -> Sign | None:
-    """A sign where there is room for it, or `None`."""
+def _sample_sign(rng: np.random.Generator, layout: _Layout, area: _Box) -> Sign | None:
+    """Draw a sign; return `None` where there is no room for it."""
     text = _sample_text(rng)
     face, size = int(rng.integers(len(font_files()))), int(rng.integers(30, 50))
     left, top, right, bottom = _ink_box(face, size, text)
@@ -233,7 +248,9 @@ def _sample_sign(rng, layout: _Layout, area) -> Sign | None:
     return Sign(text, box, face, size, margin)
 
 
-def _sample_things(rng, layout: _Layout, area, most: int) -> tuple[Thing, ...]:
+def _sample_things(
+    rng: np.random.Generator, layout: _Layout, area: _Box, most: int
+) -> tuple[Thing, ...]:
     shapes = rng.permutation(SHAPES)[: rng.integers(2, 6)]
     colors = rng.permutation(_COLOR_NAMES)[: rng.integers(2, 6)]
     things = []
@@ -250,10 +267,11 @@ def _sample_things(rng, layout: _Layout, area, most: int) -> tuple[Thing, ...]:
 def sample_scene(
     rng: np.random.Generator, canvas: int = CANVAS, max_things: int = 5
 ) -> Scene:
-    """What is in a picture whose longer side is `canvas` pixels.
+    """Draw the content of a picture whose longer side is `canvas` pixels.
 
-    Half of the pictures are not square; coordinates are those of the square that
-    preprocessing pads them to (centred). No two centres share a visual token.
+    Half of the pictures are not square; coordinates are those of the centred square
+    that preprocessing pads to. No two centres share a visual token. max_things: largest
+    number of shapes.
     """
     width = height = canvas
     if rng.random() < 0.5:
@@ -270,7 +288,7 @@ def sample_scene(
 
 
 def render(rng: np.random.Generator, scene: Scene) -> Image.Image:
-    """The picture `(height, width)` of a scene, not padded, RGB."""
+    """Draw the RGB picture of a scene, `width` x `height` pixels, not padded."""
     left = (scene.canvas - scene.width) // 2
     top = (scene.canvas - scene.height) // 2
     square = Image.new("RGB", (scene.canvas, scene.canvas))
@@ -302,17 +320,18 @@ def _add_noise(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
 
 
 def cell_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """What each visual token should know; arrays `(cells,)` int64, -1 where unset.
+    """Return the labels of each visual token: arrays `(cells,)` int64, -1 where unset.
 
-    `shape` and `color` are 0 for empty cells; a sign is shape `len(SHAPES) + 1`.
-    `x`, `y`: centre in the square in units of 8 px. `word`, `tens`, `units`: the sign.
+    `shape` and `color` are 0 for empty cells; a sign is shape `len(SHAPES) + 1`. `x`,
+    `y`: centre in the square, in units of 8 px. `word`, `tens`, `units`: text of the
+    sign, a word or two digits.
     """
     side = scene.canvas // CELL
     n = side * side
     labels = {k: np.full(n, -1, np.int64) for k in ("x", "y", "word", "tens", "units")}
     labels |= {k: np.zeros(n, np.int64) for k in ("shape", "color")}
 
-    def cell(x, y):
+    def cell(x: float, y: float) -> int:
         at = int(y // CELL) * side + int(x // CELL)
         labels["x"][at], labels["y"][at] = int(x // 8), int(y // 8)
         return at
@@ -333,7 +352,10 @@ def cell_labels(scene: Scene) -> dict[str, np.ndarray]:
 
 
 def fine_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """`shape`, `color`, `char` at stride 16; arrays `(canvas/16, canvas/16)` int64."""
+    """Return `shape`, `color` and `char` labels at stride 16.
+
+    Arrays `(canvas / 16, canvas / 16)` int64, 0 where empty.
+    """
     side = scene.canvas // FINE
     centers = (np.arange(side) + 0.5) * FINE
     labels = {k: np.zeros((side, side), np.int64) for k in ("shape", "color", "char")}

@@ -1,10 +1,10 @@
-"""Pictures of one to six things on a photograph, and what is asked about them.
+"""Test bed: pictures of one to six things on a photograph, and questions about them.
 
-Everything comes from the seed. Which visual tokens a question needs is known from the
-cut-outs: those that its things cover.
+The seed defines everything. The cut-outs tell which visual tokens a question needs:
+those that its things cover.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,26 +14,27 @@ from .things import COLOURS, KINDS, Stock, Thing, stock
 
 SIZE = 512  # px
 STRIDE = 32  # px of a visual token
-_CELLS = 3  # places along each side
+_CELLS = 3  # cells along each side
 _MOST = 6  # things
 _SIZES = (105, 160)  # px, of a thing's longer side
-_COVERED = 0.2  # share of a token's square that makes it one of a thing's
+_COVERED = 0.2  # least share of a token's square that a thing covers
 _NUMBERS = ("one", "two", "three", "four", "five", "six")
 _WHERE = (
     *("at the top left", "at the top", "at the top right"),
     *("at the left", "in the centre", "at the right"),
     *("at the bottom left", "at the bottom", "at the bottom right"),
 )
-# Towards a neighbour: rows and columns.
+# Offset to a neighbour: rows, columns.
 _BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A thing in a cell, numbered by rows.
+class Placement:
+    """Placement of a thing in a picture.
 
-    size: of its longer side, px. angle: in degrees. shift: right and down, as shares of
-    the room that is left in the cell.
+    cell: number of its cell, by rows. size: of its longer side, px. angle: in degrees.
+    flipped: mirrored left to right. shift: right and down, as shares of the room that
+    is left in the cell.
     """
 
     thing: Thing
@@ -44,7 +45,7 @@ class Placed:
     shift: tuple[float, float]
 
     def draw(self) -> tuple[Image.Image, tuple[int, int]]:
-        """Its RGBA picture, and where its top left corner is."""
+        """Return the thing's RGBA picture, and its top left corner in px."""
         picture = self.thing.picture
         if self.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -62,7 +63,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Background:
-    """A square of a photograph; box: its left, top, right and lower edges in px."""
+    """Square of a photograph, behind the things.
+
+    box: left, top, right and lower edges in px. bright: factor of the pixels.
+    """
 
     photograph: Image.Image
     box: tuple[int, int, int, int]
@@ -70,8 +74,9 @@ class Background:
     bright: float
 
     def draw(self) -> Image.Image:
-        how = Image.Resampling.BILINEAR
-        picture = self.photograph.resize((SIZE, SIZE), how, self.box)
+        """Draw the square, `SIZE` x `SIZE` pixels, RGB."""
+        bilinear = Image.Resampling.BILINEAR
+        picture = self.photograph.resize((SIZE, SIZE), bilinear, self.box)
         if self.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return picture.point(lambda value: min(255, int(value * self.bright)))
@@ -79,46 +84,55 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
+    """Background and placed things of a picture."""
+
     background: Background
-    placed: tuple[Placed, ...]
+    placed: tuple[Placement, ...]
 
     def draw(self) -> Image.Image:
+        """Draw the picture, `SIZE` x `SIZE` pixels, RGB."""
         picture = self.background.draw()
-        for one in self.placed:
-            thing, corner = one.draw()
+        for item in self.placed:
+            thing, corner = item.draw()
             picture.paste(thing, corner, thing)
         return picture
 
 
 @dataclass(frozen=True)
 class Question:
-    """needed: the things that the answer is about."""
+    """Question with its correct answer.
+
+    needed: placed things that show the answer.
+    """
 
     kind: str
     prompt: str
     answer: str
-    needed: tuple[Placed, ...]
+    needed: tuple[Placement, ...]
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """Things of different kinds at different places."""
-    known = stock(split)
+    """Draw a scene: things of different kinds in different cells.
+
+    split: "train" or "test". Raises `InputError` where the pictures are missing.
+    """
+    pictures = stock(split)
     count = int(rng.integers(1, _MOST + 1))
     kinds = rng.choice(len(KINDS), count, replace=False)
     cells = rng.choice(_CELLS**2, count, replace=False)
     placed = []
     for kind, cell in zip(kinds, cells, strict=True):
-        things = known.things[KINDS[kind]]
+        things = pictures.things[KINDS[kind]]
         thing = things[rng.integers(len(things))]
         size, angle = rng.uniform(*_SIZES), rng.uniform(-10, 10)
         flipped = bool(rng.random() < 0.5) and thing.kind != "sign"
         shift = (rng.random(), rng.random())
-        placed.append(Placed(thing, int(cell), size, angle, flipped, shift))
-    return Scene(_background(rng, known), tuple(placed))
+        placed.append(Placement(thing, int(cell), size, angle, flipped, shift))
+    return Scene(_background(rng, pictures), tuple(placed))
 
 
-def _background(rng: np.random.Generator, known: Stock) -> Background:
-    picture = known.backgrounds[rng.integers(len(known.backgrounds))]
+def _background(rng: np.random.Generator, pictures: Stock) -> Background:
+    picture = pictures.backgrounds[rng.integers(len(pictures.backgrounds))]
     side = int(min(picture.size) * rng.uniform(0.5, 1))
     left, top = (int(rng.integers(length - side + 1)) for length in picture.size)
     box = (left, top, left + side, top + side)
@@ -129,9 +143,9 @@ def _background(rng: np.random.Generator, known: Stock) -> Background:
 
 
 def _what(rng: np.random.Generator, scene: Scene) -> Question:
-    one = _pick(rng, scene.placed)
-    asked = f"What is {_WHERE[one.cell]}?"
-    return Question("what", asked, one.thing.kind, (one,))
+    item = _pick(rng, scene.placed)
+    prompt = f"What is {_WHERE[item.cell]}?"
+    return Question("what", prompt, item.thing.kind, (item,))
 
 
 def _count(rng: np.random.Generator, scene: Scene) -> Question:
@@ -140,44 +154,44 @@ def _count(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def _beside(rng: np.random.Generator, scene: Scene) -> Question | None:
-    cells = {one.cell: one for one in scene.placed}
+    cells = {item.cell: item for item in scene.placed}
     pairs = []
-    for one in scene.placed:
-        row, column = divmod(one.cell, _CELLS)
+    for item in scene.placed:
+        row, column = divmod(item.cell, _CELLS)
         for words, (down, right) in _BESIDE.items():
-            there = row + down, column + right
-            if all(0 <= place < _CELLS for place in there):
-                other = cells.get(there[0] * _CELLS + there[1])
-                pairs += [(words, one, other)] if other else []
+            neighbour = row + down, column + right
+            if all(0 <= place < _CELLS for place in neighbour):
+                other = cells.get(neighbour[0] * _CELLS + neighbour[1])
+                pairs += [(words, item, other)] if other else []
     if not pairs:
         return None
-    words, one, other = pairs[rng.integers(len(pairs))]
-    asked = f"What is {words} the {one.thing.kind}?"
-    return Question("beside", asked, other.thing.kind, (one, other))
+    words, item, other = pairs[rng.integers(len(pairs))]
+    prompt = f"What is {words} the {item.thing.kind}?"
+    return Question("beside", prompt, other.thing.kind, (item, other))
 
 
 def _exists(rng: np.random.Generator, scene: Scene) -> Question:
-    there = {one.thing.kind: one for one in scene.placed}
-    absent = [kind for kind in KINDS if kind not in there]
+    present = {item.thing.kind: item for item in scene.placed}
+    absent = [kind for kind in KINDS if kind not in present]
     if rng.random() < 0.5:
-        one = _pick(rng, scene.placed)
-        name, answer, needed = one.thing.kind, "yes", (one,)
+        item = _pick(rng, scene.placed)
+        name, answer, needed = item.thing.kind, "yes", (item,)
     else:
         name, answer, needed = absent[rng.integers(len(absent))], "no", ()
-    asked = f"Is there {_article(name)} {name}?"
-    return Question("exists", asked, answer, needed)
+    prompt = f"Is there {_article(name)} {name}?"
+    return Question("exists", prompt, answer, needed)
 
 
 def _colour(rng: np.random.Generator, scene: Scene) -> Question | None:
-    plain = [one for one in scene.placed if one.thing.colour]
+    plain = [item for item in scene.placed if item.thing.colour]
     if not plain:
         return None
-    one = _pick(rng, plain)
-    asked = f"What colour is the {one.thing.kind}?"
-    return Question("colour", asked, one.thing.colour, (one,))
+    item = _pick(rng, plain)
+    prompt = f"What colour is the {item.thing.kind}?"
+    return Question("colour", prompt, item.thing.colour, (item,))
 
 
-def _pick(rng: np.random.Generator, placed) -> Placed:
+def _pick(rng: np.random.Generator, placed: Sequence[Placement]) -> Placement:
     return placed[rng.integers(len(placed))]
 
 
@@ -191,7 +205,7 @@ def _article(name: str) -> str:
 
 
 _NAMES = KINDS
-# Everything that can be asked and answered.
+# All possible questions and answers.
 QUESTIONS = (
     *(f"What is {where}?" for where in _WHERE),
     "How many things are there?",
@@ -203,15 +217,18 @@ ANSWERS = (*_NAMES, *_NUMBERS, "yes", "no", *COLOURS)
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> list[Question]:
-    """One question of each kind that the scene has an answer to."""
-    return [asked for make in ASKING if (asked := make(rng, scene))]
+    """Draw one question of each kind that the scene has an answer to."""
+    return [question for make in ASKING if (question := make(rng, scene))]
 
 
-def covered(placed: tuple[Placed, ...]) -> tuple[int, ...]:
-    """The visual tokens, by rows, of which these things cover a good part."""
+def covered(placed: tuple[Placement, ...]) -> tuple[int, ...]:
+    """Return the numbers, by rows, of the visual tokens that these things cover.
+
+    A token counts when the things cover at least a fifth of its square.
+    """
     alpha = Image.new("L", (SIZE, SIZE))
-    for one in placed:
-        thing, corner = one.draw()
+    for item in placed:
+        thing, corner = item.draw()
         alpha.paste(255, corner, thing.getchannel("A"))
     side = SIZE // STRIDE
     squares = np.asarray(alpha, np.float32).reshape(side, STRIDE, side, STRIDE)

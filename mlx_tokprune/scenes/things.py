@@ -1,7 +1,7 @@
 """Cut-out photographs by kind, and photographs to put them on.
 
-Those of the test are others than those of the training: every third thing of a kind,
-and some of the backgrounds.
+The test split shares no picture with the training split: it has every third thing of a
+kind, and its own backgrounds.
 """
 
 import functools
@@ -38,7 +38,10 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Thing:
-    """A cut-out. picture: RGBA, cut to what is there. colour: `None` if it has many."""
+    """Cut-out photograph of a thing.
+
+    picture: RGBA, cropped to the thing. colour: `None` where no colour prevails.
+    """
 
     kind: str
     name: str
@@ -48,7 +51,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Stock:
-    """What the pictures of a split are made of."""
+    """Things by kind, and backgrounds, of one split."""
 
     things: dict[str, tuple[Thing, ...]]
     backgrounds: tuple[Image.Image, ...]
@@ -56,7 +59,10 @@ class Stock:
 
 @functools.cache
 def stock(split: str) -> Stock:
-    """Read the pictures of a split. Raises `InputError` where they were not made."""
+    """Read the pictures of a split, "train" or "test".
+
+    Raises `InputError` where the pictures are missing.
+    """
     folder = cache_folder("testbed") / FOLDER / split
     if not folder.is_dir():
         raise InputError(
@@ -69,11 +75,11 @@ def stock(split: str) -> Stock:
 
 
 def _things(folder: Path) -> tuple[Thing, ...]:
-    found = []
+    things = []
     for file in sorted(folder.glob("*.png")):
         picture = Image.open(file).convert("RGBA")
-        found.append(Thing(folder.name, file.stem, picture, colour_of(picture)))
-    return tuple(found)
+        things.append(Thing(folder.name, file.stem, picture, colour_of(picture)))
+    return tuple(things)
 
 
 # Colours by hue, in 256ths of the circle.
@@ -82,13 +88,13 @@ _HUES = (
     *((215, "purple"), (242, "pink"), (256, "red")),
 )
 COLOURS = (*(name for _, name in _HUES[:-1]), "brown", "black", "white", "grey")
-_CLEAR = 0.55  # share of the pixels of one colour that makes it the thing's
+_CLEAR = 0.55  # least share of pixels of the colour that names a thing
 
 
 def colour_of(picture: Image.Image) -> str | None:
-    """The name of the colour that most of an RGBA picture has, if one has it."""
-    there = np.asarray(picture.getchannel("A")) > 127
-    pixels = np.asarray(picture.convert("RGB").convert("HSV"))[there].astype(int)
+    """Return the name of the colour that prevails in an RGBA picture, else `None`."""
+    opaque = np.asarray(picture.getchannel("A")) > 127
+    pixels = np.asarray(picture.convert("RGB").convert("HSV"))[opaque].astype(int)
     if not len(pixels):
         return None
     hue, saturation, value = pixels.T

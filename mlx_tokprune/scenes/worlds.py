@@ -1,7 +1,8 @@
-"""Meta-World tasks that a policy is told apart by picture and instruction only.
+"""Meta-World tasks that differ in picture and instruction only.
 
-What is here: the tasks, their instructions and their opposites; one `World` per
-task that renders, asks the scripted expert and steps. What is not: policies.
+The module has the tasks, their instructions and their opposites, and a `World` for each
+task that renders, queries the scripted expert and steps. Policies are in `robot` and in
+`recipes/policy`.
 
 Tasks and experts are Meta-World's (Yu et al., 2019, arXiv:1910.10897; McLean et
 al., 2025, arXiv:2505.11289). Needs the extra `sim` and a software renderer
@@ -13,26 +14,32 @@ import os
 import platform
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError
 
+if TYPE_CHECKING:
+    import mujoco
+
 SIZE = 112  # pixels; 8 x 8 patches of 14
 REPEAT = 3  # simulator steps for which one action is held
 HORIZON = 50  # policy steps of an episode
 ACTION_DIM = 4  # x, y, z and the gripper, each in [-1, 1]
-STATE_DIM = 4  # where the hand is, in metres, and how far its fingers are apart
+STATE_DIM = 4  # x, y, z of the hand in metres, and the opening of its fingers
 
 
 @dataclass(frozen=True)
 class Task:
-    """A Meta-World task, said in words.
+    """Meta-World task with its instruction.
 
-    `joint` is the joint that starts half way between `closed` and `opened`, so
-    that the picture alone does not say what is wanted. `noise` is the largest
-    standard deviation that the expert still copes with. `gain` slows experts that
-    would overshoot when an action is held, and then swing about their goal.
+    `opposite` is the task with the opposite instruction. `joint` starts half way
+    between `closed` and `opened`, so that the picture alone does not tell the goal.
+    `noise` is the largest standard deviation of action noise with which the expert
+    still succeeds. `gain` slows experts that would overshoot when an action is held,
+    and then oscillate around their goal.
     """
 
     name: str
@@ -64,7 +71,10 @@ TASKS = {
 
 
 class World:
-    """One task with its simulator, camera and expert."""
+    """Simulator of one task, with its camera and expert.
+
+    Raises `InputError` when Meta-World is missing.
+    """
 
     def __init__(self, name: str):
         mujoco = import_simulator()
@@ -84,13 +94,13 @@ class World:
         camera = env.model.camera("corner2").id
         env.model.cam_pos[camera] = [0.75, 0.075, 0.7]
         env.model.cam_fovy[camera] = 45
-        # Goal markers would say what the instruction should.
+        # Goal markers would show what the instruction has to tell.
         env.model.site_rgba[:, 3] = 0
         self._renderer = _renderer(name, env.model)
         self.success = False
 
     def reset(self, seed: int) -> None:
-        """Starts the episode that belongs to `seed`."""
+        """Start the episode of `seed`."""
         env, task = self._env, self.task
         env.seed(seed)
         self._state, _ = env.reset()
@@ -103,7 +113,7 @@ class World:
             self._state = env._get_obs()
 
     def frame(self) -> np.ndarray:
-        """What the camera sees: `(112, 112, 3)` uint8."""
+        """Return the camera's frame: `(112, 112, 3)` uint8."""
         renderer, mujoco = self._renderer, self._mujoco
         renderer.update_scene(self._env.data, camera="corner2")
         for flag in (
@@ -114,7 +124,7 @@ class World:
         return renderer.render()[::-1].copy()
 
     def expert(self) -> np.ndarray:
-        """The scripted expert's action in the present state: `(4,)` in [-1, 1]."""
+        """Return the scripted expert's action in this state: `(4,)` in [-1, 1]."""
         if self.task.name == "hammer":
             action = _grasp_and_hit(self._state)
         else:
@@ -123,15 +133,15 @@ class World:
         return np.clip(action, -1, 1)
 
     def hand(self) -> np.ndarray:
-        """What a robot knows of itself: `(4,)` float32."""
+        """Return the state of the hand: `(4,)` float32."""
         return np.array(self._state[:STATE_DIM], np.float32)
 
     def ahead(self, count: int) -> np.ndarray:
-        """The expert's next actions if it went on from here: `(count, 4)`.
+        """Return the expert's next actions from this state: `(count, 4)`.
 
-        The world is afterwards as it was.
+        The simulator steps through them; then its state is restored.
         """
-        mujoco, env, known = self._mujoco, self._env, (self._state, self.success)
+        mujoco, env, saved = self._mujoco, self._env, (self._state, self.success)
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         before = np.empty(mujoco.mj_stateSize(env.model, kind))
         mujoco.mj_getState(env.model, env.data, before, kind)
@@ -143,11 +153,11 @@ class World:
         mujoco.mj_setState(env.model, env.data, before, kind)
         mujoco.mj_forward(env.model, env.data)
         mujoco.mj_setState(env.model, env.data, before, kind)  # forward warms up
-        self._state, self.success = known
+        self._state, self.success = saved
         return np.stack(actions)
 
     def step(self, action: np.ndarray) -> bool:
-        """Holds `action` for three simulator steps; returns whether it is done."""
+        """Hold `action` for three simulator steps; return whether the task is done."""
         action = np.clip(np.asarray(action, dtype=np.float32), -1, 1)
         for _ in range(REPEAT):
             self._state, _, _, _, info = self._env.step(action)
@@ -155,14 +165,15 @@ class World:
         return self.success
 
 
-_renderers: dict = {}
+_renderers: dict[str, "mujoco.Renderer"] = {}
 
 
-def _renderer(name: str, model):
-    """One for all worlds of a task: changing it costs nearly as much as a frame.
+def _renderer(name: str, model: "mujoco.MjModel") -> "mujoco.Renderer":
+    """Return the renderer that all worlds of a task share.
 
-    Closed at the end only. Until then closing one would spoil the frames of others
-    (OSMesa), and OpenGL may be gone by the time of its own `__del__`.
+    A change of renderer costs nearly as much as a frame. Renderers are closed at exit
+    only: an earlier close spoils the frames of the other renderers (OSMesa), and OpenGL
+    may be unloaded when `__del__` runs.
     """
     if name not in _renderers:
         _renderers[name] = import_simulator().Renderer(model, SIZE, SIZE)
@@ -171,10 +182,10 @@ def _renderer(name: str, model):
 
 
 def _grasp_and_hit(state: np.ndarray) -> np.ndarray:
-    """Meta-World's way with the hammer, but fingers stay open until they are around it.
+    """Return the hammer expert's action; fingers close only around the handle.
 
-    Its own expert closes on the way down, so that a policy which closes a frame early
-    presses on the handle for good, and the expert's labels tell it to.
+    Meta-World's own expert closes them on the way down. A policy that closes one frame
+    early then presses on the handle for good, and the expert's labels repeat that.
     """
     hand, opening, hammer = state[:3], state[3], state[4:7]
     grip = hammer - np.array([0.04, 0.0, 0.01])
@@ -194,11 +205,14 @@ def _grasp_and_hit(state: np.ndarray) -> np.ndarray:
     return np.append(10 * (target - hand), 1 if close else -1).astype(np.float32)
 
 
-def import_simulator():
-    """MuJoCo with a software renderer; `InputError` when Meta-World is missing."""
+def import_simulator() -> ModuleType:
+    """Import MuJoCo with a software renderer.
+
+    Raises `InputError` when Meta-World is missing.
+    """
     if platform.system() == "Linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when it is first imported
-    # Experts ask for more than the simulator's limits; `World.expert` clips.
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read at the first import
+    # Experts exceed the simulator's limits, which warns; `World.expert` clips.
     warnings.filterwarnings("ignore", "Constant", UserWarning, "metaworld")
     try:
         import metaworld  # noqa: F401

@@ -1,0 +1,1 @@
+"""Training under pruning: scorers of visual tokens, and adapters."""

@@ -1,6 +1,9 @@
 """Train a scorer of visual tokens, or an adapter under pruning."""
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..cli import (
     Parser,
@@ -12,11 +15,18 @@ from ..errors import InputError, nearest, printable
 from ..pruners.scorers import SCORERS, is_scorer, load_scorer
 from ..scenes.pictures import check_fonts
 
-_QUESTIONS = 5  # about each picture in a step
+if TYPE_CHECKING:  # loaded only by the command that needs them
+    from ..models.protocol import VisionModel
+    from ..processing.processor import Processor
+    from .loop import Schedule
+    from .samples import Samples
+
+_QUESTIONS = 5  # for each picture in a step
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> Parser:
+    """Return the parser of `mlx_tokprune train`."""
     parser = Parser(
         prog="mlx_tokprune.train",
         description=__doc__,
@@ -49,7 +59,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def _add_lora(commands) -> None:
+def _add_lora(commands: argparse._SubParsersAction) -> None:
     help_ = "fine-tune the language model under pruning (LoRA or DoRA)"
     parser = commands.add_parser(
         "lora",
@@ -79,13 +89,13 @@ def _add_lora(commands) -> None:
     add("--dequantize", action="store_true", help=help_)
 
 
-def _add_distill(add) -> None:
+def _add_distill(add: Callable[..., argparse.Action]) -> None:
     help_ = "weight of the KL from unpruned answers (default: 0)"
     add("--distill", type=float, metavar="X", default=0.0, help=help_)
 
 
-def _add_training(parser, steps: int, rate: float) -> None:
-    """Flags of every training, with mlx-lm's names first."""
+def _add_training(parser: Parser, steps: int, rate: float) -> None:
+    """Add the options of every training, with mlx-lm's names first."""
     add = parser.add_argument
     add("--model", default="demo", help="demo, folder or hub id (default: demo)")
     help_ = "JSONL, LLaVA JSON, demo, testbed (default: demo)"
@@ -126,7 +136,7 @@ def _add_training(parser, steps: int, rate: float) -> None:
     add("--grad-checkpoint", action="store_true", help=help_)
 
 
-def _add_prune(commands) -> None:
+def _add_prune(commands: argparse._SubParsersAction) -> None:
     help_ = "train a scorer of visual tokens; the model stays as it is"
     parser = commands.add_parser(
         "prune",
@@ -158,6 +168,7 @@ def _add_prune(commands) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Run `mlx_tokprune train` with these arguments, or with `sys.argv`."""
     args = build_parser().parse_args(argv)
     if getattr(args, "data", "demo") == "demo" and args.command != "fuse":
         check_fonts()
@@ -165,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     commands[args.command](args)
 
 
-def _prune(args) -> None:
+def _prune(args: argparse.Namespace) -> None:
     from .scorer import Lesson, goal_of, train_scorer
 
     if args.scorer not in SCORERS and not is_scorer(args.scorer):
@@ -173,13 +184,13 @@ def _prune(args) -> None:
             f"unknown scorer {args.scorer!r}; expected {' or '.join(SCORERS)}, or the "
             f"folder of one.{nearest(args.scorer, SCORERS)}"
         )
-    known = SCORERS.get(args.scorer) or load_scorer(args.scorer)
+    scorer = SCORERS.get(args.scorer) or load_scorer(args.scorer)
     answers = not args.imitate and args.within is None
-    alone = known.at == "prompt" and answers
+    alone = scorer.at == "prompt" and answers
     if alone and (args.questions or 1) > 1:
         raise InputError(
             "a scorer at the prompt learns from the answers with one question about "
-            "each picture; leave out --questions, or say --imitate gradient"
+            "each picture; leave out --questions, or pass --imitate gradient"
         )
     questions = 1 if alone else args.questions or _QUESTIONS
     names = (
@@ -191,16 +202,16 @@ def _prune(args) -> None:
         "sparsity",
         "within",
     )
-    how = {name: getattr(args, name) for name in names}
-    how["imitate"] = goal_of(args.imitate)
+    options = {name: getattr(args, name) for name in names}
+    options["imitate"] = goal_of(args.imitate)
     if args.keep_ratios:
-        how["least"], how["most"] = args.keep_ratios
-    lesson = Lesson(args.steps, args.batch, questions, **how)
+        options["least"], options["most"] = args.keep_ratios
+    lesson = Lesson(args.steps, args.batch, questions, **options)
     drawn = args.curriculum or (args.keep_ratios and args.within is None)
     if drawn and lesson.own_count:
         raise InputError(
-            "how many tokens stay is learned; leave out --curriculum and, without "
-            "--within, --keep-ratios"
+            "the number of kept tokens is learned; leave out --curriculum and, "
+            "without --within, --keep-ratios"
         )
     samples, schedule, folder, output = _training(args)
     train_scorer(
@@ -210,7 +221,7 @@ def _prune(args) -> None:
     print(f"wrote {output}")
 
 
-def _lora(args) -> None:
+def _lora(args: argparse.Namespace) -> None:
     from ..pruners import DEFAULT_METHOD, get_method
     from .lora import Adapter, train_adapter
 
@@ -230,14 +241,14 @@ def _lora(args) -> None:
     print(f"wrote {output}")
 
 
-def _fuse(args) -> None:
+def _fuse(args: argparse.Namespace) -> None:
     from .lora import fuse
 
     fuse(args.model, args.adapter_path, args.output)
     print(f"wrote {args.output}")
 
 
-def _load(args) -> tuple:
+def _load(args: argparse.Namespace) -> tuple["VisionModel", "Processor"]:
     import mlx.core as mx
 
     from ..checkpoints.loading import load
@@ -245,8 +256,10 @@ def _load(args) -> tuple:
     return load(args.model, getattr(mx, args.dtype) if args.dtype else None)
 
 
-def _training(args) -> tuple:
-    """Samples, schedule, the folder of the state, and that of the result."""
+def _training(
+    args: argparse.Namespace,
+) -> tuple["Samples", "Schedule", Path, Path]:
+    """Return samples, schedule, the state's folder, and the folder to write."""
     from .loop import Schedule
     from .samples import read_samples
 

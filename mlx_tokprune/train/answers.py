@@ -1,7 +1,7 @@
-"""The loss of answers about pruned pictures, wherever it is that they are pruned.
+"""Loss of answers about pruned pictures, for pruners at every place.
 
-Questions about one picture share a sequence where none of them can change what is kept.
-Elsewhere each has a sequence of its own, which goes the way that a prompt does.
+Questions about one picture share a sequence where no question can change the kept
+tokens. Otherwise each question has its own sequence, which `pipeline.run` prefills.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
+from ..models.protocol import VisionModel
 from ..pipeline import Scene, prune_at_prompt, prune_at_tower, run
 from ..processing.prompt import Prompt
-from ..pruners import Plan
+from ..pruners import Plan, Pruner
 from .batches import Batch, Batches
 from .packing import (
     Questions,
@@ -23,14 +24,14 @@ from .packing import (
     unpruned_logits,
 )
 
-# What a pruner at the prompt reads that is not the same for every question.
-_ASKED = {"text", "text_keys", "scores_previous"}
-# Logits of answers, and which part of (B, Q, L) they are.
+# Extras of a pruner at the prompt that differ from question to question.
+_PER_QUESTION = {"text", "text_keys", "scores_previous"}
+# Logits of answers, and their index into (B, Q, L).
 Part = tuple[mx.array, tuple]
 
 
 def check_trainable(plan: Plan) -> None:
-    """Raise `InputError` for a plan under which no adapter can be trained."""
+    """Raise `InputError` for a plan with a method that sets its own token count."""
     for pruner in plan:
         if pruner.has_own_count:
             raise InputError(
@@ -41,24 +42,27 @@ def check_trainable(plan: Plan) -> None:
 
 
 def is_shared(plan: Plan) -> bool:
-    """Whether questions about one picture can share a sequence under this plan."""
+    """Return whether questions about one picture can share a sequence in this plan."""
 
-    def asks(pruner) -> bool:
-        return pruner.place == "prompt" and bool(_ASKED & set(pruner.reads))
+    def reads_question(pruner: Pruner) -> bool:
+        return pruner.place == "prompt" and bool(_PER_QUESTION & set(pruner.reads))
 
-    return not any(pruner.place == "layer" or asks(pruner) for pruner in plan)
+    return not any(pruner.place == "layer" or reads_question(pruner) for pruner in plan)
 
 
-def answers(model, batch: Batch, plan: Plan, positions: str) -> Iterator[Part]:
-    """(..., V) logits of every answer of a batch, in one part or in several."""
+def answers(
+    model: VisionModel, batch: Batch, plan: Plan, positions: str
+) -> Iterator[Part]:
+    """Yield the logits (..., V) of all answers of a batch, in one or several parts."""
     if is_shared(plan):
-        # One sample of as many places as there are pictures: each by itself.
+        # One sample with a place for each picture: each picture is pruned by itself.
         scene = Scene(None, Prompt(((),) * (len(batch.features.tokens) + 1)))
         visual = prune_at_tower(model, scene, plan, batch.features)
         visual = prune_at_prompt(model, scene, plan, visual)
-        seen = (visual.embeddings, visual.indices)
-        asked = (batch.questions, batch.features.total, positions)
-        yield answer_logits(model, batch.prefix, *seen, *asked), (...,)
+        kept = (visual.embeddings, visual.indices)
+        options = (batch.features.total, positions)
+        logits = answer_logits(model, batch.prefix, *kept, batch.questions, *options)
+        yield logits, (...,)
         return
     for pictures, numbers, begin, end in _of_one_length(batch):
         ids = batch.questions.ids[pictures, numbers]
@@ -67,58 +71,62 @@ def answers(model, batch: Batch, plan: Plan, positions: str) -> Iterator[Part]:
         read, _ = run(
             *(model, Scene(None, prompt, len(ids)), plan),
             positions=positions,
-            vision=lambda *asked, given=features: prune_at_tower(*asked[:3], given),
+            # Features are cached: the tower is replaced by its pruner alone.
+            vision=lambda *inputs, cached=features: prune_at_tower(*inputs[:3], cached),
             after=ids[:, begin : end - 1] if begin < end - 1 else None,
         )
         # A token's logits stand one place before it.
-        where = (pictures, numbers, slice(begin - 1, end - 1))
-        yield model.decoder.logits(read.hidden), where
+        index = (pictures, numbers, slice(begin - 1, end - 1))
+        yield model.decoder.logits(read.hidden), index
 
 
 def _of_one_length(batch: Batch) -> Iterator[tuple[mx.array, mx.array, int, int]]:
-    """Questions whose prompts have one length, which need no padding in between.
+    """Yield groups of G questions whose prompts have one length: no padding between.
 
-    Of each (G,) numbers of pictures and of questions, where their answers begin, and
-    where the longest of these ends.
+    For each group: numbers (G,) of pictures and of questions, the place at which the
+    answers begin, and the end of the longest answer.
     """
     begins = np.array(mx.sum(batch.prompt, axis=-1))
     ends = begins + np.array(mx.sum(batch.questions.targets >= 0, axis=-1))
     for begin in np.unique(begins):
-        some = np.nonzero(begins == begin)
-        pictures, numbers = (mx.array(part.astype(np.int32)) for part in some)
-        yield pictures, numbers, int(begin), int(ends[some].max())
+        group = np.nonzero(begins == begin)
+        pictures, numbers = (mx.array(part.astype(np.int32)) for part in group)
+        yield pictures, numbers, int(begin), int(ends[group].max())
 
 
 class AnswerLoss:
-    """The language model's loss on answers about pruned pictures; a `LossOf`.
+    """Loss of the language model on answers about pruned pictures; a `LossOf`.
 
     sizes: pictures of a batch, and questions about each. distill: weight of the
-    divergence from the answers of `teacher`, which sees every token, at its place.
+    divergence from `teacher`, a model that gets every token at its original position.
     """
 
     def __init__(
         self,
-        model,
+        model: VisionModel,
         batches: Batches,
         plan: Plan,
         positions: str,
         sizes: tuple[int, int],
         distill: float = 0.0,
-        teacher=None,
+        teacher: VisionModel | None = None,
     ):
         self._model, self._batches, self._plan = model, batches, plan
         self._positions, self._sizes = positions, sizes
         self._distill, self._teacher = distill, teacher
 
-    def __call__(self, module: nn.Module, seed: tuple[int, ...], step: int):
+    def __call__(
+        self, module: nn.Module, seed: tuple[int, ...], step: int
+    ) -> tuple[mx.array, mx.array]:
+        """Return the sum of losses and the number of answer tokens of a batch."""
         batch = self._batches.draw(seed, *self._sizes)
         if self._distill:
-            known = (batch.prefix, batch.features.tokens, batch.questions)
-            whole = mx.stop_gradient(unpruned_logits(self._teacher, *known))
+            inputs = (batch.prefix, batch.features.tokens, batch.questions)
+            whole = mx.stop_gradient(unpruned_logits(self._teacher, *inputs))
         total, count = mx.array(0.0), mx.array(0)
         for logits, at in answers(self._model, batch, self._plan, self._positions):
-            asked = Questions(batch.questions.ids[at], batch.questions.targets[at])
-            losses, used = answer_losses(logits, asked)
+            part = Questions(batch.questions.ids[at], batch.questions.targets[at])
+            losses, used = answer_losses(logits, part)
             if self._distill:
                 losses = losses + self._distill * divergence(whole[at], logits)
             total, count = total + mx.sum(losses * used), count + mx.sum(used)

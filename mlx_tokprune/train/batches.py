@@ -1,4 +1,4 @@
-"""Batches of questions about pictures, whose features are computed once and kept."""
+"""Batches of questions about pictures, with a cache of the pictures' features."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Sequence
@@ -15,21 +15,21 @@ from ..processing.processor import Processor
 from .packing import Questions, padded
 from .samples import Sample
 
-MOST_BYTES = 4 << 30  # of features that are kept
+MOST_BYTES = 4 << 30  # limit of the feature cache
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures with Q questions each.
+    """Training batch: B pictures with Q questions each.
 
-    samples, asked: what was drawn, and each one's questions with their answers.
+    samples: the B drawn samples. pairs: Q pairs of question and answer for each.
     features: of the pictures, before the projector. prefix: token ids before a picture.
-    questions: prompts with their answers. prompt: (B, Q, L) bool, where the tokens of
-    `questions` are the prompt's.
+    questions: token ids of prompts with their answers. prompt: (B, Q, L) bool, true for
+    the prompt's tokens in `questions`.
     """
 
     samples: tuple[Sample, ...]
-    asked: tuple[tuple[tuple[str, str], ...], ...]
+    pairs: tuple[tuple[tuple[str, str], ...], ...]
     features: Features
     prefix: tuple[int, ...]
     questions: Questions
@@ -37,7 +37,11 @@ class Batch:
 
 
 class Batches:
-    """Draws batches from samples, each from its own seed."""
+    """Source of batches: draws samples by seed, and encodes each picture once.
+
+    needs: extras of `Features` that the tower must return. Raises `InputError` for a
+    processor of a policy, which does not answer in words.
+    """
 
     def __init__(
         self,
@@ -47,62 +51,74 @@ class Batches:
         needs: tuple[str, ...] = (),
     ):
         if not isinstance(processor, Processor):
-            raise InputError("only models that answer in words are trained here")
+            raise InputError(
+                "the model answers in actions; expected a model that answers in words, "
+                "such as 'demo'"
+            )
         self._model, self._processor, self._needs = model, processor, needs
         self.samples = tuple(samples)
-        self._known: OrderedDict[Hashable, Features] = OrderedDict()
-        self._held = 0
+        # By picture, oldest first; dropped beyond `MOST_BYTES`.
+        self._cache: OrderedDict[Hashable, Features] = OrderedDict()
+        self._cached_bytes = 0
         (self._end,) = processor.tokenizer.encode(
             "<|im_end|>", add_special_tokens=False
         )
 
     def draw(self, seed: tuple[int, ...], pictures: int, questions: int) -> Batch:
-        """`questions` about each of `pictures`; they repeat where there are fewer."""
+        """Draw a batch of `pictures`, with `questions` about each.
+
+        Both repeat where the samples have fewer.
+        """
         rng = np.random.default_rng(seed)
         count = len(self.samples)
         chosen = rng.choice(count, pictures, replace=pictures > count)
         items = [self.samples[number] for number in chosen]
-        asked = []
+        pairs = []
         for item in items:
             repeat = questions > len(item.pairs)
             picked = rng.choice(len(item.pairs), questions, replace=repeat)
-            asked.append([item.pairs[number] for number in picked])
-        return self.of(items, asked)
+            pairs.append([item.pairs[number] for number in picked])
+        return self.of(items, pairs)
 
-    def of(self, items: Sequence[Sample], asked: Sequence[Sequence[tuple]]) -> Batch:
-        """These questions with their answers about these pictures."""
-        rows = [[self._ids(*pair) for pair in pairs] for pairs in asked]
+    def of(
+        self,
+        items: Sequence[Sample],
+        pairs: Sequence[Sequence[tuple[str, str]]],
+    ) -> Batch:
+        """Return the batch of these pictures and their pairs of question and answer."""
+        rows = [[self._ids(*pair) for pair in row] for row in pairs]
         prefix = rows[0][0][0]
-        pairs = [[(before, answer) for _, before, answer in row] for row in rows]
-        seen = self._features(items)
-        known = tuple(items), tuple(map(tuple, asked))
-        return Batch(*known, seen, prefix, *padded(pairs))
+        ids = [[(before, answer) for _, before, answer in row] for row in rows]
+        drawn = tuple(items), tuple(map(tuple, pairs))
+        return Batch(*drawn, self._features(items), prefix, *padded(ids))
 
     def _ids(self, question: str, answer: str) -> tuple[tuple, tuple, list[int]]:
+        """Return token ids before the picture, after it, and of the answer."""
         before, after = self._processor.prompt(question, 1).segments
         encode = self._processor.tokenizer.encode
         return before, after, [*encode(answer, add_special_tokens=False), self._end]
 
     def _read(self, items: Collection[Sample]) -> Iterator[np.ndarray]:
-        """Pixels of each picture, decoded or drawn on several cores."""
+        """Yield the pixels of each picture, decoded or drawn on several cores."""
         with ThreadPoolExecutor() as pool:
             yield from pool.map(lambda i: self._processor.pixels([i.load()]), items)
 
     def _features(self, items: Sequence[Sample]) -> Features:
-        new = {item.picture: item for item in items if item.picture not in self._known}
-        # One by one, so that features are the same whoever is in the batch.
+        """Return the features of these pictures, joined; encode the new ones."""
+        new = {item.picture: item for item in items if item.picture not in self._cache}
+        # One by one, so that features do not depend on the rest of the batch.
         for item, pixels in zip(new.values(), self._read(new.values()), strict=True):
-            found = self._model.encode(mx.array(pixels), self._needs)
-            self._known[item.picture] = found
-            self._held += sum(array.nbytes for array in found.arrays())
-        mx.eval([self._known[picture].arrays() for picture in new])
-        seen = [self._known[item.picture] for item in items]
-        while self._held > MOST_BYTES and len(self._known) > len(items):
-            _, dropped = self._known.popitem(last=False)
-            self._held -= sum(array.nbytes for array in dropped.arrays())
+            encoded = self._model.encode(mx.array(pixels), self._needs)
+            self._cache[item.picture] = encoded
+            self._cached_bytes += sum(array.nbytes for array in encoded.arrays())
+        mx.eval([self._cache[picture].arrays() for picture in new])
+        parts = [self._cache[item.picture] for item in items]
+        while self._cached_bytes > MOST_BYTES and len(self._cache) > len(items):
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= sum(array.nbytes for array in dropped.arrays())
         extras = {
-            name: mx.concatenate([features.extras[name] for features in seen])
-            for name in seen[0].extras
+            name: mx.concatenate([features.extras[name] for features in parts])
+            for name in parts[0].extras
         }
-        tokens = mx.concatenate([features.tokens for features in seen])
-        return Features(tokens, seen[0].grid, extras=extras)
+        tokens = mx.concatenate([features.tokens for features in parts])
+        return Features(tokens, parts[0].grid, extras=extras)

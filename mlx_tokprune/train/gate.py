@@ -1,26 +1,26 @@
-"""A hard choice of K tokens with a gradient to the scores that made it.
+"""Hard choice of K tokens whose gradient reaches the scores.
 
-Gathering has none. Every token is there, and the logarithm of a gate is added to its
-score in every layer, as in DynamicViT (arXiv 2106.02034): the gate is 0 or 1, and its
-gradient that of a sigmoid around the threshold between the K-th score and the next.
+Gathering has no gradient to the scores. So every token is kept in the sequence, and the
+logarithm of a gate is added to its attention score in every layer, as in DynamicViT
+(arXiv 2106.02034). The gate is 0 or 1; its gradient is that of a sigmoid around the
+threshold between the K-th score and the next.
 
-A closed gate lets a little through. Much at first, 1e-4, with which scorers learn at
-once. But a token that the language model attends to very much is then seen through the
-leak, and after some steps scorers leave such tokens out; so then next to nothing comes
-through, and the value is that of the kept tokens alone. The gradient of opening a
-closed gate is of any size there, and is `tamed`.
+A closed gate leaks. The first leak is large, 1e-4: scorers learn at once. But a token
+with very high attention still passes through that leak, and after a number of steps
+scorers drop such tokens. So the later leak is near 0, and the output is that of the
+kept tokens alone. There the gradient of a closed gate has no bound; `tamed` bounds it.
 """
 
 import mlx.core as mx
 
 from ..pruners.saliency import above
 
-_USUAL = 0.9  # quantile of a sample's gradients that others come down to
-LEAKS = (1e-4, 1e-12)  # what a closed gate lets through, at first and then
+_QUANTILE = 0.9  # of a sample's gradient sizes; bounds the larger ones
+LEAKS = (1e-4, 1e-12)  # value of a closed gate: first phase, then the rest
 
 
 def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.array:
-    """(B, N) scores -> (B, N) gate: 1 for the `keep` highest, else 0.
+    """Return the gate (B, N) of scores (B, N): 1 for the `keep` highest, else 0.
 
     Its gradient is that of a sigmoid of the distance to the threshold.
     """
@@ -33,7 +33,7 @@ def straight_through(scores: mx.array, keep: int, temperature: float) -> mx.arra
 
 
 def above_threshold(scores: mx.array, temperature: float) -> mx.array:
-    """(B, N) scores -> (B, N) gate: 1 above 0, and for the highest, else 0.
+    """Return the gate (B, N) of scores (B, N): 1 above 0 and for the highest, else 0.
 
     Its gradient is that of a sigmoid of the scores: the count is learned, too.
     """
@@ -43,23 +43,23 @@ def above_threshold(scores: mx.array, temperature: float) -> mx.array:
 
 
 def log_gate(gate: mx.array, leak: float = LEAKS[1]) -> mx.array:
-    """What is added to attention scores: 0 where open, far below where not."""
+    """Return the term of attention scores: 0 for an open gate, else log(leak)."""
     return mx.log(gate * (1 - leak) + leak)
 
 
 @mx.custom_function
 def tamed(gate: mx.array) -> mx.array:
-    """The gate (B, N) itself; large gradients of a sample come down to its others'."""
+    """Return the gate (B, N) unchanged; bound the large gradients of each sample."""
     return gate
 
 
 @tamed.vjp
-def _tame(primals, cotangent, output):
+def _tame(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     size = mx.abs(cotangent)
-    usual = mx.sort(size, axis=1)[:, int(_USUAL * size.shape[1]), None]
-    return cotangent / (size + usual + 1e-9)
+    quantile = mx.sort(size, axis=1)[:, int(_QUANTILE * size.shape[1]), None]
+    return cotangent / (size + quantile + 1e-9)
 
 
 def annealed(start: float, end: float, step: int, steps: int) -> float:
-    """From `start` to `end` in a straight line; `end` from `steps` on."""
+    """Return the value at `step`: linear from `start` to `end`, then `end`."""
     return start + (end - start) * min(1.0, step / max(1, steps))

@@ -1,15 +1,15 @@
-"""Questions with their answers as padded NumPy arrays, and who sees whom in them.
+"""Padded NumPy arrays of questions with their answers, and their attention mask.
 
-Nothing here needs MLX, so that the PyTorch forms of the recipes read it, too.
+The module does not need MLX: the PyTorch forms of the recipes import it, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..scenes.questions import Question
 
-IGNORE = -100
+IGNORE = -100  # target of a token without a loss
 # Token ids of a question, and of its answer.
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -17,10 +17,11 @@ Pair = tuple[Sequence[int], Sequence[int]]
 def padded_arrays(
     rows: Sequence[Sequence[Pair | None]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids and targets (B, Q, L) int32 of Q questions, and where ids are the prompt's.
+    """Return ids, targets and prompt mask, each (B, Q, L), of Q questions a row.
 
-    targets: the next token where it belongs to the answer, else `IGNORE`. `None` leaves
-    a gap.
+    ids: int32, 0 for padding. targets: int32, the next token where it belongs to the
+    answer, else `IGNORE`. prompt mask: bool, true for tokens of the prompt. `None` in
+    `rows` leaves a gap.
     """
     length = max(len(p) + len(a) for row in rows for p, a in filter(None, row))
     ids = np.zeros((len(rows), len(rows[0]), length), np.int32)
@@ -37,24 +38,34 @@ def padded_arrays(
 
 
 def pairs_of(
-    rows: Sequence[Sequence[Question | None]], encode, suffix: str, end: int
+    rows: Sequence[Sequence[Question | None]],
+    encode: Callable[[str], Sequence[int]],
+    suffix: str,
+    end: int,
 ) -> list[list[Pair | None]]:
-    """The token ids of questions with their answers."""
+    """Return the token ids of questions with their answers; `None` leaves a gap.
 
-    def pair(asked: Question | None) -> Pair | None:
-        if asked is None:
+    encode: text -> token ids. suffix: text between question and answer. end: token id
+    after the answer.
+    """
+
+    def pair(question: Question | None) -> Pair | None:
+        if question is None:
             return None
-        return encode(f"\n{asked.prompt}{suffix}"), [*encode(asked.answer), end]
+        ids = encode(f"\n{question.prompt}{suffix}")
+        return ids, [*encode(question.answer), end]
 
-    return [[pair(asked) for asked in row] for row in rows]
+    return [[pair(question) for question in row] for row in rows]
 
 
 def question_mask(
     shared: int, count: int, length: int, single: bool = False
 ) -> np.ndarray:
-    """(T, T) bool: causal, and only within a question or towards what is shared.
+    """Return the mask (T, T) bool: causal, within a question or to the shared tokens.
 
-    single: the last shared tokens are one for each question, which alone sees it.
+    shared: tokens before the questions. count, length: questions, and tokens of each;
+    T = shared + count * length. single: the last `count` shared tokens belong to one
+    question each, and only that question attends to its token.
     """
     numbers = np.arange(1, count + 1)
     own = numbers if single else numbers[:0]

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, learning rates, and resumable state."""
+"""Training loop: optimizer steps, learning rates, and resumable state."""
 
 import contextlib
 import dataclasses
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import replacing, write_text
+from ..models.protocol import VisionModel
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Schedule:
             )
 
 
-def warm_cosine(rate: float, steps: int, floor: float = 0.0) -> Callable:
+def warm_cosine(
+    rate: float, steps: int, floor: float = 0.0
+) -> Callable[[mx.array], mx.array]:
     """Return the learning rate by step: a linear warm-up, then a cosine.
 
     The warm-up takes a fortieth of `steps`; the cosine ends at `floor` times `rate`.
@@ -62,9 +65,10 @@ LossOf = Callable[[nn.Module, tuple[int, ...], int], tuple[mx.array, mx.array]]
 
 
 class Loop:
-    """Trains the unfrozen weights of `module` and keeps its state in `folder`.
+    """Training loop of a module's unfrozen weights, with its state in `folder`.
 
     optimizer: AdamW with `warm_cosine` rates when `None`. begin: first step of `run`.
+    Raises `InputError` where the state in `folder` has another schedule.
     Nothing is compiled, unlike in mlx_lm.tuner. A compiled update takes 6 ms in place
     of 18, but 17 s of a cold C++ compiler, which 300 steps do not give back; batches
     differ in shape, and a compiled loss takes 0.41 s in place of 0.43 (LoRA on the
@@ -93,16 +97,20 @@ class Loop:
 
     @property
     def is_first(self) -> bool:
+        """True in the process that writes files: rank 0 of a distributed training."""
         return self._group.rank() == 0
 
     def run(
         self, after: Callable[[int], None] | None = None, title: str = "steps"
     ) -> None:
-        """Run the remaining steps; call `after` with the number of steps done."""
+        """Run the remaining steps; call `after` with the number of steps done.
+
+        Raises `InputError` for a loss that is not finite.
+        """
         steps, start = self.schedule.steps, time.perf_counter()
-        shown = None if self.is_first else True
+        hidden = None if self.is_first else True  # `None`: shown on a terminal only
         tokens = 0.0
-        with tqdm(range(self.begin, steps), desc=title, disable=shown) as bar:
+        with tqdm(range(self.begin, steps), desc=title, disable=hidden) as bar:
             for step in bar:
                 loss, count = self._step(step)
                 tokens += count
@@ -126,7 +134,7 @@ class Loop:
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss of step {step} is not finite; choose a lower learning rate, "
-                "or look for damaged data"
+                "or check the data"
             )
         return loss, count.item()
 
@@ -136,6 +144,7 @@ class Loop:
         sums = nn.value_and_grad(self.module, self.loss)
         total, count, gradients = 0.0, 0.0, None
         for part in range(schedule.accumulate):
+            # One seed for each process and part: a resumed step draws its batch again.
             seed = (schedule.seed, step, part * size + rank)
             mx.random.seed(hash(seed) & 0xFFFFFFFF)
             (loss, tokens), new = sums(self.module, seed, step)
@@ -161,9 +170,10 @@ class Loop:
         weights = tree_flatten(self.module.parameters())
         changed = [(n, a) for n, a in weights if n in trained or "running_" in n]
         parts = {"weights": changed, "optimizer": tree_flatten(self.optimizer.state)}
-        return {f"{part}/{n}": a for part, found in parts.items() for n, a in found}
+        return {f"{part}/{n}": a for part, named in parts.items() for n, a in named}
 
     def _resume(self) -> int:
+        """Load the state in `folder`, if there is one; return the first step to run."""
         file = self.folder / "state.json"
         if not file.exists():
             return 0
@@ -195,7 +205,7 @@ class Loop:
 
 
 @contextlib.contextmanager
-def recomputed(model, wanted: bool) -> Iterator[None]:
+def recomputed(model: VisionModel, wanted: bool) -> Iterator[None]:
     """Recompute the language model's layers in the backward pass, for less memory.
 
     mlx-lm changes the layers' class for every model in the process; the block's end
@@ -214,11 +224,14 @@ def recomputed(model, wanted: bool) -> Iterator[None]:
 
 
 def check_same(file: Path, settings: dict) -> None:
-    """Write `settings` to `file`; refuse other settings once a training has begun."""
+    """Write `settings` to `file`.
+
+    Raises `InputError` where a training with other settings has begun in that folder.
+    """
     settings, folder = json.loads(json.dumps(settings)), file.parent
     states = ("state.json", "*/state.json", "episodes/*/*")
-    begun = any(any(folder.glob(pattern)) for pattern in states)
-    if begun and file.exists() and json.loads(file.read_text()) != settings:
+    started = any(any(folder.glob(pattern)) for pattern in states)
+    if started and file.exists() and json.loads(file.read_text()) != settings:
         raise _other_settings(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(settings))

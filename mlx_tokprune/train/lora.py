@@ -1,8 +1,8 @@
 """Fine-tuning a language model under pruning: mlx-lm's LoRA and DoRA.
 
 The adapter is a folder in mlx-lm's format: `adapter_config.json` and
-`adapters.safetensors`, with names below `language_model`. A projector that was trained,
-too, lies beside them.
+`adapters.safetensors`, with names below `language_model`. A trained projector is a
+third file of that folder.
 """
 
 import copy
@@ -18,11 +18,13 @@ from mlx.utils import tree_flatten
 from ..checkpoints.carried import carry, read_carried
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.loading import PROJECTOR, load, projector_of
-from ..checkpoints.opening import Opened, open_checkpoint
-from ..errors import InputError
+from ..checkpoints.opening import ModelSource, open_checkpoint
+from ..errors import InputError, nearest
 from ..files import new_folder
+from ..models.protocol import VisionModel
 from ..pipeline import tower_needs
 from ..pipeline.planning import plan_for
+from ..processing.processor import Processor
 from ..pruners import Pruner, Pruners
 from .answers import AnswerLoss, check_trainable
 from .batches import Batches
@@ -32,9 +34,11 @@ from .samples import Samples, check_started
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained. layers: the last so many, all when `None`. dora: DoRA's form.
+    """Shape of an adapter, and the weights that are trained.
 
-    projector: train that, too, whole.
+    rank, scale: of each low-rank product. layers: number of last layers that get an
+    adapter, all when `None`. dora: DoRA in place of LoRA. projector: train all weights
+    of the projector, too. Raises `InputError` for a value out of range.
     """
 
     rank: int = 8
@@ -46,10 +50,13 @@ class Adapter:
     def __post_init__(self):
         layers = 1 if self.layers is None else self.layers
         if min(self.rank, layers) < 1 or not 0 < self.scale <= 1e6:
-            raise InputError("rank and layers are whole numbers from 1, scale above 0")
+            raise InputError(
+                f"rank {self.rank}, layers {layers} or scale {self.scale:g} is out of "
+                "range; rank and layers are whole numbers from 1, scale is in (0, 1e6]"
+            )
 
-    def add_to(self, model) -> None:
-        """Freeze a model and give its language model's layers adapters."""
+    def add_to(self, model: VisionModel) -> None:
+        """Freeze a model, and add adapters to the layers of its language model."""
         from mlx_lm.tuner.utils import linear_to_lora_layers
 
         model.freeze()
@@ -60,12 +67,12 @@ class Adapter:
             layer.set_dtype(mx.float32)  # steps are smaller than half precision can add
             layer.unfreeze()
 
-    def _config(self, model) -> tuple[int, dict]:
+    def _config(self, model: VisionModel) -> tuple[int, dict]:
         layers = self.layers or len(model.decoder.layers)
         return layers, {"rank": self.rank, "scale": self.scale, "dropout": 0.0}
 
-    def save(self, model, folder: str | Path) -> None:
-        """Write the adapter of `model` to a new folder."""
+    def save(self, model: VisionModel, folder: str | Path) -> None:
+        """Write the adapter of `model` to a new folder, in mlx-lm's format."""
         layers, parameters = self._config(model)
         config = {
             "fine_tune_type": "dora" if self.dora else "lora",
@@ -81,7 +88,7 @@ class Adapter:
 
 
 def train_adapter(
-    loaded: tuple,
+    loaded: tuple[VisionModel, Processor],
     samples: Samples,
     pruners: Pruners,
     positions: str,
@@ -96,17 +103,19 @@ def train_adapter(
 ) -> None:
     """Train an adapter for a `(model, processor)` under pruning; write it to `output`.
 
-    sizes: pictures of a batch, and questions about each. folder: keeps the state of the
-    training, which goes on from there. checkpoint: see `recomputed`. distill:
-    weight of the divergence from what the model answered before, with every token.
-    dequantize: train on the values of quantized weights, which are the same function.
+    positions: "original" or "contiguous". sizes: pictures of a batch, and questions
+    about each. folder: state of the training, from which it is resumed. checkpoint: see
+    `recomputed`. distill: weight of the divergence from the answers of the model before
+    training, with every token. dequantize: train on the values of quantized weights;
+    the function of the model is unchanged. Raises `InputError` for a plan or a setting
+    that cannot be trained.
     """
     model, processor = loaded
     plan = plan_for(model, pruners)
     check_trainable(plan)
     if not 0 <= distill <= 1e6:
         raise InputError(f"distill {distill:g} is outside [0, 1e6]")
-    settings = {**dataclasses.asdict(adapter), "plan": [_told(p) for p in plan]}
+    settings = {**dataclasses.asdict(adapter), "plan": [_identity(p) for p in plan]}
     settings |= {"positions": positions, "sizes": sizes, "distill": distill}
     mx.random.seed(schedule.seed)
     if dequantize:
@@ -125,14 +134,17 @@ def train_adapter(
         draw_losses(loop.losses, folder / "loss.png")
 
 
-def _told(pruner: Pruner) -> list[str]:
-    """What tells a pruner apart, the weights of its scorer among it."""
+def _identity(pruner: Pruner) -> list[str]:
+    """Return the notation of a pruner, and the hash of its scorer's weights."""
     scorer = [fingerprint(pruner.scorer)] if pruner.scorer is not None else []
     return [repr(pruner), *scorer]
 
 
-def replace_quantized(model) -> None:
-    """Put the values of quantized weights in their place."""
+def replace_quantized(model: VisionModel) -> None:
+    """Replace the language model's quantized weights by their values.
+
+    Raises `InputError` for a model without quantized weights.
+    """
     from mlx_lm.utils import dequantize_model
 
     language = model.language_model
@@ -147,7 +159,8 @@ def replace_quantized(model) -> None:
 def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:
     """Write a checkpoint whose language model has the adapter in its weights.
 
-    In the layout of `convert`, which mlx-vlm loads; quantized weights stay quantized.
+    The layout is that of `convert`, which mlx-vlm loads; quantized weights stay
+    quantized. Raises `InputError` where the adapter does not fit the checkpoint.
     """
     opened = open_checkpoint(source)
     model, _ = load(source, adapter_path=adapter)
@@ -159,26 +172,32 @@ def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:
     write_fused(opened, merged, Path(output))
 
 
-def fused_modules(model) -> dict[str, dict[str, mx.array]]:
-    """Modules of the language model with an adapter: the tensors with it in them."""
-    found = {}
+def fused_modules(model: VisionModel) -> dict[str, dict[str, mx.array]]:
+    """Return the tensors of each module with an adapter, merged, by module name."""
+    fused = {}
     for path, module in model.language_model.named_modules():
         if hasattr(module, "fuse"):
             path = f"language_model.{path}"
             tensors = tree_flatten(module.fuse().parameters())
-            found[path] = {f"{path}.{name}": array for name, array in tensors}
-    return found
+            fused[path] = {f"{path}.{name}": array for name, array in tensors}
+    return fused
 
 
-def write_fused(opened: Opened, merged: dict[str, mx.array], output: Path) -> None:
-    """The checkpoint with these tensors in the place of its own."""
+def write_fused(opened: ModelSource, merged: dict[str, mx.array], output: Path) -> None:
+    """Write a checkpoint to `output`, with `merged` in place of its own tensors.
+
+    Raises `InputError` for a merged tensor that the checkpoint does not have.
+    """
     from ..checkpoints.shards import copy_companions, write_config, write_shards
 
     family, checkpoint, config = opened
     weights = family.to_mlx_layout(checkpoint.load())
     unknown = sorted(merged.keys() - weights.keys())
     if unknown:
-        raise InputError(f"the checkpoint has no tensor {unknown[0]} to fuse into")
+        raise InputError(
+            f"the checkpoint has no tensor {unknown[0]} to fuse into; expected an "
+            f"adapter of this model.{nearest(unknown[0], weights)}"
+        )
 
     def tensors() -> Iterator[tuple[str, mx.array]]:
         for name in sorted(weights):

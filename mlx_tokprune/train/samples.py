@@ -1,4 +1,4 @@
-"""What is learned from: questions and answers about pictures, read or generated."""
+"""Training data: questions and answers about pictures, read or generated."""
 
 import functools
 import hashlib
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
@@ -23,15 +24,16 @@ from ..scenes.questions import ask_many
 from .loop import check_same
 
 MOST_LINES = 1 << 22
-_DEMO_SEED = (TRAINING, 777)  # no other training's, and none of the held-out pictures'
-_DEMO_QUESTIONS = 8  # about each picture
+_DEMO_SEED = (TRAINING, 777)  # differs from other trainings and held-out pictures
+_DEMO_QUESTIONS = 8  # for each picture
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, by what tells it from others, and what is asked about it.
+    """Picture with its pairs of question and answer.
 
-    draw: makes the picture, where it is no file.
+    picture: path of a file, or a key that identifies a generated picture. draw: draws
+    the generated picture; `None` for a file.
     """
 
     picture: Hashable
@@ -41,42 +43,52 @@ class Sample:
     )
 
     def load(self) -> Image.Image:
+        """Return the picture, drawn or read from its file."""
         return self.draw() if self.draw else load_image(str(self.picture))
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One for each picture, and what was skipped: (line or entry, reason)."""
+    """Samples of a data set, one for each picture, with the entries skipped in it.
+
+    skipped: (number of the line or entry, reason).
+    """
 
     items: tuple[Sample, ...]
     skipped: tuple[tuple[int, str], ...] = ()
 
     @property
     def digest(self) -> str:
-        """What tells these questions, and files of pictures, from others."""
-        found = hashlib.blake2b(digest_size=16)
+        """Hash of all questions, answers and picture files, as hex digits."""
+        digest = hashlib.blake2b(digest_size=16)
         for item in self.items:
-            found.update(repr((item.picture, item.pairs)).encode())
+            digest.update(repr((item.picture, item.pairs)).encode())
             if item.draw is None:
-                found.update(Path(str(item.picture)).read_bytes())
-        return found.hexdigest()
+                digest.update(Path(str(item.picture)).read_bytes())
+        return digest.hexdigest()
 
 
-def check_started(folder: Path, model, samples: Samples, settings: dict) -> None:
-    """A folder is gone on from with the same model, questions and settings only."""
-    known = {**settings, "model": fingerprint(model), "data": samples.digest}
+def check_started(
+    folder: Path, model: nn.Module, samples: Samples, settings: dict
+) -> None:
+    """Write the settings of a training to `folder`, or compare them.
+
+    Raises `InputError` where the folder holds a training with another model, other
+    samples or other settings.
+    """
+    identity = {**settings, "model": fingerprint(model), "data": samples.digest}
     processes = mx.distributed.init().size()  # each draws a batch
-    known |= {"processes": processes} if processes > 1 else {}
-    check_same(folder / "settings.json", known)
+    identity |= {"processes": processes} if processes > 1 else {}
+    check_same(folder / "settings.json", identity)
 
 
 def read_samples(source: str, pictures: int) -> Samples:
-    """`demo` or `testbed` (`pictures` generated), JSON lines, or LLaVA's conversations.
+    """Read JSON lines or LLaVA's JSON, or generate `demo` or `testbed` samples.
 
     Lines are objects with `image`, `question` and `answer`; LLaVA's file is a list of
-    objects with `image` and `conversations`, of which each turn is learned by itself.
-    Paths are relative to the file. A bad line is skipped and named. Raises `InputError`
-    where nothing is left.
+    objects with `image` and `conversations`, each turn of which is one pair. Paths are
+    relative to the file. pictures: number of generated pictures. A bad line is skipped
+    and named in `skipped`. Raises `InputError` where no sample is left.
     """
     if source in ("demo", "testbed"):
         make = _demo if source == "demo" else _testbed
@@ -84,10 +96,10 @@ def read_samples(source: str, pictures: int) -> Samples:
     path = Path(source)
     if not path.is_file():
         raise InputError(
-            f"{source!r} does not exist; expected `demo`, JSON lines of image, "
-            "question and answer, or a JSON list of LLaVA's conversations"
+            f"{source!r} does not exist; expected `demo`, `testbed`, JSON lines of "
+            "image, question and answer, or a JSON list of LLaVA's conversations"
         )
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_picture: dict[str, list[tuple[str, str]]] = {}
     skipped = []
     for number, entry in _entries(path):
         try:
@@ -95,31 +107,34 @@ def read_samples(source: str, pictures: int) -> Samples:
         except (ValueError, InputError) as error:
             skipped.append((number, str(error)))
             continue
-        found.setdefault(picture, []).extend(pairs)
-    if not found:
+        by_picture.setdefault(picture, []).extend(pairs)
+    if not by_picture:
         reasons = "; ".join(f"line {n}: {why}" for n, why in skipped[:3])
         raise InputError(f"{source} has nothing to learn from ({reasons or 'empty'})")
-    items = tuple(Sample(picture, tuple(pairs)) for picture, pairs in found.items())
-    return Samples(items, tuple(skipped))
+    items = (Sample(picture, tuple(pairs)) for picture, pairs in by_picture.items())
+    return Samples(tuple(items), tuple(skipped))
 
 
 def _entries(path: Path) -> list[tuple[int, Any]]:
-    """Lines, or the entries of one JSON list, and their numbers."""
+    """Return the lines, or the entries of one JSON list, with numbers from 1."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     if text.lstrip().startswith("["):
         try:
             return list(enumerate(json.loads(text), 1))
         except (ValueError, RecursionError):
-            raise InputError(f"{path} begins as a JSON list, but is none") from None
+            raise InputError(
+                f"{path} begins as a JSON list, but is not valid JSON"
+            ) from None
     return read_lines(text)[:MOST_LINES]
 
 
-def _parsed(entry, folder: Path) -> tuple[str, list[tuple[str, str]]]:
+def _parsed(entry: Any, folder: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Return the picture's path and the pairs; raise `ValueError` for a bad entry."""
     if isinstance(entry, str):
         try:
             entry = json.loads(entry)
         except (ValueError, RecursionError):
-            raise ValueError("is no JSON") from None
+            raise ValueError("is not valid JSON") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise ValueError("has no image")
     pairs = list(_pairs(entry))
@@ -138,17 +153,17 @@ def _pairs(entry: dict) -> Iterator[tuple[str, str]]:
             yield question, answer
         return
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-        raise ValueError("conversations is no list of objects")
-    for asked, said in zip(turns[::2], turns[1::2], strict=False):
-        question, answer = asked.get("value"), said.get("value")
-        if asked.get("from") != "human" or said.get("from") != "gpt":
-            raise ValueError("turns are not human and gpt in turn")
+        raise ValueError("conversations is not a list of objects")
+    for human, gpt in zip(turns[::2], turns[1::2], strict=False):
+        question, answer = human.get("value"), gpt.get("value")
+        if human.get("from") != "human" or gpt.get("from") != "gpt":
+            raise ValueError("conversations do not alternate between human and gpt")
         if isinstance(question, str) and isinstance(answer, str) and answer:
             yield question.replace("<image>", "").strip(), answer
 
 
 def _answer(entry: dict) -> str:
-    """Of several people's answers, as `evaluate` takes them, the commonest."""
+    """Return the most frequent answer: `evaluate` takes several people's answers."""
     answers = entry.get("answer", entry.get("answers"))
     answers = answers if isinstance(answers, list) else [answers]
     if any(isinstance(a, bool) or not isinstance(a, (str, int)) for a in answers):
@@ -160,22 +175,24 @@ def _demo(pictures: int) -> Iterator[Sample]:
     for number in range(pictures):
         rng = np.random.default_rng((*_DEMO_SEED, number))
         scene = sample_scene(rng, CANVAS, 5)
-        asked = ask_many(rng, scene, _DEMO_QUESTIONS)
-        pairs = tuple((question.prompt, question.answer) for question in asked)
+        questions = ask_many(rng, scene, _DEMO_QUESTIONS)
+        pairs = tuple((question.prompt, question.answer) for question in questions)
         yield Sample(("demo", number), pairs, functools.partial(_draw, number, scene))
 
 
 def _testbed(pictures: int) -> Iterator[Sample]:
-    """Things and backgrounds of the training; drawn when they are asked for."""
+    """Yield scenes of the training split; their pictures are drawn at `load`."""
     testbed.stock("train")
     for number in range(pictures):
         rng = np.random.default_rng((*_DEMO_SEED, number, 2))
         scene = testbed.sample_scene(rng, "train")
-        asked = [*testbed.ask(rng, scene), *testbed.ask(rng, scene)]
-        pairs = tuple(dict.fromkeys((one.prompt, one.answer) for one in asked))
+        questions = [*testbed.ask(rng, scene), *testbed.ask(rng, scene)]
+        pairs = tuple(
+            dict.fromkeys((question.prompt, question.answer) for question in questions)
+        )
         yield Sample(("testbed", number), pairs, scene.draw)
 
 
 def _draw(number: int, scene: Scene) -> Image.Image:
-    """The same picture whenever it is asked for."""
+    """Draw the picture of a scene; repeated calls return equal pictures."""
     return render(np.random.default_rng((*_DEMO_SEED, number, 1)), scene)

@@ -1,7 +1,8 @@
-"""Training a scorer on a model that stays as it is: which tokens answer the questions?
+"""Training of a scorer on a frozen model: which tokens answer the questions?
 
-The loss is the language model's on the answers, with every token there and a gate on
-those that are not kept; how many are kept is drawn anew for each batch, or learned.
+The loss is the language model's on the answers, with every token in the sequence and a
+closed gate on each token that is not kept. Each batch draws its own number of kept
+tokens, or the scorer learns that number.
 """
 
 import dataclasses
@@ -16,9 +17,11 @@ import numpy as np
 from ..checkpoints.fingerprint import fingerprint
 from ..errors import InputError, nearest
 from ..features import Features
+from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
+from ..processing.processor import Processor
 from ..pruners import Pruner, count_kept
-from ..pruners.scorers import SCORERS, is_scorer, load_scorer, save_scorer, untold
+from ..pruners.scorers import SCORERS, fold_budget, is_scorer, load_scorer, save_scorer
 from .batches import Batch, Batches
 from .gate import LEAKS, above_threshold, annealed, log_gate, straight_through, tamed
 from .loop import Loop, Schedule, draw_losses, recomputed
@@ -34,48 +37,56 @@ from .packing import (
 from .samples import Sample, Samples, check_started
 from .shares import check_shares, draw_count
 
-GRADIENT = "gradient"  # a goal that is imitated, where no layers are
-_ALONE = 8  # tokens of a question that are tried alone
+GRADIENT = "gradient"  # the goal to imitate in place of layers
+_ALONE = 8  # tokens of a question that are measured alone
 _AT_ONCE = 8  # questions whose gradient is computed at once
-_STEP = 1.5  # from a number of tokens that is tried to the next
+_STEP = 1.5  # factor from one measured number of tokens to the next
 
 
 def goal_of(words: Sequence[str]) -> tuple[int, ...] | str:
-    """What `Lesson` imitates, from words: `GRADIENT`, or numbers of layers."""
+    """Return the goal that `Lesson` imitates, from words.
+
+    Words are `GRADIENT` alone, or numbers of layers. Raises `InputError` for any other.
+    """
     if list(words) == [GRADIENT]:
         return GRADIENT
     if not all(word.isdecimal() for word in words):
-        wrong = [word for word in words if not word.isdecimal() and word != GRADIENT]
+        unknown = [word for word in words if not word.isdecimal() and word != GRADIENT]
         raise InputError(
             f"cannot imitate {' '.join(words)!r}; expected {GRADIENT!r} alone, or "
-            f"numbers of layers.{nearest(wrong[0], [GRADIENT]) if wrong else ''}"
+            f"numbers of layers.{nearest(unknown[0], [GRADIENT]) if unknown else ''}"
         )
     return tuple(sorted({int(word) for word in words}))
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a scorer learns under.
+    """Goal and settings of a scorer's training.
 
-    questions: of a picture; a scorer at the prompt learns from one, unless it imitates,
-    and one at the tower imitates the mean over all that there are.
-    least, most: shares of tokens that are kept, between which each batch draws its own,
-    evenly in the logarithm. curriculum: the share of the steps in which `least` comes
-    down from 1. leaky: the share, the first, in which closed gates leak. noise: of a
-    Gumbel distribution, falling to 0. temperature: of the gate's gradient, from the
-    first to the second. distill: weight of the divergence from the unpruned model's
-    answers. imitate: what is imitated in the place of all that: `GRADIENT`, how much
-    each token moves the right answer's logits, or the attention from the prompt's last
-    tokens, summed, of layers of the language model by their numbers, which run after a
-    scorer prunes. alone: batches that keep at most so many tokens imitate how probable
-    each token makes the answer when it is the only one.
-    sharpen: the power of that gradient, attention or probability.
-    sparsity, within: either has the scorer learn its count, and no share is drawn.
-    sparsity: the price of keeping everything, in the loss of the answers. within: what
-    is learned is how many a question needs of the order of the scorer that is begun
-    with: the fewest with which an answer diverges from the unpruned one by at most so
-    many nats, between `least` and `most`. There `sparsity` is the price of keeping a
-    token that is not needed, that of missing one that is being 1.
+    The goal is the loss on the answers, unless `imitate` or `within` replaces it.
+    Raises `InputError` for a value out of range, and for goals that exclude each other.
+
+    steps: steps of the training. pictures: of a batch. questions: about each picture; a
+    scorer at the prompt learns from one, unless it imitates, and a scorer at the tower
+    imitates the mean over all questions.
+    least, most: keep ratios, between which each batch draws its own, log-uniform.
+    curriculum: fraction of the steps over which `least` falls from 1. leaky: first
+    fraction of the steps, with the larger leak of closed gates (`gate.LEAKS`). noise:
+    scale of Gumbel noise on the scores, falling to 0. temperature: of the gate's
+    gradient, at the first and at the last step. distill: weight of the divergence from
+    the unpruned model's answers.
+    imitate: `GRADIENT`, the norm of the gradient of the correct answer's logits for
+    each token; or numbers of language model layers, whose attention from the prompt's
+    last token is summed. alone: batches that keep at most this number of tokens imitate
+    the probability of the answer with one token alone. sharpen: power of the imitated
+    gradient, attention or probability.
+    sparsity, within: with either one, the scorer learns its own count, and no keep
+    ratio is drawn. sparsity: penalty of keeping all tokens, added to the loss of the
+    answers. within: learn how many tokens each question needs, in the order of the
+    trained scorer: the fewest, between `least` and `most`, with which the answer
+    diverges from the unpruned one by at most this number of nats. With `within`,
+    `sparsity` is the penalty of a kept token that is not needed; a needed token that is
+    missed costs 1.
     """
 
     steps: int
@@ -108,20 +119,23 @@ class Lesson:
             raise InputError(f"sharpen {self.sharpen:g} is outside (0, 16]")
         if self.alone < 0 or (self.alone and not self.imitate):
             raise InputError(
-                f"alone {self.alone}: expected a number of tokens from 0, and what to "
-                "imitate where more are kept: layers, or gradient"
+                f"alone {self.alone}: expected a number of tokens from 0, and a goal "
+                "to imitate where more are kept: layers, or gradient"
             )
         if self.imitate and self.own_count:
             raise InputError(
-                "imitating learns an order, sparsity and within a count; "
+                "imitate learns an order, sparsity and within a count; "
                 "expected one of them"
             )
         if self.sharpen != 1 and not self.imitate:
-            raise InputError("sharpen is of what is imitated; say what")
+            raise InputError(
+                f"sharpen {self.sharpen:g} has nothing to imitate; expected 1, or "
+                "imitate with gradient or layers"
+            )
         if self.distill and (self.imitate or self.within is not None):
             raise InputError(
-                "distill is of the answers' loss, which imitate and within take the "
-                "place of; expected one of them"
+                "distill adds to the loss of the answers, which imitate and within "
+                "replace; expected one of them"
             )
         if self.sparsity is not None and not 0 < self.sparsity <= 1e6:
             raise InputError(f"sparsity {self.sparsity:g} is outside (0, 1e6]")
@@ -130,28 +144,35 @@ class Lesson:
 
     @property
     def own_count(self) -> bool:
-        """Whether how many tokens stay is learned, too."""
+        """True where the scorer learns the number of kept tokens, too."""
         return self.sparsity is not None or self.within is not None
 
     @property
     def middle(self) -> float:
-        """The share that a scorer is told whose order is learned from."""
+        """Budget of the scorer whose order is learned from: the geometric mean."""
         return (self.least * self.most) ** 0.5
 
     def keep(self, rng: np.random.Generator, step: int, total: int) -> int:
-        """How many of `total` tokens this batch keeps, fewer than all."""
+        """Draw how many of `total` tokens this batch keeps, fewer than all."""
         least = annealed(1.0, self.least, step, round(self.curriculum * self.steps))
         least = min(least, self.most) if self.curriculum else self.least
         return draw_count(rng, least, self.most, total)
 
 
 class ScorerLoss:
-    """The loss of a scorer on batches; a `LossOf` of the training loop.
+    """Loss of a scorer on batches; a `LossOf` of the training loop.
 
-    order: the scorer whose order of the tokens is learned from, under `within`.
+    order: scorer whose order of the tokens is learned from, with `within`. Raises
+    `InputError` for a layer to imitate that the model does not have.
     """
 
-    def __init__(self, model, batches: Batches, lesson: Lesson, order=None):
+    def __init__(
+        self,
+        model: VisionModel,
+        batches: Batches,
+        lesson: Lesson,
+        order: nn.Module | None = None,
+    ):
         layers = len(model.decoder.layers)
         for layer in lesson.imitate if lesson.imitate != GRADIENT else ():
             if not 0 <= layer < layers:
@@ -161,9 +182,13 @@ class ScorerLoss:
                 )
         self._model, self._batches, self._lesson = model, batches, lesson
         self._order = order
-        self._goals: dict[Hashable, mx.array] = {}  # of a picture, and what they are
+        # Goals of all questions about a picture, computed once in a training.
+        self._goals: dict[Hashable, mx.array] = {}
 
-    def __call__(self, scorer: nn.Module, seed: tuple[int, ...], step: int):
+    def __call__(
+        self, scorer: nn.Module, seed: tuple[int, ...], step: int
+    ) -> tuple[mx.array, mx.array]:
+        """Return the sum of losses of a batch, and the number of its terms."""
         lesson = self._lesson
         batch = self._batches.draw(seed, lesson.pictures, lesson.questions)
         rng = np.random.default_rng((*seed, 1))
@@ -173,27 +198,27 @@ class ScorerLoss:
         rows = mx.array(float(len(scores)))
         if lesson.within is not None:
             needed = self._needed(batch, scorer.at)
-            price = mx.where(needed > 0, 1, lesson.sparsity or 1)
-            losses = nn.losses.binary_cross_entropy(scores, needed, price)
+            penalty = mx.where(needed > 0, 1, lesson.sparsity or 1)
+            losses = nn.losses.binary_cross_entropy(scores, needed, penalty)
             return losses * rows, rows
         if lesson.imitate:
             goal = self._goal(batch, scorer.at, keep <= lesson.alone)
             logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
             return -mx.sum(goal * logs), rows
-        known = (self._model, batch.prefix, batch.features.tokens, batch.questions)
+        inputs = (self._model, batch.prefix, batch.features.tokens, batch.questions)
         noise = annealed(lesson.noise, 0.0, step, lesson.steps)
         scores = scores + noise * mx.random.gumbel(scores.shape)
         temperature = annealed(*lesson.temperature, step, lesson.steps)
-        if keep is None:  # a logistic distribution's: scores stay where they are
+        if keep is None:  # the difference of two is logistic: its mean is 0
             scores = scores - noise * mx.random.gumbel(scores.shape)
             gate = above_threshold(scores, temperature)
         else:
             gate = straight_through(scores, keep, temperature)
         leak = LEAKS[step >= lesson.leaky * lesson.steps]
-        logits = unpruned_logits(*known, log_gate(tamed(gate), leak))
+        logits = unpruned_logits(*inputs, log_gate(tamed(gate), leak))
         losses, used = answer_losses(logits, batch.questions)
         if lesson.distill:
-            whole = mx.stop_gradient(unpruned_logits(*known))
+            whole = mx.stop_gradient(unpruned_logits(*inputs))
             losses = losses + lesson.distill * divergence(whole, logits)
         loss, count = mx.sum(losses * used), mx.sum(used)
         if lesson.sparsity is not None:
@@ -201,18 +226,18 @@ class ScorerLoss:
         return loss, count
 
     def _goal(self, batch: Batch, at: str, alone: bool) -> mx.array:
-        """(B, N), the mean over a picture's questions, or (B * Q, N) of those asked."""
+        """Return goals: (B, N), means over questions, or (B * Q, N) at the prompt."""
         goals = []
-        for item, asked in zip(batch.samples, batch.asked, strict=True):
+        for item, pairs in zip(batch.samples, batch.pairs, strict=True):
             goal = self.goals(item, alone)
             if at == "tower":
                 goals.append(mx.mean(goal, axis=0, keepdims=True))
             else:
-                goals.append(goal[mx.array([item.pairs.index(pair) for pair in asked])])
+                goals.append(goal[mx.array([item.pairs.index(pair) for pair in pairs])])
         return mx.concatenate(goals)
 
     def goals(self, item: Sample, alone: bool) -> mx.array:
-        """(Q, N) of all questions about a picture, computed once."""
+        """Return the goals (Q, N) of all questions about a picture, computed once."""
         key = (item.picture, alone)
         if key not in self._goals:
             batch = self._batches.of([item], [item.pairs])
@@ -222,9 +247,10 @@ class ScorerLoss:
         return self._goals[key]
 
     def _alone(self, batch: Batch) -> mx.array:
-        """(B, Q, N) shares of what each token alone makes the answer's probability.
+        """Return shares (B, Q, N) of the answer's probability with one token alone.
 
-        Tried are the highest of what larger budgets imitate; the others have none.
+        Only the `_ALONE` highest tokens of the goal of larger budgets are measured; all
+        other shares are 0.
         """
         total = batch.features.total
         first = self._imitated(batch).flatten(0, 1)
@@ -236,50 +262,52 @@ class ScorerLoss:
             mx.repeat(part.flatten(0, 1)[:, None], tried.shape[1], axis=1)
             for part in (batch.questions.ids, batch.questions.targets)
         )
-        asked = (Questions(ids, targets), total, "original", None, True)
-        logits = answer_logits(self._model, batch.prefix, visual, tried, *asked)
-        losses, used = answer_losses(logits, asked[0])
+        questions, options = Questions(ids, targets), (total, "original", None, True)
+        logits = answer_logits(
+            *(self._model, batch.prefix, visual, tried, questions), *options
+        )
+        losses, used = answer_losses(logits, questions)
         summed = mx.sum(losses * used, axis=-1)
         shares = mx.softmax(-self._lesson.sharpen * summed, axis=1)
         goal = mx.put_along_axis(mx.zeros_like(first), tried, shares, axis=1)
         return mx.stop_gradient(goal.reshape(*batch.prompt.shape[:2], total))
 
     def _needed(self, batch: Batch, at: str) -> mx.array:
-        """(B, N) of pictures, (B * Q, N) of each with a question: 1 where needed."""
-        found = []
-        for item, asked in zip(batch.samples, batch.asked, strict=True):
+        """Return 1 for needed tokens: (B, N) at the tower, (B * Q, N) at the prompt."""
+        rows = []
+        for item, pairs in zip(batch.samples, batch.pairs, strict=True):
             if item.picture not in self._goals:
                 alone = self._batches.of([item], [item.pairs])
                 self._goals[item.picture] = self._needed_of(alone)
             needs = self._goals[item.picture]
             if at == "tower":
-                found.append(mx.max(needs, axis=0))
+                rows.append(mx.max(needs, axis=0))
             else:
-                found += [needs[item.pairs.index(pair)] for pair in asked]
-        return mx.stack(found)
+                rows += [needs[item.pairs.index(pair)] for pair in pairs]
+        return mx.stack(rows)
 
     def _needed_of(self, batch: Batch) -> mx.array:
-        """(Q, N) what each of the questions about one picture needs."""
+        """Return 1 for the tokens (Q, N) that each question about one picture needs."""
         visual, lesson = self._model.project(batch.features.tokens)[0], self._lesson
         ids, targets = batch.questions.ids[0], batch.questions.targets[0]
         total = batch.features.total
-        told = None if self._order.own_count else count_kept(total, lesson.middle)
-        scores = score(self._model, self._order, batch, told)
+        budget = None if self._order.own_count else count_kept(total, lesson.middle)
+        scores = score(self._model, self._order, batch, budget)
         order = mx.argsort(-mx.broadcast_to(scores, (len(ids), total)), axis=1)
 
-        def logits(some: mx.array, keep: int) -> mx.array:
-            kept = mx.sort(order[some, :keep], axis=1)
-            asked = Questions(ids[some, None], targets[some, None])
-            given = (batch.prefix, visual[kept], kept, asked, total)
-            return answer_logits(self._model, *given)
+        def logits(rows: mx.array, keep: int) -> mx.array:
+            kept = mx.sort(order[rows, :keep], axis=1)
+            questions = Questions(ids[rows, None], targets[rows, None])
+            inputs = (batch.prefix, visual[kept], kept, questions, total)
+            return answer_logits(self._model, *inputs)
 
         left = np.arange(len(ids))
         keep, most = (count_kept(total, s) for s in (lesson.least, lesson.most))
         counts, whole = np.full(len(ids), most), logits(mx.array(left), total)
         while left.size and keep < most:
-            some = mx.array(left)
-            gap = divergence(whole[some], logits(some, keep))
-            used = targets[some, None] != IGNORE
+            rows = mx.array(left)
+            gap = divergence(whole[rows], logits(rows, keep))
+            used = targets[rows, None] != IGNORE
             near = np.array(mx.sum(gap * used, axis=(1, 2)) <= lesson.within)
             counts[left[near]], left = keep, left[~near]
             keep = max(keep + 1, int(keep * _STEP))
@@ -289,33 +317,35 @@ class ScorerLoss:
         return needed
 
     def _imitated(self, batch: Batch) -> mx.array:
-        """(B, Q, N) shares of what is imitated for each question, sharpened."""
+        """Return the sharpened shares (B, Q, N) to imitate for each question."""
         by_gradient = self._lesson.imitate == GRADIENT
-        found = self._gradient(batch) if by_gradient else self._attention(batch)
-        shares = found / mx.sum(found, axis=-1, keepdims=True)
+        goals = self._gradient(batch) if by_gradient else self._attention(batch)
+        shares = goals / mx.sum(goals, axis=-1, keepdims=True)
         sharp = shares**self._lesson.sharpen
         return mx.stop_gradient(sharp / mx.sum(sharp, axis=-1, keepdims=True))
 
     def _gradient(self, batch: Batch) -> mx.array:
-        """(B, Q, N) norms of the gradient of the right answer's logits.
+        """Return norms (B, Q, N) of the gradient of the correct answer's logits.
 
-        Of logits, since a probability near 1 has none, as Simonyan et al. have it for
-        pixels (2014, https://arxiv.org/abs/1312.6034).
+        Logits, because a probability near 1 has no gradient; for pixels see Simonyan et
+        al. (2014, https://arxiv.org/abs/1312.6034).
         """
         visual = self._model.project(batch.features.tokens)
         norms, count = [], batch.prompt.shape[1]
-        for first in range(0, count, _AT_ONCE):  # memory is that of so many answers
-            some = slice(first, first + _AT_ONCE)
+        for first in range(0, count, _AT_ONCE):  # bounds memory
+            part = slice(first, first + _AT_ONCE)
             ids, targets = (
-                batch.questions.ids[:, some],
-                batch.questions.targets[:, some],
+                batch.questions.ids[:, part],
+                batch.questions.targets[:, part],
             )
             norms.append(self._moved(batch.prefix, visual, Questions(ids, targets)))
             mx.eval(norms)
         return mx.concatenate(norms, axis=1)
 
-    def _moved(self, prefix, visual: mx.array, questions: Questions) -> mx.array:
-        """(B, Q, N), each question in a sequence of its own."""
+    def _moved(
+        self, prefix: Sequence[int], visual: mx.array, questions: Questions
+    ) -> mx.array:
+        """Return the norms (B, Q, N), with a sequence for each question."""
         size, count, _ = questions.ids.shape
         ids, targets = (
             part.flatten(0, 1)[:, None] for part in (questions.ids, questions.targets)
@@ -323,10 +353,10 @@ class ScorerLoss:
         used, names = targets != IGNORE, mx.maximum(targets, 0)[..., None]
         total = visual.shape[1]
         every = mx.broadcast_to(mx.arange(total), (size * count, total))
-        asked = every, Questions(ids, targets), total
+        inputs = every, Questions(ids, targets), total
 
         def answer(visual: mx.array) -> mx.array:
-            logits = answer_logits(self._model, prefix, visual, *asked)
+            logits = answer_logits(self._model, prefix, visual, *inputs)
             return mx.sum(mx.take_along_axis(logits, names, axis=-1)[..., 0] * used)
 
         moved = mx.grad(answer)(mx.repeat(visual, count, axis=0))
@@ -334,27 +364,28 @@ class ScorerLoss:
         return norms.reshape(size, count, total)
 
     def _attention(self, batch: Batch) -> mx.array:
-        """(B, Q, N) of what each question's last token attends to."""
-        visual, seen = self._model.project(batch.features.tokens), []
+        """Return the attention (B, Q, N) from each question's last token."""
+        visual, attention = self._model.project(batch.features.tokens), []
         total = batch.features.total
         every = mx.broadcast_to(mx.arange(total), visual.shape[:2])
-        asked = (batch.prefix, visual, every, batch.questions, total)
-        sequence = packed(self._model, *asked)
+        inputs = (batch.prefix, visual, every, batch.questions, total)
+        sequence = packed(self._model, *inputs)
         _, count, length = batch.prompt.shape
         last = mx.sum(batch.prompt, axis=-1) - 1 + mx.arange(count) * length
         rows = len(batch.prefix) + total + last
 
         def watch(number: int, hidden: mx.array) -> None:
             if number in self._lesson.imitate:
-                where = (rows, sequence.positions, sequence.mask)
-                seen.append(self._model.decoder.attention_to(number, hidden, *where))
+                queries = (rows, sequence.positions, sequence.mask)
+                read = self._model.decoder.attention_to(number, hidden, *queries)
+                attention.append(read)
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
-        return sum(seen)[..., sequence.visual[0]]
+        return sum(attention)[..., sequence.visual[0]]
 
 
 def train_scorer(
-    loaded: tuple,
+    loaded: tuple[VisionModel, Processor],
     kind: str,
     samples: Samples,
     lesson: Lesson,
@@ -365,8 +396,9 @@ def train_scorer(
 ) -> nn.Module:
     """Train a scorer for a `(model, processor)` and write it to `output`.
 
-    folder: keeps the state of the training, which goes on from there. checkpoint: see
-    `recomputed`.
+    kind: name of `SCORERS`, or folder of a trained scorer, whose weights are trained
+    further. folder: state of the training, from which it is resumed. checkpoint: see
+    `recomputed`. Raises `InputError` where model, scorer and lesson do not fit.
     """
     model, processor = loaded
     model.freeze()
@@ -375,10 +407,10 @@ def train_scorer(
     if is_scorer(kind) and lesson.own_count:
         order = load_scorer(kind)
         if not scorer.own_count:
-            untold(scorer, lesson.middle)
+            fold_budget(scorer, lesson.middle)
     elif lesson.within is not None:
         raise InputError(
-            "within learns how many are needed of an order that is known; expected the "
+            "within needs the order of tokens of a trained scorer; expected the "
             f"folder of a trained scorer, not {kind!r}"
         )
     scorer.own_count, scorer.model_signs = lesson.own_count, model.signs
@@ -397,36 +429,40 @@ def train_scorer(
     return scorer
 
 
-def scorer_for(model, kind: str) -> nn.Module:
-    """A new scorer for this model, or that of a folder, whose weights it begins with.
+def scorer_for(model: VisionModel, kind: str) -> nn.Module:
+    """Return a new scorer for this model, or the trained scorer of a folder.
 
-    `InputError` where the model cannot have one.
+    kind: name of `SCORERS`, or a folder. Raises `InputError` where the model lacks an
+    input of the scorer.
     """
     if is_scorer(kind):
         scorer = load_scorer(kind)
         plan_for(model, Pruner(kind, 0.5))
         return scorer
-    made = SCORERS[kind]
-    missing = [n for n in made.needs if n not in model.provides.get(made.at, ())]
+    scorer_class = SCORERS[kind]
+    provided = model.provides.get(scorer_class.at, ())
+    missing = [name for name in scorer_class.needs if name not in provided]
     if missing:
         raise InputError(
             f"scorer {kind!r} reads {', '.join(missing)}, which this model does not "
-            f"have at {made.at!r}; choose 'adaptive'"
+            f"have at {scorer_class.at!r}; choose 'adaptive'"
         )
-    if made.at == "prompt":
-        return made(model.args.text["hidden_size"])
-    sizes = (model.block_sizes,) if "blocks" in made.needs else ()
-    return made(model.feature_size, *sizes)
+    if scorer_class.at == "prompt":
+        return scorer_class(model.args.text["hidden_size"])
+    sizes = (model.block_sizes,) if "blocks" in scorer_class.needs else ()
+    return scorer_class(model.feature_size, *sizes)
 
 
-def score(model, scorer: nn.Module, batch: Batch, keep: int | None) -> mx.array:
-    """What a scorer says: (B, N) of pictures, (B * Q, N) of each with a question.
+def score(
+    model: VisionModel, scorer: nn.Module, batch: Batch, keep: int | None
+) -> mx.array:
+    """Return a scorer's scores: (B, N) at the tower, (B * Q, N) at the prompt.
 
-    keep: the budget that it is told, `None` for one that has its own count.
+    keep: the budget that the scorer reads, in tokens; `None` for its own count.
     """
     features = batch.features
     if scorer.at == "tower":
-        extras = _told(keep, features.total, len(features.tokens)) | features.extras
+        extras = _budget(keep, features.total, len(features.tokens)) | features.extras
         return scorer(Features(features.tokens, features.grid, extras=extras))
     _, count, _ = batch.prompt.shape
     length = int(np.array(mx.max(mx.sum(batch.prompt, axis=-1))))
@@ -434,12 +470,13 @@ def score(model, scorer: nn.Module, batch: Batch, keep: int | None) -> mx.array:
     embeddings = mx.repeat(embeddings, count, axis=0)
     text = model.decoder.embed(batch.questions.ids[..., :length].flatten(0, 1))
     extras = {
-        **_told(keep, features.total, len(embeddings)),
+        **_budget(keep, features.total, len(embeddings)),
         "text": mx.stop_gradient(text),
         "text_mask": batch.prompt[..., :length].flatten(0, 1),
     }
     return scorer(Features(embeddings, features.grid, extras=extras))
 
 
-def _told(keep: int | None, total: int, batch: int) -> dict[str, mx.array]:
+def _budget(keep: int | None, total: int, batch: int) -> dict[str, mx.array]:
+    """Return the extra `budget`, a keep ratio for each sample, if there is a budget."""
     return {} if keep is None else {"budget": mx.full((batch,), keep / total)}

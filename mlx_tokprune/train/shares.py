@@ -1,4 +1,4 @@
-"""Shares of visual tokens between which each batch draws how many it keeps."""
+"""Keep ratios: their check, and the draw of each batch's token count."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from ..pruners import count_kept
 
 
 def check_shares(least: float, most: float) -> None:
-    """Raise `InputError` unless both are in (0, 1], the smaller first."""
+    """Raise `InputError` unless 0 < least <= most <= 1."""
     if not 0 < least <= most <= 1:
         raise InputError(
             f"keep ratios {least:g} to {most:g} are out of order; expected two in "
@@ -16,6 +16,9 @@ def check_shares(least: float, most: float) -> None:
 
 
 def draw_count(rng: np.random.Generator, least: float, most: float, total: int) -> int:
-    """How many of `total` tokens stay, evenly in the logarithm; fewer than all."""
+    """Draw how many of `total` tokens to keep: log-uniform, fewer than all.
+
+    The keep ratio is drawn between `least` and `most`.
+    """
     share = min(1.0, float(np.exp(rng.uniform(np.log(least), np.log(most)))))
     return min(count_kept(total, share), total - 1)

@@ -1,22 +1,30 @@
-"""Scorers that learn which visual tokens to keep, and how they are kept on disk."""
+"""Scorers: networks that learn which visual tokens to keep, and their files."""
 
 from .fitting import check_fits, same_model, signs_of
-from .scorers import SCORERS, Acting, Adaptive, Asking, Constant, Inside, untold
+from .scorers import (
+    SCORERS,
+    ActionScorer,
+    AdaptiveScorer,
+    ConstantScorer,
+    PromptScorer,
+    TowerScorer,
+    fold_budget,
+)
 from .storage import counts_itself, is_scorer, load_scorer, save_scorer
 
 __all__ = [
     "SCORERS",
-    "Acting",
-    "Adaptive",
-    "Asking",
-    "Constant",
-    "Inside",
+    "ActionScorer",
+    "AdaptiveScorer",
+    "ConstantScorer",
+    "PromptScorer",
+    "TowerScorer",
     "check_fits",
     "counts_itself",
+    "fold_budget",
     "is_scorer",
     "load_scorer",
     "same_model",
     "save_scorer",
     "signs_of",
-    "untold",
 ]

@@ -1,12 +1,13 @@
-"""Whether a scorer was trained for a model, told by sizes and by signs of weights.
+"""Check that a scorer was trained for a model, by sizes and by signs of weights.
 
-Signs stay when a model is rounded, quantized in its language model or fine-tuned a
-little; of two models that were trained apart about half of them differ.
+Rounding, quantization of the language model and light fine-tuning keep the signs; of
+two models that were trained apart, about half of the signs differ.
 """
 
 import functools
 import logging
 import re
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,67 +21,70 @@ log = logging.getLogger("mlx_tokprune")
 _DIGITS = 64
 _SIGNS = 4 * _DIGITS
 _WRITTEN = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
-_STEP = 2654435761  # a large prime: places all over a tensor
-_MOST = _SIGNS // 4  # that differ in one model
+_STEP = 2654435761  # a large prime: spreads the picked weights over a tensor
+_MOST = _SIGNS // 4  # signs that may differ in one model
 
 
-def signs_of(model) -> str | None:
-    """The signs of 256 weights outside the language model, in hexadecimal digits.
+def signs_of(model: nn.Module) -> str | None:
+    """Return the signs of 256 weights outside the language model, as 64 hex digits.
 
-    `None` of a model without float matrices there.
+    `None` for a model without float matrices there.
     """
-    found = [
+    matrices = [
         array
         for name, array in sorted(tree_flatten(model.parameters()))
         if not name.startswith("language_model.")
-        and ".layer_scale" not in name  # in float32 those are folded into others
+        and ".layer_scale" not in name  # in float32 these are folded into other weights
         and array.ndim > 1
         and mx.issubdtype(array.dtype, mx.floating)
     ]
-    if not found:
+    if not matrices:
         return None
-    some = (found[i % len(found)].reshape(-1) for i in range(_SIGNS))
-    picked = [flat[i * _STEP % flat.size] > 0 for i, flat in enumerate(some)]
+    flats = (matrices[i % len(matrices)].reshape(-1) for i in range(_SIGNS))
+    picked = [flat[i * _STEP % flat.size] > 0 for i, flat in enumerate(flats)]
     bits = "".join("1" if sign else "0" for sign in mx.stack(picked).tolist())
     return f"{int(bits, 2):0{_DIGITS}x}"
 
 
-def read_signs(known) -> str | None:
-    """Signs as a file has them; `ValueError` for what are none."""
-    if known is not None and not (isinstance(known, str) and _WRITTEN.fullmatch(known)):
-        raise ValueError("what it says of its model are no signs")
-    return known
+def read_signs(value: object) -> str | None:
+    """Return the signs of a file, or `None`; `ValueError` for any other value."""
+    if value is None:
+        return None
+    if not (isinstance(value, str) and _WRITTEN.fullmatch(value)):
+        raise ValueError(f"its model signs are not {_DIGITS} hexadecimal digits")
+    return value
 
 
 def same_model(one: str | None, other: str | None) -> bool:
-    """Whether two models can be the same; so where one is not known."""
+    """Return whether two models can be the same; true without the signs of one."""
     if one is None or other is None:
         return True
     return (int(one, 16) ^ int(other, 16)).bit_count() <= _MOST
 
 
-def check_fits(scorer: nn.Module, model, place: str, name: str) -> None:
-    """Raise `InputError` for a trained scorer of tokens of another size.
+def check_fits(scorer: nn.Module, model: Any, place: str, name: str) -> None:
+    """Raise `InputError` for a scorer that was trained for tokens of another size.
 
-    Warns, once, where the model has other weights. name: of the scorer, for people.
+    Logs a warning, once, if the model has other weights. name: the scorer's name in
+    messages.
     """
     if type(scorer) not in SCORERS.values():
         return
     width = model.feature_size if place == "tower" else model.args.text["hidden_size"]
     own = {"channels": width, "sizes": list(getattr(model, "block_sizes", ()))}
     for size, number in own.items():
-        found = scorer.settings.get(size, number)
-        if found != number:
+        trained = scorer.settings.get(size, number)
+        if trained != number:
             raise InputError(
                 f"the scorer of {name} was trained for another model: its {size} are "
-                f"{found}, not {number}"
+                f"{trained}, not {number}"
             )
     if not same_model(scorer.model_signs, model.signs):
         _warn_of(name)
 
 
 @functools.lru_cache
-def _warn_of(name: str) -> None:  # once
+def _warn_of(name: str) -> None:  # the cache makes it warn once per name
     log.warning(
         "the scorer of %s was trained for a model with other weights: what it keeps "
         "here means little until it is trained for this one",

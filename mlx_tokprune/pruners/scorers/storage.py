@@ -13,18 +13,21 @@ from .fitting import read_signs
 from .scorers import SCORERS
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
-BUDGET, OWN = "budget", "own"  # who says how many tokens stay
-# Of the demo model.
+BUDGET, OWN = "budget", "own"  # sources of the token count
+# Scorers of the demo model, installed with the package.
 EMBEDDED = {f"demo-{name}": DEMO / name for name in ("adaptive", "inside", "asking")}
 
 
 def is_scorer(folder: str | Path) -> bool:
-    """Whether this is the folder of a scorer, or the name of an embedded one."""
+    """Return whether this is the folder of a scorer, or the name of an embedded one."""
     return (Path(EMBEDDED.get(str(folder), folder)) / CONFIG).is_file()
 
 
 def counts_itself(folder: str | Path) -> bool:
-    """Whether the scorer of a folder has a count of its own; `InputError`: damaged."""
+    """Return whether the scorer of a folder learned its own count.
+
+    Raises `InputError` for a damaged file.
+    """
     folder = Path(EMBEDDED.get(str(folder), folder))
     return _counts(read_json(folder / CONFIG), folder) == OWN
 
@@ -40,14 +43,18 @@ def _counts(config: dict, folder: Path) -> str:
 
 
 def save_scorer(
-    scorer: nn.Module, folder: str | Path, about: dict | None = None
+    scorer: nn.Module, folder: str | Path, training: dict | None = None
 ) -> None:
-    """Write a scorer to a new folder. about: how it was trained, for people."""
+    """Write a scorer to a new folder.
+
+    training: description of the training, JSON-ready. Raises `InputError` if the folder
+    exists.
+    """
     kinds = {kind: name for name, kind in SCORERS.items()}
     config = {"scorer": kinds[type(scorer)], "settings": scorer.settings}
     config |= {"counts": OWN} if scorer.own_count else {}
     config |= {"model": scorer.model_signs} if scorer.model_signs else {}
-    config |= {"trained": about} if about else {}
+    config |= {"trained": training} if training else {}
     with new_folder(folder) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         weights = dict(tree_flatten(scorer.parameters()))
@@ -55,7 +62,10 @@ def save_scorer(
 
 
 def load_scorer(folder: str | Path) -> nn.Module:
-    """The scorer of a folder; `InputError` unless it is one, whole and finite."""
+    """Load the scorer of a folder.
+
+    Raises `InputError` for a damaged folder or weights that are not finite.
+    """
     folder = Path(EMBEDDED.get(str(folder), folder))
     config = read_json(folder / CONFIG)
     kind, settings = config.get("scorer"), object_of(config, "settings")
