@@ -216,7 +216,7 @@ def test_counts_are_those_of_the_caches(request, name, pictures, text):
     tokens, held_bytes = held(subject, asked)
     counted = subject.count(asked)
     counts, per_place = counted.tokens, [count / pictures for count in tokens]
-    assert counts.given == per_place[0]
+    assert counts.entering == per_place[0]
     assert counts.left == per_place[-1]
     assert counts.mean == np.mean(per_place)
     assert counts.total == 64

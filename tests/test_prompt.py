@@ -216,7 +216,7 @@ def test_only_a_causal_sequence_can_be_extended():
     model = SimpleNamespace(text=COUNTER.text, attends="full", gap=0)
     sequence, more = assemble(model, scene, visual), mx.zeros((1, 2, 1))
     assert sequence.mask == "full"
-    with pytest.raises(ValueError, match="only a causal sequence"):
+    with pytest.raises(ValueError, match="only a causal or prefix sequence"):
         sequence.extended(more)
     longer = assemble(COUNTER, scene, visual).extended(more)
     assert longer.positions.tolist() == [0, 1, 5, 6, 7]

@@ -1,4 +1,4 @@
-"""Convert, prune and time the embedded models, and draw the kept tokens."""
+"""Run the whole path on the embedded models and draw the kept tokens."""
 
 import statistics
 import tempfile

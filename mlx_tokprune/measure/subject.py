@@ -126,7 +126,7 @@ class _Subject:
         texts = [text.shape[1] for text in self.model.text(scene.prompt, scene.state)]
         projected = counts.projected // per_group
         tokens = mx.zeros((pictures, projected, self.model.feature_size))
-        sequence = self._blank(scene.batch, texts, counts.given)
+        sequence = self._blank(scene.batch, texts, counts.entering)
         read, cache_bytes = self._prefill(sequence, plan)
         costs = {
             "vision": self._vision(scene, plan),

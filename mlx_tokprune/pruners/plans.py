@@ -38,7 +38,7 @@ def as_plan(pruners: Pruners, layers: int | None = None) -> Plan:
 class Counts:
     """Visual tokens of one place in the prompt, over all its pictures.
 
-    total: before pruning. projected: after the tower. given: at the language model's
+    total: before pruning. projected: after the tower. entering: at the language model's
     input. left: after its last layer. mean: over its layers. Inside the language model
     a pruner chooses among the tokens of all places; `left` and `mean` are averages
     over the places.
@@ -46,7 +46,7 @@ class Counts:
 
     total: int
     projected: int
-    given: int
+    entering: int
     left: float
     mean: float
 
