@@ -35,11 +35,15 @@ class Head(Protocol):
     after the other.
     """
 
-    processor: Any
     kind: str
     has_tokens: bool
     compiles: bool
     alone: bool
+
+    @property
+    def processor(self) -> Any:
+        """Processor of the policy's prompts and images."""
+        ...
 
     @property
     def size(self) -> int:

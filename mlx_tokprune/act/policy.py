@@ -299,7 +299,7 @@ class Policy:
         if before is not None:
             check_robots(before, batch)
         warm_up = before is None or self._steps < _WARM_UP
-        if warm_up:
+        if before is None or warm_up:
             answer, attended = self._noted_warm_up(mx.zeros((batch, 0)), arrays)
         else:
             answer, attended = self._noted(before, arrays)

@@ -144,7 +144,8 @@ class Temporal:
             self.encoded = 1.0
         top, left, bottom, right = (side * stride for side in outer)
         features = model.encode(mx.array(frame[None, top:bottom, left:right]))
-        tokens = features.tokens.reshape(1, *features.grid, -1)
+        grid = features.grid or (1, features.total)
+        tokens = features.tokens.reshape(1, *grid, -1)
         if outer == (0, 0, *cells):
             return _Frame(frame, tokens, np.zeros(cells, int))
         top, left, bottom, right = box

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def _read(
     return names, low, high, np.array(mask)
 
 
-def _numbers(values: object, name: str) -> np.ndarray:
+def _numbers(values: Any, name: str) -> np.ndarray:
     valid = isinstance(values, list) and 0 < len(values) <= MOST_NUMBERS
     valid = valid and all(type(value) in (int, float) for value in values)
     if not valid or not all(abs(value) < _LARGEST for value in values):

@@ -5,7 +5,7 @@ a number of tokens. The place is tower, prompt or a number of layers, by default
 method's.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from ..errors import InputError
 from .plans import Plan
@@ -33,7 +33,7 @@ def read_pruner(text: str, options: Options | None = None, seed: int = 0) -> Pru
         )
     registered = get_method(method)
     own = {n: v for n, v in (options or {}).items() if n in registered.options}
-    fields = {"at": read_place(place) if at_sign else None}
+    fields: dict[str, Any] = {"at": read_place(place) if at_sign else None}
     fields |= {"seed": seed, "options": own}
     if amount is None:
         if registered.lacks_budget(own):

@@ -7,7 +7,7 @@ two models that were trained apart, about half of the signs differ.
 import functools
 import logging
 import re
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,9 +30,10 @@ def signs_of(model: nn.Module) -> str | None:
 
     `None` for a model without float matrices there.
     """
+    tensors = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     matrices = [
         array
-        for name, array in sorted(tree_flatten(model.parameters()))
+        for name, array in sorted(tensors)
         if not name.startswith("language_model.")
         and ".layer_scale" not in name  # in float32 these are folded into other weights
         and array.ndim > 1
@@ -42,7 +43,9 @@ def signs_of(model: nn.Module) -> str | None:
         return None
     flats = (matrices[i % len(matrices)].reshape(-1) for i in range(_SIGNS))
     picked = [flat[i * _STEP % flat.size] > 0 for i, flat in enumerate(flats)]
-    bits = "".join("1" if sign else "0" for sign in mx.stack(picked).tolist())
+    bits = "".join(
+        "1" if sign else "0" for sign in cast(list, mx.stack(picked).tolist())
+    )
     return f"{int(bits, 2):0{_DIGITS}x}"
 
 

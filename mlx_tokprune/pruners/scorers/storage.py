@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,7 +85,8 @@ def load_scorer(folder: str | Path) -> nn.Module:
         scorer.load_weights(str(folder / WEIGHTS))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} is no scorer that can be read ({error})") from None
-    for name, array in tree_flatten(scorer.parameters()):
+    tensors: Any = tree_flatten(scorer.parameters())
+    for name, array in tensors:
         if not mx.all(mx.isfinite(array)).item():
             raise InputError(f"{folder}: {name} has numbers that are not finite")
     return scorer
