@@ -15,7 +15,12 @@ def build_parser() -> Parser:
         "    --mlx-path FastVLM-0.5B-mlx",
     )
     add = parser.add_argument
-    add("--hf-path", required=True, metavar="MODEL", help="hub id or folder to convert")
+    add(
+        "--hf-path",
+        required=True,
+        metavar="MODEL",
+        help="hub id, folder or demo to convert",
+    )
     add(
         "--mlx-path",
         required=True,

@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            hint = nearest(flag, self._option_string_actions)
+            hint = nearest(flag, self._option_string_actions, 0.75)
             self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
         return parsed
 
@@ -177,7 +177,7 @@ def add_pruning(parser: Flags, default: str) -> None:
     """
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
-    add_prune(group, "METHOD[:BUDGET][@PLACE], + for several places")
+    add_prune(group, "such as norm:0.5, norm:12, fastv:0.5@2; + joins places")
     keep = group.add_mutually_exclusive_group()
     help_ = "share of visual tokens to keep, in (0, 1]"
     keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)
@@ -185,7 +185,7 @@ def add_pruning(parser: Flags, default: str) -> None:
     keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
     help_ = f"name or package.module:function (default: {default})"
     add("--method", help=help_)
-    help_ = "tower, prompt or a number of layers"
+    help_ = "tower, prompt, or N for after N layers"
     add("--at", metavar="PLACE", help=help_)
     add_option(group)
     help_ = f"{' or '.join(POSITIONS)} (default: {DEFAULT_POSITIONS})"
@@ -200,9 +200,9 @@ def add_rows(parser: Flags, ratios: Sequence[float], budgets: bool = False) -> N
     """
     group = parser.add_argument_group("rows (methods: mlx_tokprune methods)")
     add = group.add_argument
-    add_prune(group, "row of the table, METHOD[:BUDGET][@PLACE]; repeatable")
+    add_prune(group, "row of the table, such as norm:0.5@tower; repeatable")
     add("--plans", nargs="+", default=[], metavar="PLAN", help="same as --prune")
-    help_ = "methods to cross with the keep ratios (default: all with a budget)"
+    help_ = "methods at every ratio (default: all; none with --prune)"
     add("--methods", nargs="+", metavar="METHOD", help=help_)
     keep = group.add_mutually_exclusive_group()
     help_ = f"keep ratios (default: {' '.join(f'{ratio:g}' for ratio in ratios)})"

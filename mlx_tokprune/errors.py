@@ -11,10 +11,13 @@ class InputError(ValueError):
     """An argument, file or option that cannot be used; the message is one sentence."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the closest choice, or an empty text."""
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `" Did you mean 'x'?"` for the closest choice, or an empty text.
+
+    cutoff: least similarity in [0, 1], as difflib has it.
+    """
     names = {name.lower(): name for name in choices}
-    close = difflib.get_close_matches(word.lower(), names, n=1)
+    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
     return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 

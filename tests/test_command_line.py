@@ -195,6 +195,15 @@ def test_sampling_is_seeded(capsys):
         (["--method", "nowhere:f", "--keep-ratio", "0.5"], "cannot be imported"),
         (["--method", "json:f", "--keep-ratio", "0.5"], "cannot be imported"),
         (["--method", ".x:f", "--keep-ratio", "0.5"], "cannot be imported"),
+        (
+            ["--method", "./own.py:f", "--keep-ratio", "0.5"],
+            "such as own:f, run in the",
+        ),
+        (
+            ["--method", "norm:0.5"],
+            "has a budget or a place; expected a name, or all of",
+        ),
+        (["--method", "fastv@2:0.5"], "in --prune fastv@2:0.5"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, options, message):

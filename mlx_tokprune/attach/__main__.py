@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write a model folder that prunes, from command line arguments."""
     args = build_parser().parse_args(argv)
     target = write_folder(args.model, args.mlx_path, _pruners(args), args.positions)
-    print(f"wrote {target}; python -m mlx_vlm.generate --model {target} prunes")
+    print(f"wrote {target}, which prunes: python -m mlx_vlm.generate --model {target}")
 
 
 def _pruners(args: argparse.Namespace) -> list:

@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     add_adapter(parser)
     help_ = "JSON lines, folder of images, demo, testbed or metaworld (default: demo)"
     add("--data", default="demo", help=help_)
-    help_ = "number of images that are generated (default: 64)"
+    help_ = "images to generate, for data by name (default: 64)"
     add("--pictures", type=int, metavar="N", default=64, help=help_)
     help_ = f"question about the images of a folder (default: {DESCRIBE!r})"
     add("--prompt", help=help_)

@@ -17,7 +17,8 @@ def recommend(
     exist, else of answers equal to the unpruned model's. A row is fine if the upper end
     of its interval is at most that; the intervals hold for all rows together. `choice`
     is the label of the cheapest fine row by FLOPs up to the first token, or `None`;
-    `closest` the row of the lowest upper end. Controls are measured, not recommended.
+    `closest` the row of the lowest upper end, of equal ones the cheapest. Controls are
+    measured, not recommended.
     """
     candidates = [row for row in rows if not _is_control(row)]
     first, pictures = rows[0].label, [items[number].picture for number in records]
@@ -35,9 +36,13 @@ def recommend(
     return {
         "most": most,
         "choice": min(fine, key=lambda r: r["flops"])["label"] if fine else None,
-        "closest": min(losses, key=lambda r: r["high"])["label"] if losses else None,
+        "closest": min(losses, key=_nearness)["label"] if losses else None,
         "rows": losses,
     }
+
+
+def _nearness(loss: dict) -> tuple[float, float]:
+    return loss["high"], loss["flops"]
 
 
 def _score(record: dict) -> float:

@@ -211,6 +211,17 @@ def is_registered(name: str) -> bool:
 def _imported(path: str) -> Method:
     """Return the method of a function by its path; register it if it is new."""
     module, _, attribute = path.partition(":")
+    if module.partition("@")[0] in _NAMES:
+        raise InputError(
+            f"method {path!r} has a budget or a place; expected a name, or all of it "
+            f"in --prune {path}"
+        )
+    if module.endswith(".py") or "/" in module:
+        stem = module.rpartition("/")[2].removesuffix(".py")
+        raise InputError(
+            f"method {path!r} names a file; expected package.module:function, such as "
+            f"{stem}:{attribute}, run in the folder of the file"
+        )
     if "" not in sys.path:  # an installed command lacks the working folder
         sys.path.insert(0, "")
     try:

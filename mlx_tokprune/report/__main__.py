@@ -28,10 +28,20 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("results", nargs="+", metavar="JSON", help="results of bench and evaluate")
-    add("--output", default="report.html", help="HTML file (default: report.html)")
-    add("--title", default="Visual tokens, pruned", help="title of the page")
+    add(
+        "--output",
+        metavar="HTML",
+        default="report.html",
+        help="HTML file (default: report.html)",
+    )
+    add(
+        "--title",
+        metavar="TEXT",
+        default="Visual tokens, pruned",
+        help="title of the page",
+    )
     help_ = "number of questions to show with their pictures (default: 4)"
-    add("--pictures", type=int, default=4, help=help_)
+    add("--pictures", type=int, metavar="N", default=4, help=help_)
     help_ = "custom method of the results to import, as package.module:function"
     add("--method", action="append", default=[], help=help_)
     return parser

@@ -109,7 +109,7 @@ def _add_training(parser: Parser, steps: int, rate: float) -> None:
     )
     help_ = "folder to write; must not exist"
     add(*names, dest="output", required=True, metavar="FOLDER", help=help_)
-    help_ = "state, resumed (default: OUTPUT.training)"
+    help_ = "state, to resume (default: OUTPUT.training)"
     add("--folder", metavar="FOLDER", help=help_)
     add = parser.add_argument_group("training").add_argument
     names, help_ = ("--iters", "--steps"), f"number of steps (default: {steps})"
@@ -148,7 +148,7 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument_group("scorer").add_argument
     help_ = f"{', '.join(SCORERS)} or folder (default: adaptive)"
     add("--scorer", default="adaptive", help=help_)
-    help_ = "drawn for each batch (default: 0.05 0.25)"
+    help_ = "range that each batch draws from (default: 0.05 0.25)"
     ratios = {"nargs": 2, "type": float}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "fraction of training in which the ratio falls"
