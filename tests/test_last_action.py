@@ -184,7 +184,7 @@ def test_robots_that_act_one_after_the_other_need_policies_of_their_own(tiny_chu
     hidden = model.args.text["hidden_size"]
     size = len(processor.bounds("action", None).low)
     policy = Policy(*tiny_chunks, pruner=pruner_of(acting(hidden, size), 1))
-    with pytest.raises(InputError, match="give each a Policy of its own"):
+    with pytest.raises(InputError, match="give each robot a Policy of its own"):
         policy.act_on_batch([[None], [None]], TOLD)
 
 

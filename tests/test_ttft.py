@@ -152,7 +152,7 @@ def test_what_is_recalled_gives_the_same_logits(demo):
         recalled = memory.about(model, processor, [image], plan, None)
         cache = model.decoder.make_cache()
         known = recalled.fill(cache, scene.prompt, "original")
-        how = {"vision": recalled.look(None), "cache": cache, "known": known}
+        how = {"vision": recalled.look(None), "cache": cache, "cached": known}
         read, visual = run(model, scene, plan, **how)
         length = len(scene.prompt.segments[0]) + visual.keep
         assert known == (length if number else 0)
