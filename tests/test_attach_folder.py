@@ -209,3 +209,11 @@ def test_more_that_is_refused(qwen, tmp_path, capsys):
     ):
         (strange / "config.json").write_text(json.dumps(config))
         refused(match, strange)
+
+
+def test_folders_of_older_versions_find_their_module():
+    """Their model file imports `mlx_tokprune.adapters.folder`."""
+    from mlx_tokprune import attach
+    from mlx_tokprune.adapters import folder
+
+    assert folder.prune_when_loaded is attach.prune_when_loaded
