@@ -177,7 +177,7 @@ def add_pruning(parser: Flags, default: str) -> None:
     """
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
-    add_prune(group, "such as norm:0.5, norm:12, fastv:0.5@2; + joins places")
+    add_prune(group, "plan, such as norm:0.5, fastv:12@2; + joins places")
     keep = group.add_mutually_exclusive_group()
     help_ = "share of visual tokens to keep, in (0, 1]"
     keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)

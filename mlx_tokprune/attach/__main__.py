@@ -28,7 +28,7 @@ def build_parser() -> Parser:
     )
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
-    add_prune(group, "such as norm:0.5, dart:0.5; not methods of layers")
+    add_prune(group, "plan, such as norm:0.5 or dart:0.5 (no layers)")
     keep = group.add_mutually_exclusive_group()
     help_ = "share of visual tokens to keep, in (0, 1]"
     keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)

@@ -213,8 +213,8 @@ def _imported(path: str) -> Method:
     module, _, attribute = path.partition(":")
     if module.partition("@")[0] in _NAMES:
         raise InputError(
-            f"method {path!r} has a budget or a place; expected a name, or all of it "
-            f"in --prune {path}"
+            f"method {path!r} has a budget or a place; expected a name, or "
+            f"--prune {path}; expected package.module:function for a custom method"
         )
     if module.endswith(".py") or "/" in module:
         stem = module.rpartition("/")[2].removesuffix(".py")
