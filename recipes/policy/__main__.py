@@ -11,123 +11,142 @@ from mlx_tokprune.scenes.worlds import TASKS, import_simulator
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="recipes.policy", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train, resuming what is in the folder")
-    run.add_argument("--folder", required=True, help="where training state is kept")
-    run.add_argument("--output", required=True, help="checkpoint folder to write")
-    run.add_argument(
-        "--scale", type=float, default=1.0, help="of the steps and episodes (default 1)"
+    parser = Parser(
+        prog="recipes.policy",
+        usage="%(prog)s {run,success,chunks,tune,score,table} [options]",
+        description=__doc__,
     )
-    success = commands.add_parser("success", help="measure in closed loop")
-    success.add_argument("--model", default="demo-policy")
-    success.add_argument("--episodes", type=int, default=25, help="of each task")
-    success.add_argument("--tasks", nargs="+", default=list(TASKS))
-    success.add_argument("--methods", nargs="+", help="default: all")
-    help_ = "shares of tokens to keep (default: 0.75 0.5 0.25 0.1 0.05)"
-    success.add_argument("--budgets", nargs="+", type=float, help=help_)
-    help_ = "only these, called as in the table: none, 'trimvla 0.1' (default: all)"
-    success.add_argument("--rows", nargs="+", metavar="ROW", help=help_)
-    help_ = "of a chunk, the actions done before looking again (default: all)"
-    success.add_argument("--first", type=int, metavar="N", help=help_)
-    success.add_argument("--log", required=True, help="JSON lines, added to")
-    _add_chunks(commands)
-    _add_tune(commands)
-    _add_score(commands)
-    table = commands.add_parser("table", help="the table of one or more logs")
-    table.add_argument("logs", nargs="+")
-    table.add_argument("--model", default="demo-policy")
-    table.add_argument("--plot", help="also draw it to this PNG")
-    help_ = "of a training at which each log was measured: a table by these"
-    table.add_argument("--steps", nargs="+", type=int, help=help_)
-    help_ = "for TTFT, each row; 0 leaves it out (default: 15)"
-    table.add_argument("--runs", type=int, default=15, help=help_)
+    kinds = {"dest": "command", "required": True, "metavar": "COMMAND"}
+    commands = parser.add_subparsers(prog=parser.prog, help="one of:", **kinds)
+    run = commands.add_parser("run", help="train the demo policy")
+    help_ = "share of the steps and episodes to run (default: 1)"
+    run.add_argument("--scale", type=float, default=1.0, metavar="X", help=help_)
+    _add_folders(run, "checkpoint")
+    _add_success(commands.add_parser("success", help="measure in closed loop"))
+    help_ = "train a small pi0-FAST that answers in chunks of actions"
+    _add_chunks(commands.add_parser("chunks", help=help_))
+    help_ = "fine-tune a policy under pruning whose choice is learned"
+    _add_tune(commands.add_parser("tune", help=help_))
+    help_ = "train a scorer that reads the instruction and the last action"
+    _add_score(commands.add_parser("score", help=help_))
+    _add_table(commands.add_parser("table", help="print the table of one or more logs"))
     return parser
 
 
-def _add_tune(commands) -> None:
-    help_ = "fine-tune under pruning whose choice is learned, resuming"
-    parser = commands.add_parser("tune", help=help_)
+def _add_folders(parser: Parser, made: str) -> None:
     add = parser.add_argument
-    help_ = "folder of a policy of its shape (default: demo-policy)"
-    add("--model", default="demo-policy", help=help_)
-    add("--method", default="trimvla", help="trimvla (default) or lightvla")
-    help_ = "of trimvla; lightvla has its own (default: 0.1)"
-    add("--keep-ratio", type=float, default=0.1, help=help_)
-    add("--steps", type=int, default=800, help="(default: 800)")
-    add("--batch", type=int, default=16, help="frames in a step (default: 16)")
-    add("--learning-rate", type=float, default=1e-4, help="(default: 1e-4)")
-    help_ = "of LoRA; 0, the default, trains all of the language model"
-    add("--rank", type=int, default=0, help=help_)
-    help_ = "weight of the choice's gradient (default: 2)"
-    add("--choice", type=float, default=2.0, help=help_)
-    help_ = "on the scores, fades to 0 (default: 0.5)"
-    add("--noise", type=float, default=0.5, help=help_)
-    help_ = "share of the policy's own unpruned actions in what is learned (default: 1)"
-    add("--distill", type=float, default=1.0, help=help_)
-    add("--tower", action="store_true", help="train the towers, too")
-    help_ = "episodes of each task (default: 36)"
-    add("--demonstrations", type=int, default=36, help=help_)
-    help_ = "episodes of each task in a round of DAgger (default: 8)"
-    add("--corrections", type=int, default=8, help=help_)
-    add("--rounds", type=int, default=2, help="of DAgger (default: 2)")
-    add("--seed", type=int, default=0)
-    help_ = "steps after which FOLDER/step-STEP is written (default: 200 400)"
-    add("--snapshots", nargs="*", type=int, default=(200, 400), help=help_)
-    add("--folder", required=True, help="where training state is kept")
-    add("--output", required=True, help="checkpoint folder to write")
+    help_ = "folder for the training state, to resume"
+    add("--folder", required=True, metavar="FOLDER", help=help_)
+    help_ = f"folder of the {made} to write; must not exist"
+    add("--output", required=True, metavar="FOLDER", help=help_)
 
 
-def _add_score(commands) -> None:
-    help_ = "train a scorer that reads the instruction and the last action, resuming"
-    parser = commands.add_parser("score", help=help_)
+def _add_training(
+    parser: Parser, steps: int, batch: int, rate: float, episodes: tuple[int, int, int]
+) -> None:
+    """Flags of every training here, with these defaults.
+
+    episodes: demonstrations, episodes of a round of DAgger (each per task), and rounds.
+    """
     add = parser.add_argument
-    help_ = "folder of a policy of its shape (default: demo-policy)"
+    whole = {"type": int, "metavar": "N"}
+    add("--steps", default=steps, help=f"training steps (default: {steps})", **whole)
+    add("--batch", default=batch, help=f"frames of a step (default: {batch})", **whole)
+    help_ = f"learning rate (default: {rate:g})"
+    add("--learning-rate", type=float, default=rate, metavar="X", help=help_)
+    demonstrations, corrections, rounds = episodes
+    help_ = f"expert episodes of each task (default: {demonstrations})"
+    add("--demonstrations", default=demonstrations, help=help_, **whole)
+    help_ = f"episodes of each task in a round of DAgger (default: {corrections})"
+    add("--corrections", default=corrections, help=help_, **whole)
+    help_ = f"rounds of DAgger (default: {rounds})"
+    add("--rounds", default=rounds, help=help_, **whole)
+    add("--seed", default=0, help="seed of the batches (default: 0)", **whole)
+
+
+def _add_success(parser: Parser) -> None:
+    add = parser.add_argument
+    help_ = "demo-policy, folder or hub id (default: demo-policy)"
     add("--model", default="demo-policy", help=help_)
-    help_ = "acting (default), or asking, which does not read the last action"
+    help_ = "episodes of each task (default: 25)"
+    add("--episodes", type=int, default=25, metavar="N", help=help_)
+    tasks = list(TASKS)
+    add("--tasks", nargs="+", default=tasks, help="Meta-World tasks (default: all)")
+    add("--methods", nargs="+", help="pruning methods (default: all)")
+    help_ = "keep ratios (default: 0.75 0.5 0.25 0.1 0.05)"
+    add("--budgets", nargs="+", type=float, metavar="R", help=help_)
+    help_ = "rows by their label, such as none or 'trimvla 0.1' (default: all)"
+    add("--rows", nargs="+", metavar="ROW", help=help_)
+    help_ = "actions of a chunk to execute before the next image (default: all)"
+    add("--first", type=int, metavar="N", help=help_)
+    help_ = "JSON lines of results; new lines are appended"
+    add("--log", required=True, metavar="FILE", help=help_)
+
+
+def _add_tune(parser: Parser) -> None:
+    add = parser.add_argument
+    help_ = "demo-policy, or a policy of its shape (default: demo-policy)"
+    add("--model", default="demo-policy", help=help_)
+    add("--method", default="trimvla", help="trimvla or lightvla (default: trimvla)")
+    help_ = "keep ratio of trimvla; lightvla has its own count (default: 0.1)"
+    add("--keep-ratio", type=float, default=0.1, metavar="R", help=help_)
+    help_ = "LoRA rank; 0 trains the whole language model (default: 0)"
+    add("--rank", type=int, default=0, metavar="N", help=help_)
+    help_ = "weight of the gradient of the choice (default: 2)"
+    add("--choice", type=float, default=2.0, metavar="X", help=help_)
+    help_ = "noise on the scores, which fades to 0 (default: 0.5)"
+    add("--noise", type=float, default=0.5, metavar="X", help=help_)
+    help_ = "share of unpruned actions among the targets (default: 1)"
+    add("--distill", type=float, default=1.0, metavar="X", help=help_)
+    add("--tower", action="store_true", help="train the towers as well")
+    help_ = "steps that write FOLDER/step-STEP (default: 200 400)"
+    steps = {"nargs": "*", "type": int, "default": (200, 400), "metavar": "STEP"}
+    add("--snapshots", help=help_, **steps)
+    _add_training(parser, 800, 16, 1e-4, (36, 8, 2))
+    _add_folders(parser, "checkpoint")
+
+
+def _add_score(parser: Parser) -> None:
+    add = parser.add_argument
+    help_ = "demo-policy, or a policy of its shape (default: demo-policy)"
+    add("--model", default="demo-policy", help=help_)
+    help_ = "acting, or asking, which ignores the last action (default: acting)"
     add("--scorer", default="acting", help=help_)
-    help_ = "of the policy, whose attention is imitated (default: the best)"
+    help_ = "policy layers whose attention is imitated (default: the best)"
     add("--layers", nargs="+", type=int, metavar="LAYER", help=help_)
-    help_ = "weight of the actions' loss through a gate, beside imitation (default: 0)"
+    help_ = "weight of the loss of actions through a gate (default: 0)"
     add("--actions", type=float, default=0.0, metavar="WEIGHT", help=help_)
-    help_ = "between which each batch draws its own (default: 0.05 0.25)"
+    help_ = "range that each batch draws from (default: 0.05 0.25)"
     ratios = {"nargs": 2, "type": float, "default": (0.05, 0.25)}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
-    add("--steps", type=int, default=600, help="(default: 600)")
-    add("--batch", type=int, default=32, help="frames in a step (default: 32)")
-    add("--learning-rate", type=float, default=1e-3, help="(default: 1e-3)")
-    help_ = "episodes of each task (default: 24)"
-    add("--demonstrations", type=int, default=24, help=help_)
-    help_ = "others, to compare choices with (default: 4)"
-    add("--held-out", type=int, default=4, help=help_)
-    help_ = "episodes of each task in a round in which the policy acts (default: 6)"
-    add("--corrections", type=int, default=6, help=help_)
-    add("--rounds", type=int, default=2, help="of these (default: 2)")
-    add("--seed", type=int, default=0)
-    add("--folder", required=True, help="where training state is kept")
-    add("--output", required=True, help="folder of the scorer to write")
+    help_ = "held-out episodes of each task, to compare choices (default: 4)"
+    add("--held-out", type=int, default=4, metavar="N", help=help_)
+    _add_training(parser, 600, 32, 1e-3, (24, 6, 2))
+    _add_folders(parser, "scorer")
 
 
-def _add_chunks(commands) -> None:
-    help_ = "train a small pi0-FAST that answers in chunks of actions, resuming"
-    parser = commands.add_parser("chunks", help=help_)
+def _add_chunks(parser: Parser) -> None:
     add = parser.add_argument
-    help_ = "the policy that it begins with (default: demo-policy)"
+    help_ = "policy to take the first weights from (default: demo-policy)"
     add("--teacher", default="demo-policy", help=help_)
-    add("--start", help="folder of a policy of its own shape to go on with instead")
-    add("--steps", type=int, default=6000, help="(default: 6000)")
-    help_ = "of these, those that only learn to see as the teacher does (default: 500)"
-    add("--align", type=int, default=500, help=help_)
-    add("--batch", type=int, default=32, help="frames in a step (default: 32)")
-    add("--learning-rate", type=float, default=1e-3, help="(default: 1e-3)")
-    help_ = "episodes of each task (default: 100)"
-    add("--demonstrations", type=int, default=100, help=help_)
-    help_ = "episodes of each task in a round of DAgger (default: 8)"
-    add("--corrections", type=int, default=8, help=help_)
-    add("--rounds", type=int, default=3, help="of DAgger (default: 3)")
-    add("--seed", type=int, default=0)
-    add("--folder", required=True, help="where training state is kept")
-    add("--output", required=True, help="checkpoint folder to write")
+    help_ = "folder of a small pi0-FAST to continue from instead"
+    add("--start", metavar="FOLDER", help=help_)
+    help_ = "first steps, which only align visual tokens (default: 500)"
+    add("--align", type=int, default=500, metavar="N", help=help_)
+    _add_training(parser, 6000, 32, 1e-3, (100, 8, 3))
+    _add_folders(parser, "checkpoint")
+
+
+def _add_table(parser: Parser) -> None:
+    add = parser.add_argument
+    add("logs", nargs="+", metavar="LOG", help="files of `success --log`")
+    help_ = "policy to time (default: demo-policy)"
+    add("--model", default="demo-policy", help=help_)
+    add("--plot", metavar="PNG", help="draw the table to a PNG file")
+    help_ = "training step of each log, for a table by step"
+    add("--steps", nargs="+", type=int, metavar="STEP", help=help_)
+    help_ = "timed runs of each row; 0 leaves TTFT out (default: 15)"
+    add("--runs", type=int, default=15, metavar="N", help=help_)
 
 
 @command
