@@ -1,4 +1,4 @@
-"""How the weights that this project ships were made; not installed.
+"""Recipes: training of the weights that this project ships; not installed.
 
 Each folder is run from a clone, as `python -m recipes.NAME`. The PyTorch forms run on a
 GPU machine without MLX: there `mlx_tokprune` is a bare package, whose modules that

@@ -1,4 +1,4 @@
-"""How the code and the pages are written; the rules are in CONTRIBUTING.md."""
+"""Words of code and pages follow the rules in CONTRIBUTING.md."""
 
 import ast
 import re

@@ -12,7 +12,7 @@ from .stages import SceneArrays, draw_scenes
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """`SceneArrays` in MLX."""
+    """Scenes with their pixels, labels and questions as MLX arrays."""
 
     scenes: list[Scene]
     cells: dict[str, mx.array]
@@ -22,7 +22,7 @@ class SceneBatch:
 
 
 def as_batch(drawn: SceneArrays) -> SceneBatch:
-    """What was drawn, in MLX."""
+    """Return drawn scenes as MLX arrays."""
 
     def arrays(labels):
         return labels and {name: mx.array(array) for name, array in labels.items()}
@@ -32,6 +32,6 @@ def as_batch(drawn: SceneArrays) -> SceneBatch:
     return SceneBatch(drawn.scenes, cells, pixels, fine, drawn.questions)
 
 
-def make_batch(*about, **more) -> SceneBatch:
-    """Of `draw_scenes`."""
-    return as_batch(draw_scenes(*about, **more))
+def make_batch(*args, **options) -> SceneBatch:
+    """Draw scenes with the arguments of `draw_scenes`; return them as MLX arrays."""
+    return as_batch(draw_scenes(*args, **options))

@@ -1,4 +1,4 @@
-"""How the demo policy is trained: demonstrations, cloning, and DAgger rounds.
+"""Training of the demo policy: demonstrations, cloning, and DAgger rounds.
 
 Visual tokens are dropped in most batches, at random or by noisy trimvla scores, so that
 one policy serves several budgets. Every batch and every episode has its own seed and
@@ -31,7 +31,10 @@ _SAVE_EVERY = 100
 
 @dataclass(frozen=True)
 class Cloning:
-    """How much of everything. The expert acts in `mixed` of the steps of a round."""
+    """Settings of a training.
+
+    mixed: share of the steps of a round of corrections in which the expert acts.
+    """
 
     demonstrations: int = 140  # episodes of each task
     steps: int = 16_000
@@ -45,7 +48,7 @@ class Cloning:
     scores_weight: float = 0.1
 
     def scaled(self, scale: float) -> "Cloning":
-        """The same in small, to try it."""
+        """Return settings with every count multiplied by `scale`, at least 1."""
 
         def of(value: int) -> int:
             return max(1, int(value * scale))
@@ -61,7 +64,7 @@ class Cloning:
 
 
 class Trainer:
-    """Trains a policy in `folder`, which also holds the episodes."""
+    """Trainer of a policy; its state and its episodes are kept in `folder`."""
 
     def __init__(self, folder: Path, cloning: Cloning):
         self.folder, self.cloning = folder, cloning
