@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -33,19 +34,10 @@ Flags = argparse._ActionsContainer  # a parser or a group of one
 # Parsers and commands ---------------------------------------------------------------
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help formatter: help beside its flag, in the terminal's width up to 100."""
-
-    def __init__(self, prog: str):
-        columns = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns
-        super().__init__(prog, max_help_position=28, width=min(columns, 100) - 2)
-
-
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    try:
-        return _Formatter(prog)
-    except (OSError, ValueError):  # no terminal
-        return argparse.RawDescriptionHelpFormatter(prog, 2, 28, 78)
+    """Return a formatter for the terminal's width, at most 100 columns."""
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width)
 
 
 class Parser(argparse.ArgumentParser):
@@ -227,6 +219,20 @@ def add_drafts(parser: Flags, words: Sequence[str], help_: str) -> None:
     add("--draft-model", metavar="MODEL", help=help_)
     many = {"action": "append", "default": [], "metavar": PLAN}
     add("--draft-prune", help="pruning of the draft; repeatable", **many)
+
+
+def add_output(parser: Flags, overlay: str, line: str) -> None:
+    """Add `--overlay`, `--json`, `--stages` and `--verbose`.
+
+    overlay, line: help of `--overlay` and of `--json`.
+    """
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--overlay", metavar="PNG", help=overlay)
+    add("--json", action="store_true", help=line)
+    help_ = "time each stage, which slows the run a little"
+    add("--stages", action="store_true", help=help_)
+    add_verbose(group)
 
 
 # Reading flags ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What cannot be exported to Core ML is refused in a sentence."""
+"""Models and options that cannot be exported to Core ML are refused in a sentence."""
 
 import dataclasses
 import os
@@ -11,6 +11,7 @@ from conftest import COREMLTOOLS_WARNINGS, TINY, needs_coremltools
 
 import mlx_tokprune
 from mlx_tokprune import Pruner
+from mlx_tokprune.convert import convert
 from mlx_tokprune.coreml import __main__ as cli
 from mlx_tokprune.coreml import export, lower
 from mlx_tokprune.coreml.export import ExportOptions, export_package
@@ -31,6 +32,9 @@ def demo():
     [
         ([], "no keep ratio was given; expected one, such as --keep-ratio 0.5"),
         (["--keep-ratio", "1"], "a keep ratio of 1 drops nothing"),
+        (["--prune", "norm:1"], "a keep ratio of 1 drops nothing"),
+        (["--prune", "norm:.5@2"], "'norm' prunes inside the language model"),
+        (["--method", "norm"], "no keep ratio was given"),
         (["--keep-ratio", "0"], "outside (0, 1]"),
         (["--keep-tokens", "64"], "all 64 visual tokens would be kept"),
         (["--keep-tokens", "65"], "the most is 64"),
@@ -168,6 +172,18 @@ def test_the_command(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "norm, 32 of 64 visual tokens -> image_features (1, 32, 64)" in shown
     assert os.listdir(tmp_path) == ["v.mlpackage"]
+
+
+def test_the_command_for_a_checkpoint_that_carries_a_pruner(tmp_path, capsys):
+    convert("demo", str(tmp_path / "half"), pruner=Pruner("norm", 0.5))
+    convert("demo", str(tmp_path / "inside"), pruner=Pruner("attention", 0.5, at=2))
+    package = str(tmp_path / "half.mlpackage")
+    cli.main(["--model", str(tmp_path / "half"), "--output", package])
+    assert "norm, 32 of 64 visual tokens" in capsys.readouterr().out
+    package = str(tmp_path / "inside.mlpackage")
+    with pytest.raises(SystemExit):
+        cli.main(["--model", str(tmp_path / "inside"), "--output", package])
+    assert "inside the language model, which a vision" in capsys.readouterr().err
 
 
 def test_the_command_for_a_method_of_another_place(tmp_path, capsys):

@@ -16,9 +16,9 @@ from ..cli import (
     Parser,
     add_adapter,
     add_drafts,
+    add_output,
     add_pruning,
     add_seed,
-    add_verbose,
     begin_logging,
     check_overlay,
     command,
@@ -72,15 +72,8 @@ def build_parser() -> Parser:
     help_ = "draft from the previous action (last), its rest (shifted) or n-grams"
     add_drafts(group, ("last", "shifted", "ngram"), help_)
     add_seed(group)
-    add = parser.add_argument_group("output").add_argument
-    add("--overlay", metavar="PNG", help="write a picture of the kept tokens")
-    add("--json", action="store_true", help="end stdout with one line of JSON")
-    add(
-        "--stages",
-        action="store_true",
-        help="time each stage, which slows the run a little",
-    )
-    add_verbose(parser)
+    overlay = "write a picture of the kept tokens"
+    add_output(parser, overlay, "end stdout with one line of JSON")
     return parser
 
 

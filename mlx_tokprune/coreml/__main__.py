@@ -22,6 +22,11 @@ from .describe import Function
 from .export import COMPRESSIONS, PRECISIONS, TARGETS, ExportOptions, export_package
 from .plan import check_platform, compute_plan, format_plan
 
+_NO_BUDGET = (
+    "no keep ratio was given; expected one, such as --keep-ratio 0.5, or --method none "
+    "for a package without pruning"
+)
+
 
 def build_parser() -> Parser:
     """Return the parser of `mlx_tokprune.coreml`."""
@@ -90,6 +95,9 @@ def main(argv: list[str] | None = None) -> None:
 
     source = resolve("demo" if args.model is None else args.model)
     model, _ = load(source, mx.float32, lazy=True)
+    pruners = pruners or list(model.carried)
+    if not pruners:
+        raise InputError(_NO_BUDGET)
     start = time.perf_counter()
     embedded = args.model in (None, "demo")
     name = "mlx_tokprune's demo model" if embedded else Path(args.model).name
@@ -103,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _pruners(args: argparse.Namespace) -> list[Pruner]:
-    """Return one pruner for each function of the package."""
+    """Return one pruner for each function; none for those of the checkpoint."""
     method, ratios, tokens = args.method, args.keep_ratio, args.keep_tokens
     options = read_options(args.option)
     if args.prune:
@@ -115,34 +123,25 @@ def _pruners(args: argparse.Namespace) -> list[Pruner]:
         plans = [read_plans([text], options, args.seed) for text in args.prune]
         if any(len(plan) > 1 for plan in plans):
             raise InputError("Core ML packages prune at the tower only; leave out +")
-        return [_at_tower(plan[0]) for plan in plans]
-    method = method or DEFAULT_METHOD
-    settings = {"at": args.at, "seed": args.seed, "options": options}
-    if get_method(method).name == "none" and not ratios and not tokens:
-        return [Pruner("none")]
-    if not ratios and not tokens:
-        raise InputError(
-            "no keep ratio was given; expected one, such as --keep-ratio 0.5, or "
-            "--method none for a package without pruning"
-        )
-    if 1 in ratios:
+        pruners = [plan[0] for plan in plans]
+    elif ratios or tokens:
+        settings = {"at": args.at, "seed": args.seed, "options": options}
+        budgets = [{"keep_ratio": ratio} for ratio in ratios]
+        budgets += [{"keep_tokens": number} for number in tokens]
+        method = method or DEFAULT_METHOD
+        pruners = [Pruner(method, **settings, **budget) for budget in budgets]
+    elif method and get_method(method).name == "none":
+        pruners = [Pruner("none")]
+    elif method or args.at or options:
+        raise InputError(_NO_BUDGET)
+    else:
+        pruners = []
+    if any(pruner.keep_ratio == 1 for pruner in pruners):
         raise InputError(
             "a keep ratio of 1 drops nothing; leave it out (several keep ratios come "
             "with the function 'unpruned'), or give --method none alone"
         )
-    budgets = [{"keep_ratio": ratio} for ratio in ratios]
-    budgets += [{"keep_tokens": number} for number in tokens]
-    return [Pruner(method, **settings, **budget) for budget in budgets]
-
-
-def _at_tower(pruner: Pruner) -> Pruner:
-    """Return `pruner`; refuse one inside the language model, which no package holds."""
-    if pruner.place == "layer":
-        raise InputError(
-            f"Core ML packages prune at the tower only, not {pruner.at!r}; expected "
-            f"{pruner.method}:BUDGET@tower"
-        )
-    return pruner
+    return pruners
 
 
 def format_package(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from ..measure.results import Row
 from .items import Item
 
 
+@dataclass(frozen=True)
 class Answer:
     """Answer of one row, with its distributions at the unpruned answer's tokens.
 
@@ -21,16 +23,11 @@ class Answer:
     needed: kept share of the tokens that the question needs, `None` if unknown.
     """
 
-    def __init__(
-        self,
-        ids: list[int],
-        logs: mx.array,
-        kept: float = 0,
-        flops: float | None = None,
-        needed: float | None = None,
-    ):
-        self.ids, self.logs = ids, logs
-        self.kept, self.flops, self.needed = kept, flops, needed
+    ids: list[int]
+    logs: mx.array
+    kept: float = 0
+    flops: float | None = None
+    needed: float | None = None
 
     def divergence(self, other: "Answer") -> float:
         """Return the KL divergence of `other` from this, mean over tokens, in nats."""

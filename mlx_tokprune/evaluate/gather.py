@@ -69,7 +69,7 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints and writes the result."""
+        """True in the process that prints and writes the result."""
         return self.rank == 0
 
     def share(self, total: int) -> list[int]:

@@ -39,7 +39,7 @@ class Item:
 
     @property
     def is_file(self) -> bool:
-        """Whether the picture is a file."""
+        """True if the picture is a file."""
         return self.image is None and self.draw is None
 
     def load(self) -> Image.Image:

@@ -18,8 +18,8 @@ from ..cli import (
     Flags,
     Parser,
     add_adapter,
+    add_output,
     add_pruning,
-    add_verbose,
     begin_logging,
     check_overlay,
     command,
@@ -69,15 +69,8 @@ def build_parser() -> Parser:
     _add_vision(parser.add_argument_group("images"))
     _add_sampling(parser.add_argument_group("generation (as in mlx-lm)"))
     add_answer_drafts(parser.add_argument_group("speculative decoding"))
-    add = parser.add_argument_group("output").add_argument
-    add("--overlay", metavar="PNG", help="write a picture of the last kept tokens")
-    add("--json", action="store_true", help="print a line of JSON after each answer")
-    add(
-        "--stages",
-        action="store_true",
-        help="time each stage, which slows the run a little",
-    )
-    add_verbose(parser)
+    overlay = "write a picture of the last kept tokens"
+    add_output(parser, overlay, "print a line of JSON after each answer")
     return parser
 
 

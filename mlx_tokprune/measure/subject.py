@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -371,21 +371,6 @@ class ActionSubject(_Subject):
 
 
 OwnSubject = AnswerSubject | ActionSubject
-
-
-class Subject(Protocol):
-    """Model that bench and evaluate measure, in this package's runtime or mlx-vlm's.
-
-    name: its name in tables. kind: `answering` or `acting`.
-    """
-
-    name: str
-    kind: str
-    model: Any
-
-    def default_methods(self) -> list[str]:
-        """Return the methods to measure by default."""
-        ...
 
 
 def subject_of(

@@ -69,11 +69,10 @@ class Loop:
 
     optimizer: AdamW with `warm_cosine` rates when `None`. begin: first step of `run`.
     Raises `InputError` where the state in `folder` has another schedule.
-    Nothing is compiled, unlike in mlx_lm.tuner. A compiled update takes 6 ms in place
-    of 18, but 17 s of a cold C++ compiler, which 300 steps do not give back; batches
-    differ in shape, and a compiled loss takes 0.41 s in place of 0.43 (LoRA on the
-    demo, two busy CPU cores, median of 11: `benchmarks/training_step.py --compile
-    --batch 4 --questions 2`).
+    Nothing is compiled, unlike in mlx_lm.tuner: batches differ in shape, and each shape
+    is compiled anew. A compiled loss takes 0.41 s in place of 0.43, a compiled update 6
+    ms in place of 18 (LoRA on the demo, two busy CPU cores, median of 11:
+    `benchmarks/training_step.py --compile --batch 4 --questions 2`).
     """
 
     def __init__(
