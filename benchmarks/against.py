@@ -1,10 +1,10 @@
-"""This package against another installation of it: TTFT, decoding, action, interleaved.
+"""Compare this package with another installation of it: TTFT, decoding and actions.
 
     python benchmarks/against.py --other OTHER/.venv/bin/python --runs 15
     python benchmarks/against.py --other ... --model FOLDER --runs 5
 
-Each side is a process of its own that holds its models; they are asked in turn, so that
-a machine that slows down slows both. Prints medians and the median of the ratios.
+Each side is a process that holds its models. The sides take turns, so that a machine
+that slows down slows both. Prints medians and the median of the ratios.
 """
 
 import argparse

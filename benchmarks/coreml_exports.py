@@ -1,12 +1,12 @@
-"""Core ML packages of a model: size, time, memory, and how close they come to MLX.
+"""Measure Core ML packages of a model: size, time, memory, and difference from MLX.
 
     python benchmarks/coreml_exports.py --model FOLDER [--picture FILE] [--methods ...]
 
-Each package is written by a process of its own, read back from disk, and run by the
-NumPy interpreter of tests/mil.py on one picture. The last columns are the shares of the
-kept tokens that MLX keeps in float32, and, for merging methods, of all tokens that join
-the group they join there. Needs the extras coreml and test; runs on
-Linux, where Core ML itself does not.
+A separate process writes each package, which is read back from disk and run by the
+NumPy interpreter of tests/mil.py on one image. The last columns are shares: of the kept
+tokens, those that MLX in float32 keeps, too; for merging methods, of all tokens, those
+in the same group. Needs the extras coreml and test; runs on Linux, where Core ML itself
+does not.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def export(model, path, method, ratios, options) -> tuple[float, float]:
-    """Seconds and peak memory (GB) of the command that writes `path`."""
+    """Write `path` in a process; return its seconds and peak memory (GB)."""
     command = [sys.executable, "-m", "mlx_tokprune.coreml", "--model", model]
     command += ["--method", method, "--output", str(path), "--keep-ratio"]
     command += [*map(str, ratios), *options]

@@ -1,4 +1,4 @@
-"""The demo model run by mlx-vlm: a folder that it loads, and the same questions.
+"""Write the demo model as a folder that mlx-vlm loads, and evaluate both.
 
     pip install -e '.[mlx-vlm]'
     python benchmarks/demo_in_mlx_vlm.py FOLDER [FUSED]
@@ -11,9 +11,9 @@
         [--positions contiguous]
 
 mlx-vlm's FastVLM has the sizes of Apple's tower in its code; the folder's `model_file`
-has the demo's. Its chat template is FastVLM's own. There is one question about each of
-128 held-out pictures: mlx-vlm looks at a picture anew for each answer. FUSED is what
-`mlx_tokprune train fuse` wrote, in the place of the demo.
+has the demo's sizes. The chat template is FastVLM's. Each of 128 held-out images has
+one question, because mlx-vlm encodes the image again for each answer. FUSED is a folder
+that `mlx_tokprune train fuse` wrote; it replaces the demo.
 """
 
 import json
@@ -39,7 +39,7 @@ class VisionConfig(fastvlm.VisionConfig):
     embed_dims = {embed_dims}
     mlp_ratios = {mlp_ratios}
 '''
-UNUSED = "vision_tower.vision_model.head.proj"  # mlx-vlm wants it all the same
+UNUSED = "vision_tower.vision_model.head.proj"  # unused, but mlx-vlm requires it
 
 
 def main() -> None:

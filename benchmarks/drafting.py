@@ -1,14 +1,14 @@
-"""Drafted answers about pictures: how many calls they save, and how much time.
+"""Measure the calls and the time that drafting saves for answers about images.
 
     python -m recipes.testbed
     python benchmarks/drafting.py --model testbed --data testbed --pictures 8
     python benchmarks/drafting.py --model FOLDER --draft-model FOLDER --image FILE ...
 
-Every question is answered without a draft and with each, in turns; how many answers
-are equal, token for token, is said: a call that checks several tokens rounds otherwise,
-so a tie can fall otherwise. Times are those after the first token, since a draft does
-not change that: what a model that drafts takes to look at the picture is among them. A
-call of the language model reads its weights once, however many tokens it checks.
+Every question is answered without a draft and with each draft, in turns. The first
+column counts the answers with equal tokens: a call that checks several tokens rounds
+differently, so a tie can break differently. Times start after the first token, which a
+draft does not change; they include the time that a draft model takes to encode the
+image. A call of the language model reads its weights once, for any number of tokens.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PROMPTS = ("Describe the picture in detail.", "What can be done with the things 
 
 
 def kinds(loaded, args) -> dict:
-    """What drafts, by name."""
+    """Return the drafts by name; `None` for no draft."""
     found = {"no draft": None, "n-gram, 8": NgramDrafts()}
     for ratio, count in ((1.0, 3), (args.draft_ratio, 3), (args.draft_ratio, 1)):
         pruner = Pruner("norm", ratio, at="prompt")
@@ -41,7 +41,7 @@ def kinds(loaded, args) -> dict:
 
 
 def answer(loaded, images, prompt, drafts, plan, most: int):
-    """Tokens, calls and seconds after the first."""
+    """Return the tokens, and the calls and seconds after the first token."""
     asked = {"pruner": plan, "draft": drafts, "max_tokens": most}
     pieces, begun = [], 0.0
     for piece in stream_generate(*loaded, images, prompt, **asked):
@@ -52,7 +52,7 @@ def answer(loaded, images, prompt, drafts, plan, most: int):
 
 
 def drawn(data: str, count: int) -> list:
-    """Pictures of questions, each once."""
+    """Return the distinct images of `count` images' questions."""
     items = read_questions(data, count, None).items
     first = {item.picture: item for item in reversed(items)}
     return [item.load() for item in reversed(first.values())]
@@ -98,7 +98,7 @@ def report(found: dict, title: str) -> None:
         same = sum(own[0] == other[0] for own, other in pairs)
         tokens = sum(len(own[0]) - 1 for own in results)
         each = tokens / sum(calls for _, calls, _ in results)
-        # Of answers that became shorter or longer no times can be compared.
+        # Only equal answers have comparable times.
         ratios = [own[2] / other[2] for own, other in pairs if own[0] == other[0]]
         time_ = statistics.median(ratios)
         print(f"| {name} | {same}/{len(pairs)} | {each:.2f} | {time_:.2f} |")

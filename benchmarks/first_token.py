@@ -1,12 +1,12 @@
-"""Time to first token of a wide picture: as trained, without its padding, asked again.
+"""Measure TTFT of a wide image: reference, pruned, without padding, and asked again.
 
     python benchmarks/first_token.py FOLDER [--picture FILE] [--runs 5]
 
-FOLDER is a converted FastVLM. The picture (16:9 unless one is given) is asked about
+FOLDER is a converted FastVLM. The image is 16:9 by default. A first question is asked
 with reference preprocessing and no pruning, with `--padding skip`, with `norm` at a
-keep ratio of 0.5, with both; a second question follows each, through a `Memory`. All
-rows take turns within a round, in one process after a warm-up; figures are medians,
-and ratios are medians of the rounds' ratios to the first row.
+keep ratio of 0.5, and with both; a second question follows each through a `Memory`. All
+rows take turns within a round, in one process after a warm-up. Figures are medians;
+ratios are medians of each round's ratio to the first row.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROWS = {
 
 
 def sixteen_by_nine(width: int = 1920, height: int = 1080) -> Image.Image:
-    """A picture with something everywhere."""
+    """Return an image with detail in every part."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / (17 + 9 * c) + y / (31 - 5 * c)) for c in range(3)]
     return Image.fromarray((127 + 127 * np.stack(waves, -1)).astype(np.uint8))

@@ -1,8 +1,9 @@
-"""Whether memory stays flat over thousands of calls: resident size, and MLX's own.
+"""Measure memory growth over thousands of calls: resident size and MLX arrays.
 
     python benchmarks/flat_memory.py --model tests/data/fastvlm-tiny --answers 10000
 
-Prints how much each kind of call had grown at its end over its first tenth. Linux only.
+Prints the growth of each kind of call from the end of its first tenth to the last call.
+Linux only.
 """
 
 import argparse

@@ -1,16 +1,17 @@
-"""What scorers could learn to keep on the demo: tokens ordered by each goal itself.
+"""Measure the demo's accuracy with tokens kept by the goals that scorers learn.
 
     python benchmarks/goals.py --pictures 128 --goals gradient 0 1 2 3 "1 2 3"
 
-Eight questions about each picture; the pictures are the next that a training would draw
-behind the 4,096 of the shipped scorers. A goal is what `mlx_tokprune train prune
---imitate` takes: `gradient`, which knows the right answer, or layers whose attention is
-summed. By the question's own goal tokens are kept as a scorer at the prompt would, by
-the mean of the goals of a picture's questions, or of their squares (`--sharpen 2`), as
-one at the tower would; nothing is learned, so this is what learning could come near to.
-`best` is the token that makes the right answer most probable alone, of the eight that
-`gradient` puts first; `--scorers` are trained ones. Right answers in percent, and of
-one token by the question's first two words.
+Each image has eight questions; the images are those that a training run would draw next
+after the 4,096 of the shipped scorers. A goal is a value of `mlx_tokprune train prune
+--imitate`: `gradient`, which knows the correct answer, or layers whose attention is
+summed. The question's own goal keeps tokens as a scorer at the prompt would; the mean
+of the goals of an image's questions, or of their squares (`--sharpen 2`), keeps them as
+a scorer at the tower would. Nothing is learned, so the accuracy is one that a scorer
+could approach. `best` is, of the eight top tokens of `gradient`, the one token that
+makes the correct answer most probable. `--scorers` are trained scorers. Figures are
+percent of correct answers; those for one token are also by the question's first two
+words.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from mlx_tokprune.train.packing import Questions, answer_logits, exact_matches
 from mlx_tokprune.train.samples import read_samples
 from mlx_tokprune.train.scorer import GRADIENT, Lesson, ScorerLoss, goal_of, score
 
-KNOWN = 4096  # pictures that the shipped scorers learned from
-COUNTS = (16, 7, 3, 1)  # tokens that are kept
+KNOWN = 4096  # training images of the shipped scorers
+COUNTS = (16, 7, 3, 1)  # numbers of kept tokens
 
 
 def right(model, batch: Batch, scores: mx.array, keep: int) -> np.ndarray:
-    """(Q,) whether each answer about one picture is right, from a row's best tokens."""
+    """Return (Q,) correctness of answers from the `keep` best tokens of each row."""
     kept = mx.sort(mx.argsort(-scores, axis=1)[:, :keep], axis=1)
     visual = model.project(batch.features.tokens)[0][kept]
     rows = (
@@ -44,7 +45,7 @@ def right(model, batch: Batch, scores: mx.array, keep: int) -> np.ndarray:
 
 
 def orders(losses: dict[str, ScorerLoss], learned: dict, model, item, batch: Batch):
-    """name, tokens (`None`: any number) and (Q, N) scores of one picture."""
+    """Yield name, budget (`None`: any) and (Q, N) scores of one image."""
     for name, loss in losses.items():
         goal = loss.goals(item, False)
         yield f"{name}, its question's", None, goal

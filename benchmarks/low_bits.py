@@ -1,14 +1,13 @@
-"""What an adapter wins back of the accuracy that few bits lose, under pruning.
+"""Measure the accuracy that an adapter recovers after low-bit quantization and pruning.
 
     mlx_tokprune convert --hf-path demo --mlx-path low -q --q-bits 2 --q-group-size 32
     mlx_tokprune train lora --model low --dequantize --iters 60 --output adapter
     python benchmarks/low_bits.py --models low --adapter-paths adapter --pictures 128
 
-Held-out pictures of the demo, one question of each kind about each, greedy answers with
-95 % intervals (bootstrap over pictures). MLX's products of quantized weights are slow
-on a CPU, so what answers are the values of the quantized weights. The weights
-themselves answer about the first `--checked` pictures, and the largest difference of
-any logit is printed.
+Data are held-out images of the demo with one question of each kind. Answers are greedy;
+intervals are 95 % (bootstrap over images). MLX multiplies quantized weights slowly on a
+CPU, so the models compute with the dequantized values. The quantized weights answer
+about the first `--checked` images, and the largest difference of any logit is printed.
 """
 
 import argparse
@@ -38,7 +37,7 @@ PLANS = ("none", "norm:0.25")
 def asked(
     model, processor, pictures: int, size: int
 ) -> Iterator[tuple[Features, Questions]]:
-    """Features of `size` pictures at once, and the questions about them."""
+    """Yield the features of up to `size` images and the questions about them."""
 
     def ids(text: str) -> list[int]:
         return processor.tokenizer.encode(text, add_special_tokens=False)
@@ -54,7 +53,7 @@ def asked(
 
 
 def logits_of(model, prefix, text: str, features: Features, questions: Questions):
-    """(B, Q, L, V) under a plan at the tower."""
+    """Return (B, Q, L, V) logits under a plan at the tower."""
     plan = plan_for(model, read_plan(text)) if text != "none" else ()
     scene = Scene(None, Prompt(((),) * (len(features.tokens) + 1)))
     visual = prune_at_tower(model, scene, plan, features)

@@ -1,12 +1,12 @@
-"""What Metal would have to do, counted without a Mac: ours beside mlx-vlm's.
+"""Count Metal launches, bytes and FLOPs without a Mac: ours beside mlx-vlm's.
 
     pip install -e '.[parity]'
     python benchmarks/metal_cost.py FOLDER
 
 FOLDER is a converted FastVLM. For each stage up to the first token: kernel launches of
 the graph as written and under `mx.compile`, bytes that launches read and write, and
-FLOPs. A model of what Metal does (`mlx_tokprune.measure.cost`), not a measurement: it
-shows a change that is faster on this machine but worse there.
+FLOPs. The counts model Metal (`mlx_tokprune.measure.cost`) and are no measurement: they
+show a change that is faster on this machine but slower on a Mac.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def their_stages(folder: Path) -> dict:
 
 
 def line(name: str, functions: list, given: mx.array) -> str:
-    """The calls of a stage, added up."""
+    """Return the table row of a stage, with the costs of its calls added up."""
     cost = sum((count(function, given) for function in functions), Cost())
     fused = sum(launches_compiled(function, given) for function in functions)
     return (

@@ -1,4 +1,4 @@
-"""Where the time of one action goes on full-size OpenVLA, by share of tokens kept.
+"""Measure the stages of one action on full-size OpenVLA by keep ratio.
 
     python benchmarks/random_checkpoint.py OpenVLA-7B /tmp/OpenVLA-4 --dtype float32 \
         --layers 4
@@ -7,8 +7,8 @@
 The checkpoint may have fewer than OpenVLA's 32 language model layers, so that it fits
 in memory. Then prefill and decode are measured with all its layers and with half of
 them, and a straight line through both gives 32: a + b * layers. Preprocessing and
-vision do the same work at every ratio, so the scaled table takes one median of all.
-Runs are interleaved: every ratio is measured once before any is measured again.
+vision do the same work at every ratio, so the scaled table takes one median of all
+runs. Runs are interleaved: every ratio is measured once before any is measured again.
 """
 
 import argparse
@@ -40,7 +40,10 @@ Times = dict[tuple[int, float, str], float]
 
 
 class ShortPrompt(ActionProcessor):
-    """Prompts as long as Llama-2's; the tiny tokenizer has an id per letter."""
+    """Processor with prompts as long as Llama-2's.
+
+    The tiny tokenizer has an id per letter.
+    """
 
     def prompt(self, instruction: str) -> Prompt:
         start, ids = super().prompt(instruction).segments
@@ -52,7 +55,7 @@ class ShortPrompt(ActionProcessor):
 
 @contextlib.contextmanager
 def first_layers(model: OpenVLA, layers: int):
-    """The model with the first `layers` of its language model's layers."""
+    """Run the model with the first `layers` layers of its language model."""
     inner = model.language_model.model
     whole = inner.layers
     inner.layers = whole[:layers]
@@ -63,7 +66,7 @@ def first_layers(model: OpenVLA, layers: int):
 
 
 def measure(model: OpenVLA, processor, ratios: list[float], runs: int) -> Times:
-    """Medians of interleaved runs, after one of each shape that is not counted."""
+    """Return medians of interleaved runs, after one warm-up of each shape."""
     picture = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
     images = [mlx_tokprune.image.load_image(picture)]
     found: dict[tuple, list[float]] = defaultdict(list)
@@ -75,7 +78,7 @@ def measure(model: OpenVLA, processor, ratios: list[float], runs: int) -> Times:
 
 
 def measure_once(model: OpenVLA, processor, images: list, ratio: float) -> Times:
-    """Fenced stages at both depths, and one unfenced action with all layers."""
+    """Return times of fenced stages at both depths and of one whole unfenced action."""
     key, times = next(iter(processor.norm_stats)), {}
     asked = (model, processor, images, INSTRUCTION)
     how = {"unnorm_key": key, "pruner": Pruner("norm", ratio), "positions": "original"}
@@ -95,7 +98,7 @@ def depths(model: OpenVLA) -> tuple[int, int]:
 
 
 def scale(times: Times, less: int, more: int, ratios: list[float]) -> Times:
-    """Stages with 32 layers, from a line through both depths, and their sums."""
+    """Return the times with 32 layers, from a line through both depths."""
     scaled: Times = {}
     for ratio in ratios:
         for name in STAGES:
@@ -117,9 +120,10 @@ def scale(times: Times, less: int, more: int, ratios: list[float]) -> Times:
 
 
 def count_flops(args: ModelArgs, keep: int) -> dict[str, float]:
-    """Floating point operations before the first token, with 32 layers.
+    """Return the FLOPs of each stage before the first token, with 32 layers.
 
-    Two per weight and token, and four per channel and pair of tokens in attention.
+    Counts two per weight and token, and four per channel and pair of tokens in
+    attention.
     """
     text, tokens = args.text, 1 + keep + PROMPT
     width, inner = text["hidden_size"], text["intermediate_size"]
@@ -134,7 +138,7 @@ def count_flops(args: ModelArgs, keep: int) -> dict[str, float]:
 
 
 def tower_flops(tower: ViTConfig) -> float:
-    """Of the patches and of every block but the last, which does not run."""
+    """Return the FLOPs of a tower without its last block, which does not run."""
     width, patches = tower.embed_dim, tower.side**2
     tokens = patches + tower.prefix
     weights = 4 * width**2 + 2 * width * tower.hidden
@@ -153,7 +157,7 @@ def projector_weights(args: ModelArgs) -> int:
 
 
 def print_table(title: str, ratios: list[float], rows: dict[str, list[float]]) -> None:
-    """One row per name, one column per ratio, with digits by size."""
+    """Print one row per name and one column per ratio, with digits by size."""
     print(f"\n{title:38}" + "".join(f"{100 * ratio:>10.0f} %" for ratio in ratios))
     for name, values in rows.items():
         shown = (f"{v:12.0f}" if abs(v) >= 1e3 else f"{v:12.3g}" for v in values)
@@ -170,7 +174,7 @@ def time_rows(times: Times, layers: int, ratios: list[float]) -> dict:
 
 
 def saved(values: list[float]) -> list[float]:
-    """Percent less than the first."""
+    """Return the percentage by which each value is below the first."""
     return [100 * (1 - value / values[0]) for value in values]
 
 

@@ -1,4 +1,4 @@
-"""A vision tower as Apple's FastVLM app has it, read back, beside Apple's own module.
+"""Compare a vision tower read from a Core ML package with Apple's own module.
 
     git clone https://github.com/apple/ml-fastvlm
     pip install torch coremltools "numpy<2.3" -e .
@@ -6,10 +6,11 @@
     python benchmarks/parity_app.py ml-fastvlm [--full] [--size 256] [--half]
     python benchmarks/parity_app.py ml-fastvlm --write tests/data/fastvithd-tiny
 
-Apple's tower with random weights goes the way of its `export_vision_encoder.py`: it is
-traced, saved, and converted by coremltools. Prints the largest difference of what MLX
-computes from the package, relative to the largest value; exits 1 above 1e-3, or 1e-2
-with `--half`, which exports float16. The package that Apple publishes was not at hand.
+Apple's tower with random weights takes the steps of its `export_vision_encoder.py` for
+the FastVLM app: it is traced, saved, and converted by coremltools. Prints the largest
+difference of MLX's features from the package, relative to the largest value; exits 1
+above 1e-3, or 1e-2 with `--half`, which exports float16. The package that Apple
+publishes was not tested.
 """
 
 import argparse
@@ -43,7 +44,7 @@ SMALL = VisionConfig(
 
 
 class Tower(nn.Module):
-    """Apple's module under the names that it has in the app's export."""
+    """Apple's module under its names in the app's export."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -74,7 +75,7 @@ def make_tower(clone: Path, config: VisionConfig) -> Tower:
         stem_scale_branch=False,
         inference_mode=True,
     )
-    model.head = nn.Identity()  # of no use here, nor in the export
+    model.head = nn.Identity()  # unused here and in the export
     tower = Tower(model).eval().float()
     randomize(tower)
     return tower
@@ -113,7 +114,7 @@ def read_back(package: Path, config: VisionConfig) -> FastViTHD:
 
 
 def make_pixels(size: int) -> np.ndarray:
-    """(1, S, S, 3) in [0, 1], the same everywhere."""
+    """Return (1, S, S, 3) random pixels in [0, 1], equal on every machine."""
     return np.random.default_rng(0).random((1, size, size, 3), np.float32)
 
 

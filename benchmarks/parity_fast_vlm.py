@@ -1,15 +1,15 @@
-"""transformers' `fast_vlm` beside ours: features, projected tokens, logits, greedy ids.
+"""Compare our FastVLM with transformers' `fast_vlm`: features, logits and greedy ids.
 
     pip install torch transformers -e .
     pip install --no-deps timm torchvision
     python benchmarks/parity_fast_vlm.py [--full] [--size 256]
     python benchmarks/parity_fast_vlm.py --manifest FILE
 
-Random weights in a checkpoint as transformers saves it, loaded by us as it is and after
-`convert`; one square picture, whose pixels are ours. `--full`: the tower of full size.
-Prints the largest differences relative to the largest value; exits 1 when one exceeds
-1e-3 or ids differ. `--manifest` writes names and shapes of a full-size 0.5B checkpoint
-and its config, for `tests/data/manifests`.
+Our code loads a checkpoint with random weights as transformers saves it, and after
+`convert`. One square image is used, with our pixels. `--full`: the tower of full size.
+Prints the largest differences relative to the largest value; exits 1 when a difference
+exceeds 1e-3 or ids differ. `--manifest` writes names and shapes of a full-size 0.5B
+checkpoint and its config, for `tests/data/manifests`.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def make_model(text: dict, sizes: dict, features: int):
 
 @torch.no_grad()
 def randomize(module: nn.Module) -> None:
-    """Random weights and statistics whose activations stay near 1."""
+    """Fill a module with random weights and statistics that keep activations near 1."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in module.state_dict().items():
         if not tensor.is_floating_point():
@@ -95,7 +95,7 @@ def randomize(module: nn.Module) -> None:
 def save(model, folder: Path, size: int) -> None:
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["image_size"] = size  # ours alone; transformers takes any
+    config["vision_config"]["image_size"] = size  # read only by our model
     (folder / "config.json").write_text(json.dumps(config))
     for path in TINY.glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)
@@ -103,7 +103,7 @@ def save(model, folder: Path, size: int) -> None:
 
 @torch.no_grad()
 def answer(model, ids: list[int], pixels: torch.Tensor):
-    """Features, projected tokens, logits of the prompt, and greedy ids."""
+    """Return features, projected tokens, logits of the prompt, and greedy ids."""
     found = model.model.get_image_features(pixels)
     features = found.last_hidden_state.flatten(2).transpose(1, 2)
     made, logits = [], None

@@ -1,4 +1,4 @@
-"""Logits, tower and load of a converted folder: ours beside mlx-vlm's.
+"""Compare tower and logits of a converted folder with mlx-vlm's.
 
     pip install -e '.[parity]'
     python benchmarks/parity_mlx_vlm.py FOLDER [--runs 3]

@@ -1,13 +1,14 @@
-"""OpenVLA, OpenVLA-OFT and Prismatic beside timm, transformers and torch.
+"""Compare OpenVLA, OpenVLA-OFT and Prismatic with timm, transformers and torch.
 
     pip install torch transformers -e .
     pip install --no-deps timm torchvision
     python benchmarks/parity_openvla.py [--layers 4] [--hidden 512] [--heads 8]
 
-Towers of full size, a smaller Llama, random weights, one picture. The torch side makes
-its own pixels, features, sequence and actions; only the token ids of the prompt, OFT's
-pixels and what `trimvla` keeps are ours. Prints the largest difference of each stage
-relative to the largest value; exits 1 when one exceeds 1e-3 or ids differ. Needs 8 GB.
+Towers have full size and the Llama is smaller; weights are random. The torch side
+computes its own pixels, features, sequence and actions; only the token ids of the
+prompt, OFT's pixels and the indices that `trimvla` keeps are ours. Prints the largest
+difference of each stage relative to the largest value; exits 1 when a difference
+exceeds 1e-3 or ids differ. Needs 8 GB of memory.
 """
 
 import argparse
@@ -63,7 +64,7 @@ LIMIT = 1e-3
 
 
 class Report:
-    """Prints comparisons and counts those that failed."""
+    """Printer of comparisons that counts the failed ones."""
 
     def __init__(self):
         self.failed = 0
@@ -73,7 +74,7 @@ class Report:
         print(f"{name:<42} {result}{'' if right else '   FAILED'}", flush=True)
 
     def close(self, name: str, ours, theirs) -> None:
-        """max |a - b| / max |b|"""
+        """Print max |ours - theirs| / max |theirs|, which fails above `LIMIT`."""
         ours, theirs = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
         same = ours.shape == theirs.shape
         error = np.abs(ours - theirs).max() / np.abs(theirs).max() if same else np.nan
@@ -95,7 +96,7 @@ class Report:
 def write_checkpoint(
     report: Report, folder: Path, towers: list[Tower], projector, language
 ) -> dict:
-    """A checkpoint in OpenVLA's layout; returns its config."""
+    """Write a checkpoint in OpenVLA's layout and return its config."""
     with gzip.open(DATA / "manifests" / "OpenVLA-7B.json.gz") as file:
         manifest = json.load(file)
     text = language.config
@@ -141,7 +142,7 @@ def _vision(tensors: dict) -> list:
 
 
 def write_oft(folder: Path, source: Path, head, state_projector) -> dict:
-    """The policy of `source` as an OpenVLA-OFT one; returns its statistics."""
+    """Write the policy of `source` as OpenVLA-OFT and return its statistics."""
     folder.mkdir()
     for path in source.iterdir():
         os.link(path, folder / path.name)
@@ -170,9 +171,9 @@ def write_oft(folder: Path, source: Path, head, state_projector) -> dict:
 def compare_policy(
     report: Report, label: str, folder: Path, towers: list[Tower], language, seed: int
 ):
-    """One OpenVLA or Prismatic checkpoint; the towers are emptied after their turn.
+    """Compare an OpenVLA or Prismatic checkpoint with torch, and empty `towers`.
 
-    Returns the projector and the features of OFT's two pictures, for fused towers.
+    Return the projector and, for fused towers, the features of OFT's two images.
     """
     from torchvision.transforms import functional
 
@@ -241,13 +242,13 @@ def compare_policy(
 
 
 def logits_of(model, scene, visual) -> mx.array:
-    """Of the first action token, from these visual tokens."""
+    """Return (B, V) logits of the first action token from these visual tokens."""
     read, _ = run(model, scene, positions="original", vision=lambda *_: visual)
     return model.decoder.logits(read.hidden)[:, -1]
 
 
 def compare_converted(report, label, folder, picture, theirs, entry) -> None:
-    """The same through `convert`, unpruned."""
+    """Compare the checkpoint after `convert`, without pruning, with torch."""
     mx.clear_cache()
     target = convert(str(folder), str(folder.with_name("converted")))
     model, processor = mlx_tokprune.load(target, dtype=mx.float32)
@@ -263,7 +264,7 @@ def compare_converted(report, label, folder, picture, theirs, entry) -> None:
 
 
 def compare_oft(report, folder, source, language, projector, features) -> None:
-    """OpenVLA-OFT: two pictures, robot state, full attention, a chunk of actions."""
+    """Compare OpenVLA-OFT with torch: two images, robot state, a chunk of actions."""
     hidden = language.config.hidden_size
     head = randomize(MLPResNet(hidden), 4)
     layers = {"fc1": nn.Linear(STATE, hidden), "gelu": nn.GELU()}
@@ -300,7 +301,11 @@ def compare_oft(report, folder, source, language, projector, features) -> None:
 
 
 def check_full_attention(report: Report, language) -> None:
-    """The mask of zeros lets an early state see the last token; `None` does not."""
+    """Check that a mask of zeros gives full attention in transformers.
+
+    With this mask the first state depends on the last token; with the mask of ones,
+    which is causal, the first state does not.
+    """
     x = torch.randn(2, 8, language.config.hidden_size) * 0.02
     x[1, :-1] = x[0, :-1]
     for full in (True, False):
@@ -314,11 +319,11 @@ def check_full_attention(report: Report, language) -> None:
 
 
 class Stranger:
-    """Not a tensor."""
+    """Object that is not a tensor."""
 
 
 def check_refusals(report: Report, folder: Path) -> None:
-    """Pickles that hold more than tensors are refused in one line."""
+    """Check that `load` refuses pickles of other objects than tensors in one line."""
     shutil.copytree(DATA / "openvla-tiny", folder)
     for name, content in {
         "a class": {"a": Stranger()},
@@ -338,7 +343,7 @@ def check_refusals(report: Report, folder: Path) -> None:
 
 
 def make_picture(seed: int) -> np.ndarray:
-    """(240, 320, 3): coarse and fine noise."""
+    """Return a (240, 320, 3) image of coarse and fine noise."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (12, 16, 3)).repeat(20, 0).repeat(20, 1)
     return ((coarse + random.integers(0, 256, (240, 320, 3))) // 2).astype(np.uint8)
@@ -349,7 +354,7 @@ def oft_pictures() -> list[Image.Image]:
 
 
 def oft_pixels() -> np.ndarray:
-    """Cropped as our processor does; the model is compared, not the crop."""
+    """Return (2, 224, 224, 3) pixels, cropped by our code, which is not compared."""
     return preprocess_naive(oft_pictures(), 224, 0.9, Image.Resampling.LANCZOS)
 
 

@@ -1,18 +1,18 @@
-"""Time and memory of one answer: ours beside mlx-vlm's and transformers'.
+"""Measure time and memory of one answer: ours beside mlx-vlm's and transformers'.
 
     pip install -e '.[parity]'
     python benchmarks/peers.py FOLDER [--runs 5] [--tokens 32] [--startup] [--json FILE]
 
 FOLDER is a converted FastVLM. All sides run interleaved in this process after a
-warm-up, greedily and without stop tokens, in float32 on CPU and as stored elsewhere.
-TTFT is from the decoded picture and the prompt to the first token id on the host,
-decoding from there to the last of `--tokens`. transformers gets the same weights under
-its names, in a temporary folder. A peer that is not installed is left out; without any
-the exit code is 2.
+warm-up, greedily and without stop tokens, in float32 on CPU and in the stored type
+elsewhere. TTFT is from the decoded image and the prompt to the first token id on the
+host; decoding is from there to the last of `--tokens`. transformers gets the same
+weights under its names, in a temporary folder. A peer that is not installed is left
+out; without any peer the exit code is 2.
 
 Importing mlx_tokprune on Linux puts its OpenBLAS under both sides on MLX, and its
-allocator settings under the whole process. torch is imported before that and keeps its
-own BLAS, as its users have it: on ours it is many times slower.
+allocator settings under the whole process. torch is imported before and keeps its own
+BLAS, as in normal use; on our OpenBLAS torch is many times slower.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from sides import (
 )
 
 SCHEMA = "mlx_tokprune.peers/1"
-RATIOS = (0.5, 0.25)  # of `norm`, beside the peers' unpruned answer
+RATIOS = (0.5, 0.25)  # keep ratios of `norm`, beside the peers' unpruned answer
 SHORT = 0.5  # seconds
 FIRST_TOKEN = "peers.py: first token"
 LABELS = {
@@ -67,7 +67,7 @@ PEERS = {  # transformers first: it repairs torchvision, which mlx-vlm imports t
 
 
 class Stopwatch:
-    """Ids and the moments at which they came."""
+    """Recorder of token ids and their times."""
 
     def __init__(self):
         self.ids: list[int] = []
@@ -80,7 +80,10 @@ class Stopwatch:
 
 
 def time_tower(side, pixels: np.ndarray) -> float:
-    """Milliseconds. Short work is done twice: the first finds another side's caches."""
+    """Return the milliseconds of the tower.
+
+    A short run is repeated, because the first one finds another side's caches.
+    """
     for _ in range(2):
         start = time.perf_counter()
         side.tower(pixels)
@@ -91,7 +94,7 @@ def time_tower(side, pixels: np.ndarray) -> float:
 
 
 def measure_once(side, task: Task, pixels: np.ndarray, ratio: float) -> dict:
-    """Values by quantity; pruning leaves the tower as it is, so that has no row."""
+    """Return values by quantity; with pruning, the tower has no value of its own."""
     values, vision = {}, time_tower(side, pixels)
     if ratio == 1:
         values["vision_ms"] = vision
@@ -115,11 +118,14 @@ def measure_once(side, task: Task, pixels: np.ndarray, ratio: float) -> dict:
 
 
 def measure(sides: list, task: Task, pixels: np.ndarray, runs: int) -> dict:
-    """Lists of `runs` values by (side, keep ratio, quantity), after a warm-up."""
+    """Return lists of `runs` values by (side, keep ratio, quantity).
+
+    The first round warms up and is not counted.
+    """
     jobs = [(side, 1.0) for side in sides] + [(sides[0], ratio) for ratio in RATIOS]
     found = defaultdict(list)
     for number in range(runs + 1):
-        turn = number % len(jobs)  # nobody always follows the same side
+        turn = number % len(jobs)  # no side always follows the same one
         for side, ratio in jobs[turn:] + jobs[:turn]:
             for name, value in measure_once(side, task, pixels, ratio).items():
                 if number and value is not None:
@@ -128,7 +134,7 @@ def measure(sides: list, task: Task, pixels: np.ndarray, runs: int) -> dict:
 
 
 def compare(ours: Ours, peer, task: Task, pixels: np.ndarray) -> dict:
-    """How many of the first ids are the same, from the same pixels and from its own."""
+    """Return how many leading ids equal ours, from our pixels and the peer's own."""
     expected, same, own = Stopwatch(), Stopwatch(), Stopwatch()
     ours.answer(task, expected)
     peer.answer(task, same, pixels=pixels)
@@ -155,10 +161,10 @@ def _leading(ours: list[int], theirs: list[int]) -> int:
 def measure_startup(
     sides: dict[str, tuple], image: Path, runs: int, missing: dict
 ) -> dict:
-    """Seconds from interpreter to first token, and peak RSS, in fresh processes.
+    """Return seconds to the first token, and peak RSS, of fresh processes.
 
     sides: folder and prompt by name. Files are in the page cache after the warm-up.
-    Reasons of those that do not start go to `missing`.
+    The reasons of sides that do not start go to `missing`.
     """
     found = defaultdict(list)
     for number in range(runs + 1):
@@ -192,7 +198,7 @@ def _start(command: list) -> dict:
 
 
 def first_token(args: argparse.Namespace) -> None:
-    """The child of `measure_startup`: say when the first token is there."""
+    """Print a line when the first token is ready, as the child of `measure_startup`."""
     if args.first_token == MlxVlm.name:
         _preload_blas()
     kinds = {Ours.name: Ours} | {name: kind for name, (kind, _) in PEERS.items()}
@@ -206,7 +212,7 @@ def first_token(args: argparse.Namespace) -> None:
 
 
 def _preload_blas() -> None:
-    """Ours, under mlx-vlm, without importing our package."""
+    """Load our OpenBLAS under mlx-vlm without importing our package."""
     package = util.find_spec("mlx_tokprune").origin
     spec = util.spec_from_file_location("blas", Path(package).with_name("blas.py"))
     module = util.module_from_spec(spec)
@@ -215,7 +221,10 @@ def _preload_blas() -> None:
 
 
 def _peak_rss() -> float:
-    """MB. On Linux `getrusage` would count the parent's before the child's program."""
+    """Return the peak RSS in MB.
+
+    On Linux, `getrusage` also counts the parent's memory before the child's program.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         lines = status.read_text().splitlines()
@@ -227,7 +236,7 @@ def _peak_rss() -> float:
 
 
 def make_rows(found: dict, peers: list[str]) -> list[dict]:
-    """A row per peer, pruning and quantity."""
+    """Return a row per peer, pruning and quantity."""
     rows = []
     for peer in peers:
         for side, ratio, quantity in found:
@@ -360,7 +369,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_peers() -> tuple[list[str], dict[str, str]]:
-    """Names of the installed peers, and what the others lack."""
+    """Return the names of the installed peers, and what the other peers lack."""
     missing = {}
     for name, (_, modules) in PEERS.items():
         absent = [module for module in modules if util.find_spec(module) is None]
@@ -370,7 +379,7 @@ def find_peers() -> tuple[list[str], dict[str, str]]:
 
 
 def load_peers(names, missing: dict, ours: Ours, args, scratch: Path) -> list:
-    """Those that can be used on this folder; reasons of the others go to `missing`."""
+    """Return the peers that run on this folder; add the other peers to `missing`."""
     sides = []
     for name in names:
         try:
@@ -394,7 +403,7 @@ def describe_peer(side) -> str:
 
 
 def run(args: argparse.Namespace, names: list[str], missing: dict) -> dict:
-    """Measure everything and return what `--json` writes."""
+    """Measure all sides and return the record that `--json` writes."""
     from mlx_tokprune.checkpoints.embedded import PICTURES
     from mlx_tokprune.models.fastvlm import FastVLM
     from mlx_tokprune.processing.image import load_image

@@ -1,13 +1,13 @@
-"""What `RepeatPruner` saves on a screenshot with flat areas, in mlx-vlm, and costs.
+"""Measure the time that `RepeatPruner` saves and costs in mlx-vlm on a screenshot.
 
     pip install -e '.[test]'
     python benchmarks/random_vlm.py /tmp/qwen
     python benchmarks/pixel_pruning.py --model /tmp/qwen --runs 5
 
-Without `--model`, tiny models of tests, one of each family. The screenshot is drawn: a
+Without `--model`, runs the tiny test model of each family. The screenshot is drawn: a
 title bar, a side bar, lines of text, a photograph of noise. "noise" has no repeats: it
-shows what looking costs. Runs with and without take turns, after a warm-up; medians,
-and those of the ratios of each round.
+shows the cost of the search. Runs with and without the pruner take turns, after a
+warm-up. Figures are medians, and medians of the ratios of each round.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def screenshot(width: int, height: int) -> Image.Image:
 
 
 def steps(model, processor, text: str, file: str) -> list[float]:
-    """Seconds of the processor, of embeddings (the tower) and to the first token."""
+    """Return seconds of the processor, of embeddings (the tower) and to first token."""
     import mlx_vlm
     from mlx_vlm.utils import prepare_inputs
 
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def tiny(folder: Path) -> dict[str, Path]:
-    """Of tests, for larger pictures."""
+    """Write the tiny test models for larger images; return their folders by name."""
     import dataclasses
     import sys
 

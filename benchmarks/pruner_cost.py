@@ -1,12 +1,13 @@
-"""What each pruner costs, as a share of time to first token, on a full-size model.
+"""Measure the cost of each pruner as a share of TTFT on a full-size model.
 
     python benchmarks/random_checkpoint.py 0.5B /tmp/FastVLM-0.5B
     python benchmarks/pruner_cost.py /tmp/FastVLM-0.5B --ratio 0.11
 
-TTFT is unfenced and unpruned, from a decoded picture to the first token id. A pruner's
-time is from evaluated features to evaluated kept tokens; at the prompt it includes the
-first layer's queries and keys, that inside the language model the attention that it
-reads, on states of the right shape. Medians of interleaved runs.
+TTFT is unfenced and unpruned, from a decoded image to the first token id. A pruner's
+time is from evaluated features to evaluated kept tokens. At the prompt it includes the
+queries and keys of the first layer; inside the language model it includes the attention
+that the pruner reads, on states of the right shape. Figures are medians of interleaved
+runs.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import mlx.core as mx  # isort: skip
 import numpy as np  # isort: skip
 
 QUESTION = "Describe the image."
-RUNS = 5  # of a pruner in each round
+RUNS = 5  # runs of each pruner in a round
 
 
 def milliseconds(function: Callable) -> float:
@@ -36,7 +37,7 @@ def milliseconds(function: Callable) -> float:
 
 
 def of_pruners(model, processor, picture, ratio: float) -> dict[str, Callable]:
-    """By method, what it costs: a function that gives lazy arrays."""
+    """Return, by method, a function that runs its pruner and returns lazy arrays."""
     image = mlx_tokprune.image.load_image(picture)
     scene = Scene(mx.array(processor.pixels([image])), processor.prompt(QUESTION, 1))
     found = {}
@@ -61,7 +62,11 @@ def of_pruners(model, processor, picture, ratio: float) -> dict[str, Callable]:
 
 
 def inside(model, pruner: Pruner, total: int) -> Callable:
-    """At the first of its places, among 15 tokens before and 15 behind."""
+    """Return a function that runs a pruner inside the language model.
+
+    `total` visual tokens lie between 15 text tokens before and 15 after them; the
+    attention is that of layer 1.
+    """
     hidden = mx.random.normal((1, total + 30, model.args.text["hidden_size"]))
     where = slice(15, 15 + total)
     rows = {

@@ -1,11 +1,11 @@
-"""Quantization under pruning: weights and cache in 16, 8 and 4 bits, what it costs.
+"""Measure accuracy and bytes of weights and cache in 16, 8 and 4 bits under pruning.
 
     python benchmarks/quantization.py --pictures 512
     python benchmarks/quantization.py --pictures 512 --adapter-path DIR --bits 4
 
-The language model of `demo` is quantized by `convert`, the cache behind the prompt from
-the first answer token on. Bytes of weights are those of the file, bytes of the cache
-what a prompt of the demo fills.
+`convert` quantizes the language model of `demo`. The cache is quantized after the
+prompt, from the first answer token on. Bytes of weights are the file's size; bytes of
+the cache are those that a prompt of the demo fills.
 """
 
 import argparse
@@ -36,7 +36,10 @@ SETTINGS = ((16, 16), (8, 16), (4, 16), (16, 8), (16, 4), (4, 4))
 
 
 def cache_bytes(model: str, bits: int, plan: str | None) -> int:
-    """Of the cache after the prompt about a demo picture, in float16 or `bits`."""
+    """Return bytes of the cache after a prompt about a demo image.
+
+    bits: bits per value; 16 for an unquantized cache in float16.
+    """
     from mlx_lm.generate import maybe_quantize_kv_cache
 
     subject = subject_of("it", *mlx_tokprune.load(model, mx.float16))
@@ -54,7 +57,7 @@ def cache_bytes(model: str, bits: int, plan: str | None) -> int:
 
 
 def answers(model: str, bits: int, pictures: int, adapter: str | None) -> dict:
-    """The rows of `evaluate` by label."""
+    """Return the rows of `evaluate` by label."""
     with tempfile.TemporaryDirectory() as folder:
         output = f"{folder}/e.json"
         asked = ["--model", model, "--data", "demo", "--pictures", str(pictures)]

@@ -1,13 +1,13 @@
-"""Write a checkpoint of full size with random weights, as its authors store it.
+"""Write a full-size checkpoint with random weights in its authors' layout.
 
     python benchmarks/random_checkpoint.py 0.5B /tmp/FastVLM-0.5B --dtype float16
     python benchmarks/random_checkpoint.py OpenVLA-7B /tmp/OpenVLA-7B --dtype bfloat16
     python benchmarks/random_checkpoint.py pi0-FAST /tmp/pi0-FAST --dtype bfloat16
 
-Sizes 0.5B, 1.5B and 7B are FastVLM's; pi0-FAST is laid out as lerobot does. The names
-and shapes come from `tests/data/manifests`; tokenizers and a robot's statistics are
-those of the tiny test checkpoint. Weights are scaled so that activations stay finite,
-and large tensors repeat a random block.
+Sizes 0.5B, 1.5B and 7B are FastVLM's; pi0-FAST has lerobot's layout. The names and
+shapes come from `tests/data/manifests`; tokenizers and a robot's statistics come from
+the tiny test checkpoint. Weights are scaled so that activations stay finite, and large
+tensors repeat a random block.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def random_tensor(name: str, shape: list[int], dtype: mx.Dtype) -> mx.array:
 
 
 def normal(shape: list[int], scale: float, dtype: mx.Dtype) -> mx.array:
-    """Random normals, which repeat after `BLOCK` of them."""
+    """Return random normals that repeat after `BLOCK` values."""
     size = math.prod(shape)
     block = (scale * mx.random.normal([min(size, BLOCK)])).astype(dtype)
     return mx.tile(block, math.ceil(size / BLOCK))[:size].reshape(shape)
@@ -56,9 +56,10 @@ def normal(shape: list[int], scale: float, dtype: mx.Dtype) -> mx.array:
 def read_manifest(
     size: str, layers: int | None, cameras: int | None = None
 ) -> tuple[dict, Path]:
-    """The manifest, cut to `layers` of the language model, and the tokenizer's folder.
+    """Return the manifest and the folder of the tokenizer.
 
-    `layers` is for policies, `cameras` for pi0-FAST; `None` keeps them all.
+    layers: language model layers of a policy to keep. cameras: cameras of pi0-FAST to
+    keep. `None` keeps all.
     """
     name = {"pi0-FAST": "pi0_fast", "OpenVLA-7B": size}.get(size, f"FastVLM-{size}")
     path = TESTS / "manifests" / f"{name}.json.gz"
@@ -77,11 +78,11 @@ def read_manifest(
         config["input_features"] = {name: features[name] for name in seen}
         state = {"type": "STATE", "shape": [len(tiny["state"])]}
         config["input_features"]["observation.state"] = state
-        # Answers are random, and end nowhere: two tokens, to time one of each kind.
+        # Random answers never end: two tokens time one call of each kind.
         config |= {"validate_action_token_prefix": False, "max_decoding_steps": 2}
         return manifest, TESTS / "pi0fast-tiny"
     if size == "OpenVLA-7B":
-        config["empty_token_id"] = 5  # of the tiny tokenizer
+        config["empty_token_id"] = 5  # id in the tiny tokenizer
         if layers:
             config["text_config"] |= LLAMA_2_7B | {"num_hidden_layers": layers}
         return manifest, TESTS / "openvla-tiny"
@@ -89,7 +90,7 @@ def read_manifest(
 
 
 def layer_number(name: str) -> int:
-    """The language model layer of a policy's tensor; -1 for any other tensor."""
+    """Return the language model layer of a policy's tensor; -1 for other tensors."""
     match = re.search(r"language_model\.(?:model\.)?layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
 

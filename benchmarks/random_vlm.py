@@ -1,12 +1,13 @@
-"""Write a mid-size Qwen2.5-VL with random weights, in mlx-vlm's layout, to be timed.
+"""Write a mid-size Qwen2.5-VL with random weights in mlx-vlm's layout, for timing.
 
     pip install -e '.[test]'
     python benchmarks/random_vlm.py /tmp/qwen
     mlx_tokprune bench --runtime mlx-vlm --model /tmp/qwen --image PICTURE \
         --methods norm --keep-ratios 0.5 0.25 --tokens 4 --runs 5
 
-A language model of Qwen2.5-0.5B's layers (24 x 896), a tower of 12 x 640 with windows,
-patches of 14 px, merged two by two as in Qwen2.5-VL, and a small vocabulary.
+The language model has the layers of Qwen2.5-0.5B (24 x 896) and a small vocabulary. The
+tower is 12 x 640 with windows; its patches of 14 px are merged two by two, as in
+Qwen2.5-VL.
 """
 
 import dataclasses

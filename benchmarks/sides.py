@@ -1,4 +1,4 @@
-"""Who answers in `peers.py`: ours, mlx-vlm's model and transformers', one interface."""
+"""Sides of `peers.py` with one interface: ours, mlx-vlm's model and transformers'."""
 
 import json
 import shutil
@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Each side imports what it needs when it is made, so that `--startup` charges nobody
-# for another's imports.
+# Each side imports its packages when it is made, so that `--startup` never counts the
+# imports of another side.
 
 IMAGE_TOKEN = "<image>"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every side is asked; chat: the question in the model's chat template."""
+    """Image and question for every side.
+
+    chat: the question in the model's chat template. tokens: tokens to generate.
+    """
 
     image: Image.Image
     question: str
@@ -26,11 +29,11 @@ class Task:
 
 
 class Unfit(Exception):
-    """A side cannot run here or on this folder."""
+    """Error of a side that cannot run here or on this folder."""
 
 
 class MlxSide:
-    """What both sides on MLX share; `model` is set by the side."""
+    """Base class of the two sides on MLX; a subclass sets `model`."""
 
     @property
     def weights(self) -> int:
@@ -39,7 +42,7 @@ class MlxSide:
         return sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
 
     def peak_memory(self, run: Callable) -> float:
-        """MB during `run`, without what the other sides hold in this process."""
+        """Return the peak MB during `run`, without the memory of other sides."""
         import mlx.core as mx
 
         mx.reset_peak_memory()
@@ -58,7 +61,7 @@ class Ours(MlxSide):
         self.processor.tokenizer.eos_token_ids = []  # never stop
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """(1, S, S, 3), as all sides' `pixels`."""
+        """Return (1, S, S, 3) pixels, as `pixels` of every side does."""
         return self.processor.pixels([image])
 
     def tower(self, pixels: np.ndarray) -> None:
@@ -102,7 +105,10 @@ class MlxVlm(MlxSide):
         self.processor.image_processor.crop_size = {"height": size, "width": size}
 
     def _name_all_ids(self) -> None:
-        """As mlx-lm does: random checkpoints answer with ids that no tokenizer has."""
+        """Name the ids that the tokenizer lacks, as mlx-lm does.
+
+        Random checkpoints answer with such ids.
+        """
         names = getattr(self.processor.detokenizer, "tokenmap", None)
         if names is not None:
             size = self.model.language_model.model.embed_tokens.weight.shape[0]
@@ -110,7 +116,7 @@ class MlxVlm(MlxSide):
 
     @staticmethod
     def _fit_sizes(sizes: dict) -> None:
-        """mlx-vlm has the sizes of Apple's tower built in; the demo's is smaller."""
+        """Set the tower's sizes in mlx-vlm, whose defaults are Apple's."""
         from mlx_vlm.models.fastvlm.config import VisionConfig
 
         for name in ("layers", "embed_dims", "mlp_ratios", "cls_ratio"):
@@ -160,7 +166,7 @@ def _as_float32(model):
 
 
 class Transformers:
-    """transformers' FastVLM around timm's tower, from a folder in their layout."""
+    """FastVLM of transformers around timm's tower, from a folder in that layout."""
 
     name = "transformers"
 
@@ -230,12 +236,15 @@ class Transformers:
         )
 
     def peak_memory(self, run: Callable) -> None:
-        """Unknown: torch counts none on CPU, and RSS is that of the whole process."""
+        """Run without a measurement: torch reports no memory on CPU.
+
+        RSS is that of the whole process.
+        """
         run()
 
 
 class Streamer:
-    """Gives a callback each id that `generate` puts here; the prompt comes first."""
+    """Streamer for `generate` that calls back with each new id, without the prompt."""
 
     def __init__(self, on_token: Callable):
         self.on_token, self.started = on_token, False
@@ -253,7 +262,7 @@ class Streamer:
 
 
 def write_transformers(ours: Ours, folder: Path, target: Path) -> None:
-    """The weights of `folder` under the names of transformers and timm."""
+    """Write the weights of `folder` to `target` as transformers and timm name them."""
     import mlx.core as mx
 
     from mlx_tokprune.checkpoints.family import identify
@@ -290,7 +299,10 @@ def write_transformers(ours: Ours, folder: Path, target: Path) -> None:
 
 
 def rename(name: str, downsamplings: list[int]) -> str:
-    """MLX layout -> transformers; a stage starts with its downsampling."""
+    """Return transformers' name of a tensor in MLX layout.
+
+    downsamplings: layer numbers in the tower's network that start a stage.
+    """
     for ours, theirs in {
         "language_model.lm_head.": "lm_head.",
         "language_model.model.": "model.language_model.",

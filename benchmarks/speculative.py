@@ -1,4 +1,4 @@
-"""Drafted action tokens in closed loop: how many calls they save, and how much time.
+"""Measure the calls and the time that drafted action tokens save in closed loop.
 
     python benchmarks/speculative.py [--model FOLDER] [--episodes 2] [--tasks NAME ...]
     python benchmarks/speculative.py --model demo-pi0 --first 4 --episodes 4 \
@@ -6,16 +6,16 @@
     python benchmarks/random_checkpoint.py pi0-FAST pi0-4 --layers 4 --cameras 1
     python benchmarks/speculative.py --model demo-pi0 --first 4 --shape pi0-4
 
-Runs a demo policy, or another of its tasks, in Meta-World (extra `sim`). Every frame is
-given to policies with drafts and to one without, in turns; their actions must be equal,
-and the episode goes on with them. A call reads the weights of the language model once,
-so calls are what a large policy's decoding time is made of; those of a policy that
-drafts for itself (`--draft-ratio`) are not counted, but their time is.
+Runs a demo policy, or another policy for its tasks, in Meta-World (extra `sim`). Every
+frame goes to policies with drafts and to one without, in turns; their actions must be
+equal, and the episode continues with them. A call reads the weights of the language
+model once, so the number of calls sets the decoding time of a large policy. The calls
+of the drafter with `--draft-ratio` are not counted, but its time is.
 
-shape: a checkpoint of another size, on which calls that read as many tokens are timed,
-with all its layers and with half of them; a straight line through both gives what
-`--layers` of them would take. Only the sizes of the calls are those of the episodes:
-random weights accept nothing.
+shape: a checkpoint of another size. Calls with the same numbers of tokens are timed on
+it with all its layers and with half of them; a straight line through both gives the
+time of `--layers` layers. Only the sizes of the calls come from the episodes, because a
+model with random weights accepts no drafts.
 """
 
 import argparse
@@ -44,12 +44,12 @@ NAMES = {
     "ngram": "n-grams of the last answer",
     "self": "itself, pruned more",
 }
-# Tokens that each call of an answer read: the first one's besides the prompt.
+# Tokens read by each call of an answer; for the first call, those after the prompt.
 Calls = tuple[int, ...]
 
 
 class Watched:
-    """A policy, the calls that it made of the language model, and how long it took."""
+    """Policy that records its calls of the language model and its times."""
 
     def __init__(self, loaded, draft, first: int | None, pruner: Pruner):
         how = {"pruner": pruner, "compile": False, "draft": draft, "first": first}
@@ -82,7 +82,11 @@ class Watched:
 
 
 def act(watched: dict, tasks: list[str], episodes: int) -> tuple[int, list[int]]:
-    """Episodes that were solved, and which answers had no last one to draft from."""
+    """Run the episodes with every policy.
+
+    Return the number of solved episodes, and the index of the first answer of each
+    episode, which has no previous answer to draft from.
+    """
     solved, begun = 0, []
     for task in tasks:
         for episode in range(episodes):
@@ -109,7 +113,11 @@ def act(watched: dict, tasks: list[str], episodes: int) -> tuple[int, list[int]]
 
 
 def report(watched: dict, begun: list[int]) -> None:
-    """Answers that could be drafted; the first two of all warm up."""
+    """Print calls, tokens per call and relative time of each draft.
+
+    Leaves out the first answer of each episode, which has no draft, and the first two
+    answers, which warm up.
+    """
     plain = watched[False]
     rows = [n for n in range(2, len(plain.times)) if n not in begun]
     tokens = sum(plain.counts[n] for n in rows)
@@ -133,7 +141,7 @@ def report(watched: dict, begun: list[int]) -> None:
 
 
 def time_calls(model, processor, widths: set[int], reads: set[int], runs: int):
-    """Seconds by kind, layers and tokens, medians of interleaved runs."""
+    """Return median seconds by (kind, layers, tokens) of interleaved runs."""
     picture = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
     images = check_images(model, [picture] * len(model.cameras))
     state = [0.0] * model.args.state_size
@@ -171,7 +179,7 @@ def time_calls(model, processor, widths: set[int], reads: set[int], runs: int):
 
 
 def scale(times: dict, layers: int) -> dict:
-    """Seconds by kind and tokens with so many layers."""
+    """Return seconds by (kind, tokens) with `layers` layers, extrapolated linearly."""
     less, more = sorted({depth for _, depth, _ in times})
     found = {}
     for kind, depth, count in times:
@@ -189,7 +197,7 @@ def report_shape(folder: str, watched: dict, begun: list[int], layers, runs) -> 
     answers = {d: [one.answers[n] for n in rows] for d, one in watched.items()}
     every = [calls for some in answers.values() for calls in some]
     model, processor = mlx_tokprune.load(folder)
-    # Few sizes are timed; others lie on a line between them.
+    # Few sizes are timed; times of other sizes are interpolated.
     widths = {1, max(w for calls in every for w in calls[1:])}
     reads = {0, max(calls[0] for calls in every)}
     times = scale(time_calls(model, processor, widths, reads, runs), layers)

@@ -1,11 +1,11 @@
-"""Frames that change in one place: answers and vision time with `Temporal` and without.
+"""Compare answers and vision time with and without `Temporal` on changed frames.
 
     python benchmarks/temporal.py [--pictures 64]
 
-For each held-out picture of the demo, a block of 128 x 128 pixels at a random place is
-replaced by that of another picture. The demo model is asked its questions about the
-changed frame, seen whole and seen by `Temporal` after the unchanged one. Times take
-turns, after a warm-up.
+For each held-out image of the demo, a block of 128 x 128 pixels at a random place is
+replaced by the same block of another image. The demo model answers its questions about
+the changed frame twice: encoded whole, and encoded by `Temporal` after the unchanged
+frame. Both ways take turns, after a warm-up.
 """
 
 import argparse

@@ -12,9 +12,10 @@ SLOTS = CHUNK * NUMBERS
 
 
 def randomize(module: nn.Module, seed: int) -> nn.Module:
-    """Random parameters whose activations stay near 1, and in the embeddings near 0.02.
+    """Fill a module with random parameters that keep activations near 1.
 
-    Those are small as in trained models, so that the epsilon of each norm shows.
+    Embeddings are near 0.02, as in trained models, so that the epsilon of each norm
+    has an effect.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -32,7 +33,10 @@ def randomize(module: nn.Module, seed: int) -> nn.Module:
 
 
 class Tower:
-    """A tower of timm with Prismatic's normalisation; `act`: its activation."""
+    """Vision tower of timm with Prismatic's normalization.
+
+    act: the activation layer; `None` for timm's default.
+    """
 
     def __init__(self, timm_id: str, mean: list, std: list, act: str | None = None):
         import timm
@@ -44,13 +48,13 @@ class Tower:
         self.mean, self.std = mean, std
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) in [0, 1] -> normalised."""
+        """Return normalized pixels (B, 3, S, S) from pixels in [0, 1]."""
         from torchvision.transforms import functional
 
         return functional.normalize(pixels, self.mean, self.std)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Patch tokens of the second to last block, without the final norm."""
+        """Return patch tokens of the second to last block, without the final norm."""
         last = len(self.model.blocks) - 2
         pixels = self.normalize(pixels)
         return self.model.get_intermediate_layers(pixels, n={last})[0]
@@ -81,7 +85,7 @@ class Residual(nn.Module):
 
 
 class MLPResNet(nn.Module):
-    """OpenVLA-OFT's action head."""
+    """Action head of OpenVLA-OFT."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -99,7 +103,7 @@ class MLPResNet(nn.Module):
 
 
 def make_language(args: argparse.Namespace) -> nn.Module:
-    """A Llama that prefers action tokens, the last 256 before the padding."""
+    """Return a Llama that prefers action tokens, the last 256 before the padding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -117,7 +121,7 @@ def make_language(args: argparse.Namespace) -> nn.Module:
 
 
 def hidden_states(language, embeddings, positions, full: bool) -> torch.Tensor:
-    """(1, T, D) after the final norm; full: without a causal mask."""
+    """Return (1, T, D) states after the final norm; full: without a causal mask."""
     size = embeddings.shape[1]
     # Without any mask, transformers takes gaps in the positions for packed sequences.
     mask = torch.zeros(1, 1, size, size) if full else torch.ones(1, size)
@@ -130,7 +134,7 @@ def hidden_states(language, embeddings, positions, full: bool) -> torch.Tensor:
 
 
 def places(kept: torch.Tensor, total: int, after: int) -> torch.Tensor:
-    """Positions of `<s>`, the kept tokens of `total`, and `after` tokens more."""
+    """Return positions: `<s>`, the kept of `total` tokens, and `after` more tokens."""
     return torch.cat([torch.zeros(1).long(), 1 + kept, 1 + total + torch.arange(after)])
 
 
@@ -139,7 +143,7 @@ def embed(language, ids) -> torch.Tensor:
 
 
 def act(language, start: int, prompt, visual, kept) -> tuple[torch.Tensor, list[int]]:
-    """Logits after the prompt and seven greedy ids, without a cache."""
+    """Return logits after the prompt and seven greedy ids, without a cache."""
     ids, logits = [], None
     for _ in range(NUMBERS):
         after = embed(language, [*prompt, *ids])
@@ -153,7 +157,7 @@ def act(language, start: int, prompt, visual, kept) -> tuple[torch.Tensor, list[
 
 
 def regress(language, head, start: int, prompt, visual, kept, state) -> torch.Tensor:
-    """OpenVLA-OFT's chunk (8, 7) of normalised actions; `state` is one token."""
+    """Return OpenVLA-OFT's (8, 7) chunk of normalized actions; `state` is one token."""
     prompt, stop = embed(language, prompt), embed(language, [STOP])
     slots = torch.zeros(1, SLOTS, prompt.shape[-1])
     tail = torch.cat([state[:, None], prompt, slots, stop], dim=1)
@@ -165,7 +169,10 @@ def regress(language, head, start: int, prompt, visual, kept, state) -> torch.Te
 
 
 def largest(features: torch.Tensor, keep: int) -> torch.Tensor:
-    """(n, N, C) -> the `keep` tokens of largest norm of each picture, in order."""
+    """Return indices of the `keep` tokens of largest norm of each image, in order.
+
+    features: (n, N, C). Indices count over the n * N tokens of all images.
+    """
     chosen = features.norm(dim=-1).topk(keep).indices.sort().values
     return (chosen + features.shape[1] * torch.arange(len(features))[:, None]).ravel()
 
@@ -177,7 +184,7 @@ def to_units(values, entry: dict, epsilon: float = 0) -> np.ndarray:
 
 
 def bins(ids: list[int]) -> np.ndarray:
-    """OpenVLA's action tokens -> [-1, 1]."""
+    """Return the values in [-1, 1] of OpenVLA's action tokens."""
     edges = np.linspace(-1, 1, 256)
     centers = (edges[:-1] + edges[1:]) / 2
     return centers[np.clip(32000 - np.array(ids) - 1, 0, 254)]

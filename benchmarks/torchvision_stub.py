@@ -1,4 +1,4 @@
-"""A torchvision that was built for another torch, so that it can be imported."""
+"""Repair of a torchvision that was built for another torch."""
 
 import torch
 
@@ -8,7 +8,7 @@ _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 def repair_torchvision() -> None:
     """Declare the operators that a torchvision built for another torch lacks.
 
-    They are never called; without them neither timm nor transformers can be imported.
+    The operators are never called, but timm and transformers need them for import.
     """
     try:
         import torchvision  # noqa: F401

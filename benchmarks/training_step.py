@@ -1,14 +1,15 @@
-"""Time and memory of a training step: LoRA and scorers, with and without checkpoint.
+"""Measure time and memory of a training step: LoRA and scorers.
 
     python benchmarks/random_checkpoint.py 0.5B /tmp/FastVLM-0.5B --dtype float16
     python benchmarks/training_step.py --model /tmp/FastVLM-0.5B
     python benchmarks/training_step.py --compile --steps 11 --batch 32 --questions 5
 
-Each row is a process: one generated picture with one question a batch by default. The
-first step also encodes the picture, whose features are kept, and is left out of the
-median. Memory is the process's peak, weights and vision tower included. `--compile`
-times the two parts of a step, eager and under `mx.compile`, in turn in one process: the
-loss with its gradients, whose batch is then a constant, and the update of the weights.
+Each row is a process, with and without gradient checkpointing; by default a batch is
+one generated image with one question. The first step also encodes the image, whose
+features are kept, and is left out of the median. Memory is the process's peak, weights
+and vision tower included. `--compile` times the two parts of a step, eager and under
+`mx.compile`, in turn in one process: the loss with its gradients, whose batch is then a
+constant, and the update of the weights.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from mlx_tokprune.train.scorer import Lesson, train_scorer
 
 
 def train(args, step_of: Callable[[Loop, int], tuple[float, float]]) -> None:
-    """Train `args.row` on generated pictures with `step_of` as the loop's step."""
+    """Train `args.row` on generated images with `step_of` as the loop's step."""
     Loop._step = step_of
     model, samples = mlx_tokprune.load(args.model), read_samples("demo", args.batch)
     sizes, schedule = (args.batch, args.questions), Schedule(args.steps)
@@ -53,7 +54,7 @@ def train(args, step_of: Callable[[Loop, int], tuple[float, float]]) -> None:
 
 
 def measure(args) -> dict:
-    """Return the seconds of each step, and the peak size of the process in bytes."""
+    """Return the seconds of each step, and the peak memory of the process in bytes."""
     times, untimed = [], Loop._step
 
     def timed(loop: Loop, step: int):
@@ -68,7 +69,7 @@ def measure(args) -> dict:
 
 
 def compare(args) -> dict:
-    """Return the seconds of both parts of a step, eager and compiled, but the first."""
+    """Return seconds of both parts of each step but the first, eager and compiled."""
     times = collections.defaultdict(list)
 
     def timed(loop: Loop, step: int):

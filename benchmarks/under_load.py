@@ -1,11 +1,11 @@
-"""A tower beside busy processes: OpenBLAS with one thread, and with one for each core.
+"""Measure a tower beside busy processes: OpenBLAS with one thread and one per core.
 
     python benchmarks/under_load.py --runs 15
     OPENBLAS_THREAD_TIMEOUT=26 python benchmarks/under_load.py    # its own default
 
-Starts its own load: processes that do nothing but count. Rows are interleaved. The
-package has OpenBLAS's threads sleep as soon as they have nothing to do
-(`mlx_tokprune/runtime.py`). Linux only.
+Starts its own load: processes that run an empty loop. Rows are interleaved. The package
+makes OpenBLAS's threads sleep when they have no work (`mlx_tokprune/runtime.py`). Linux
+only.
 """
 
 import argparse

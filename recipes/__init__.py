@@ -1,8 +1,8 @@
 """Recipes: training of the weights that this project ships; not installed.
 
 Each folder is run from a clone, as `python -m recipes.NAME`. The PyTorch forms run on a
-GPU machine without MLX: there `mlx_tokprune` is a bare package, whose modules that
-need NumPy and Pillow alone can be imported.
+GPU machine without MLX: there `mlx_tokprune` is a bare package, and only modules that
+do not need MLX can be imported.
 """
 
 import importlib.util

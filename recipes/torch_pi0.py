@@ -1,15 +1,15 @@
-"""The small pi0-FAST in PyTorch, by the names that it has in MLX: its losses.
+"""PyTorch twin of the small pi0-FAST and its losses, with the tensor names of MLX.
 
-A twin of `recipes/policy/pi0fast.py`, which `chunks_in_torch.py` trains and
-compares with it (`check`). torch is imported when it is used.
+The MLX form is `recipes/policy/pi0fast.py`. `recipes/policy/chunks_in_torch.py` trains
+the twin and compares both (`check`). Functions import torch when they are called.
 """
 
-WIDTH, HEADS, SIZE = 192, 6, 32  # of the language model, and of a head
+WIDTH, HEADS, SIZE = 192, 6, 32  # language model: width, heads, width of a head
 TOWER, PATCHES = 128, 64
 
 
 def build(weights: dict):
-    """The policy as a torch module, from MLX-layout arrays."""
+    """Return the policy as a torch module, from MLX-layout arrays."""
     import torch
     from torch import nn
 
@@ -81,7 +81,7 @@ def heads(twin, x, name: str):
 
 
 def scores_of(twin, visual, text, asked):
-    """trimvla's scores (B, K)."""
+    """Return trimvla's scores (B, K) of visual tokens (B, K, D)."""
     import torch
 
     def norm(x):
@@ -96,7 +96,11 @@ def scores_of(twin, visual, text, asked):
 
 
 def losses(twin, batch: dict):
-    """(sum of cross-entropies, tokens, how far scores are off), or logits if `raw`."""
+    """Return the summed cross-entropy, its token count, and the scores' divergence.
+
+    The divergence is from trimvla's scores to the attention of the answers; 0 where the
+    batch is not scored. Returns logits (B, T, V) where the batch has `raw`.
+    """
     import torch
     import torch.nn.functional as functional
 

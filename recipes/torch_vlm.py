@@ -1,7 +1,7 @@
-"""The demo model and its helpers in PyTorch, by the names that they have in MLX.
+"""PyTorch twin of the demo model and its helpers, with the tensor names of MLX.
 
-A twin of `mlx_tokprune/train/student.py` and of the losses of `train/recipe.py`, which
-`tests/test_demo_in_torch.py` compares. `demo_in_torch.py` trains it.
+The MLX forms are `recipes/demo/student.py` and the losses of `recipes/demo/recipe.py`;
+`tests/test_demo_in_torch.py` compares both. `recipes/demo/in_torch.py` trains the twin.
 """
 
 import functools
@@ -26,7 +26,7 @@ def _safe(name: str) -> str:
 
 
 def to_torch(name: str, array: np.ndarray) -> Tensor:
-    """A tensor of the MLX layout with channels first."""
+    """Return an MLX-layout array as a channels-first tensor."""
     if array.ndim == 4:
         array = array.transpose(0, 3, 1, 2)
     elif ".layer_scale" in name:
@@ -35,7 +35,7 @@ def to_torch(name: str, array: np.ndarray) -> Tensor:
 
 
 def to_mlx(name: str, tensor: Tensor) -> np.ndarray:
-    """`to_torch` backwards."""
+    """Return a channels-first tensor as an MLX-layout array."""
     array = tensor.detach().float().cpu().numpy()
     if array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
@@ -45,10 +45,10 @@ def to_mlx(name: str, tensor: Tensor) -> np.ndarray:
 
 
 class Student(nn.Module):
-    """The FastVLM, the helper heads and the oracle.
+    """FastVLM with helper heads and oracle.
 
-    weights: by MLX's names and in its layout. config: as `student.DEMO_CONFIG`. prefix:
-    token ids before the picture.
+    weights: arrays by MLX name, in MLX layout. config: as `DEMO_CONFIG`. prefix: token
+    ids before the picture.
     """
 
     def __init__(self, weights: dict[str, np.ndarray], config: dict, prefix: list[int]):
@@ -64,7 +64,7 @@ class Student(nn.Module):
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The weights, as they were given."""
+        """Return the weights by MLX name, in MLX layout."""
         found = [*self.all.items(), *self.named_buffers()]
         named = ((n.replace("/", "."), t) for n, t in found if n != "prefix")
         return {name: to_mlx(name, tensor) for name, tensor in named}
@@ -86,7 +86,10 @@ class Student(nn.Module):
     # Tower --------------------------------------------------------------------------
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, S, 3) in [0, 1] -> visual tokens (B, N, C), fine (B, H, W, C')."""
+        """Return visual tokens (B, N, C) and fine features (B, H, W, C').
+
+        pixels: (B, S, S, 3) in [0, 1].
+        """
         x, fine, number = pixels.permute(0, 3, 1, 2), None, 0
         for place, stride in enumerate((2, 2, 1)):
             name = f"{TOWER}.patch_embed.blocks.{place}.reparam_conv"
@@ -145,9 +148,10 @@ class Student(nn.Module):
         return self._linear(hidden, "vlm.mm_projector.2")
 
     def answer_logits(self, visual, indices, total: int, ids) -> Tensor:
-        """(B, Q, L, V), as `train/packing.py`: questions do not see each other.
+        """Return logits (B, Q, L, V) of packed questions, as `train/packing.py`.
 
-        visual: (B, K, D) tokens `indices` (B, K) of `total`. ids: (B, Q, L).
+        Questions do not attend to each other. visual: (B, K, D), the tokens `indices`
+        (B, K) of `total`. ids: (B, Q, L).
         """
         (batch, count, length), device = ids.shape, ids.device
         start, shared = len(self.prefix), len(self.prefix) + visual.shape[1]
@@ -199,7 +203,7 @@ class Student(nn.Module):
     # Helpers ------------------------------------------------------------------------
 
     def oracle(self, cells: dict[str, Tensor]) -> Tensor:
-        """(B, N, D) tokens that say what is in each cell."""
+        """Return oracle tokens (B, N, D) of cell labels (B, N)."""
         total = self._linear(_place(cells), "oracle.place")
         for name in ("shape", "color", "word", "tens", "units"):
             rows = cells[name] + (0 if name in ("shape", "color") else 1)
@@ -207,17 +211,17 @@ class Student(nn.Module):
         return total * self.get("oracle.scale")
 
     def cell(self, tokens: Tensor, name: str) -> Tensor:
-        """Logits of what a head says about each cell."""
+        """Return the logits of the helper head `name` for each cell."""
         return self._linear(tokens, f"heads.cell.{name}").float()
 
     # Losses -------------------------------------------------------------------------
 
     def forward(self, loss: str, batch: dict) -> Tensor:
-        """`loss` of a stage: tower, language, align or joint.
+        """Return the loss of a batch.
 
-        batch: cells {(B, N)} and, where the stage has them, pixels (B, S, S, 3) in
-        [0, 1], fine {(B, H, W)}, ids and targets (B, Q, L); for `language` also keep,
-        uniform (B, N) and normal (B, keep, D).
+        loss: tower, language, align or joint. batch: cells {(B, N)} and, where the
+        stage has them, pixels (B, S, S, 3) in [0, 1], fine {(B, H, W)}, ids and targets
+        (B, Q, L); for `language` also keep, uniform (B, N) and normal (B, keep, D).
         """
         return getattr(self, f"{loss}_loss")(batch)
 
@@ -295,12 +299,12 @@ def _mask(shared: int, count: int, length: int, device) -> Tensor:
 
 
 def every(tokens: Tensor) -> Tensor:
-    """(B, N) indices of all tokens (B, N, C)."""
+    """Return indices (B, N) of all tokens (B, N, C)."""
     return torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
 
 def _place(labels: dict[str, Tensor]) -> Tensor:
-    """(B, N, 10): where the thing in a cell is, or the middle of an empty cell."""
+    """Return position features (B, N, 10) of each cell's thing, else of its centre."""
     side, occupied = CANVAS // CELL, labels["shape"] > 0
     cell = torch.arange(side * side, device=occupied.device)
     features = []
@@ -325,7 +329,7 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _classify(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Cross entropy, mean over what has weight; labels below 0 need weight 0."""
+    """Return the weighted mean of cross-entropies; labels below 0 need weight 0."""
     labels = labels.clamp(0, logits.shape[-1] - 1)
     losses = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
     return (losses * weights).sum() / weights.sum().clamp_min(math.ulp(1.0))

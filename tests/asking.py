@@ -1,4 +1,4 @@
-"""Questions to a model that answers, as several tests ask them."""
+"""Questions to a model that answers, shared by several tests."""
 
 import mlx.core as mx
 from conftest import TINY
@@ -16,6 +16,6 @@ def scene_of(processor, images, text: str) -> Scene:
 
 
 def answer(model, processor, images, prompt, **options) -> tuple[list[int], int]:
-    """Token ids, and prompt tokens that were known."""
+    """Return the token ids, and the number of prompt tokens read from a cache."""
     pieces = list(stream_generate(model, processor, images, prompt, **options))
     return [piece.token for piece in pieces], pieces[-1].reused

@@ -24,7 +24,7 @@ COREMLTOOLS_WARNINGS = [
 
 
 def needs_coremltools() -> None:
-    """Skip a whole module where coremltools has no wheel, and only there."""
+    """Skip the whole module if coremltools has no wheel for this platform."""
     machine = sys.platform == "darwin" or platform.machine() == "x86_64"
     if sys.version_info >= (3, 14) or not machine:
         pytest.skip("coremltools has no wheel for this Python", allow_module_level=True)
@@ -38,7 +38,7 @@ TINY_CHUNKS = DATA / "pi0fast-tiny"
 
 @pytest.fixture(autouse=True)
 def _same_methods():
-    """Methods that a test brings are unknown to the next one."""
+    """Restore the registry of methods after each test."""
     before = [(known, dict(known)) for known in (registry._METHODS, registry._NAMES)]
     yield
     for known, names in before:
@@ -48,7 +48,7 @@ def _same_methods():
 
 @pytest.fixture(scope="module")
 def not_compiled():
-    """MLX would call a C++ compiler for every family of mlx-vlm."""
+    """Disable `mx.compile`, which calls a C++ compiler for each mlx-vlm family."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -56,7 +56,7 @@ def not_compiled():
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """A tiny Qwen2-VL in mlx-vlm."""
+    """Return a tiny Qwen2-VL loaded by mlx-vlm."""
     from vlm.families import FAMILIES
     from vlm.loaded import Loaded
 
@@ -65,43 +65,43 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """(model, processor) of the tiny golden checkpoint, in its original layout."""
+    """Return (model, processor) of the tiny golden checkpoint in Apple's layout."""
     return mlx_tokprune.load(TINY)
 
 
 @pytest.fixture(scope="session")
 def expected():
-    """What the reference implementation computed for the tiny checkpoint."""
+    """Return the values that the reference computed for the tiny checkpoint."""
     return mx.load(str(TINY / "expected.safetensors"))
 
 
 @pytest.fixture(scope="session")
 def demo():
-    """(model, processor) of the embedded demo model."""
+    """Return (model, processor) of the embedded demo model."""
     return mlx_tokprune.load("demo")
 
 
 @pytest.fixture(scope="session")
 def demo_policy():
-    """(model, processor) of the embedded demo policy."""
+    """Return (model, processor) of the embedded demo policy."""
     return mlx_tokprune.load("demo-policy")
 
 
 @pytest.fixture(scope="session")
 def tiny_policy():
-    """(model, processor) of the tiny golden policy, in its original layout."""
+    """Return (model, processor) of the tiny golden policy in its original layout."""
     return mlx_tokprune.load(TINY_POLICY)
 
 
 @pytest.fixture(scope="session")
 def tiny_chunks():
-    """(model, processor) of the tiny pi0-FAST policy, in lerobot's layout."""
+    """Return (model, processor) of the tiny pi0-FAST policy in lerobot's layout."""
     return mlx_tokprune.load(TINY_CHUNKS)
 
 
 @pytest.fixture
 def policy_checkpoint(tmp_path):
-    """A writable copy of the tiny policy."""
+    """Return the folder of a writable copy of the tiny policy."""
     return copy_policy(tmp_path / "policy")
 
 
@@ -118,7 +118,7 @@ OFT = {"chunk": 3, "pictures": 2, "rule": "bounds_q99", "crop": 0.9}
 
 
 def side_tensors(proprio: int = 5, hidden: int = 96, actions: int = 7) -> dict:
-    """Random tensors under the names of OpenVLA-OFT's side files."""
+    """Return random tensors under the names of OpenVLA-OFT's side files."""
     shapes = {
         "layer_norm1": hidden * actions,
         "layer_norm2": hidden,
@@ -145,7 +145,7 @@ def side_tensors(proprio: int = 5, hidden: int = 96, actions: int = 7) -> dict:
 
 @pytest.fixture(scope="session")
 def oft_folder(tmp_path_factory):
-    """The tiny policy as an OpenVLA-OFT one with random heads, in one safetensors."""
+    """Return the tiny policy as OpenVLA-OFT, with random heads in one safetensors."""
     folder = copy_policy(tmp_path_factory.mktemp("oft") / "policy")
     weights = mx.load(str(folder / "model.safetensors")) | side_tensors()
     mx.eval(weights)
@@ -166,7 +166,7 @@ def oft_policy(oft_folder):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A writable copy of the tiny checkpoint."""
+    """Return the folder of a writable copy of the tiny checkpoint."""
     folder = tmp_path / "source"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -184,7 +184,7 @@ MANIFESTS = sorted((DATA / "manifests").glob("FastVLM*.json.gz"))
 
 
 def write_headers(folder: Path, tensors: dict, config: dict, shards: int = 2) -> None:
-    """A checkpoint of the right shapes whose bytes are a hole on the disk."""
+    """Write a checkpoint of these shapes as sparse files without data."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     names, weight_map = sorted(tensors), {}
@@ -213,7 +213,7 @@ def write_headers(folder: Path, tensors: dict, config: dict, shards: int = 2) ->
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
-    """Core ML packages of the demo model by method and options, written once."""
+    """Return a factory of demo-model Core ML packages, each written once."""
     from mlx_tokprune.checkpoints.hub import EMBEDDED
     from mlx_tokprune.coreml.export import ExportOptions, export_package
 

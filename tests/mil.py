@@ -1,8 +1,8 @@
-"""Reads Core ML packages back and runs them in NumPy, apart from what wrote them.
+"""Reader of Core ML packages that runs them in NumPy, independent of the exporter.
 
 A package is a protobuf program and a file of weights. Every operation is evaluated in
 float32 from its description in Apple's MIL reference, and rounded to the type that the
-program says, so that float16 programs lose what they would lose.
+program declares, so that float16 programs lose the same precision.
 """
 
 import json
@@ -21,7 +21,7 @@ SENTINEL = 0xDEADBEEF
 
 
 class Package:
-    """A package on disk; `predict` runs one of its functions."""
+    """Core ML package on disk; `predict` runs one of its functions."""
 
     def __init__(self, path: Path):
         data = Path(path) / "Data"
@@ -41,7 +41,7 @@ class Package:
         return function.block_specializations[function.opset]
 
     def kinds(self, function: str | None = None) -> list[str]:
-        """Types of the operations that are no constants, in order."""
+        """Return the types of the operations except constants, in order."""
         operations = self.block(function).operations
         return [o.type for o in operations if not o.type.startswith("const")]
 
@@ -76,7 +76,7 @@ class Package:
         return found if len(found) > 1 else found[0]
 
     def value(self, value):
-        """A constant, from the protobuf or from the file of weights."""
+        """Return a constant from the protobuf or from the file of weights."""
         tensor = value.type.tensorType
         dtype = TYPES[tensor.dataType]
         shape = tuple(d.constant.size for d in tensor.dimensions)
@@ -103,7 +103,7 @@ class Package:
 
 
 def _unpacked(raw: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Numbers of a few bits each, packed into bytes from the lowest bit on."""
+    """Unpack `count` numbers of `bits` bits each, lowest bit first."""
     spread = np.unpackbits(raw, bitorder="little")[: count * bits]
     return (spread.reshape(count, bits) * (1 << np.arange(bits))).sum(1)
 
@@ -127,12 +127,12 @@ def _typed(result, declared):
 
 
 def wide(x):
-    """float16 is computed in float32 and rounded afterwards."""
+    """Return float16 arrays as float32, so that only the result is rounded."""
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
 def erf(x):
-    """Abramowitz and Stegun 7.1.26, within 1.5e-7."""
+    """Return erf by formula 7.1.26 of Abramowitz and Stegun, within 1.5e-7."""
     t = 1 / (1 + 0.3275911 * np.abs(x))
     terms = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
     total = sum(c * t ** (i + 1) for i, c in enumerate(terms))
@@ -244,7 +244,7 @@ def dequantized(quantized_data, scale, zero_point, axis):
 
 
 def shifted_scaled(data, scale, offset=None):
-    """Blockwise: `scale` has a number for every block of `data`."""
+    """Dequantize `data` blockwise: `scale` holds one number per block."""
     for axis, (n, m) in enumerate(zip(data.shape, scale.shape, strict=True)):
         scale = np.repeat(scale, n // m, axis)
         offset = offset if offset is None else np.repeat(offset, n // m, axis)
@@ -253,7 +253,7 @@ def shifted_scaled(data, scale, offset=None):
 
 
 def looked_up(indices, lut, shape=None):
-    """iOS 16: indices are packed bytes, with a shape. iOS 18: a table for all."""
+    """Look up palette indices: packed bytes on iOS 16, plain indices on iOS 18."""
     if shape is not None:
         places = _unpacked(indices, int(math.log2(lut.size)), math.prod(shape))
         return lut[places].reshape(shape)

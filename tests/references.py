@@ -8,10 +8,10 @@ NEAR = 1e-5
 
 
 class Choice:
-    """The highest scores, equal ones in raster order.
+    """Choice of the highest scores; ties go in raster order.
 
-    wanted: tokens that are taken first where their scores are near enough to what
-        would have been chosen, to show that a choice differs by rounding only.
+    wanted: tokens that are taken first where their scores are within `NEAR` of the
+        chosen ones, to show that a choice differs by rounding only.
     """
 
     def __init__(self, wanted=()):
@@ -39,7 +39,7 @@ class Choice:
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    """Of length 1; a zero vector stays."""
+    """Scale a vector to length 1; keep a zero vector."""
     length = np.sqrt(np.sum(vector * vector))
     return vector / length if length else vector
 
@@ -97,7 +97,7 @@ def similarity(given, keep, choice, threshold=None):
 
 
 def cells(given, keep):
-    """Lists of tokens, each with the one in the middle."""
+    """Yield, for each cell of the coarse grid, its middle token and all its tokens."""
     (height, width), best = given.grid, ((1, 0), 1, 1)
     for h, w in itertools.product(range(1, height + 1), range(1, width + 1)):
         out_of_square = (height * w) / (width * h)
@@ -200,7 +200,7 @@ def outliers(attention) -> list[int]:
 
 
 def absorb(given, kept, choice):
-    """Each kept token and the 32 with the most similar keys, times their attention."""
+    """Add to each kept token the 32 most similar by keys, times their attention."""
     units, merged = np.stack([unit(k) for k in given.keys]), {}
     for i in kept:
         alike = (units * units[i]).sum(axis=1)

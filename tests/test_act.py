@@ -1,4 +1,4 @@
-"""The command `mlx_tokprune.act`: what it prints, and what it refuses."""
+"""The command `mlx_tokprune.act`: output and refusals."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ PROMISED = {
 
 @pytest.fixture
 def two_data_sets(tmp_path):
-    """The tiny policy with two sets of statistics, the second of twice the range."""
+    """Return the tiny policy with two sets of statistics, one of twice the range."""
     folder = copy_policy(tmp_path / "two")
     config = json.loads((folder / "config.json").read_text())
     first = config["norm_stats"]["toy_robot"]["action"]

@@ -1,4 +1,4 @@
-"""Adapters trained under pruning, wherever it is that a plan prunes."""
+"""Adapters trained under plans that prune at any place."""
 
 import copy
 import json
@@ -52,7 +52,7 @@ def drawn(model, processor, samples, plan, pictures=2, questions=3):
 
 
 def expected(model, processor, batch, i: int, j: int, plan, positions: str):
-    """(A, V): of one question, with a cache and a token of the answer after another."""
+    """Return (A, V) logits of one question, decoded with a cache, and its targets."""
     ids = np.array(batch.questions.ids[i, j])
     targets = np.array(batch.questions.targets[i, j])
     answer = targets[targets >= 0].tolist()
@@ -99,7 +99,7 @@ STRONG = ("norm:0.05", "demo-asking:0.02", "attention:0.05@1", "visionzip:0.05@2
 
 @pytest.mark.parametrize("text", [*STRONG, "cdpruner:0.05"])
 def test_gradients_are_those_of_a_choice_that_stays(demo, samples, text):
-    """Along a direction, the gradient is the slope of the loss."""
+    """The gradient equals the slope of the loss along its own direction."""
     model, processor = demo
     model = copy.deepcopy(model)
     plan = plan_for(model, read_plan(text))
@@ -137,7 +137,7 @@ def test_some_steps_lower_the_loss(demo, samples, tmp_path, text, distill):
 
 
 def test_the_teacher_s_part_of_the_loss(demo, samples):
-    """It is the divergence from every token at its place, weighted, by hand."""
+    """The teacher's loss equals the weighted divergence from the unpruned logits."""
     model, processor = demo
     plan = plan_for(model, read_plan("random:0.05@1"))
     batches = Batches(model, processor, samples.items)
@@ -209,7 +209,7 @@ def test_the_teacher_stays_what_the_model_was(samples, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_an_adapter_trained_on_the_values_of_quantized_weights(tmp_path, bits):
-    """On the quantized weights themselves it answers the same."""
+    """The adapter gives equal logits on the quantized weights and their values."""
     low, out = tmp_path / "low", tmp_path / "adapter"
     convert("demo", str(low), quantize=True, q_bits=bits, q_group_size=64)
     small = ["--pictures", "2", "--batch", "2", "--questions", "2", "--steps", "3"]

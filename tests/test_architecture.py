@@ -1,4 +1,4 @@
-"""The house: rooms on floors, imports that only go down, and no circle.
+"""The layering of the package: imports only go down, and there is no cycle.
 
 A room is a folder of the package or a file at its root; an arrow is one room that
 imports another, wherever in a file the import stands. Nothing is exempt.
@@ -36,7 +36,7 @@ LATE += ("transformers", "tokenizers", "lmms_eval")
 
 
 def modules() -> dict[str, Path]:
-    """Module names below the package, and their files."""
+    """Return the files of the package by module name."""
     names = {}
     for folder, prefix in ((ROOT / PACKAGE, ""), (ROOT / "convert", "convert.")):
         for path in folder.rglob("*.py"):
@@ -49,7 +49,7 @@ MODULES = modules()
 
 
 def imports(name: str) -> set[str]:
-    """The package's modules that this module imports, in functions too."""
+    """Return the package's modules that a module imports, also inside functions."""
     imported = set()
     package = name.split(".")[:-1]
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
@@ -80,7 +80,7 @@ def room(name: str) -> str:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Pairs of a room and another that it imports."""
+    """Return all pairs of a room and another room that it imports."""
     pairs = {(room(n), room(i)) for n in MODULES for i in imports(n)}
     return {(above, below) for above, below in pairs if above != below}
 
@@ -115,7 +115,7 @@ def test_there_is_no_circle_of_modules():
 
 
 def test_names_are_unique_where_one_import_could_meet_both():
-    """A family is one file in `models/` and one in `convert/`, of one name."""
+    """Only a family's files in `models/` and in `convert/` share a name."""
     files = Counter(name.rpartition(".")[2] for name in MODULES)
     twice = {name for name, count in files.items() if count > 1 and "__" not in name}
     for name in twice:
@@ -139,7 +139,7 @@ def test_scripts_import_what_there_is(folder):
 
 
 def test_nothing_imports_a_command():
-    """A wing's `__main__` is for people; its `__init__` is for programs."""
+    """No module imports a `__main__`; programs use the `__init__`."""
     for name in MODULES:
         assert not [i for i in imports(name) if i.endswith("__main__")], name
 
@@ -154,7 +154,7 @@ def test_the_package_imports_no_command_line():
 
 
 def test_families_are_known_where_they_are_made():
-    """Other rooms ask a model what it can do, not what it is."""
+    """Only `models`, `convert` and `train` import a model family."""
     families = {"models.fastvlm", "models.openvla", "models.oft", "models.pi0fast"}
     for name in MODULES:
         if room(name) not in ("models", "convert", "train"):

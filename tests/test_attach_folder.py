@@ -1,4 +1,4 @@
-"""Folders that prune by themselves: stock load, command and server of mlx-vlm."""
+"""Folders that prune when loaded: stock load, command and server of mlx-vlm."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def folder(qwen, tmp_path_factory):
 
 
 def expected(loaded, text: str, file: str) -> tuple[list[int], int]:
-    """By the way of Python."""
+    """Return the ids and the prompt length of the answer after `attach` in Python."""
     with loaded.pruned(HALF):
         return loaded.ask(prompt(loaded.processor, loaded.model.config, text), file)
 
@@ -50,7 +50,7 @@ def test_links_and_settings_but_no_weights(qwen, folder):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "fastvlm", "gemma3n", "phi3_v"])
 def test_stock_load_prunes(name, tmp_path):
-    """Three of them have a `model_file` of their own."""
+    """A folder that `mlx_vlm.load` opens answers like the pruned model."""
     loaded = Loaded(FAMILIES[name], tmp_path / "m")
     target = tmp_path / "pruned"
     main(["--model", str(loaded.folder), "--mlx-path", str(target), *ASK])
@@ -69,7 +69,7 @@ def test_stock_load_prunes(name, tmp_path):
 
 
 def run(module: str, *options: str, **how) -> subprocess.Popen:
-    """A command of stock mlx-vlm, which knows nothing of us."""
+    """Start a stock mlx-vlm command in a subprocess."""
     env = os.environ | {"MLX_DISABLE_COMPILE": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", f"mlx_vlm.{module}", *options]
     return subprocess.Popen(command, env=env, **how)
@@ -212,7 +212,7 @@ def test_more_that_is_refused(qwen, tmp_path, capsys):
 
 
 def test_folders_of_older_versions_find_their_module():
-    """Their model file imports `mlx_tokprune.adapters.folder`."""
+    """`mlx_tokprune.adapters.folder`, which older folders import, still works."""
     from mlx_tokprune import attach
     from mlx_tokprune.adapters import folder
 

@@ -1,4 +1,4 @@
-"""The benchmark: a clock that can be trusted, counts that can be checked by hand."""
+"""The benchmark: timing with a fake clock, and counts checked by hand."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ SLEEP = 50.0  # ms
 
 
 class FakeTime:
-    """A clock that stands still but for the stages that are made to sleep."""
+    """Clock that only moves while a slowed stage runs."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -52,7 +52,7 @@ class FakeTime:
 
 @pytest.fixture
 def slowed(monkeypatch):
-    """(model, processor, pruner) of a checkpoint with one stage that sleeps."""
+    """Return a factory of (model, processor, pruner) with one slow stage."""
 
     def make(folder, stage: str, fake: FakeTime):
         model, processor = load(folder)
@@ -112,7 +112,7 @@ def test_the_same_for_actions(slowed, monkeypatch, stage):
 
 @pytest.fixture(autouse=True)
 def known_rates():
-    """Measuring them takes seconds; `whole_bench` has real ones."""
+    """Replace the measured rates by constants, because measuring takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         rates = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
         patch.setattr(benchmark, "measure_rates", lambda: rates)
@@ -182,7 +182,7 @@ def test_the_table_says_what_was_measured(bench):
 
 
 def test_columns_of_what_is_saved(bench, tiny):
-    """And a saving above what FLOPs allow is marked as noise."""
+    """Savings and cache bytes are exact; an impossible saving is marked as noise."""
     result = bench().run(1)
     base, norm = result["rows"][1:]
     for times, factor, cell in (([9.9], "1.01x", "1.0 %"), ([1.0], "10.00x", "~ 90")):
@@ -202,12 +202,12 @@ def test_columns_of_what_is_saved(bench, tiny):
 
 
 def lines(shown: Table) -> list[dict]:
-    """Return the rows of a table by column; the last one of each method counts."""
+    """Return the rows of a table by column."""
     return [dict(zip(shown.columns, row, strict=True)) for row in shown.rows]
 
 
 def test_what_is_saved_is_compared_within_a_round():
-    """A machine that slows down between rounds slows both."""
+    """The saving is the median of the savings of single rounds."""
     whole = {"samples": {"ttft_ms": [10.0, 20.0, 1000.0]}}
     row = {"samples": {"ttft_ms": [5.0, 15.0, 800.0]}}
     assert table.saved(row, whole) == pytest.approx(1 - 0.75)
@@ -243,7 +243,7 @@ def test_the_command_measures_sizes_too(tmp_path, capsys):
 
 
 def test_every_picture_is_timed_alone(tmp_path, monkeypatch):
-    """Those of a folder, too."""
+    """Each image is timed alone, including the images of a folder."""
     for picture in PICTURES:
         shutil.copy(picture.path, tmp_path)
     seen, run = [], benchmark.run_once
@@ -329,7 +329,7 @@ def test_a_damaged_file_is_not_resumed(tmp_path, capsys, whole_bench, message):
 
 @pytest.fixture(scope="module")
 def whole_bench(tmp_path_factory):
-    """A result that the command wrote, and its options."""
+    """Return a result file written by the command, and the command's options."""
     file = tmp_path_factory.mktemp("bench") / "b.json"
     options = ["--model", str(TINY), "--methods", "norm", "--keep-ratios", "0.5"]
     main([*options, "--runs", "1", "--output", str(file)])
@@ -386,7 +386,7 @@ def test_a_pruner_of_one_s_own_can_be_measured(tiny):
 
         @register
         def every_other(features, *, keep):
-            """Every other token."""
+            """Keep every other token."""
             indices = 2 * mx.arange(keep, dtype=mx.int32)
             shape = (features.tokens.shape[0], keep)
             return Selection(mx.broadcast_to(indices, shape))

@@ -1,4 +1,4 @@
-"""Refused before work begins: what is too large, no number, or no regular file."""
+"""Inputs refused early: too large, not finite, or not a regular file."""
 
 import json
 import os
@@ -25,7 +25,7 @@ QUESTION = PICTURES[0].question
 
 
 def error_of(run, arguments, capsys) -> str:
-    """The one line that a refused command leaves."""
+    """Return the single error line of a refused command."""
     with pytest.raises(SystemExit) as ended:
         run([str(argument) for argument in arguments])
     assert ended.value.code == 2
@@ -114,7 +114,7 @@ def test_weights_that_are_no_numbers(checkpoint, tmp_path, value, capsys):
 
 
 def test_first_logits_and_actions_that_are_no_numbers():
-    """Also where weights became so after loading."""
+    """Logits and actions that become NaN after loading are refused."""
     model, processor = load(TINY)
     norm = model.language_model.model.norm
     norm.weight = norm.weight * float("nan")
@@ -148,7 +148,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
 
 
 def test_what_killed_runs_left_is_taken_away(tmp_path):
-    """Only that of dead processes, and only of the same target."""
+    """Only partial folders of dead processes and of this target are removed."""
     with new_folder(tmp_path / "out") as partial:
         mine = partial.name
         (tmp_path / mine.replace(f"-{os.getpid()}-", "-999999999-")).mkdir()

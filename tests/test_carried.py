@@ -26,7 +26,7 @@ PICTURE, QUESTION = PICTURES[0].path, PICTURES[0].question
 
 @pytest.fixture(scope="module")
 def carrying(tmp_path_factory):
-    """The demo checkpoint with a scorer, and then a method inside, as its own."""
+    """Return the demo checkpoint with a plan: a scorer, then a method in a layer."""
     folder = tmp_path_factory.mktemp("carried") / "demo"
     plan = ["--prune", "demo-adaptive:0.1", "--prune", "attention:0.5@2"]
     convert_main(["--hf-path", "demo", "--mlx-path", str(folder), *plan])

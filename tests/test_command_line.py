@@ -1,4 +1,4 @@
-"""`mlx_tokprune.generate` as a user calls it: report, JSON, and one-line refusals."""
+"""The command `mlx_tokprune.generate`: report, JSON, and one-line refusals."""
 
 import argparse
 import importlib
@@ -227,7 +227,7 @@ def test_a_picture_and_a_prompt_are_needed(capsys):
 
 
 def parsers() -> dict:
-    """Every parser by its command, those of subcommands included."""
+    """Return the parsers of all commands and subcommands by name."""
     found = {"mlx_tokprune": program.build_parser()}
     for name in program.commands():
         module = importlib.import_module(f"mlx_tokprune.{name}.__main__")
@@ -298,7 +298,7 @@ def test_one_command_line_runs_every_command(capsys):
 
 
 def test_one_plan_is_written_alike_in_every_command():
-    """`--prune` joins places by `+`, or, for one plan, by repeating the flag."""
+    """A plan joined by `+` equals the plan of repeated `--prune` flags."""
     joined = ["--prune", "norm:0.5@tower+fastv:0.5@2"]
     apart = ["--prune", "norm:0.5@tower", "--prune", "fastv:0.5@2"]
     plans = [

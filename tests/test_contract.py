@@ -1,4 +1,4 @@
-"""The contract of pruners: extras, masks, options, scorers, plans, and own methods."""
+"""The contract of pruners: extras, masks, options, scorers, plans, custom methods."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ def test_a_tower_method_keeps_its_mask():
 
 
 def test_a_mask_of_the_tower_reaches_the_language_model(demo):
-    """Padding must not be seen: as if only the others had been kept."""
+    """Masked tokens change nothing: the states equal those of the unmasked alone."""
     model, processor = demo
     pixels = mx.array(processor.pixels([load_image(PICTURES[0].path)]))
     scene = Scene(pixels, processor.prompt(PICTURES[0].question, 1))
@@ -77,7 +77,7 @@ def test_a_mask_of_the_tower_reaches_the_language_model(demo):
 
 
 def test_a_method_reads_any_extra_that_its_model_has(demo):
-    """Today's extras and tomorrow's, at every place, compiled."""
+    """A method at the prompt receives the text extra that it declares."""
     model, processor = demo
     pixels = mx.array(processor.pixels([load_image(PICTURES[0].path)]))
     scene = Scene(pixels, processor.prompt(PICTURES[0].question, 1))
@@ -97,7 +97,7 @@ def test_a_method_reads_any_extra_that_its_model_has(demo):
 
 
 def test_tokens_that_there_are_not_are_refused():
-    """MLX would read, and write, whatever lies there."""
+    """Indices out of range raise an error, and are clipped in compiled code."""
     with temporary("beyond") as register:
 
         @register
@@ -212,7 +212,7 @@ SIGN, COLOR = "What does the sign say?", "Which color is the thing on the left?"
 )
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 def test_a_memory_chooses_tokens_for_each_question(demo, pruner, positions):
-    """The tower's tokens are known; what a question keeps of them is its own."""
+    """Questions share the tower's tokens, but each question prunes them anew."""
     model, processor = demo
     memory = Memory()
 
@@ -254,7 +254,7 @@ def test_a_place_needs_something_to_drop(capsys):
 
 @pytest.mark.parametrize("name", list_pruners())
 def test_places_are_values(name, demo):
-    """Each method at each place that has its extras; refused in words elsewhere."""
+    """A method runs at each place that has its extras, and is refused elsewhere."""
     model, processor = demo
     known = get_method(name)
     for place in ("tower", "prompt", 2):

@@ -1,4 +1,4 @@
-"""Conversion: layouts, streaming, and what it refuses."""
+"""Conversion of checkpoints: layouts, streaming, and refusals."""
 
 import hashlib
 import json
@@ -96,7 +96,7 @@ def test_dtype_is_what_was_asked_for(checkpoint, tmp_path):
 
 
 def test_presence_of_the_head_decides_about_tying(checkpoint, tmp_path):
-    """`tie_word_embeddings` is wrong in some published configs."""
+    """A head in the weights overrides `tie_word_embeddings` of the config."""
 
     def untie(weights):
         weights["lm_head.weight"] = 2 * weights["model.embed_tokens.weight"]
@@ -397,7 +397,7 @@ def weights_size(folder) -> int:
 def test_the_disk_space_asked_for_is_what_is_written(
     checkpoint, tmp_path, monkeypatch, dtype, quantize
 ):
-    """From a half-precision source in Apple's layout, as published checkpoints are."""
+    """The predicted size of a half-precision source is the size written."""
 
     def halve(weights):
         for name, array in weights.items():
@@ -420,7 +420,7 @@ def test_the_disk_space_asked_for_is_what_is_written(
 
 @pytest.mark.parametrize("value", ["nan", "inf", "3e38"])
 def test_a_weight_that_is_not_finite_is_named(checkpoint, value):
-    """But not one whose sum alone is infinite."""
+    """A NaN or infinite weight is named; finite weights of infinite sum load."""
 
     def change(weights):
         weights["model.norm.weight"] = mx.full((64,), float(value))

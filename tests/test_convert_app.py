@@ -1,6 +1,6 @@
 """Apple's app layout: MLX tensors beside a tower that is a Core ML package.
 
-The package and what Apple's module computed are of `benchmarks/parity_app.py`.
+`benchmarks/parity_app.py` wrote the package and the values of Apple's module.
 """
 
 import json
@@ -31,7 +31,7 @@ IDS = mx.array([[1, 2, 3, 4]])
 
 @pytest.fixture
 def app(checkpoint):
-    """The tiny language model as Apple's app has it, beside the small tower."""
+    """Return the tiny language model in the layout of Apple's app, with its tower."""
     file = str(checkpoint / "model.safetensors")
     stored = mx.load(file).items()
     weights = {f"language_model.{n}": a for n, a in stored if ".mm_p" not in n}
@@ -71,7 +71,7 @@ def test_the_tower_computes_what_apples_module_does(app, tmp_path, tiny):
 
 
 def test_a_quantized_projector_is_read(app):
-    """Apple's quantized exports quantize it with the language model; ours is float."""
+    """A quantized projector, as in Apple's exports, becomes a float projector."""
     exact = load(app)[0]
     file = str(app / "model.safetensors")
     weights = {n: mx.array(a) for n, a in mx.load(file).items()}
@@ -104,7 +104,7 @@ def test_without_coremltools_the_extra_is_named(app, monkeypatch):
 
 
 def program(change):
-    """Edit the package's operations."""
+    """Return a function that edits the operations of the package."""
 
     def damage(folder):
         file = folder / "fastvithd.mlpackage" / MODEL
@@ -126,7 +126,7 @@ def of_type(operations, kind):
 
 
 def swap(operations):
-    """Two layers of one shape in each other's place; only their names tell."""
+    """Swap two layers of equal shape, which only their names tell apart."""
     first, second = (
         next(
             op
@@ -239,7 +239,7 @@ def test_two_packages_and_other_sizes_are_refused(app):
 
 
 def test_scales_that_were_not_folded_are_read():
-    """One of an attention block is in the program; others were folded, and are 1."""
+    """Unfolded layer scales come from the program; folded ones are 1."""
     tower = coremltower.read_tower(SOURCE / "fastvithd.mlpackage", (1, 1, 2, 1, 1))
     start = f"{coremltower.TOWER}.network"
     assert not mx.all(tower[f"{start}.7.0.layer_scale_1"] == 1).item()

@@ -1,4 +1,4 @@
-"""transformers' own FastVLM, `fast_vlm`: its names and its config become ours.
+"""Conversion of transformers' own FastVLM (`fast_vlm`): names and config.
 
 `benchmarks/parity_fast_vlm.py` compares with transformers, and wrote the manifest.
 """
@@ -42,7 +42,7 @@ def timm_name(apple: str) -> str:
 
 @pytest.fixture
 def fast_vlm(checkpoint):
-    """The tiny checkpoint as transformers would save it."""
+    """Return the tiny checkpoint in the layout that transformers saves."""
     file = str(checkpoint / "model.safetensors")
     weights = {
         timm_name(n): mx.array(a) for n, a in mx.load(file).items() if ".head." not in n

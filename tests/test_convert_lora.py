@@ -1,4 +1,4 @@
-"""OpenVLA-OFT's `lora_adapter/`: added once, and where it is not in the weights."""
+"""OpenVLA-OFT's `lora_adapter/`: merged once, unless the weights contain it."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def edit(path, **changes) -> None:
 
 
 def factors(scale: float = 0.1) -> dict:
-    """Random factors under peft's names."""
+    """Return random LoRA factors under peft's names."""
     random, made = np.random.default_rng(0), {}
     weights = weights_of(TINY_POLICY)
     for place in PLACES:
@@ -61,7 +61,7 @@ def factors(scale: float = 0.1) -> dict:
 
 
 def add_folder(policy, scale: float = 0.1, **settings) -> None:
-    """A `lora_adapter/` as OpenVLA-OFT's training leaves it."""
+    """Write a `lora_adapter/` as OpenVLA-OFT's training saves it."""
     folder = policy / "lora_adapter"
     folder.mkdir()
     save(factors(scale), folder / "adapter_model.safetensors")
@@ -82,7 +82,7 @@ def add_folder(policy, scale: float = 0.1, **settings) -> None:
 
 
 def merged(scale: float = ALPHA / RANK, size: float = 0.1) -> dict:
-    """The weights with the adapter, in NumPy."""
+    """Return the weights with the adapter merged by NumPy."""
     weights, made = weights_of(TINY_POLICY), factors(size)
     for place in PLACES:
         down, up = (made[f"base_model.model.{place}.lora_{x}.weight"] for x in "AB")
@@ -93,7 +93,7 @@ def merged(scale: float = ALPHA / RANK, size: float = 0.1) -> dict:
 
 
 def assert_layout_of(target, expected: dict) -> None:
-    """A converted folder has these weights, of the original layout."""
+    """Check that a converted folder has the expected weights."""
     ours = weights_of(target)
     assert len(ours) > 80
     for name, array in ours.items():
@@ -105,7 +105,7 @@ def assert_layout_of(target, expected: dict) -> None:
 
 @pytest.fixture
 def policy(policy_checkpoint):
-    """The tiny policy's own weights beside an adapter that they do not hold."""
+    """Return the tiny policy with an unmerged adapter beside its weights."""
     add_folder(policy_checkpoint)
     return policy_checkpoint
 
@@ -166,7 +166,7 @@ def test_an_adapter_that_changes_nothing_is_left(policy_checkpoint, tmp_path, ca
 )
 @pytest.mark.parametrize(("size", "held"), [(1e-4, 0.0), (0.1, 0.5)])
 def test_in_doubt_the_user_decides(tmp_path, how, part, size, held):
-    """Too small to be seen, or half in the weights: nothing is guessed."""
+    """An adapter too small to detect, or half merged, requires `--lora-adapter`."""
     folder = copy_policy(tmp_path / "policy")
     add_folder(folder, scale=size)
     save(merged(held * ALPHA / RANK, size), folder / "model.safetensors")
@@ -217,7 +217,7 @@ def test_fastvlm_has_no_such_adapter(checkpoint, tmp_path):
 
 
 def film_names(folder) -> None:
-    """The adapter's names as they are when FiLM wraps the backbone after it."""
+    """Rename the adapter's tensors as in a backbone that FiLM wraps."""
     file = folder / "lora_adapter" / "adapter_model.safetensors"
     renamed = {}
     for name, array in weights_of_file(file).items():
@@ -340,7 +340,7 @@ def test_adapters_that_cannot_be_added_are_refused(policy, tmp_path, damage, mes
 
 
 def test_the_adapter_is_added_lazily(policy):
-    """Nothing of a checkpoint is computed before somebody asks for a tensor."""
+    """Merging computes no tensor before the tensor is evaluated."""
     found = add_adapter(Checkpoint.open(policy), "merge")
     before = mx.get_active_memory()
     weights = found.load()

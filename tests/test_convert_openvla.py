@@ -1,4 +1,4 @@
-"""Conversion of OpenVLA checkpoints: layouts, quantization, and what is refused."""
+"""Conversion of OpenVLA checkpoints: layouts, quantization, and refusals."""
 
 import json
 
@@ -32,7 +32,7 @@ def edit(folder, name, **changes) -> None:
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Opens a checkpoint whose headers are those of OpenVLA-7B, after `change`."""
+    """Return a function that opens the headers of OpenVLA-7B after `change`."""
     read = read_manifest(DATA / "manifests" / "OpenVLA-7B.json.gz")
 
     def open_changed(change=lambda tensors: None) -> ModelSource:
@@ -170,7 +170,7 @@ def test_overrides_that_do_not_fit_leave_nothing(oft_folder, tmp_path, options):
 
 @pytest.fixture
 def one_tower(policy_checkpoint):
-    """A Prismatic checkpoint with the tiny policy's SigLIP tower alone."""
+    """Return a Prismatic checkpoint with only the tiny policy's SigLIP tower."""
     file = str(policy_checkpoint / "model.safetensors")
     kept = {}
     for name, array in mx.load(file).items():
@@ -219,7 +219,7 @@ def test_a_single_tower_is_the_same_tower(one_tower, tmp_path, tiny_policy):
 
 
 def test_pickles_that_are_not_plain_tensors_are_refused(policy_checkpoint, capsys):
-    """Without torch the sentence says what to install; with it the file is refused."""
+    """A bad pickle is refused, or the error names the extra that installs torch."""
     (policy_checkpoint / "action_head--1_checkpoint.pt").write_bytes(b"\x80\x04.")
     target = policy_checkpoint.parent / "mlx"
     with pytest.raises(SystemExit) as stop:
@@ -232,7 +232,7 @@ def test_pickles_that_are_not_plain_tensors_are_refused(policy_checkpoint, capsy
 
 
 def test_the_checkpoint_s_own_code_is_never_asked_about(policy_checkpoint, monkeypatch):
-    """`auto_map` makes transformers ask on the terminal, unless it is told not to."""
+    """A checkpoint with `auto_map` loads without a question on the terminal."""
     auto_map = {"AutoConfig": "configuration_prismatic.OpenVLAConfig"}
     edit(policy_checkpoint, "config.json", auto_map=auto_map)
     asked = []

@@ -30,7 +30,7 @@ def act(folder, **asked):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A writable copy of the tiny policy."""
+    """Return a writable copy of the tiny policy."""
     return shutil.copytree(TINY_CHUNKS, tmp_path / "policy")
 
 
@@ -39,7 +39,7 @@ def edit(file, **changes) -> None:
 
 
 def rewrite(folder, change) -> None:
-    """Tensors of the checkpoint after `change`, which takes and gives a table."""
+    """Replace the checkpoint's tensors by `change(tensors)`."""
     file = str(folder / "model.safetensors")
     tensors = change({k: mx.array(v) for k, v in mx.load(file).items()})
     mx.eval(tensors)
@@ -48,7 +48,7 @@ def rewrite(folder, change) -> None:
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Opens headers of full size, after `change`."""
+    """Return a function that opens full-size headers after `change`."""
     read = read_manifest(DATA / "manifests" / "pi0_fast.json.gz")
 
     def open_changed(change=lambda tensors: tensors):
@@ -60,7 +60,7 @@ def manifest(tmp_path):
 
 
 def without_model(tensors: dict) -> dict:
-    """Names as openpi's torch export has them."""
+    """Return the names of openpi's torch export, without the prefix `model.`."""
     return {name.removeprefix("model."): shape for name, shape in tensors.items()}
 
 
@@ -154,7 +154,7 @@ def test_a_table_that_is_stored_once_acts_as_both(copy, kept):
 
 
 def test_names_without_model_are_openpi_s(copy, tmp_path):
-    """Its statistics lie under `assets/`, and its answers end at <eos>."""
+    """An openpi export has statistics under `assets/`, and answers end at <eos>."""
     rewrite(copy, without_model)
     (copy / "config.json").write_text(
         json.dumps(
@@ -194,7 +194,7 @@ def test_names_without_model_are_openpi_s(copy, tmp_path):
     ],
 )
 def test_rules_of_normalisation_are_the_checkpoint_s(copy, kind, mode, names):
-    """By lerobot's formulas, written out."""
+    """Each normalisation mode of the config follows lerobot's formula."""
     file = copy / "policy_preprocessor.json"
     steps = json.loads(file.read_text())
     steps["steps"][0]["config"]["norm_map"][kind] = mode
@@ -231,7 +231,7 @@ def test_rules_of_normalisation_are_the_checkpoint_s(copy, kind, mode, names):
 
 
 def test_statistics_that_nobody_reads_say_no_size(copy):
-    """lerobot also counts frames."""
+    """The frame counts in lerobot's statistics do not set the state size."""
     stats = {k: mx.array(v) for k, v in mx.load(str(copy / STATISTICS)).items()}
     stats |= {f"{n}.count": mx.ones((1,)) for n in ("action", "observation.state")}
     mx.eval(stats)
@@ -242,7 +242,7 @@ def test_statistics_that_nobody_reads_say_no_size(copy):
 
 
 def test_a_constant_state_is_in_the_middle_bin(copy):
-    """lerobot adds 1e-8 to a deviation of nothing."""
+    """A state with zero deviation is normalised to 0 at its mean."""
     file = copy / "policy_preprocessor.json"
     steps = json.loads(file.read_text())
     steps["steps"][0]["config"]["norm_map"]["STATE"] = "MEAN_STD"
@@ -325,7 +325,7 @@ def test_a_rule_that_is_not_known_is_refused(copy):
 
 
 def test_tokenizers_may_lie_in_folders_of_their_own(copy, tmp_path):
-    """lerobot leaves a `tokenizer/`; converted, everything is in one folder."""
+    """A tokenizer in `tokenizer/` is found and copied into the converted folder."""
     (copy / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).rename(copy / "tokenizer" / name)
@@ -337,7 +337,7 @@ def test_tokenizers_may_lie_in_folders_of_their_own(copy, tmp_path):
 def test_a_tokenizer_that_the_hub_does_not_give_says_where_to_put_it(
     copy, monkeypatch, tmp_path
 ):
-    """The hub is asked for a name; here it has nothing."""
+    """A failed download of FAST's tokenizer names the folder for its files."""
     remove("fast")(copy)
     asked = []
 
@@ -369,7 +369,7 @@ def test_flags_of_openvla_are_refused(copy, tmp_path):
 
 
 def test_names_are_renamed_whatever_transformers_wrote():
-    """Layouts of PaliGemma moved between versions of transformers."""
+    """All layouts of PaliGemma in transformers' versions map to one name."""
     for middle in ("", "model."):
         for inner in ("", "vision_model."):
             name = f"paligemma_with_expert.paligemma.{middle}vision_tower.{inner}"

@@ -1,4 +1,4 @@
-"""Quantizing: the language model only, by bits that MLX has."""
+"""Quantized conversion: only the language model, in bit widths that MLX supports."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Core ML packages, read back from disk and run in NumPy (`mil.py`), against MLX."""
+"""Core ML packages, read from disk and run in NumPy (`mil.py`), equal MLX."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ def pixels_of(processor, picture=PICTURES[0]) -> np.ndarray:
 
 
 def see(model, pixels: mx.array, pruner: Pruner) -> VisualTokens:
-    """What the model's own tower makes of one picture, whatever the prompt."""
+    """Return the visual tokens of the model's own tower for one image."""
     return look(model, Scene(pixels, Prompt(((), ()))), as_plan(pruner))
 
 
@@ -86,7 +86,7 @@ FORMS = (
 
 
 def compare(found: dict, model, pixels, pruner: Pruner) -> None:
-    """What a float32 package gave, with MLX."""
+    """Compare the outputs of a float32 package with MLX."""
     visual = see(model, mx.array(pixels), pruner)
     assert relative_error(found["image_features"], visual.embeddings) < 1e-4
     compare_choice(found, visual.selection)
@@ -191,7 +191,7 @@ def test_functions_share_weights(demo, packages):
 
 @pytest.mark.parametrize("target", ["iOS18", "iOS16"])
 def test_the_tower_is_traced_and_converted_once(tmp_path, monkeypatch, target):
-    """However many functions a package has, and in a package for each, too."""
+    """A package of several functions traces and converts the tower once."""
     calls = []
 
     def count(owner, name):
@@ -212,7 +212,7 @@ def test_the_tower_is_traced_and_converted_once(tmp_path, monkeypatch, target):
 
 
 def test_functions_of_several_methods_share_a_tower(demo, tmp_path):
-    """Methods that read other extras of the tower, and two with the same choice."""
+    """One package holds methods with different extras and with equal choices."""
     model, processor = demo
     pixels = pixels_of(processor)
     pruners = {
@@ -283,7 +283,7 @@ def test_the_comparison_sees_a_changed_weight_and_swapped_outputs(
 
 @pytest.mark.parametrize("method", [*METHODS, "dart"])
 def test_equal_tokens_are_chosen_as_in_mlx(tmp_path, method):
-    """Padding makes equal tokens; which of them stays must not depend on the device."""
+    """Equal tokens, as in padding, are chosen in the same order as in MLX."""
     model, path = Equal(), tmp_path / "p.mlpackage"
     pruner = Pruner(method, keep_tokens=7, at="tower")
     options = ExportOptions(projector=False, image=False, precision="float32")
@@ -298,7 +298,7 @@ def test_equal_tokens_are_chosen_as_in_mlx(tmp_path, method):
 
 
 class Equal(nn.Module):
-    """A tower whose visual tokens are the pixels, and so is all else."""
+    """Tower whose visual tokens and extras are the pixels."""
 
     image_size = 4
     reads_prompt = False
@@ -355,7 +355,7 @@ def test_a_package_describes_itself(demo, packages, tmp_path):
 @pytest.mark.macos
 @pytest.mark.skipif(sys.platform != "darwin", reason="Core ML runs on macOS only")
 def test_core_ml_itself(demo, packages):
-    """On each compute unit: published packages have been wrong on one only."""
+    """Core ML equals MLX on each compute unit."""
     methods = ("norm", "attention", "similarity", "spatial", "divprune")
     for method in (*methods, "visionzip", "prumerge_plus"):
         for units in ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"):
@@ -386,7 +386,7 @@ def test_compute_plan_counts_operations_by_device(core_ml_plan, packages):
 
 @pytest.fixture
 def core_ml_plan(monkeypatch):
-    """Core ML's plan as coremltools gives it, with three operations and a constant."""
+    """Replace coremltools' compute plan by one of three operations and a constant."""
     units = {"conv": "MLNeuralEngineComputeDevice", "argsort": "MLCPUComputeDevice"}
 
     def usage(operation):
@@ -411,6 +411,6 @@ def core_ml_plan(monkeypatch):
 
 
 def test_methods_are_all_known_here():
-    """A new vision method must be exported in these tests, too."""
+    """The tests of this file export every vision method."""
     known = {*METHODS, "random", "none"}
     assert set(registry.list_pruners("tower")) == known

@@ -1,4 +1,4 @@
-"""A Core ML package as the vision path of `generate`; `mil.py` plays Core ML."""
+"""A Core ML package as the vision path of `generate`, with `mil.py` as Core ML."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def policy():
 
 
 class Stand:
-    """Core ML's `predict`, played by the interpreter."""
+    """Stand-in of Core ML's `predict` that runs the interpreter."""
 
     def __init__(self, path, function):
         self.package, self.function = Package(path), function
@@ -127,7 +127,7 @@ def test_a_damaged_package_is_refused(core_ml, packages, tmp_path):
 
 
 def test_the_ratio_that_an_error_names_is_found():
-    """A number of tokens is a share of many digits; people read six of them."""
+    """A ratio rounded to the six digits of the error message is found."""
     share = 33 / 256
     made = [SimpleNamespace(share=share), SimpleNamespace(share=0.5)]
     for asked in (share, 0.128906, None):

@@ -1,4 +1,4 @@
-"""Counted FLOPs, bytes and launches, and what a machine says of itself."""
+"""Counted FLOPs, bytes and launches, and the description of the machine."""
 
 import itertools
 import sys
@@ -56,7 +56,7 @@ def test_counting_leaves_mlx_as_it_was():
 
 
 def test_flops_of_a_policy_are_those_of_its_sizes(tiny_policy):
-    """Written out from the sizes of the tiny policy, two per multiply-add."""
+    """FLOPs equal the formulas of the tiny policy's sizes, two per multiply-add."""
     model, processor = tiny_policy
     image = load_image(TINY_POLICY / "image_0.png")
     plan = as_plan(Pruner("norm", 0.25))
@@ -91,7 +91,7 @@ def test_flops_of_a_policy_are_those_of_its_sizes(tiny_policy):
     ],
 )
 def test_power_mode_as_macos_says_it(monkeypatch, source, settings, power):
-    """On what `pmset` prints; a Mac runs the command itself."""
+    """The power mode is read from the output of `pmset`."""
     said = {("pmset", "-g", "batt"): source, ("pmset", "-g"): settings}
     monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(machine, "_output", lambda *command: said[command])
@@ -105,7 +105,7 @@ def test_a_mac_says_what_powers_it():
 
 
 def test_rates_are_those_of_the_quickest_run(monkeypatch):
-    """The first run of each warms up and does not count."""
+    """The rates are those of the fastest run after one warm-up run."""
     spent = [0.1, 2, 1, 4, 0.1, 8, 2, 5]
     ticks = itertools.chain.from_iterable((0, seconds) for seconds in spent)
     clock = types.SimpleNamespace(perf_counter=lambda: next(ticks))

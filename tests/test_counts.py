@@ -1,4 +1,4 @@
-"""A command costs one run: prompts, decoded pictures and tower runs, counted."""
+"""A command tokenizes, decodes and encodes each input once."""
 
 import json
 
@@ -23,7 +23,7 @@ SHORT = ["--max-tokens", "2", *FILE]
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often prompts were tokenized, files decoded, and towers run."""
+    """Return the counts of tokenized prompts, decoded files and tower runs."""
     found = dict.fromkeys(("prompts", "decoded", "towers"), 0)
 
     def count(owner, name, what):
@@ -43,7 +43,7 @@ def counted(monkeypatch):
     traced = subject.AnswerSubject.count_shapes
 
     def tracing(*args):
-        """Counting FLOPs follows the tower's graph; nothing of it runs."""
+        """Leave out the tower calls of counting FLOPs, which runs no tower."""
         before = dict(found)
         cost = traced(*args)
         found.update(before)
@@ -72,7 +72,7 @@ def test_three_questions_about_one_picture(counted):
 
 
 def test_questions_that_look_at_the_prompt_share_the_tower(counted, capsys):
-    """What a second question keeps may differ; what the tower saw does not."""
+    """Two questions share one tower run, and keep different tokens."""
     asked = ["--prompt", "What does the sign say?", "--prompt", "Which color is it?"]
     pruner = ["--method", "trimvla", "--keep-ratio", "0.25"]
     generate([*SHORT, *asked, *pruner, "--json"])

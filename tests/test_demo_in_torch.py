@@ -1,4 +1,4 @@
-"""`recipes/demo/in_torch.py`, the twin of the demo model's recipe, against MLX."""
+"""`recipes/demo/in_torch.py`, the torch twin of the demo recipe, equals MLX."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def twin_of():
-    """`in_torch` and `torch_vlm`."""
+    """Return the modules `in_torch` and `torch_vlm`."""
     from recipes import torch_vlm
     from recipes.demo import in_torch
 
@@ -46,7 +46,7 @@ def on_the_cpu():
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
-    """A `Trainer` of a small student, and the folder that `train` reads."""
+    """Return a `Trainer` of a small student, and the folder that `train` reads."""
     tokenizer = (EMBEDDED["demo"] / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").write_bytes(tokenizer)
     mx.random.seed(SEED)
@@ -70,7 +70,7 @@ def twin(modules, folder):
 
 
 def numbers() -> dict[str, int]:
-    """The first stage of each loss, and the tower's on full pictures."""
+    """Return the number of each stage by name."""
     return {stage.name: n for n, stage in enumerate(STAGES)}
 
 
@@ -136,7 +136,7 @@ def test_losses_and_gradients_are_those_of_mlx(twin_of, prepared, name):
 
 
 def test_the_shipped_model_answers_in_torch(twin_of, tmp_path):
-    """What is judged in training: nearly everything is right, and nothing on black."""
+    """The shipped model in torch is mostly right, and fails on black images."""
     model, processor = mlx_tokprune.load("demo")
     ids = processor.tokenizer.encode
     told = {"suffix": model.prompt_suffix, "prefix": ids(model.prompt_prefix)}
@@ -191,7 +191,7 @@ def test_rates_are_those_of_mlx(twin_of):
 
 
 def test_a_training_ends_with_a_checkpoint(twin_of, prepared, capsys, monkeypatch):
-    """A step of each stage; `finish` writes what `load` reads."""
+    """After one step per stage, `finish` writes a checkpoint that `load` reads."""
     _, folder = prepared
     short = tuple(dataclasses.replace(s, steps=1, batch=2) for s in STAGES)
     monkeypatch.setattr(twin_of[0], "STAGES", short)
@@ -213,7 +213,7 @@ def test_a_training_ends_with_a_checkpoint(twin_of, prepared, capsys, monkeypatc
 
 
 def test_a_stage_whose_time_is_over_makes_room(twin_of, prepared, monkeypatch):
-    """Steps that are drawn ahead are passed over, and each stage does one at least."""
+    """A stage out of time does one step and skips the steps drawn ahead."""
     _, folder = prepared
     asked = ["train", "--folder", str(folder), "--output", str(folder / "out")]
     args = twin_of[0].build_parser().parse_args(asked)
@@ -221,7 +221,7 @@ def test_a_stage_whose_time_is_over_makes_room(twin_of, prepared, monkeypatch):
     run, learned, drawn = twin_of[0].Run(args), [], []
 
     def ahead(steps, sampler, **how):
-        """Three are drawn before the first is given."""
+        """Yield steps three draws late, like a loader that prefetches."""
         for place in sampler:
             drawn.append(place)
             if len(drawn) > 3:
@@ -264,7 +264,7 @@ def test_a_stopped_training_leaves_weights(twin_of, prepared, monkeypatch):
 def test_a_killed_training_goes_on_at_a_stage_s_beginning(
     twin_of, prepared, monkeypatch
 ):
-    """And ends in the weights of one that was not."""
+    """A killed and resumed training ends with the weights of a whole training."""
     _, folder = prepared
     kinds = (STAGES[1], STAGES[2])  # with noise, of which every stage has its own
     short = tuple(dataclasses.replace(s, steps=2, batch=2) for s in kinds)

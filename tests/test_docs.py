@@ -1,4 +1,4 @@
-"""The documentation: its links lead somewhere, and its command lines parse."""
+"""The documentation: its links resolve, and its command lines parse."""
 
 import ast
 import functools
@@ -40,7 +40,7 @@ def text_of(page: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a page, of a block of code or of prose."""
+    """Line of a page, in a code block or in prose."""
 
     number: int
     text: str
@@ -108,7 +108,7 @@ def anchors_of(path: Path) -> set[str]:
 
 
 def broken(page: str, link: str) -> str:
-    """Return the error of a link, or nothing."""
+    """Return the error of a link, or an empty string."""
     name, _, anchor = link.partition("#")
     path = (ROOT / page).parent / name if name else ROOT / page
     if not path.exists():
@@ -157,7 +157,7 @@ VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command line of a page."""
+    """Command line of a page."""
 
     page: str
     number: int
@@ -168,7 +168,7 @@ class CommandLine:
 
 
 def shell_lines(page: str) -> list[tuple[int, str]]:
-    """Return the lines of a page's blocks; those that go on are joined."""
+    """Return the lines of a page's code blocks; continued lines are joined."""
     joined, number, whole = [], 0, ""
     for line in lines_of(text_of(page)):
         if not line.code:
@@ -187,7 +187,7 @@ def shell_lines(page: str) -> list[tuple[int, str]]:
 
 
 def command_lines(page: str) -> list[CommandLine]:
-    """Return the commands of a page, with the variables that the page sets."""
+    """Return the commands of a page, with the page's variables inserted."""
     variables: dict[str, str] = {}
 
     def value(match: re.Match) -> str:
@@ -209,14 +209,14 @@ def command_lines(page: str) -> list[CommandLine]:
 
 
 def resolved(command: CommandLine) -> bool:
-    """Whether every word is known: no `...`, no variable, no choice in brackets."""
+    """Return whether a command has no ellipsis, variable or choice in brackets."""
     return not re.search(r"\.\.\.|…|\$|\[.*\||<", command.text)
 
 
 def split(command: CommandLine) -> tuple[str, list[str]]:
     """Return the module that a command runs, and its arguments.
 
-    What stands in brackets may be given, and so is parsed, too.
+    Optional arguments in brackets are included.
     """
     text = re.sub(r"(?<=\s)\[(--?\w.*?)\](?=\s|$)", r"\1", command.text)
     words = shlex.split(re.split(r" [|>;&]", text)[0].rstrip(";"))
@@ -265,7 +265,7 @@ def parser_of(module: str):
 
 
 def mistake(command: CommandLine, capsys) -> str:
-    """Return the error of a command line, or nothing."""
+    """Return the error of a command line, or an empty string."""
     try:
         if script := SCRIPT.match(command.text):
             error = unknown_flags(command.text, ROOT / script[1])

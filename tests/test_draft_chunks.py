@@ -1,4 +1,4 @@
-"""Drafts of answers without a fixed length: the same tokens in fewer calls."""
+"""Drafts of variable-length answers: equal tokens in fewer calls."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_a_draft_is_what_followed_in_the_last_answer(said, expected):
 
 
 class Case:
-    """A scene of three cameras, its answer, and answers with drafts."""
+    """Scene of two images, its answer, and answers with drafts."""
 
     def __init__(self, tiny_chunks, plan, positions="original"):
         self.model, processor = tiny_chunks
@@ -60,7 +60,7 @@ class Case:
         self.answer = np.array(self.head.joined(parts))[0].tolist()
 
     def drafted(self, last: list[int]) -> int:
-        """The calls that the same answer took."""
+        """Return the number of calls of a drafted answer with equal tokens."""
         about = (self.head, self.model, self.scene, self.plan, last)
         said, calls = draft_chunk(*about, **self.how)
         assert said == self.answer

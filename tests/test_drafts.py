@@ -1,4 +1,4 @@
-"""Drafts of answers: the same tokens, or the same chances, in fewer calls."""
+"""Drafts of answers: equal tokens or equal distributions, in fewer calls."""
 
 import importlib
 import json
@@ -37,7 +37,7 @@ PLANS = {
 
 
 def answer(loaded, draft=None, pruner=(), images=None, **how):
-    """Token ids, and the calls that they took."""
+    """Return the token ids, and the number of model calls."""
     how = {"max_tokens": LENGTH, **how}
     asked = (*loaded, images or [PICTURE], "What is this?")
     pieces = list(stream_generate(*asked, pruner=pruner, draft=draft, **how))
@@ -81,12 +81,12 @@ def test_a_model_that_drafts_for_itself_is_always_right(tiny):
 
 
 def held(drafter: ModelDrafter) -> int:
-    """Tokens of the prompt in a drafter's cache."""
+    """Return the number of tokens in a drafter's cache."""
     return drafter._cache[0].inner.offset
 
 
 def test_a_model_drafts_as_if_it_did_not_see_what_is_left_out(tiny):
-    """The same as masking it behind the prompt."""
+    """Drafting with pruned tokens equals masking them behind the prompt."""
     model, processor = tiny
     images = [load_image(PICTURE), load_image(PICTURE).rotate(90)]
     prompt = processor.prompt("<image>What<image>is this?", 2)

@@ -1,4 +1,4 @@
-"""`vlapruner` in a `Policy`: what an episode knows of itself, and who forgets it."""
+"""`vlapruner` in a `Policy`: the state of an episode, and its reset."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ VLAPRUNER = Pruner("vlapruner", keep_tokens=16)
 
 @pytest.fixture(scope="module")
 def frames():
-    """Pictures of one episode, each turned a little further."""
+    """Return images of one episode, each rotated 35 degrees further."""
     image = load_image(POLICY_FRAME.path)
     return [image.rotate(35 * number) for number in range(5)]
 
@@ -37,7 +37,7 @@ def follow(policy, frames, **how) -> list[np.ndarray]:
 
 
 def attended_of(loaded, frame, **how) -> mx.array:
-    """(1, N) what the first action of an episode attends to."""
+    """Return (1, N) attention of the first action of an episode."""
     policy = Policy(*loaded, pruner=VLAPRUNER, **how)
     policy([frame], TOLD)
     return policy._attended
@@ -47,9 +47,9 @@ def attended_of(loaded, frame, **how) -> mx.array:
 
 
 def by_hand(model, sequence, number: int, asking, own_key: bool) -> np.ndarray:
-    """(len(asking), T) attention of one sample's tokens in a layer, mean over heads.
+    """Return (len(asking), T) attention of one sample in a layer, mean over heads.
 
-    own_key: whether a token sees itself, and not only those before it.
+    own_key: whether a token attends to itself, and not only to earlier tokens.
     """
     hidden, layers = sequence.embeddings, model.decoder.layers
     length = hidden.shape[1]
@@ -81,7 +81,7 @@ def by_hand(model, sequence, number: int, asking, own_key: bool) -> np.ndarray:
     "text", ["norm:1", "norm:0.5@tower+divprune:0.5@prompt", "norm:0.5@3"]
 )
 def test_tokens_note_what_they_attend_to(demo_policy, frames, layer, text):
-    """The prompt's last token, and each that is decoded, before it sees itself."""
+    """The last prompt token and each decoded token record their attention."""
     model, processor = demo_policy
     scene = scene_of(processor, [[frames[1]]])
     plan, head = plan_for(model, read_plan(text)), head_of(model, processor, 4)
@@ -117,7 +117,7 @@ def test_tokens_note_what_they_attend_to(demo_policy, frames, layer, text):
 
 
 def test_a_cache_is_attended_to_by_the_tokens_before(demo_policy, frames):
-    """Several tokens at once, of a batch: only to what the cache held."""
+    """Attention of a batch to a cache covers only the tokens of the cache."""
     model, processor = demo_policy
     decoder = model.decoder
     scene = scene_of(processor, [[frames[0]], [frames[2]]])
@@ -184,7 +184,7 @@ def test_three_steps_keep_all_and_later_ones_look_back(demo_policy, frames):
 
 
 def test_what_is_attended_to_is_smoothed(demo_policy, frames):
-    """0.8 of what was known, and 0.2 of what is new."""
+    """The new attention is 0.8 times the old one plus 0.2 times the measured one."""
     policy = Policy(*demo_policy, pruner=VLAPRUNER)
     known = None
     for frame in frames[:3]:
@@ -200,7 +200,7 @@ def test_what_is_attended_to_is_smoothed(demo_policy, frames):
 
 
 def test_the_first_attended_is_the_mean_over_an_action(demo_policy, frames):
-    """In layer 2 of 4, or before the first place inside."""
+    """The first attention is the mean over the action tokens in layer 2."""
     model, processor = demo_policy
     scene, head = scene_of(processor, [[frames[0]]]), head_of(model, processor, 4)
     found = attended_of(demo_policy, frames[0])
@@ -228,7 +228,7 @@ def test_reset_begins_another_episode(demo_policy, frames):
 
 @pytest.mark.parametrize("text", ["vlapruner:6", "norm:0.5@tower+vlapruner:8"])
 def test_a_batch_acts_as_its_robots_alone(demo_policy, frames, text):
-    """Also once one of them is done, and not compiled."""
+    """A batch equals single robots, also after one robot has left."""
     plan = read_plan(text)
     together = Policy(*demo_policy, pruner=plan)
     alone = [Policy(*demo_policy, pruner=plan, compile=False) for _ in range(3)]

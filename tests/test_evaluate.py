@@ -1,4 +1,4 @@
-"""Evaluation: answers, accuracies and divergences that can be checked by hand."""
+"""Evaluation: answers, accuracies and divergences equal those computed by hand."""
 
 import json
 import shutil
@@ -158,7 +158,7 @@ def test_answers_of_a_quantized_cache_are_those_of_generate(demo, monkeypatch):
 
 
 def decoded(evaluator, item, plan, ids) -> mx.array:
-    """Logits from which each of `ids` would follow: token by token, with a cache."""
+    """Return the logits of each of `ids`, decoded one by one with a cache."""
     model = evaluator.runtime.model
     scene = evaluator.runtime.subject.scene([item.load()], item.question)
     read, _ = run(model, scene, plan, cache=model.decoder.make_cache())
@@ -170,7 +170,7 @@ def decoded(evaluator, item, plan, ids) -> mx.array:
 
 
 def test_divergence_is_that_of_the_distributions(demo):
-    """Token by token with a cache, in NumPy."""
+    """The divergence equals the KL of step-by-step distributions in NumPy."""
     evaluator = evaluator_of(demo)
     item = data.Item(str(PICTURES[0].path), PICTURES[0].question)
     records = evaluator.ask(item)
@@ -193,9 +193,7 @@ def test_divergence_is_that_of_the_distributions(demo):
 
 @pytest.mark.parametrize("same", [0, 2, 3])
 def test_told_answers_are_those_of_decoding(tiny, same):
-    """At original positions, with tokens dropped before them; and where the unpruned
-    answer is another one after `same` tokens, the pruned model's own follows.
-    """
+    """Log-probabilities of a forced answer equal decoding; own ids are greedy."""
     pruner, picture = Pruner("norm", 0.25), str(TINY / "image_0.png")
     evaluator = evaluator_of(tiny, make_rows(["norm"], [0.25]), most=4)
     item = data.Item(picture, "Hi")
@@ -231,7 +229,7 @@ def test_a_picture_is_encoded_once(demo, monkeypatch):
 
 
 def test_accuracies_are_those_of_generated_answers(demo):
-    """Questions share features and a prompt here; `generate` reads each anew."""
+    """Accuracies with shared features equal those of separate `generate` calls."""
     questions = data.read_questions("demo", 6, None).items
     pruners = [Pruner("none"), Pruner("norm", 0.11), Pruner("random", 0.25)]
     evaluator = evaluator_of(demo, [Row(p.method, (p,)) for p in pruners])
@@ -277,7 +275,7 @@ def test_actions_are_those_of_predict_action(tiny_policy, positions):
 
 @pytest.fixture
 def still_worlds(monkeypatch):
-    """Worlds that need no simulator; the real one is the same class."""
+    """Replace the worlds by worlds that need no simulator."""
     from mlx_tokprune.scenes import worlds
 
     class Still:
@@ -314,7 +312,7 @@ def test_policies_are_asked_about_meta_world(tmp_path, still_worlds, capsys):
 
 
 def test_methods_that_count_for_themselves(tmp_path, capsys, demo_policy):
-    """How many tokens stay is of each question, and options decide it."""
+    """Methods with an own count keep as many tokens as in `predict_action`."""
     source = write_lines(tmp_path, ask(str(POLICY_FRAME.path), POLICY_FRAME.question))
     output = tmp_path / "e.json"
     options = ["--model", "demo-policy", "--data", source, "--output", str(output)]
@@ -374,7 +372,7 @@ def test_pictures_without_answers_are_compared_with_the_unpruned(folder, capsys)
 
 
 def test_more_tokens_than_there_are_mean_all(folder, capsys):
-    """Said once, however many methods and questions there are."""
+    """Budgets above the token count keep all tokens, with one warning."""
     (folder / "broken.png").unlink()
     output = folder / "e.json"
     options = ["--data", str(folder), "--methods", "norm", "uniform"]
@@ -397,7 +395,7 @@ def test_more_tokens_than_there_are_mean_all(folder, capsys):
 
 
 def test_the_least_picture_says_how_many_tokens_there_are(tmp_path, capsys):
-    """Without padding, pictures of other shapes have other numbers of tokens."""
+    """The image with the fewest tokens limits the budget without padding."""
     for height in (512, 256):
         picture = Image.new("RGB", (512, height), "green")
         picture.save(tmp_path / f"{height}.png")

@@ -1,4 +1,4 @@
-"""What makes two runs of `evaluate` the same, and what a run leaves."""
+"""The settings that make two runs of `evaluate` equal, and the files of a run."""
 
 import json
 

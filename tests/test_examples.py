@@ -1,4 +1,4 @@
-"""The examples as a reader runs them: as scripts, from somewhere else."""
+"""The examples run as scripts from another folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ MIDDLE = [8 * row + column for row in range(2, 6) for column in range(2, 6)]
 
 
 def run(*command, cwd: Path, path: tuple = ()) -> subprocess.CompletedProcess:
-    """Python with these arguments; `path` comes first where it looks for modules."""
+    """Run Python with these arguments, with `path` first in `PYTHONPATH`."""
     # On a busy machine, threads of OpenBLAS wait for each other for long.
     env = os.environ | {"MPLBACKEND": "Agg", "OPENBLAS_NUM_THREADS": "1"}
     before = [env["PYTHONPATH"]] if "PYTHONPATH" in env else []
@@ -81,7 +81,7 @@ def test_sweep_prints_and_draws(tmp_path):
 
 
 def test_what_is_kept_is_drawn(tmp_path):
-    """Dark where a method drops, as bright as the picture where it keeps."""
+    """Images with dropped tokens are darker than the whole image."""
     asked = ("--methods", "norm", "uniform", "--keep-ratio", "0.25")
     out = run(EXAMPLES / "kept.py", *asked, cwd=tmp_path).stdout
     lines = re.findall(r"^(\w+): (\d+) of 64 tokens; (.+)$", out, re.M)
@@ -99,7 +99,7 @@ def test_what_is_kept_is_drawn(tmp_path):
 
 
 def test_robot_loop(tmp_path):
-    """A frame that stays: every draft is right but the first, after each reset."""
+    """On a constant frame, each draft except the first after a reset is right."""
     how = ("--steps", "3", "--episodes", "2", "--turn", "0")
     out = run(EXAMPLES / "robot_loop.py", *how, cwd=tmp_path).stdout
     steps = re.findall(r"^step \d: (.*?)   (\d) calls$", out, re.M)
@@ -117,7 +117,7 @@ def test_robot_loop(tmp_path):
 
 
 def kept_by(method: str, *options: str, cwd: Path, path: tuple) -> tuple:
-    """What `generate` records, and what it says on stderr."""
+    """Return the record of `generate`, and its stderr."""
     budget = ("--method", method, "--keep-ratio", "0.25", "--json", *options)
     done = run("-m", "mlx_tokprune.generate", *budget, cwd=cwd, path=path)
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -131,7 +131,7 @@ def test_an_own_method_by_its_path(tmp_path):
 
 
 def test_installed_methods_by_their_name_and_broken_ones(tmp_path):
-    """What pip would write beside the module, and beside one that is gone."""
+    """Methods of entry points are found; those of a missing module are reported."""
     section = r'\[project\.entry-points\."(.+)"\]\n(\w+) = "(.+)"'
     group, name, value = re.search(
         section, (OWN / "pyproject.toml").read_text()

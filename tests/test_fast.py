@@ -1,4 +1,4 @@
-"""FAST's code against the published algorithm, and damaged token strings."""
+"""FAST's code equals the published algorithm, also on damaged token strings."""
 
 import json
 
@@ -23,7 +23,7 @@ def code() -> FastCode:
 
 @pytest.fixture(scope="module")
 def published():
-    """(chunk -> ids, ids -> chunk) as FAST publishes them."""
+    """Return FAST's published functions chunk -> ids and ids -> chunk."""
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     settings = json.loads(SETTINGS.read_text())
     scale, least = settings["scale"], settings["min_token"]
@@ -44,7 +44,7 @@ def published():
 
 
 def draw(count: int) -> np.ndarray:
-    """(count, horizon, size) chunks of the kind that the code was trained on."""
+    """Return (count, horizon, size) chunks like those that trained the code."""
     random = np.random.default_rng(5)
     steps = random.normal(0, 0.3, (count, *SHAPE)).cumsum(axis=1)
     return np.clip(steps, -1.2, 1.2)
@@ -64,7 +64,7 @@ def test_1000_chunks_come_back_as_published(code, published):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_damaged_answers_are_padded_or_cut_as_published(code, published, seed):
-    """Any ids: most give bytes that are no text, or too few or many numbers."""
+    """Random ids give the published chunk, and an error unless they are valid."""
     random = np.random.default_rng(seed)
     ids = random.integers(0, len(code.pieces) + 40, random.integers(0, 20)).tolist()
     found, wrong = code.decode(ids, *SHAPE)

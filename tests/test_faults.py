@@ -1,4 +1,4 @@
-"""A few cases of every group of `make faults`, and that faults would be seen."""
+"""A few cases of every group of `make faults`, and the detection of faults."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def ended(**known) -> case.Ended:
 
 
 def test_a_small_seed():
-    """In a process of its own, since cases change folders and limits."""
+    """A few cases of each group pass in a separate process."""
     program = [sys.executable, "-m", "faults", "--cases", "12", "--seed", "3"]
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
     done = subprocess.run(
@@ -30,7 +30,7 @@ def test_a_small_seed():
 
 
 def test_every_kind_of_fault_is_counted(tmp_path, monkeypatch):
-    """What a broken command does is counted, by its kind."""
+    """A fault of each kind is reported as that kind."""
     place = case.Place.make(tmp_path / "case", tmp_path)
     doings = {
         "traceback": lambda: {}["x"],
@@ -50,7 +50,7 @@ def test_every_kind_of_fault_is_counted(tmp_path, monkeypatch):
 
 
 class Fake:
-    """A command's module whose `main` does what it is told."""
+    """Stand-in of a command's module with the given `main`."""
 
     def __init__(self, main):
         self.main = lambda argv: main()

@@ -1,4 +1,4 @@
-"""A scorer knows the model that it was trained for, and says so under another."""
+"""A scorer warns under a model that it was not trained for."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ DEMO_SCORERS = ("demo-adaptive", "demo-inside", "demo-asking")
 
 
 def warned(caplog, model, pruner) -> int:
-    """How often three calls warn."""
+    """Return the number of warnings of three calls."""
     caplog.clear()
     _warn_of.cache_clear()
     with caplog.at_level(logging.WARNING, "mlx_tokprune"):
@@ -44,7 +44,7 @@ def test_embedded_scorers_are_those_of_the_demo(demo, caplog, name):
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_makes_no_other_model(demo, caplog, dtype):
-    """There layer scales stay by themselves, as on a Mac."""
+    """A scorer does not warn under its own model in half precision."""
     model, _ = load("demo", dtype)
     assert (int(model.signs, 16) ^ int(demo[0].signs, 16)).bit_count() < 32
     for name in DEMO_SCORERS:

@@ -1,4 +1,4 @@
-"""The readers of files on whatever hypothesis writes: a value, or one `InputError`.
+"""The readers of files give a value or one `InputError` on files by hypothesis.
 
 More examples: `FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py`.
 """
@@ -68,7 +68,7 @@ def test_any_header(tmp_path, header, body):
 
 
 def changed(whole, data):
-    """A JSON value with one part of it replaced or taken away."""
+    """Return a JSON value with one part replaced or removed."""
     if isinstance(whole, dict) and whole and data.draw(st.booleans()):
         key = data.draw(st.sampled_from(sorted(whole)))
         rest = {k: v for k, v in whole.items() if k != key}
@@ -97,7 +97,7 @@ def test_any_statistics(data):
 
 
 def _object(value) -> dict:
-    """Files that hold no object are refused before."""
+    """Return a dict; other values become empty, as readers refuse them earlier."""
     return dict(value) if isinstance(value, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""Our pipeline against what the reference implementation computed in float32."""
+"""The pipeline equals the float32 values of the reference implementation."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every kind of picture a user may have: handled where it can be, else refused."""
+"""Images of every kind are read, or refused with a reason."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ RED, BLUE = (200, 30, 40), (10, 60, 220)
 
 
 def two_halves() -> Image.Image:
-    """40x20, left half red, right half blue."""
+    """Return a 40x20 image, red on the left and blue on the right."""
     image = Image.new("RGB", (40, 20), RED)
     image.paste(BLUE, (20, 0, 40, 20))
     return image

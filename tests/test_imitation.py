@@ -1,4 +1,4 @@
-"""Scorers that imitate attention, or what a token alone answers; going on from one."""
+"""Scorers that imitate attention, single-token answers or gradients."""
 
 import json
 
@@ -27,7 +27,7 @@ from mlx_tokprune.train.scorer import (
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 @pytest.mark.parametrize("sharpen", [1.0, 2.0])
 def test_a_scorer_imitates_layers(demo, sharpen, layers):
-    """The goal is the attention from the prompt's last tokens in these layers."""
+    """The goal is the attention of the last prompt token in the given layers."""
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 2).items)
     plan, scorer = Lesson(1, 2, 2, imitate=layers, sharpen=sharpen), AdaptiveScorer(512)
@@ -58,7 +58,7 @@ def test_a_scorer_imitates_layers(demo, sharpen, layers):
 
 
 def alone_by_hand(model, batch, row: int, tried: list[int]) -> np.ndarray:
-    """What each of these tokens, as the only one, makes the answer's probability."""
+    """Return the probability of the answer with each of these tokens alone."""
     ids, targets = (
         batch.questions.ids[0, row],
         np.array(batch.questions.targets[0, row]),
@@ -83,7 +83,7 @@ def alone_by_hand(model, batch, row: int, tried: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("sharpen", [1.0, 2.0])
 def test_few_tokens_imitate_what_each_alone_answers(demo, sharpen):
-    """At the prompt and at the tower; with more tokens it stays the attention."""
+    """Small budgets imitate single-token answers; larger ones imitate attention."""
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 1).items)
     how = {"imitate": (1,), "alone": 1, "sharpen": sharpen}
@@ -117,7 +117,7 @@ def test_few_tokens_imitate_what_each_alone_answers(demo, sharpen):
 
 
 def test_training_goes_on_from_a_scorer(tmp_path):
-    """After no step to speak of it is the one that was given; what was told is kept."""
+    """After a negligible step the scorer is the initial one, with its options."""
     out = tmp_path / "more"
     asked = ["prune", "--scorer", "demo-asking", "--imitate", "1", "--alone", "1"]
     asked += ["--pictures", "1", "--batch", "1", "--steps", "1", "--questions", "2"]
@@ -133,7 +133,7 @@ def test_training_goes_on_from_a_scorer(tmp_path):
 
 @pytest.mark.parametrize("sharpen", [1.0, 2.0])
 def test_a_scorer_imitates_the_gradient_of_the_answers(demo, sharpen, monkeypatch):
-    """Each token's share is of how far its features move the right answer's logits."""
+    """The goal is the gradient norm of the right answer's logits by token."""
     monkeypatch.setattr(scorer_module, "_AT_ONCE", 3)
     model, processor = demo
     batches = Batches(model, processor, read_samples("demo", 1).items)

@@ -1,4 +1,4 @@
-"""What was answered is kept, and shared by processes."""
+"""Recorded answers are kept, and shared by processes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from mlx_tokprune.evaluate.journal import Journal, answer_all
 
 
 class Counter:
-    """An evaluator that answers with the number of calls."""
+    """Evaluator that answers with its number of calls."""
 
     def __init__(self):
         self.calls = 0
@@ -48,7 +48,7 @@ def test_what_was_answered_is_kept(tmp_path):
 
 
 def test_weights_decide_what_is_the_same(demo):
-    """Their bytes: a sum would not tell a negated or a shuffled one apart."""
+    """The fingerprint tells scaled, negated and reversed weights apart."""
     model, _ = demo
     before = fingerprint(model)
     assert before == fingerprint(load("demo")[0])
@@ -70,7 +70,7 @@ def test_workers_share_everything_once(monkeypatch):
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    """And a lost one is reported, with what was answered kept."""
+    """Two workers give the result of one, and a lost worker is reported."""
     options = ["--pictures", "2", "--methods", "norm", "--keep-ratios", "0.25"]
     program = [sys.executable, "-m", "mlx_tokprune.evaluate", *options]
     results = []

@@ -1,4 +1,4 @@
-"""Scorers that read what the robot did last: episodes, folders, and how they learn."""
+"""Scorers that read the last action: episodes, folders, and training."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ TOLD = POLICY_FRAME.question
 
 
 def acting(channels=192, actions=4) -> ActionScorer:
-    """A scorer for which the last action matters much."""
+    """Return a scorer whose scores depend strongly on the last action."""
     mx.random.seed(3)
     scorer = ActionScorer(channels, actions, width=16, depth=1, heads=2)
     scorer.action.weight = 40 * scorer.action.weight
@@ -53,13 +53,13 @@ def pruner_of(scorer, keep=6) -> Pruner:
 
 @pytest.fixture(scope="module")
 def frames():
-    """Pictures of one episode, each turned a little further."""
+    """Return images of one episode, each rotated 40 degrees further."""
     image = load_image(POLICY_FRAME.path)
     return [image.rotate(40 * number) for number in range(5)]
 
 
 def before(action) -> dict[str, mx.array]:
-    """The run-time inputs after this action (B, A)."""
+    """Return the run-time inputs after this action (B, A)."""
     return {"action_previous": mx.array(np.asarray(action, np.float32))}
 
 
@@ -68,7 +68,7 @@ def test_policies_supply_the_extras_that_they_provide():
 
 
 def chosen(loaded, pruner, robots, acted=None, state=None) -> list[list[int]]:
-    """The tokens that stay of each robot, after these last actions (B, A)."""
+    """Return the kept indices of each robot, given the last actions (B, A)."""
     model, processor = loaded
     told = processor.prompt(TOLD)
     extras = {} if acted is None else before(acted)
@@ -82,7 +82,7 @@ def chosen(loaded, pruner, robots, acted=None, state=None) -> list[list[int]]:
 
 
 def watched(policy) -> list[np.ndarray]:
-    """What scorers were told robots did last, call by call; not compiled."""
+    """Return a list that collects the last actions that scorers receive."""
     seen, act_ = [], policy._act
 
     def spy(scene, arrays):
@@ -94,7 +94,7 @@ def watched(policy) -> list[np.ndarray]:
 
 
 def test_a_scorer_is_told_the_last_action(demo_policy, frames):
-    """Zeros at first and after a reset, then what the policy answered, in [-1, 1]."""
+    """A scorer receives the last action, and zeros first and after a reset."""
     pruner = pruner_of(acting())
     policy = Policy(*demo_policy, pruner=pruner)
     seen, said = watched(policy), []
@@ -110,7 +110,7 @@ def test_a_scorer_is_told_the_last_action(demo_policy, frames):
 
 
 def test_the_last_action_changes_what_is_kept(demo_policy, frames):
-    """In a compiled call, too: what it did last is no constant there."""
+    """The last action changes the kept tokens, also in a compiled call."""
     pruner, (model, processor) = pruner_of(acting()), demo_policy
     policy, head = Policy(*demo_policy, pruner=pruner), head_of(*demo_policy, 4)
     first = policy([frames[0]], TOLD)
@@ -135,7 +135,7 @@ def test_the_last_action_changes_what_is_kept(demo_policy, frames):
 
 @pytest.mark.parametrize("text", ["norm:1@tower", "norm:0.5@tower"])
 def test_robots_of_a_batch_are_told_their_own(demo_policy, frames, text):
-    """Also once one of them is done, and not compiled."""
+    """Robots of a batch receive their own actions, also after one has left."""
     plan = [*read_plan(text), pruner_of(acting())]
     together = Policy(*demo_policy, pruner=plan)
     alone = [Policy(*demo_policy, pruner=plan, compile=False) for _ in range(3)]
@@ -158,7 +158,7 @@ def test_robots_of_a_batch_are_told_their_own(demo_policy, frames, text):
 
 
 def test_of_a_chunk_the_last_that_was_done(oft_policy):
-    """With the robot's state beside it."""
+    """The scorer receives the last executed action of a chunk."""
     image, how = load_image(TINY_POLICY / "image_0.png"), {"proprio": [0.1] * 5}
     pruner = pruner_of(acting(96, 7))
     for compiled in (True, False):
@@ -271,7 +271,7 @@ def with_actions(size: int) -> student.Labelled:
 
 @pytest.mark.parametrize("kind", ["acting", "asking"])
 def test_training_chooses_and_sees_what_acting_does(tmp_path, kind):
-    """Padded, gated and masked: the choice and the actions of gathered tokens."""
+    """Training under padding and a gate equals acting on gathered tokens."""
     made, batch = trainer(tmp_path, scorer=kind), with_actions(5)
     if kind == "acting":
         made.scorer = acting()
@@ -299,7 +299,7 @@ def test_training_chooses_and_sees_what_acting_does(tmp_path, kind):
 
 
 def test_the_goal_is_what_the_action_tokens_attend_to(tmp_path):
-    """The mean over layers, heads and the tokens that say an action."""
+    """The goal is the attention of action tokens, mean over layers and heads."""
     made, batch = trainer(tmp_path), with_actions(3)
     policy, visual = made.policy, made._visual(batch)
     goal = np.array(made._goal(batch, visual, (1, 2)))
@@ -349,7 +349,7 @@ def test_the_scorer_alone_learns(tmp_path, actions, monkeypatch):
 
 
 def test_frames_know_what_was_done_before(corridor, tmp_path):  # noqa: F811
-    """Not the label: what the robot did, noise and all."""
+    """A frame stores the executed previous action, not the expert's label."""
     world, done = Corridor("hammer"), []
 
     def act_(frame, expert):

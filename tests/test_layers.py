@@ -38,10 +38,10 @@ def scene_of(processor, images, text=QUESTION):
 
 
 def layer_inputs(decoder, embeddings, hidden_from, causal=True):
-    """What goes into each layer of a full forward, and at last what comes out.
+    """Return the inputs of each layer of a full forward, and its last output.
 
-    hidden_from: by k, a bool array (T,) or (B, T) of tokens that nobody sees from layer
-    k on. Every token stands at the place that it has in the full sequence.
+    hidden_from: by layer k, a bool array (T,) or (B, T) of tokens masked from layer k
+    on. Every token keeps its position in the full sequence.
     """
     length, found = embeddings.shape[1], [(embeddings, None)]
     seen = mx.ones((1, length, length), mx.bool_)
@@ -59,13 +59,13 @@ def layer_inputs(decoder, embeddings, hidden_from, causal=True):
 
 
 def masked_states(decoder, embeddings, hidden_from, causal=True):
-    """Last states of a full forward in which layers >= k do not see some tokens."""
+    """Return the last states of a full forward that masks tokens from layer k on."""
     (*_, (h, _)) = layer_inputs(decoder, embeddings, hidden_from, causal)
     return decoder.norm(h[:, -1:])
 
 
 def masked_answer(model, scene, choices, visual, steps):
-    """First logits and greedy ids with the dropped tokens masked, step by step anew."""
+    """Return first logits and greedy ids, uncached, with dropped tokens masked."""
     decoder, total = model.decoder, visual.keep
     sequence = assemble(model, scene, visual)
     where = np.concatenate([np.arange(s.start, s.stop) for s in sequence.visual])
@@ -129,7 +129,7 @@ def test_chunks_do_not_matter(demo, picture):
 
 
 def gone_of(sequence, choices, row=0):
-    """By layer, which tokens (T,) of one sample it does not see any more."""
+    """Return by layer a (T,) mask of the tokens that one sample has dropped."""
     where = np.concatenate([np.arange(s.start, s.stop) for s in sequence.visual])
     left, hidden = np.arange(len(where)), {}
     for layer, selection in choices:
@@ -152,7 +152,7 @@ def gone_of(sequence, choices, row=0):
     ],
 )
 def test_each_row_of_a_batch_equals_masking(request, picture, model_name, plan, step):
-    """FastV in one batch, where each picture loses other tokens; also in chunks."""
+    """Each row of a pruned batch equals masking its own dropped tokens."""
     model, processor = request.getfixturevalue(model_name)
     images = [picture, picture.rotate(180)]
     prompt = processor.prompt("What is it?", *([1] if model_name == "tiny" else []))
@@ -205,7 +205,7 @@ def test_fastv_equals_masking_however_it_is_read(request, picture, model_name, h
 
 
 def test_a_quantized_cache_of_unequal_lengths_is_near_masking(demo, picture):
-    """Logits of tokens after FastV, from keys and values of 8 bits."""
+    """Decoding with an 8-bit cache after pruning is near to masking."""
     from mlx_lm.generate import maybe_quantize_kv_cache
 
     model, processor = demo
@@ -261,7 +261,7 @@ def test_policies_prune_inside_too(demo_policy):
 
 
 def test_oft_reads_its_slots_after_dropping(oft_policy):
-    """The slots are counted from the end, so dropping must not move them."""
+    """Dropping one token in a layer keeps OFT's actions nearly equal."""
     model, processor = oft_policy
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (40, 40, 3), dtype=np.uint8) for _ in range(2)]
@@ -298,7 +298,7 @@ EXTRAS = ("attention", "keys", "text", "text_attention")
 
 @pytest.fixture
 def looking():
-    """A method that keeps the first tokens, and what it was given."""
+    """Yield the inputs of a method that keeps the first tokens."""
     given = []
     with temporary("looking", needs=EXTRAS, seeded=True) as register:
 
@@ -312,7 +312,7 @@ def looking():
 
 
 def attended_by_hand(layer, hidden, seen):
-    """(B, T, T) mean over heads of a layer's attention, positions as they come."""
+    """Return (B, T, T) attention of a layer, mean over heads, positions in order."""
     attention, x = layer.self_attn, layer.input_layernorm(hidden)
     batch, length, _ = x.shape
     shape = (batch, length, -1, attention.q_proj(x).shape[-1] // attention.n_heads)
@@ -333,10 +333,10 @@ def attended_by_hand(layer, hidden, seen):
 
 
 def check_extras(model, scene, before, given, layer, state_rows=0):
-    """What a method was given after `layer` layers, against a full forward.
+    """Compare the inputs of a method after `layer` layers with a full forward.
 
-    before: of the prompt, the choices of earlier places. state_rows: tokens behind the
-    prompt's last.
+    before: the choices of earlier places. state_rows: the number of tokens behind
+    the last prompt token.
     """
     decoder, sequence = model.decoder, assemble(model, scene, look(model, scene, ()))
     gone = gone_of(sequence, before)
@@ -391,7 +391,7 @@ def test_and_after_tokens_were_dropped(demo, picture, looking, pictures):
 
 
 def test_slots_are_no_text(oft_policy, looking):
-    """Of a policy with slots: its state and prompt, read both ways."""
+    """Slots are not part of the text extra; state and prompt are."""
     model, processor = oft_policy
     rng = np.random.default_rng(0)
     images = [

@@ -1,4 +1,4 @@
-"""Scorers, the gate they learn through, the training loop, and adapters."""
+"""Scorers, their training gate, the training loop, and adapters."""
 
 import functools
 import json
@@ -104,7 +104,7 @@ def test_schedules_at_their_ends():
 
 @pytest.mark.parametrize("kind", ["adaptive", "inside", "asking"])
 def test_the_training_forward_is_that_of_inference(tiny, kind):
-    """The loss that a step sees equals that of the kept tokens alone."""
+    """The loss of a training step equals the loss of the kept tokens alone."""
     model, processor = tiny
     scorer, plan = scorer_for(model, kind), Lesson(4, 3, 1, noise=0.0)
     needs = ("blocks",) if kind == "inside" else ()
@@ -141,7 +141,7 @@ def test_an_open_gate_changes_nothing(tiny):
     "scorer", [AdaptiveScorer(24), TowerScorer(24, (8, 2)), PromptScorer(24)]
 )
 def test_budgets_and_batches(scorer):
-    """Exactly K, for every K; the budget is seen; a sample's scores are its own."""
+    """Exactly K tokens stay; scores depend on the budget, not on other samples."""
     text, blocks = (mx.random.normal(shape) for shape in ((2, 5, 24), (2, 16, 10)))
     given = features(text=text, blocks=blocks)
     for keep in (1, 7, 15):
@@ -164,7 +164,7 @@ def test_what_is_not_told_its_budget_does_not_see_it():
 
 
 def test_the_budget_is_a_token_inside():
-    """Visual tokens read it as one more key and value, and it reads them."""
+    """The budget is one more token, constant at first and then mixed with others."""
     scorer, seen = TowerScorer(24, (8, 2)), []
 
     def watch(x, block):
@@ -183,7 +183,7 @@ def test_the_budget_is_a_token_inside():
 
 
 def test_a_scorer_inside_leaves_the_tower_as_it_is(tiny):
-    """With what it reads, the features are those without; every weight learns."""
+    """Extra outputs do not change the features; every weight has a gradient."""
     model, processor = tiny
     pixels = mx.random.uniform(shape=(2, 64 * 2, 64 * 3, 3))
     plain, read = model.encode(pixels), model.encode(pixels, ("blocks",))
@@ -332,7 +332,7 @@ def test_samples_from_files(tmp_path):
 
 @pytest.mark.parametrize("dora", [[], ["--dora"]])
 def test_an_adapter_is_trained_used_and_fused(tmp_path, packages, dora):
-    """Through the command line; fused weights answer as the adapter does."""
+    """A fused adapter from the command line answers like the adapter."""
     out, fused = str(tmp_path / "adapter"), str(tmp_path / "fused")
     common = ["--pictures", "3", "--batch", "2", "--questions", "1", "--steps", "2"]
     train(["lora", "--rank", "2", "--output", out, *common, *dora])
@@ -412,7 +412,7 @@ if loop.is_first:
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Each draws its part of a batch; one process draws both, after each other."""
+    """Two processes give the weights of one process that accumulates two batches."""
     script = tmp_path / "twice.py"
     script.write_text(TWICE)
     launcher = Path(sys.executable).with_name("mlx.launch")

@@ -1,6 +1,7 @@
-"""The model `mlx_tokprune` of lmms-eval: its arguments, its answers, and the harness.
+"""The model `mlx_tokprune` of lmms-eval: arguments, answers, and the harness.
 
-The last part runs lmms-eval where it is installed; it imports torch, so by itself.
+The last part runs lmms-eval where it is installed, in a subprocess because it
+imports torch.
 """
 
 import importlib.util
@@ -146,7 +147,7 @@ def test_answers_are_those_of_generate(demo):
 
 
 def test_several_pictures_and_samples(demo):
-    """Both pictures are seen, in order; samples depend on their seed alone."""
+    """Images are read in order; samples depend only on their seed."""
     seen = [load_image(picture.path) for picture in PICTURES]
     runtime, text = own(keep_ratio=0.5), PICTURES[0].question
     pruner = Pruner("norm", 0.5)
@@ -168,7 +169,7 @@ def test_several_pictures_and_samples(demo):
 
 
 def test_losses_are_those_of_the_steps(demo):
-    """-log p of each token as generating them one by one has it; the answer is best."""
+    """The loss is the mean -log p of step-by-step decoding; the answer's is lowest."""
     picture, runtime = PICTURES[0], own(method="norm", keep_ratio=0.25)
     seen, (model, processor) = [load_image(picture.path)], demo
     answer = "".join(runtime.answer(seen, picture.question, GenerationOptions(16), 0))
@@ -257,7 +258,7 @@ print(json.dumps(found))
 
 
 def alone(*command, cwd: Path) -> str:
-    """What Python prints of these arguments, without a network."""
+    """Return the output of Python with these arguments, without a network."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
     env = os.environ | offline | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every entry of the table from MLX to Core ML, on random inputs, against MLX."""
+"""Every entry of the lowering table to Core ML equals MLX on random inputs."""
 
 from pathlib import Path
 
@@ -131,7 +131,7 @@ CASES = {
 
 
 def through_core_ml(path: Path, function, *arrays: mx.array) -> tuple[np.ndarray, set]:
-    """The function's result from a package, and which primitives it has."""
+    """Return the result of a function in a package, and its primitives."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil import mil
     from coremltools.converters.mil.mil import types

@@ -1,8 +1,8 @@
-"""Each method against plain NumPy written from its description, on 200 random cases.
+"""Each method equals plain NumPy from its description, on 200 random cases.
 
 Vectors whose cosines decide are integers of a length that is a power of two, and
 attention is a multiple of 1/1024: such scores are exact in float32 in whatever order
-they are summed, so equal ones are equal everywhere.
+they are summed, so equal scores are equal everywhere.
 """
 
 import functools
@@ -39,7 +39,7 @@ LARGE = (1, (24, 24), 16, (64, 150))
 
 @functools.cache
 def four_squares() -> dict[int, tuple[int, ...]]:
-    """n -> four numbers whose squares sum to it, up to 256."""
+    """Map each n up to 256 to four numbers whose squares sum to n."""
     found = {}
     for four in itertools.combinations_with_replacement(range(17), 4):
         found.setdefault(sum(i * i for i in four), four)
@@ -47,7 +47,7 @@ def four_squares() -> dict[int, tuple[int, ...]]:
 
 
 def whole(rng, count: int, channels: int) -> np.ndarray:
-    """(count, C) integers, of length 16, 32 or 64."""
+    """Return (count, C) integer vectors of length 16, 32 or 64."""
     vectors = []
     for _ in range(count):
         entries = rng.integers(-5, 6, channels - 4)
@@ -65,7 +65,7 @@ def real(rng, count: int, channels: int) -> np.ndarray:
 
 
 def twins(draw, rng, count: int, channels: int) -> np.ndarray:
-    """Some drawn more than once, now and then zeros."""
+    """Return drawn vectors with frequent duplicates and rare zeros."""
     vectors = draw(rng, count, channels)
     if rng.random() < 0.7:
         few = max(1, int(count * rng.choice([0.3, 0.8])))
@@ -76,19 +76,19 @@ def twins(draw, rng, count: int, channels: int) -> np.ndarray:
 
 
 def scaled(draw, rng, count: int, channels: int) -> np.ndarray:
-    """The same, in other lengths."""
+    """Return `twins`, each vector times 1 or 2."""
     lengths = 2 ** rng.integers(2, size=(count, 1)).astype(np.float32)
     return lengths * twins(draw, rng, count, channels)
 
 
 def received(rng, *shape: int) -> np.ndarray:
-    """Multiples of 1/1024, few far above the others, few different or many."""
+    """Return random attention in multiples of 1/1024, from flat to peaked."""
     levels = np.exp(rng.normal(size=shape)) * rng.choice([1, 4, 64])
     return np.floor(levels).astype(np.float32) / 1024
 
 
 def drawn(rng, needs, tokens, total: int, channels: int, words: int) -> dict:
-    """One sample: tokens, and what a method needs."""
+    """Return the tokens and the extras in `needs` of one sample."""
 
     def sixteenths(*shape: int) -> np.ndarray:
         return rng.integers(-24, 25, shape).astype(np.float32) / 16
@@ -187,7 +187,7 @@ CHECKS = {
 
 
 def arrays(selection, tokens) -> list[tuple[list[int], np.ndarray]]:
-    """Of each sample, what it keeps."""
+    """Return the kept indices and tokens of each sample."""
     indices, values = np.array(selection.indices), np.array(selection.apply(tokens))
     real = np.ones(indices.shape, bool)
     if selection.mask is not None:
@@ -198,7 +198,7 @@ def arrays(selection, tokens) -> list[tuple[list[int], np.ndarray]]:
 
 
 def agrees(found, given, plain) -> bool:
-    """Whether the same tokens are kept; then what is merged has to be the same."""
+    """Return whether the kept indices are equal; check the merged tokens if so."""
     (indices, values), (kept, merged) = found, plain
     if indices != sorted(kept):
         return False

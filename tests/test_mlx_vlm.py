@@ -1,4 +1,4 @@
-"""`attach` in mlx-vlm's own generate, chats, batches: what holds for each family."""
+"""`attach` in mlx-vlm's generate, chats and batches, for each family."""
 
 import dataclasses
 import re
@@ -71,7 +71,7 @@ def test_equals_the_full_prompt_with_what_is_dropped_masked(loaded, monkeypatch)
 
 
 def test_a_video_is_pruned_as_a_whole(loaded, monkeypatch):
-    """Of the families whose videos stock mlx-vlm reads."""
+    """A pruned video equals the video with the dropped tokens masked."""
     if loaded.family.name not in VIDEOS:
         pytest.skip("pictures only")
     shape = (4, *loaded.family.size[::-1], 3)
@@ -166,7 +166,7 @@ def test_two_requests_are_answered_as_each_alone(loaded):
 
 
 def embedded(loaded) -> tuple[np.ndarray, mx.array, dict]:
-    """Ids (T,) of the question, their embeddings (T, D), and other inputs."""
+    """Return ids (T,) of the question, embeddings (T, D), and other inputs."""
     text = prompt(loaded.processor, loaded.model.config, QUESTION)
     inputs = dict(
         prepare_inputs(loaded.processor, images=loaded.files[:1], prompts=text)
@@ -178,7 +178,7 @@ def embedded(loaded) -> tuple[np.ndarray, mx.array, dict]:
 
 
 def grid_of(inputs: dict) -> tuple[int, int]:
-    """Of Qwen2-VL's visual tokens, which are 2 x 2 patches."""
+    """Return (height, width) of Qwen2-VL's visual tokens of 2 x 2 patches."""
     _, height, width = np.array(inputs["image_grid_thw"])[0].tolist()
     return height // 2, width // 2
 
@@ -197,7 +197,7 @@ def grid_of(inputs: dict) -> tuple[int, int]:
     ids=lambda pruner: pruner.method,
 )
 def test_methods_choose_as_they_do_here(qwen, pruner):
-    """From the rows that mlx-vlm would have read."""
+    """Methods in mlx-vlm choose the tokens that they choose on its embeddings."""
     ids, rows, inputs = embedded(qwen)
     where = np.flatnonzero(ids == qwen.model.config.image_token_id)
     extras = {}
@@ -275,7 +275,7 @@ def test_what_cannot_be_attached_is_refused(qwen, tmp_path):
 
 
 def test_the_documentation_says_what_is_tested():
-    """Each cell of the table of families."""
+    """The documented table of families equals the tested capabilities."""
     page = Path(__file__).parent.parent / "docs" / "mlx-vlm.md"
     rows = {
         name: [cell.strip() for cell in line.split("|")[2:-1]]
@@ -365,7 +365,7 @@ def test_text_between_pictures_keeps_its_place(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("other", ["a picture", "text"])
 def test_an_answer_is_not_read_on_behind_another_prompt(tmp_path, other):
-    """Its positions would be those of the other."""
+    """A stream with original positions fails after another prompt has begun."""
     loaded = Loaded(FAMILIES["llava_onevision"], tmp_path / "m")
     text = prompt(loaded.processor, loaded.model.config, QUESTION)
     plain = apply_chat_template(loaded.processor, loaded.model.config, MORE)

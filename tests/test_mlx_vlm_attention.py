@@ -1,4 +1,4 @@
-"""Methods that read what a tower attends to, in mlx-vlm: its own queries and keys."""
+"""Methods that read the tower's attention in mlx-vlm use its queries and keys."""
 
 import contextlib
 
@@ -70,7 +70,7 @@ def embedded(model, inputs: dict):
 
 @contextlib.contextmanager
 def spied():
-    """(queries, keys, scale, mask) of each attention that MLX is asked for."""
+    """Yield (queries, keys, scale, mask) of each attention call of MLX."""
     plain, calls = mx.fast.scaled_dot_product_attention, []
 
     def noting(q, k, v, *, scale, mask=None, **named):
@@ -85,7 +85,7 @@ def spied():
 
 
 def asks_of(call, first: bool) -> np.ndarray:
-    """(B, L): sums over what asks, mean over heads; in float64."""
+    """Return (B, L) attention in float64, summed over queries, mean over heads."""
     q, k, scale, mask = call
     logits = q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2) * scale
     if mask is not None:
@@ -96,7 +96,7 @@ def asks_of(call, first: bool) -> np.ndarray:
 
 
 def in_cells(patches: np.ndarray, height: int, width: int, side: int) -> np.ndarray:
-    """(h * w,) -> sums over squares, one by one."""
+    """Return (h * w,) sums over squares of patches."""
     whole = patches.reshape(height, width)
     return np.array(
         [
@@ -110,7 +110,7 @@ def in_cells(patches: np.ndarray, height: int, width: int, side: int) -> np.ndar
 
 
 def in_windows(grid) -> np.ndarray:
-    """Groups of patches in the order that Qwen2.5-VL's tower has, in 2 x 2 windows."""
+    """Return groups of patches in the order of Qwen2.5-VL's 2 x 2 windows."""
     order, start = [], 0
     for frames, height, width in grid:
         rows, columns = height // 2, width // 2
@@ -124,7 +124,7 @@ def in_windows(grid) -> np.ndarray:
 
 
 def expected(loaded, inputs: dict) -> np.ndarray:
-    """(N,) what each visual token receives, of all that ask."""
+    """Return (N,) attention that each visual token receives."""
     name = loaded.family.name
     with spied() as calls:
         mx.eval(embedded(loaded.model, inputs).inputs_embeds)
@@ -185,7 +185,7 @@ def expected(loaded, inputs: dict) -> np.ndarray:
 
 @contextlib.contextmanager
 def probing(loaded, positions=None, ratio=0.5):
-    """Prunes as `attention` does; the extras of the tower."""
+    """Prune by attention; yield the handle and the extras of the tower."""
     seen = []
     with temporary("probe", needs=("attention", "keys"), seeded=True) as register:
 
@@ -203,7 +203,7 @@ def highest(scores: np.ndarray, keep: int) -> list[int]:
 
 
 def test_scores_are_those_of_its_queries_and_keys(loaded, monkeypatch):
-    """And greedy tokens those of the full prompt with what is dropped masked."""
+    """Scores equal the tower's attention, and pruned answers equal masking."""
     wanted = expected(loaded, inputs_of(loaded, loaded.files[:1]))
     plain = loaded.ask()
     kinds = [type(module) for module in loaded.model.modules()]
@@ -252,7 +252,7 @@ def test_two_pictures_are_compared_by_all_their_patches(loaded):
 
 
 def test_videos(loaded, monkeypatch):
-    """Frames are apart, as the tower has them."""
+    """Scores of a video equal the attention within its frames."""
     if loaded.family.name not in (*QWEN, *GEMMA4, "llava_onevision"):
         pytest.skip("pictures only")
     shape = (4, *loaded.family.size[::-1], 3)
@@ -305,7 +305,7 @@ def test_two_requests_are_answered_as_each_alone(loaded):
 
 @contextlib.contextmanager
 def noted(module, name: str):
-    """What a matrix of a module gives, in NumPy."""
+    """Yield the outputs of a module's matrix as NumPy arrays."""
     matrix, found = getattr(module, name), []
 
     def noting(x):
@@ -320,7 +320,7 @@ def noted(module, name: str):
 
 
 def keys_of(loaded, inputs: dict) -> np.ndarray:
-    """(N, d) of the last block: means of the patches of a token, not rotated."""
+    """Return (N, d) unrotated keys of the last block, mean over a token's patches."""
     if loaded.family.name == "idefics3":
         module = loaded.model.vision_model.encoder.layers[-1].self_attn
         with noted(module, "k_proj") as found:
@@ -367,7 +367,7 @@ def test_methods_merge_as_they_do_here(merging, method):
 
 
 def test_hiprune_looks_at_a_middle_block(qwen):
-    """Of two blocks the first is at three eighths."""
+    """HiPrune reads the first of two blocks as the middle block."""
     inputs = inputs_of(qwen, qwen.files[:1])
     with spied() as calls:
         mx.eval(embedded(qwen.model, inputs).inputs_embeds)
@@ -398,7 +398,7 @@ def test_few_queries_at_a_time_give_the_same(qwen, monkeypatch):
 
 
 def test_features_from_a_cache_are_made_again(qwen):
-    """They say nothing of attention."""
+    """Cached features are computed again, because they lack the attention."""
     inputs = inputs_of(qwen, qwen.files[:1])
     tower = qwen.model.vision_tower
     features = tower(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -455,7 +455,7 @@ def test_what_is_refused(qwen, tmp_path, monkeypatch):
 
 
 def test_pictures_beside_a_video_are_refused(tmp_path):
-    """Which of Qwen3-VL's two calls of the tower is whose was not tried."""
+    """An image beside a video is refused for Qwen3-VL."""
     loaded = Loaded(FAMILIES["qwen3_vl"], tmp_path / "m")
     frames = np.zeros((4, 40, 48, 3), np.uint8)
     given = inputs_of(loaded, loaded.files[:1]) | {

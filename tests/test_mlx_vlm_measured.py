@@ -33,7 +33,7 @@ def guest(qwen):
 
 @pytest.fixture(scope="module")
 def evaluated(qwen, tmp_path_factory):
-    """The file of an evaluation of two questions about each of two pictures."""
+    """Return the result file of two questions about each of two images."""
     folder = tmp_path_factory.mktemp("evaluated")
     lines = [
         {"image": file, "question": text, "answer": "x"}
@@ -72,7 +72,7 @@ def test_answers_are_those_of_stock_mlx_vlm_and_of_attach(qwen, evaluated):
 
 
 def test_divergence_is_that_of_the_forced_answer(qwen, guest):
-    """By the language model in one pass over prompt and answer."""
+    """Log-probabilities of a forced answer equal those of one pass over it."""
     image = load_image(qwen.files[0])
     none, norm = guest.rows(["norm"], [0.5], {})[:2]
     reply = guest.ask(none, image, QUESTION, LENGTH)

@@ -1,4 +1,4 @@
-"""mlx-vlm's models under what nobody should ask of them."""
+"""Unusual and wrong uses of `attach` with mlx-vlm's models."""
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("not_compiled")
 
 @pytest.mark.parametrize("method", ["uniform", "spatial", "hiprune", "norm"])
 def test_pictures_of_a_batch_have_their_own_grids(qwen, method):
-    """One call for two prompts, the second of two pictures."""
+    """Images in one call for two prompts are pruned as in separate calls."""
     narrow = qwen.narrow
     asked = [
         (prompt(qwen.processor, qwen.model.config, QUESTION, pictures=n), files)
@@ -54,7 +54,7 @@ def test_pictures_of_a_batch_have_their_own_grids(qwen, method):
 
 
 def test_a_folder_that_prunes_says_so(qwen, tmp_path):
-    """Nobody has a handle to detach its pruner."""
+    """Attaching to a model whose folder prunes on load is refused."""
     target = tmp_path / "pruned"
     write_folder(qwen.folder, target, HALF)
     model, processor = mlx_vlm.load(str(target))
@@ -63,7 +63,7 @@ def test_a_folder_that_prunes_says_so(qwen, tmp_path):
 
 
 def test_a_processor_belongs_to_one_model(qwen):
-    """Else both would shorten the same ids."""
+    """Attaching a second model to one processor is refused."""
     other, _ = mlx_vlm.load(str(qwen.folder))
     with qwen.pruned(), pytest.raises(InputError, match="processor of its own"):
         attach(other, qwen.processor, HALF)
@@ -140,7 +140,7 @@ def test_a_method_that_does_not_keep_its_budget(qwen, tmp_path, monkeypatch, wro
 
 
 def test_a_single_token_does_not_tell_pictures_apart(qwen):
-    """So the chat is read anew; ids of both pictures are the same."""
+    """A warm chat with another image of equal ids answers like a cold chat."""
     state, second = PromptCacheState(), qwen.chat("abc")
     with qwen.pruned(Pruner("norm", keep_tokens=1)):
         qwen.ask(qwen.chat(), prompt_cache_state=state)

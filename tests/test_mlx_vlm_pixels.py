@@ -1,4 +1,4 @@
-"""Pruning by pixels in mlx-vlm: frames that did not change, patches that repeat."""
+"""Pruning by pixels in mlx-vlm: unchanged frames, repeated patches."""
 
 import contextlib
 import itertools
@@ -40,7 +40,7 @@ SCREEN = [0, *range(6, 12), 12, 13, 14, 16, 17, 18, 19, 22, 23]
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """Families by name, each written once."""
+    """Return a factory of families by name, each written once."""
     made = {}
 
     def get(name: str) -> Loaded:
@@ -69,7 +69,7 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def screen(seed: int = 0) -> np.ndarray:
-    """A picture with repeats, of which `SCREEN` is the rest."""
+    """Return an image with repeats, whose other groups are `SCREEN`."""
     found = np.array(noise(40, 48, seed))
     cells = found.reshape(5, SIDE, 6, SIDE, 3).swapaxes(1, 2)
     cells[0] = cells[4] = 0
@@ -78,7 +78,7 @@ def screen(seed: int = 0) -> np.ndarray:
 
 
 def film(*, moved: tuple[int, ...] = (), still: bool = True) -> np.ndarray:
-    """(6, 3, 24, 24) pictures, two a frame of 3 x 3 groups; `moved` ones change."""
+    """Return (6, 3, 24, 24): three frames of 3 x 3 groups; `moved` frames change."""
     frames = np.random.default_rng(5).integers(0, 256, (6, 3, 24, 24), np.uint8)
     if still:
         frames[:] = frames[0]
@@ -89,7 +89,7 @@ def film(*, moved: tuple[int, ...] = (), still: bool = True) -> np.ndarray:
 
 
 def watch(loaded, video: np.ndarray, **named):
-    """The ids of a greedy answer about a video, and how many the prompt had."""
+    """Return the ids of a greedy answer about a video, and the prompt's length."""
     content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     text = loaded.processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -104,7 +104,7 @@ def watch(loaded, video: np.ndarray, **named):
 
 
 def test_thresholds_are_of_pixels(drawn):
-    """Whatever a processor makes of them."""
+    """The threshold applies to pixels, whatever the processor's normalisation."""
     loaded = drawn("qwen2_vl")
     values = np.full((8, 16, 3), 100, np.uint8)
     values[:, 8:] = 105
@@ -129,7 +129,7 @@ def inputs_of(loaded, file: str) -> dict:
 
 
 def tower_rows(loaded, inputs) -> list[mx.array]:
-    """What the tower makes: of its end, and of layers before."""
+    """Return the tower's output, and the outputs of earlier layers if it has them."""
     pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
     found = loaded.model.vision_tower(pixels, grid)
     return [found[0], *found[1]] if isinstance(found, tuple) else [found]
@@ -137,7 +137,7 @@ def tower_rows(loaded, inputs) -> list[mx.array]:
 
 @contextlib.contextmanager
 def tower_masked(loaded, grid, left_out):
-    """Nobody in the whole tower sees the patches of these groups of a (1, 3) grid."""
+    """Mask the patches of the `left_out` groups of a (1, 3) grid in the tower."""
     attention, tower = mx.fast.scaled_dot_product_attention, loaded.model.vision_tower
     order, at = np.arange(np.prod(grid) // 4), [0]
     if hasattr(tower, "get_window_index"):
@@ -162,7 +162,7 @@ def tower_masked(loaded, grid, left_out):
 
 @pytest.fixture
 def lengths(loaded, monkeypatch) -> list[int]:
-    """Fills with how many patches each block of the tower gets."""
+    """Return a list that collects the number of patches of each tower block."""
     block, found = type(loaded.model.vision_tower.blocks[0]), []
     call = block.__call__
 
@@ -207,7 +207,7 @@ def test_the_tower_equals_the_whole_one_with_what_is_left_out_masked(
 
 
 def test_frames_of_a_video_are_apart_in_the_tower(loaded, lengths, monkeypatch):
-    """Of three, two with repeats; the place of another is of no account."""
+    """Repeats are dropped within each frame, and the tower equals masking them."""
     rows, video = visual_columns(monkeypatch), film(still=False)
     cells = video.reshape(6, 3, 3, SIDE, 3, SIDE)
     cells[2:4, :, 1, :, 2] = cells[2:4, :, 1, :, 1]
@@ -267,7 +267,7 @@ def test_a_picture_without_repeats_is_bit_equal(loaded):
 
 
 def visual_columns(monkeypatch) -> list:
-    """Fills with where the visual tokens of each prompt are."""
+    """Return a list that collects the visual positions of each prompt."""
     rows, find = [], hooks.find_rows
     monkeypatch.setattr(
         hooks, "find_rows", lambda *args: rows.append(find(*args)) or rows[-1]
@@ -306,7 +306,7 @@ def test_an_answer_equals_that_with_still_places_masked(loaded, monkeypatch):
 
 
 def embedded(loaded, video, image=None) -> tuple[mx.array, mx.array]:
-    """Embeddings and positions that the language model gets."""
+    """Return the embeddings and positions that the language model receives."""
     content = [{"type": "video"}, *([{"type": "image"}] if image else [])]
     text = loaded.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False
@@ -364,7 +364,7 @@ def test_chunks_and_warm_chats_change_nothing(loaded):
 
 
 def test_a_picture_and_a_video_of_as_many_groups(drawn, tmp_path):
-    """Each has its own call of the tower, and its own repeats."""
+    """An image and a video of equal size are pruned by their own repeats."""
     loaded, video = drawn("qwen3_vl"), film(still=False)[:2]
     image = np.array(noise(24, 24, seed=1))
     image[:, :SIDE] = 0

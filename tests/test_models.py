@@ -79,7 +79,7 @@ def test_attention_forms_agree():
 
 
 def trained_like(inference: bool) -> FastViTHD:
-    """A small tower whose batch norms and layer scales are not the identity."""
+    """Return a small tower with random batch norms and layer scales."""
     mx.random.seed(0)
     tower = FastViTHD(SMALL, inference)
     for name, module in tower.named_modules():
@@ -106,7 +106,7 @@ def test_folded_tower_equals_the_unfolded_one():
 
 
 def test_half_precision_keeps_its_layer_scales():
-    """Folded, small scales would make weights that have hardly any digits."""
+    """Layer scales are folded in float32, and kept in half precision."""
     weights = dict(tree_flatten(trained_like(inference=False).parameters()))
     half = {name: array.astype(mx.float16) for name, array in weights.items()}
     scales = {k for k in half if ".layer_scale" in k}
@@ -148,7 +148,7 @@ def test_only_the_last_block_computes_weights_and_only_when_asked(monkeypatch):
 
 
 def received_and_keys(block, x):
-    """In NumPy: what each token of (B, H, W, C) receives in a block, and its keys."""
+    """Return attention received (B, H, W) and keys of a block in NumPy."""
     mixer, (batch, height, width, channels) = block.token_mixer, x.shape
     values = np.array(block.norm(x), np.float64).reshape(batch, -1, channels)
     qkv = values @ np.array(mixer.qkv.weight, np.float64).T
@@ -164,7 +164,7 @@ def received_and_keys(block, x):
 
 
 def sharp(config) -> FastViTHD:
-    """A small tower in whose attention it matters who looks at whom."""
+    """Return a small tower with clearly uneven attention."""
     mx.random.seed(1)
     tower = FastViTHD(config)
     for _, module in tower.named_modules():
@@ -186,9 +186,9 @@ TWO_BEFORE = dataclasses.replace(SMALL, layers=(1, 1, 1, 2, 2))
 
 @pytest.mark.parametrize("config", [SMALL, TWO_BEFORE, CONVOLUTIONS_BEFORE])
 def test_extras_of_the_last_block_and_of_a_middle_one(config):
-    """The stage before the last has four tokens for one: what those receive is added.
+    """Extras equal NumPy; the middle attention sums four tokens of the stage before.
 
-    Where it has no attention, the first block of the last stage is the middle one.
+    Without attention in that stage, the middle is the last stage's first block.
     """
     tower = sharp(config)
     pixels = 1e5 * mx.random.normal((2, 128, 192, 3))
@@ -233,7 +233,7 @@ def test_extras_of_the_last_block_and_of_a_middle_one(config):
 
 @pytest.mark.parametrize("config", [SMALL, TWO_BEFORE, CONVOLUTIONS_BEFORE])
 def test_what_goes_into_the_attention_blocks(config):
-    """For each token of the last grid, all that is in its cell, row by row."""
+    """The blocks extra holds each token's cell of every attention input."""
     tower, pixels = sharp(config), 1e5 * mx.random.normal((2, 128, 192, 3))
     x, parts = tower.patch_embed(pixels), []
     for stage in tower.network:
@@ -284,7 +284,7 @@ def test_rope_at_given_positions_equals_rope_one_by_one():
 @pytest.mark.parametrize("step", [1, 2, 4])
 @pytest.mark.parametrize("where", [WHERE, [WHERE, [2, 3, 4, 9, 11]]])
 def test_a_sequence_is_read_in_chunks_at_its_positions(tiny, where, step):
-    """And what follows stands behind its end, whatever the cache holds."""
+    """Chunked reading equals one read; later tokens stand behind the end."""
     decoder, ids = tiny[0].decoder, mx.array([[5, 9, 70, 8, 3], [4, 4, 60, 7, 2]])
     after = mx.array([[11, 12, 13], [21, 22, 23]])
     sequence = TokenSequence(decoder.embed(ids), mx.array(where), 12)

@@ -34,7 +34,7 @@ def scene_of(processor, instruction=INSTRUCTION) -> pipeline.Scene:
 
 
 def see(policy, pruner: Pruner, positions="original"):
-    """The visual tokens that are kept, and the sequence."""
+    """Return the kept visual tokens, and the sequence."""
     scene, plan = scene_of(policy[1]), as_plan(pruner)
     visual = pipeline.look(policy[0], scene, plan)
     visual = pipeline.prune_at_prompt(policy[0], scene, plan, visual)
@@ -42,18 +42,18 @@ def see(policy, pruner: Pruner, positions="original"):
 
 
 def states(model, sequence) -> mx.array:
-    """(1, T, D) of every token."""
+    """Return (1, T, D) states of all tokens."""
     rows = sequence.embeddings.shape[1]
     return model.decoder.read(sequence, rows=rows).hidden
 
 
 def actions_of(model, sequence) -> np.ndarray:
-    """(chunk, A) from the states before the 21 slots; behind them stands the stop."""
+    """Return (chunk, A) actions from the states before the 21 slots."""
     return np.array(model.action_head(states(model, sequence)[:, -23:-2])[0])
 
 
 def act(policy, pruner: Pruner, positions="original") -> np.ndarray:
-    """(chunk, A) normalised actions."""
+    """Return (chunk, A) normalised actions."""
     model, processor = policy
     head, scene = head_of(model, processor, 7), scene_of(processor)
     parts, _ = head.decode(model, scene, as_plan(pruner), positions=positions)
@@ -73,7 +73,7 @@ def layer_norm(weights, name, x):
 
 
 def plain_head(states: np.ndarray) -> np.ndarray:
-    """The action head in NumPy: (slots, D) -> (chunk, A)."""
+    """Return (chunk, A) actions of the head in NumPy for (slots, D) states."""
     prefix = "action_head.model"
     weights = {
         k.removeprefix(f"{prefix}."): v
@@ -102,7 +102,7 @@ def plain_head(states: np.ndarray) -> np.ndarray:
     ids=str,
 )
 def test_actions_come_from_the_slots(oft_policy, pruner, positions):
-    """The slots are found by their zero embeddings, not by counting."""
+    """Actions come from the states before the slots, which have zero embeddings."""
     model, _ = oft_policy
     _, sequence = see(oft_policy, pruner, positions)
     zero = np.abs(np.array(sequence.embeddings[0])).sum(-1) == 0
@@ -141,7 +141,7 @@ def test_a_prompt_stage_pruner_chooses_among_both_pictures(oft_policy):
 
 
 def test_attention_is_bidirectional(oft_policy):
-    """The stop token, which comes last, moves every action."""
+    """A change of the stop token, which comes last, changes the actions."""
     model, _ = oft_policy
     _, sequence = see(oft_policy, Pruner())
     changed = np.array(sequence.embeddings)
@@ -169,7 +169,7 @@ def test_policy_and_predict_action_agree(oft_policy, method):
 
 @pytest.mark.parametrize("pruner", [Pruner(), Pruner("norm", 0.5)], ids=str)
 def test_the_sequence_is_the_reference_s(oft_policy, pruner):
-    """<s>, patches, robot state, prompt, empty slots, </s>."""
+    """The sequence is <s>, patches, robot state, prompt, empty slots, </s>."""
     model, processor = oft_policy
     visual, sequence = see(oft_policy, pruner, "contiguous")
     scene = scene_of(processor)
@@ -231,7 +231,7 @@ def test_robot_state_is_scaled_by_its_statistics(oft_policy):
 
 
 def test_converts_with_side_files(oft_folder, tmp_path, monkeypatch):
-    """Shards and pickles become one folder that acts the same without pickles."""
+    """Converted side files act like the single file, and no pickle remains."""
     source = copy_policy(tmp_path / "libero-oft")
     stats = (oft_folder / "dataset_statistics.json").read_text()
     (source / "dataset_statistics.json").write_text(stats)
@@ -390,7 +390,7 @@ def test_command_prints_the_chunk(oft_folder, tmp_path, capsys):
 
 
 def test_center_crop_is_bilinear_from_corner_to_corner():
-    """As TensorFlow's crop_and_resize and convert_image_dtype, written out."""
+    """The crop equals TensorFlow's crop_and_resize and convert_image_dtype."""
     size, side = 9, 0.9  # of the picture's side: 0.81 of its area
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     ours = preprocess_naive([load_image(picture)], size, 0.81)[0]

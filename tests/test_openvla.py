@@ -1,4 +1,4 @@
-"""OpenVLA against what the reference implementation computed in float32."""
+"""OpenVLA equals the float32 values of the reference implementation."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def scene_of(processor) -> pipeline.Scene:
 
 
 def see(model, scene, *pruners) -> tuple[pipeline.VisualTokens, TokenSequence]:
-    """The visual tokens that are kept, and the sequence at original positions."""
+    """Return the kept visual tokens, and the sequence at original positions."""
     plan = as_plan(pruners)
     visual = pipeline.look(model, scene, plan)
     visual = pipeline.prune_at_prompt(model, scene, plan, visual)
@@ -52,7 +52,7 @@ def see(model, scene, *pruners) -> tuple[pipeline.VisualTokens, TokenSequence]:
 
 
 def states(model, sequence: TokenSequence) -> mx.array:
-    """(B, T, D) of every token."""
+    """Return (B, T, D) states of all tokens."""
     rows = sequence.embeddings.shape[1]
     return model.decoder.read(sequence, rows=rows).hidden
 
@@ -132,7 +132,7 @@ def test_attention_of_the_class_token_is_what_the_block_computes(tiny_policy):
 
 
 def hidden_under_a_mask(model, scene, visual) -> mx.array:
-    """Nothing dropped, but the dropped visual tokens hidden from everybody."""
+    """Return states of the full sequence with the dropped tokens masked."""
     whole, sequence = see(model, scene)
     length = sequence.embeddings.shape[1]
     keep = np.zeros(length, bool)
@@ -197,7 +197,7 @@ def test_policy_gives_what_predict_action_gives(tiny_policy, pruner, positions):
 
 
 def test_first_layer_s_queries_and_keys(tiny_policy):
-    """What trimvla scores with: Q and K of normalised inputs, without rotations."""
+    """TrimVLA's queries and keys are normalised and unrotated."""
     model, _ = tiny_policy
     rng = np.random.default_rng(0)
     visual, text = (rng.normal(size=(1, n, 96)).astype(np.float32) for n in (7, 3))

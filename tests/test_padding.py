@@ -1,4 +1,4 @@
-"""The black border of a padded picture: encoded, or left out."""
+"""The black border of a padded image is encoded or left out."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from mlx_tokprune.pruners import as_plan
 
 
 def wide(width: int, height: int) -> Image.Image:
-    """A picture without symmetry."""
+    """Return an image without symmetry."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1)
     return Image.fromarray(pixels.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""pi0-FAST against what lerobot's own module computed in float32."""
+"""pi0-FAST equals the float32 values of lerobot's own module."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def length_of(scene) -> int:
 
 @pytest.mark.parametrize("case", CASES)
 def test_prefix_equals_the_reference(tiny_chunks, expected, case):
-    """Absent cameras are masked there, and take no place here."""
+    """States and logits equal the reference; absent cameras take no position."""
     model, _ = tiny_chunks
     scene = scene_of(tiny_chunks, case)
     ids = list(scene.prompt.segments[1])
@@ -75,7 +75,7 @@ def test_prefix_equals_the_reference(tiny_chunks, expected, case):
 
 
 def test_pictures_and_tower_equal_the_reference(tiny_chunks, expected):
-    """One has the size of the tower, two are resized and put on black."""
+    """Pixels, features and projections equal the reference, with resized images."""
     model, _ = tiny_chunks
     scene = scene_of(tiny_chunks, "012")
     seen = (scene.pixels * 2 - 1).transpose(0, 3, 1, 2)[:, :, ::8, ::8]
@@ -101,7 +101,7 @@ def test_answers_and_actions_equal_the_reference(tiny_chunks, expected, case):
 
 
 def with_dialect(tiny_chunks, dialect: str):
-    """The same weights, acting as the other reference does."""
+    """Return the tiny policy with another reference's dialect."""
     _, processor = tiny_chunks
     model, _ = load(TINY_CHUNKS)
     model.args = dataclasses.replace(model.args, dialect=dialect)
@@ -161,16 +161,16 @@ def test_an_answer_that_is_none_is_refused_where_the_checkpoint_says_so(tiny_chu
 
 
 def two_robots(tiny_chunks) -> pipeline.Scene:
-    """Two robots with two cameras each, told the same."""
+    """Return a scene of two robots with two cameras each and one prompt."""
     scene = scene_of(tiny_chunks, "01")
     pixels = mx.concatenate([scene.pixels, scene.pixels[::-1] * 0.7])
     return dataclasses.replace(scene, pixels=pixels, batch=2)
 
 
 def masked(model, scene, choices: dict[int, np.ndarray]) -> mx.array:
-    """(B, T, D): nothing dropped, but from layer k on tokens hidden from everybody.
+    """Return (B, T, D) states of the full sequence, masked from each layer k on.
 
-    choices: by k, (B, n) which visual tokens are seen from there on.
+    choices: by k, (B, n) indices of the visual tokens that stay visible.
     """
     visual = pipeline.look(model, scene, ())
     sequence = pipeline.assemble(model, scene, visual)
@@ -227,7 +227,7 @@ def test_decoding_equals_reading_prompt_and_answer_at_once(tiny_chunks, plan, di
 
 
 def test_two_robots_answer_as_each_does_alone(tiny_chunks):
-    """The one that ends first goes on with zeros, as lerobot's does."""
+    """Robots of a batch answer as alone; zeros follow the shorter answer."""
     model, processor = tiny_chunks
     scene, head = two_robots(tiny_chunks), head_of(model, processor, 3)
     plan = planning.plan_for(model, Pruner("norm", 0.5))
@@ -382,7 +382,7 @@ def test_overlay_shows_pictures_on_their_square(tiny_chunks):
 
 
 def test_bench_and_evaluate_take_such_a_policy(tiny_chunks, tmp_path, capsys):
-    """Every camera sees the picture; chunks are judged number by number."""
+    """`bench` and `evaluate` give each camera the image, and read whole chunks."""
     picture = str(TINY_CHUNKS / "image_0.png")
     record = {"image": picture, "question": "go", "answer": " ".join(["0.0"] * 12)}
     (tmp_path / "asked.jsonl").write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""Which groups of patches repeat, by hand and by what must hold."""
+"""Repeated groups of patches, found by hand and by invariants."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_a_slow_change_is_compared_with_what_was_kept():
 
 
 def test_what_repeats_an_unchanged_group_stays():
-    """Else nobody would hear of its change."""
+    """A changed group that repeats an unchanged group is kept."""
     frames = np.random.default_rng(0).random((2, 2, 2, 12)).astype(np.float32)
     frames[1] = frames[0]
     frames[1, 0, 1] = frames[0, 0, 0]

@@ -1,4 +1,4 @@
-"""Plans of several places: read from text, counted, shown, and measured."""
+"""Plans of several places: parsed, counted, shown and measured."""
 
 import dataclasses
 import json
@@ -182,7 +182,7 @@ COUNTED = [
 
 
 def asked_of(request, name: str, plan, pictures: int):
-    """A subject, and a question to it."""
+    """Return a subject, and a request to it."""
     model, processor = request.getfixturevalue(name)
     subject = subject_of(name, model, processor)
     if subject.kind == "acting":
@@ -193,7 +193,7 @@ def asked_of(request, name: str, plan, pictures: int):
 
 
 def held(subject, asked: Request) -> tuple[list[int], int]:
-    """Visual tokens in the cache of each layer after a real run, and all bytes."""
+    """Return the visual tokens in each layer's cache after a run, and all bytes."""
     model, scene = subject.model, subject.scene(asked.images, asked.prompt)
     read, visual = run(model, scene, asked.plan, cache=model.decoder.make_cache())
     texts = sum(part.shape[1] for part in model.text(scene.prompt, scene.state))
@@ -235,7 +235,7 @@ def test_so_are_those_of_methods_that_count(request, method):
 
 
 def test_a_policy_keeps_what_is_counted_of_both_pictures(oft_policy):
-    """Two pictures at one place: at the tower each by itself, later both together."""
+    """The counts of two images equal a run: each at the tower, both later."""
     plan = read_plan("norm:0.5@tower+trimvla:20@prompt+attention:7@2")
     counts = count_tokens(plan, (8, 8), 2, 3)
     assert dataclasses.astuple(counts) == (128, 64, 20, 7, (20 + 20 + 7) / 3)
@@ -278,7 +278,7 @@ def test_flops_fall_the_more_the_earlier(request):
 
 
 def test_flops_of_choosing_are_those_of_its_products(request):
-    """Two per multiply-add; N tokens of C channels, D in the language model."""
+    """FLOPs of choosing equal those of the method's matrix products."""
 
     def flops(text: str, pictures: int = 1) -> float:
         subject, asked = asked_of(request, "demo", read_plan(text), pictures)

@@ -1,4 +1,4 @@
-"""Every place of a plan has its tokens and its row in the picture."""
+"""Every place of a plan has its indices in the record and its row in the sheet."""
 
 import json
 
@@ -22,7 +22,7 @@ FILES = [str(picture.path) for picture in PICTURES]
 
 @pytest.fixture
 def known():
-    """Methods whose choices are known: every second token, and the first ones."""
+    """Register `second`, which keeps every second token, and `first`."""
     with temporary("second") as register:
 
         @register
@@ -53,7 +53,7 @@ def record_of(capsys) -> dict:
 
 
 def check_sheet(file, images, visual, padded: bool) -> None:
-    """A row for each place, under its title, each as that place alone is drawn."""
+    """Check that the sheet has a titled row for each place, drawn as alone."""
     places, sheet = visual.by_place(), load_image(file)
     drawn = [
         draw_overlay(images, visual.per_picture(kept), visual.grid, padded)
@@ -71,7 +71,7 @@ def check_sheet(file, images, visual, padded: bool) -> None:
 
 
 def test_places_of_two_pictures(known, demo, tmp_path, capsys):
-    """Each at its own place of the prompt; the language model chooses among both."""
+    """Each image is pruned alone before the language model, which prunes both."""
     sheet = tmp_path / "sheet.png"
     files = [part for file in FILES for part in ("--image", file)]
     more = ["--max-tokens", "1", "--json", "--overlay", str(sheet)]
@@ -96,7 +96,7 @@ def test_places_of_two_pictures(known, demo, tmp_path, capsys):
 
 
 def test_places_of_a_policy_of_two_pictures(known, oft_folder, tmp_path, capsys):
-    """One place with both: tokens are numbered through."""
+    """The tokens of a policy's two images are numbered in one sequence."""
     image, sheet = load_image(TINY_POLICY / "image_0.png"), tmp_path / "sheet.png"
     turned = tmp_path / "turned.png"
     image.rotate(90).save(turned)
@@ -146,7 +146,7 @@ def test_other_plans_say_their_places_too(known, demo, capsys, steps):
 
 
 def test_one_place_at_the_tower_is_one_picture_without_title(known, demo):
-    """And merged tokens keep their colours there."""
+    """A plan of one place has one untitled row, and merged tokens keep colours."""
     images = [load_image(FILES[0])]
     for text, rows in (("second:0.5", 1), ("similarity:8", 1), ("first:9@2", 1)):
         *_, last = stream_generate(

@@ -1,4 +1,4 @@
-"""How the small pi0-FAST is trained and judged, in worlds that need no simulator."""
+"""Training and evaluation of the small pi0-FAST, without a simulator."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def draw_chunks(count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """(folder of the code, policy, processor), with random weights."""
+    """Return (folder of the code, policy, processor), with random weights."""
     folder = tmp_path_factory.mktemp("code") / "fast"
     code = pi0fast.learn_code(draw_chunks(200), folder)
     mx.random.seed(0)
@@ -49,7 +49,7 @@ def learned(tmp_path_factory):
 
 
 def batch_of(processor, keep: int, scored: bool) -> pi0fast.Batch:
-    """Three tasks, whose prompts and answers differ in length."""
+    """Return a batch of three tasks with prompts and answers of unequal length."""
     rng, tasks = np.random.default_rng(0), list(TASKS.values())[-3:]
     states = rng.uniform(-1.1, 1.1, (3, 4))
     prompts = [
@@ -73,7 +73,7 @@ def batch_of(processor, keep: int, scored: bool) -> pi0fast.Batch:
 
 @pytest.mark.parametrize(("keep", "scored"), [(64, False), (16, False), (16, True)])
 def test_training_sees_what_acting_sees(learned, keep, scored):
-    """Teacher-forced loss of a padded batch is that of the product's reading."""
+    """The loss of a padded batch equals the loss of the package's own forward."""
     _, policy, processor = learned
     batch = batch_of(processor, keep, scored)
     loss, count, _ = pi0fast.losses(policy, batch)
@@ -140,7 +140,7 @@ def test_learning_lowers_the_losses(learned, scores):
 
 
 def test_it_begins_as_the_demo_policy(learned):
-    """As a causal language model it does nearly what the Llama does."""
+    """The warm-started decoder and tower correlate with the demo policy's."""
     teacher = tuning.open_policy("demo-policy")
     policy = pi0fast.build_policy()
     pi0fast.warm_start(policy, teacher)
@@ -167,7 +167,7 @@ def test_it_begins_as_the_demo_policy(learned):
 
 
 def test_the_checkpoint_is_what_was_trained(learned, tmp_path):
-    """Through lerobot's names, with the same tokens and the same code."""
+    """The written checkpoint loads with equal weights, prompts and code."""
     fast, policy, processor = learned
     weights = dict(tree_flatten(policy.parameters()))
     pi0fast.write_checkpoint(weights, fast, BOUNDS, tmp_path / "policy")

@@ -1,4 +1,4 @@
-"""`recipes/policy/in_torch.py`, the twin of the demo policy's recipe, and MLX."""
+"""`recipes/policy/in_torch.py`, the torch twin of the demo policy, equals MLX."""
 
 import json
 import math
@@ -93,7 +93,7 @@ def test_losses_and_gradients_are_those_of_mlx(twin, folder, keep, scored):
 
 
 class Workers:
-    """Those of `workers`, in threads and in worlds without a simulator."""
+    """Stand-in of `workers.Workers`, with threads instead of processes."""
 
     def __init__(self, tasks):
         from recipes.policy import workers
@@ -110,7 +110,7 @@ class Workers:
 
 
 def test_a_training_ends_with_a_checkpoint(twin, folder, tmp_path, monkeypatch, capsys):
-    """Demonstrations, a round of corrections, steps, and what `load` reads."""
+    """A short training corrects, logs, and ends with a checkpoint that loads."""
     monkeypatch.setattr(worlds, "World", Corridor)
     asked = ["train", "--folder", str(folder), "--output", str(tmp_path / "out")]
     asked += ["--scale", "0.0003", "--judged", "1"]
@@ -135,7 +135,7 @@ def test_a_training_ends_with_a_checkpoint(twin, folder, tmp_path, monkeypatch, 
 
 
 def test_labels_and_actions_are_those_of_the_recipe(twin, folder, tmp_path):
-    """Bins of actions as `action_classes` has them, and back to their middles."""
+    """Labels are the bins of `action_classes`; actions are their centres."""
     asked = ["train", "--folder", str(folder), "--output", str(tmp_path)]
     run = twin.Run(twin.build_parser().parse_args(asked), Idle())
     actions = np.float32(np.random.default_rng(0).uniform(-1.1, 1.1, (50, 4)))

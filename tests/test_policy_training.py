@@ -1,4 +1,4 @@
-"""How the demo policy is trained and judged, in worlds that need no simulator."""
+"""Training and evaluation of the demo policy, without a simulator."""
 
 import json
 import math
@@ -34,7 +34,7 @@ PLAN = cloning.Cloning(
 
 
 class Corridor:
-    """A world that is won by going where the frame is bright, three steps long."""
+    """World of three steps that is won by moving to the bright half."""
 
     def __init__(self, name: str):
         self.task = TASKS[name]
@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, corridor, monkeypatch):
 def test_frames_are_drawn_by_what_took_long_in_the_last_round(
     tmp_path, corridor, monkeypatch
 ):
-    """Evenly before the first round; and in what a run that goes on draws."""
+    """Frames are drawn evenly at first, and by the last round's shares later."""
     drawn = []
 
     def draw(self, rng, size, episodes, shares=None):
@@ -141,7 +141,7 @@ def batch_of(keep: int, scored: bool, size: int = 8) -> student.Batch:
 
 @pytest.mark.parametrize(("keep", "scored"), [(64, False), (16, False), (16, True)])
 def test_training_sees_what_acting_sees(keep, scored):
-    """Teacher-forced logits of a padded batch are those of the product's decoding."""
+    """Logits of a padded batch equal the logits of the package's decoding."""
     mx.random.seed(0)
     policy, batch = student.build_policy(), batch_of(keep, scored)
     processor = student.build_processor()
@@ -167,7 +167,7 @@ def test_training_sees_what_acting_sees(keep, scored):
 
 
 def test_training_scores_what_the_pruner_scores():
-    """Padding of the prompts does not count."""
+    """Training scores equal the pruner's scores of unpadded prompts."""
     pruner = Pruner("trimvla", keep_tokens=16)
     policy, batch = student.build_policy(), batch_of(64, False)
     visual = policy.project(policy.encode(batch.pixels).tokens)
@@ -189,7 +189,7 @@ def test_training_scores_what_the_pruner_scores():
 
 
 def test_the_second_loss_is_a_divergence():
-    """Never negative, and lower when scores are taught."""
+    """The second loss is never negative, and training lowers it."""
     import mlx.nn as nn
     import mlx.optimizers as optim
 
@@ -307,7 +307,7 @@ def test_success_is_logged_and_not_measured_again(tmp_path, corridor, policy):
 def test_a_policy_that_looks_wins_and_one_that_does_not_loses(
     tmp_path, corridor, monkeypatch
 ):
-    """The harness itself: frames reach the policy, actions reach the world."""
+    """A policy that reads its frames wins, and loses on grey frames."""
 
     class Looker:
         kept_each, robots = (64,), None
@@ -392,7 +392,7 @@ def test_seeds_of_judging_are_never_those_of_training():
     [(0, 225, 0.0, 0.0168), (225, 225, 0.9832, 1.0), (81, 263, 0.2553, 0.3662)],
 )
 def test_intervals_are_wilson_s(right, total, low, high):
-    """The last is the worked example of Newcombe (1998), method 3."""
+    """Intervals equal Wilson's, as in the example of Newcombe (1998), method 3."""
     found = wilson(right, total)
     assert found == pytest.approx((low, high), abs=2e-4)
 

@@ -1,4 +1,4 @@
-"""How a policy is tuned under a choice that it learns, without a simulator."""
+"""Tuning of a policy under a choice that it learns, without a simulator."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from recipes.policy.choosing import lightvla_gate, trimvla_gate
 
 
 class Corridor:
-    """A world that is won by going where the frame is bright, three steps long."""
+    """World of three steps that shows a bright half and is always won."""
 
     def __init__(self, name: str):
         self.task = TASKS[name]
@@ -63,7 +63,7 @@ def tuner(folder, steps=2, **how):
 
 
 def batch_of(size: int) -> student.Labelled:
-    """Frames of noise; instructions of several lengths."""
+    """Return a batch of noise frames with instructions of unequal length."""
     rng = np.random.default_rng(0)
     prompts = [student.prompt_ids(t.instruction) for t in TASKS.values()][-size:]
     lengths = [len(p) for p in prompts]
@@ -77,7 +77,7 @@ def batch_of(size: int) -> student.Labelled:
 
 
 def pruned_losses(policy, pruner: Pruner, batch: student.Labelled, row: int):
-    """(A,) of what the product makes of a row: chosen tokens gathered, no padding."""
+    """Return (A,) losses and the count of one row: gathered tokens, no padding."""
     features = policy.encode(batch.pixels[row : row + 1]).tokens
     every = mx.arange(64)[None]
     ids = batch.prompts[row, : batch.lengths[row].item()].tolist()
@@ -97,7 +97,7 @@ def losses_of(policy, hidden, rows, batch, row: int) -> mx.array:
 
 @pytest.mark.parametrize("method", ["trimvla", "lightvla"])
 def test_training_chooses_and_sees_what_acting_does(method, monkeypatch, tmp_path):
-    """Gated, padded and taught by force: the losses of gathered tokens."""
+    """Losses under padding and a gate equal the losses of gathered tokens."""
     made = tuner(tmp_path, method=method, noise=0.0, whole=0.0, distill=0.0)
     batch = batch_of(5)
     assert len(set(batch.lengths.tolist())) > 1
@@ -115,7 +115,7 @@ def test_training_chooses_and_sees_what_acting_does(method, monkeypatch, tmp_pat
     [(1.0, 1.0, False), (1.0, 0.0, True), (0.0, 1.0, True)],
 )
 def test_the_policy_itself_is_its_target(tmp_path, whole, distill, learns):
-    """With every token nothing is left to learn from it, with fewer there is."""
+    """Distillation alone gives a gradient with pruned tokens, and none with all."""
     made = tuner(tmp_path, method="lightvla", whole=whole, distill=distill)
     found = gradients(made, batch_of(3), 1.0).values()
     assert (max(mx.max(mx.abs(g)).item() for g in found) > 1e-2) == learns
@@ -148,7 +148,7 @@ def gradients(made, batch, choice: float) -> dict[str, mx.array]:
     ("method", "reached"), [("trimvla", "projector"), ("lightvla", "embed_tokens")]
 )
 def test_the_choice_reaches_what_makes_the_scores(tmp_path, method, reached):
-    """Through the gate alone: what differs from gradients without it."""
+    """The gate gives gradients to the weights that make the scores."""
     made, batch = tuner(tmp_path, method=method, whole=0.0, rank=0), batch_of(3)
     without, through = (gradients(made, batch, choice) for choice in (0.0, 1.0))
     moved = {n for n in through if not mx.allclose(through[n], without[n], atol=1e-6)}
@@ -191,7 +191,7 @@ def test_noise_spreads_the_choice_and_none_is_the_pruner_s():
 
 
 def test_scores_are_not_pushed_up_together(monkeypatch):
-    """The gradient of trimvla's choice changes the order, not the mean."""
+    """The gradient of TrimVLA's choice changes the order, not the mean."""
     scores = mx.random.normal((2, 18), key=mx.random.key(0))
     pull = mx.random.normal((2, 18), key=mx.random.key(1)) - 3
 
@@ -289,7 +289,7 @@ def test_adapters_are_in_the_weights(tmp_path):
 
 
 def test_a_stopped_tuning_goes_on_where_it_was(tmp_path, corridor):
-    """Also with rounds of corrections in between."""
+    """A stopped and resumed tuning has the losses and weights of a whole one."""
     whole = tuner(tmp_path / "whole", steps=4)
     whole.run(tmp_path / "a")
     stopped = tuner(tmp_path / "parts", steps=4)

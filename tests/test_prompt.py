@@ -1,4 +1,4 @@
-"""Order of pictures and text, and positions of what is kept."""
+"""Order of images and text, and positions of kept tokens."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def scene_of(processor, images, text) -> Scene:
 
 
 def kept_tokens(indices, grid, groups, mask=None):
-    """Tokens (K of each picture) whose embeddings are 100 picture + their index."""
+    """Return kept tokens with embeddings 100 * image + index."""
     indices = mx.array(indices)
     marks = 100.0 * (1 + mx.arange(len(indices))[:, None]) + indices
     mask = None if mask is None else mx.array(mask)
@@ -54,7 +54,7 @@ def test_texts_and_pictures_are_joined_in_order():
 
 
 def test_each_of_a_batch_has_its_pictures_and_positions():
-    """Two robots, two places; at each place two pictures, numbered on."""
+    """Each of two robots has its images and positions at both places."""
     scene = Scene(None, Prompt(((1,), (2,), ())), batch=2)
     indices = [[0], [3], [1], [2], [2], [1], [3], [0]]
     found = assemble(COUNTER, scene, kept_tokens(indices, (2, 2), 4))
@@ -88,7 +88,7 @@ def test_padding_takes_no_place_and_nobody_sees_it(attends):
 
 
 def test_places_on_a_picture_without_its_padding_are_those_of_the_square():
-    """A 2 x 4 grid is the middle of 4 x 4."""
+    """Positions of a 2 x 4 grid are those of the middle of a 4 x 4 grid."""
     scene = Scene(None, Prompt(((1,), (2,))))
     found = assemble(COUNTER, scene, kept_tokens([[0, 7]], (2, 4), 1))
     assert found.positions.tolist() == [0, 1 + 4, 1 + 11, 17]
@@ -151,7 +151,7 @@ def test_positions_agree_where_nothing_is_dropped(tiny):
 
 
 def test_original_positions_equal_masking_the_dropped_tokens(tiny):
-    """Dropping a token at its place is the full prompt with that token masked out."""
+    """Dropping tokens at original positions equals masking them."""
     model, processor = tiny
     scene = scene_of(processor, IMAGES[:1], "Where?")
     pruned = look(model, scene, QUARTER)
@@ -178,7 +178,7 @@ def test_original_positions_equal_masking_the_dropped_tokens(tiny):
 
 
 def test_decoding_goes_on_at_original_positions(tiny):
-    """Greedy ids of the stream equal those of running the whole sequence each time."""
+    """Greedy ids of the stream equal those of uncached full forwards."""
     model, processor = tiny
     options = {"pruner": QUARTER, "positions": "original", "max_tokens": 6}
     stream = stream_generate(model, processor, IMAGES[:1], "Where?", **options)

@@ -1,4 +1,4 @@
-"""Every registered method, so a new one is tested when it is registered."""
+"""Every registered method keeps the contract of pruners."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ def features(batch: int = 2, side: int = 8, channels: int = 24, seed: int = 0):
 
 
 def sample(given: Features, i: int) -> Features:
-    """One picture of a batch."""
+    """Return one sample of a batch."""
     extras = {name: array[i : i + 1] for name, array in given.extras.items()}
     return replace(given, tokens=given.tokens[i : i + 1], extras=extras)
 
@@ -205,7 +205,7 @@ def test_a_method_is_one_function():
 
 
 class Scorer(nn.Module):
-    """What a token receives, weighed by what it is."""
+    """Scorer that weighs the received attention by a linear map of the token."""
 
     needs = ("attention",)
 

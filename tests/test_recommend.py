@@ -1,4 +1,4 @@
-"""The cheapest plan within a loss, and the interval that it is chosen by."""
+"""The cheapest plan within a loss, and the interval of the loss."""
 
 import json
 
@@ -21,7 +21,7 @@ ROWS = [
 
 
 def records(count, wrong):
-    """By question: `wrong` of each label's are wrong, and what each costs."""
+    """Return records by question, with `wrong[label]` errors and costs by label."""
     flops = {"none": 10, "norm 0.5": 8, "norm 0.25": 5, "random 0.1": 1}
     return {
         number: {
@@ -75,7 +75,7 @@ def test_without_right_answers_the_unpruned_ones_count():
 
 
 def test_intervals_of_losses():
-    """Agresti and Min's numbers by hand, wider by groups and by rows."""
+    """Intervals equal Agresti and Min's; groups and rows widen them."""
     losses = [1.0] * 6 + [-1.0] * 2 + [0.0] * 92
     value, low, high = of_loss(losses, range(100))
     centre = 4 / 102

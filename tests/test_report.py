@@ -1,4 +1,4 @@
-"""The report: one page, everything inside, nothing fetched."""
+"""The report is one page that contains everything and fetches nothing."""
 
 import copy
 import json
@@ -96,7 +96,7 @@ def test_other_files_are_refused(tmp_path, capsys, content):
 
 
 def test_pictures_are_drawn_as_the_run_saw_them(tmp_path, monkeypatch):
-    """With the grid that was used: not square where padding was left out."""
+    """Images are drawn on the grid of the run, which skips padding."""
     wide = tmp_path / "pictures" / "wide.png"
     wide.parent.mkdir()
     Image.open(PICTURES[1].path).convert("RGB").resize((512, 288)).save(wide)
@@ -168,7 +168,7 @@ def test_any_damage_is_found_or_does_no_harm(results, tmp_path, name):
 
 
 def damaged(whole: dict, path: tuple, wrong) -> dict:
-    """A copy with another value at a path, or with none for `...`."""
+    """Return a copy with another value at a path, or without it for `...`."""
     result = place = copy.deepcopy(whole)
     for key in path[:-1]:
         place = place[key]
@@ -180,7 +180,7 @@ def damaged(whole: dict, path: tuple, wrong) -> dict:
 
 
 def shown(speeds: list, guests: list, answers: list) -> None:
-    """What a page says in words of these results."""
+    """Build all tables of these results."""
     for result in speeds:
         bench_table.tabulate(result)
     for result in guests:
@@ -191,7 +191,7 @@ def shown(speeds: list, guests: list, answers: list) -> None:
 
 
 def paths(value, start: tuple = ()):
-    """Keys that lead to every part of a result."""
+    """Yield the keys that lead to each part of a result."""
     several = {dict: lambda v: v, list: lambda v: range(len(v))}.get(type(value))
     for key in several(value) if several else ():
         yield (*start, key)

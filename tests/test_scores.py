@@ -1,4 +1,4 @@
-"""What counts as a right answer, and intervals of shares and means."""
+"""Correct answers, and intervals of shares and means."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_what_does_not_count(answer, normal):
 
 
 def test_accuracy_of_ten_people():
-    """A third for each of the others who said so, over all ways to leave one out."""
+    """The VQA accuracy is the mean over all ways to leave one annotator out."""
     for agreeing, right in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
         answers = ["cat"] * agreeing + ["dog"] * (10 - agreeing)
         assert accuracy("the cat", answers) == pytest.approx(right)
@@ -40,7 +40,7 @@ def test_accuracy_of_few_people():
 
 
 def test_intervals_of_shares():
-    """Wilson's for independent yes and no; else pictures are drawn again."""
+    """Independent yes/no values get Wilson's interval, others a bootstrap."""
     values = [1.0] * 9 + [0.0]
     assert wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
     assert of_share(values, range(10)) == wilson(9, 10)

@@ -1,4 +1,4 @@
-"""Drafted action tokens are those that would have been decoded."""
+"""Drafted action tokens equal the tokens of plain decoding."""
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ STEPS = 7
 
 
 class Case:
-    """Tokens of a scene, one after the other or with a draft."""
+    """Scene whose tokens are decoded one by one or with a draft."""
 
     def __init__(self, policy, scene, pruner=None, positions="original"):
         self.model, self.processor = policy

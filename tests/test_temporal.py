@@ -1,4 +1,4 @@
-"""Frames of a video: what changed is encoded, the rest keeps its tokens."""
+"""In a video, changed tokens are encoded and the others are reused."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_only_what_changed_is_encoded(model, monkeypatch):
 
 
 def test_a_change_that_creeps_is_seen(model):
-    """Each step is small, but tokens are compared with what they were made from."""
+    """Small changes add up: pixels are compared with those of the reused token."""
     video, frame = Temporal(threshold=0.1, max_age=100), frame_of() * 0.5
     look(video, model, frame)
     encoded = []
@@ -98,7 +98,7 @@ def test_a_change_that_creeps_is_seen(model):
 
 
 def test_a_change_that_creeps_beside_another_is_seen(model):
-    """What was not encoded is compared with what its token was made from."""
+    """Small changes add up while another part of the frame is encoded."""
     video, frame = Temporal(threshold=0.1, max_age=100), frame_of() * 0.5
     look(video, model, frame)
     encoded = []

@@ -1,4 +1,4 @@
-"""The test bed: its family, its pictures, and what is measured and learned on them."""
+"""The test bed: its model family, its images, and training on them."""
 
 import json
 
@@ -34,7 +34,7 @@ TEXT = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _narrow():
-    """A tower with the shape of ResNet-50's, of few blocks."""
+    """Reduce ResNet-50 to a few blocks."""
     before = resnet.STAGES, resnet_vlm.STAGES
     resnet.STAGES = resnet_vlm.STAGES = (1, 1, 2, 1)
     yield
@@ -43,7 +43,7 @@ def _narrow():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny random checkpoint, with the tiny FastVLM's tokenizer."""
+    """Return a tiny random checkpoint with the tiny FastVLM's tokenizer."""
     made = tmp_path_factory.mktemp("testbed") / "checkpoint"
     made.mkdir()
     tokenizer = DATA / "fastvlm-tiny"
@@ -82,7 +82,7 @@ def picture():
 
 
 def _convolve(x, kernel, bias, stride, padding):
-    """(H, W, C) by NumPy, tap by tap."""
+    """Convolve (H, W, C) in NumPy, tap by tap."""
     x = np.pad(x, ((padding,) * 2, (padding,) * 2, (0, 0)))
     size = kernel.shape[1]
     rows = (x.shape[0] - size) // stride + 1
@@ -135,7 +135,7 @@ def test_tokens_know_their_places_and_keep_their_order_of_norms(loaded, picture)
 
 
 def test_pruned_is_masked(loaded, picture):
-    """At original positions: logits without the dropped tokens, or with them unseen."""
+    """Logits of pruned tokens at original positions equal masking the others."""
     model, processor = loaded
     features = model.encode(mx.array(processor.pixels([picture])))
     ids = mx.random.randint(0, 60, (1, 1, 7))
@@ -178,7 +178,7 @@ def test_an_impossible_picture_size_is_refused():
 
 
 def test_rotated_numbers_of_gguf_come_apart():
-    """GGUF's order under MLX's `traditional` rotation is ours under its other one."""
+    """Reordered GGUF rows under the plain rotation give the same products."""
     matrix, x = mx.random.normal((16, 6)), mx.random.normal((1, 5, 6))
 
     def turned(weights, traditional):
@@ -202,7 +202,7 @@ def _square(colour, size=40) -> Image.Image:
 
 @pytest.fixture
 def stocked(tmp_path, monkeypatch):
-    """Two plain things of every kind, and two backgrounds."""
+    """Write two plain things of every kind, and one background, for each split."""
     colours = {"red": (220, 10, 10), "blue": (10, 20, 230)}
     for split in things.SPLITS:
         for kind in things.KINDS:
@@ -254,7 +254,7 @@ def test_scenes_and_questions_come_from_the_seed(stocked):
 
 
 def test_answers_are_what_is_drawn(stocked):
-    """Every question of 60 scenes, by looking at where things were put."""
+    """Answers of 60 scenes agree with the placed things."""
     kinds, names = set(), set(things.KINDS)
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -289,7 +289,7 @@ def test_answers_are_what_is_drawn(stocked):
 
 
 def test_needed_tokens_are_those_that_a_thing_covers(stocked):
-    """By the picture with it and without it."""
+    """The needed tokens are those whose pixels the thing changes."""
     rng = np.random.default_rng(4)
     scene = scenes.sample_scene(rng, "test")
     empty = np.asarray(scenes.Scene(scene.background, ()).draw(), int)
@@ -319,7 +319,7 @@ def test_things_of_the_test_are_no_others_than_named():
 def test_evaluate_says_what_is_kept_of_what_is_needed(
     stocked, folder, tmp_path, monkeypatch, capsys
 ):
-    """Against the tokens that the pruner keeps, told by hand."""
+    """The reported share of needed tokens equals that of the pruner's choice."""
     monkeypatch.setattr(scenes, "covered", lambda placed: (0, 5, 15))
     file = tmp_path / "result.json"
     asked = ["--model", str(folder), "--data", "testbed", "--pictures", "2"]
@@ -378,7 +378,7 @@ def test_the_most_common_answer_of_each_kind():
 def test_a_scorer_learns_from_pictures_of_the_training(
     stocked, folder, tmp_path, monkeypatch, scorer
 ):
-    """Through the command line; no thing or background of the test is drawn."""
+    """The command trains a scorer on scenes of the training split only."""
     seen, draw = [], scenes.sample_scene
 
     def noting(rng, split):
@@ -428,7 +428,7 @@ def test_a_projector_that_does_not_fit_is_refused(stocked, folder, tmp_path):
 
 
 def test_torch_learns_from_the_same_loss(stocked, folder, tmp_path, monkeypatch):
-    """`recipes/testbed/in_torch.py` against MLX, with an adapter."""
+    """The loss of `recipes/testbed/in_torch.py` with an adapter equals MLX's."""
     torch = pytest.importorskip("torch", reason="torch is in the parity extra")
     from safetensors.torch import load_file
 

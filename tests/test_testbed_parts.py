@@ -1,4 +1,4 @@
-"""Where the parts of the test bed come from: packages of every kind, and refusals."""
+"""Sources of the test bed: packages of every kind, and refusals."""
 
 import io
 import lzma

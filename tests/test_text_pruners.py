@@ -1,4 +1,4 @@
-"""Prompt-stage pruners against plain NumPy written from their descriptions."""
+"""Prompt-stage pruners equal plain NumPy written from their descriptions."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def drawn(batch: int = 3, tokens: int = 30, words: int = 6, seed: int = 0) -> Fe
 
 
 def of_sample(given: Features, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries and keys of one sample."""
+    """Return queries and keys of one sample."""
     return tuple(np.array(given.extras[n][i]) for n in ("queries", "text_keys"))
 
 
@@ -106,7 +106,7 @@ def test_trimvla_keeps_the_smallest_set_that_covers(coverage, least):
 
 
 def test_trimvla_s_defaults_are_the_reference_s():
-    """Coverage 0.15 at temperature 0.1, and at least a tenth of all tokens."""
+    """Defaults are coverage 0.15, temperature 0.1, and at least a tenth of tokens."""
     given = drawn(batch=2, tokens=200)
     weak = {"queries": given.extras["queries"] / 200}
     flat = replace(given, extras=given.extras | weak)

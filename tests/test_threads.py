@@ -1,4 +1,4 @@
-"""One model in several threads and in interleaved streams: nothing is shared by calls.
+"""One model in several threads and interleaved streams: calls share no state.
 
 Positions were once state of the model, and answers of two threads were wrong then.
 """
@@ -37,7 +37,7 @@ def images():
 
 
 def together(jobs, threads: int) -> list:
-    """Results of jobs that run in this many threads, in their order."""
+    """Return the results of jobs run in `threads` threads, in their order."""
     with ThreadPoolExecutor(threads) as pool:
         return [job.result() for job in [pool.submit(job) for job in jobs]]
 
@@ -65,7 +65,7 @@ def test_answers_of_threads(demo, images, threads):
 
 
 def test_interleaved_streams(demo, images):
-    """Prompts of unequal lengths, a token of each in turn."""
+    """Interleaved streams of unequal prompts give the tokens of each alone."""
     model, processor = demo
     pairs = [("unpruned", way) for way in WAYS] + [("norm 25 %", "layer 2")]
     for first, second in pairs:
@@ -139,7 +139,7 @@ def test_actions_of_threads(demo_policy, threads):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_policies_of_threads(demo_policy, compiled):
-    """A policy each, on one model; batches beside single robots."""
+    """Policies in threads on one model give the actions of each alone."""
     model, processor = demo_policy
     image = load_image(POLICY_FRAME.path)
 
@@ -156,7 +156,7 @@ def test_policies_of_threads(demo_policy, compiled):
 
 
 def test_an_interpreter_whose_threads_computed_ends_well():
-    """Plain MLX 0.32.4 aborts in some such exits."""
+    """An interpreter exits cleanly after `generate` in threads."""
     code = """
 from concurrent.futures import ThreadPoolExecutor
 from mlx_tokprune import generate, load

@@ -1,4 +1,4 @@
-"""Scorers that learn how many tokens stay: the threshold, its training, its use."""
+"""Scorers that learn the number of kept tokens: threshold, training and use."""
 
 import json
 
@@ -37,9 +37,9 @@ from mlx_tokprune.train.scorer import Lesson, ScorerLoss, score, scorer_for
 
 
 def counting(scorer, given=None):
-    """The scorer with a count of its own, and its scores wide around a threshold.
+    """Return the scorer with an own count, and its scores spread around a threshold.
 
-    given: features of which half of all tokens are above it.
+    given: features of which half of all tokens score above the threshold.
     """
     scorer.own_count = True
     scorer.score.weight = scorer.score.weight * 20
@@ -49,7 +49,7 @@ def counting(scorer, given=None):
 
 
 class Given(nn.Module):
-    """Scores as they are given."""
+    """Scorer that returns the first channel of the tokens."""
 
     at, own_count = "tower", True
 
@@ -96,7 +96,7 @@ def test_a_hard_choice_has_no_gradient_to_scores():
 
 @pytest.mark.parametrize("kind", ["adaptive", "asking"])
 def test_the_training_forward_is_that_of_inference(tiny, kind):
-    """The loss under a mask is that of the tokens that the pruner gathers, and W."""
+    """The masked loss equals that of gathered tokens plus the sparsity penalty."""
     model, processor = tiny
     scorer = counting(scorer_for(model, kind))
     lesson = Lesson(4, 4, 1, noise=0.0, sparsity=2.0)
@@ -246,7 +246,7 @@ def test_a_higher_price_keeps_fewer(tiny, tmp_path):
 
 
 def gap_of(model, batch, question, kept):
-    """KL of a question's answer from the unpruned one, in nats, under a mask."""
+    """Return the KL in nats of a question's masked answer from the unpruned one."""
     visual, every = model.project(batch.features.tokens), mx.arange(64)[None]
     asked = (batch.prefix, visual, every, batch.questions, 64, "original")
     gate = mx.where(mx.any(every == mx.array(kept)[:, None], axis=0), 0, -1e9)[None]
@@ -260,7 +260,7 @@ def gap_of(model, batch, question, kept):
 
 
 def asking_of(demo):
-    """Two pictures, their batches, a lesson, and its loss with a known order."""
+    """Return two images, their batches, a lesson, and its loss with a known order."""
     model, processor = demo
     items = read_samples("demo", 2).items
     batches, order = Batches(model, processor, items), load_scorer("demo-asking")
@@ -270,7 +270,7 @@ def asking_of(demo):
 
 
 def test_what_a_question_needs_of_an_order(demo):
-    """The fewest, from the first, with which the answer stays within so much."""
+    """The goal is the shortest tried prefix of the order with KL within the limit."""
     (items, batches, _, loss), seen = asking_of(demo), set()
     model, _ = demo
     for item in items:
@@ -369,7 +369,7 @@ def test_every_command_takes_one_without_a_budget(tmp_path, monkeypatch, capsys)
 
 
 def test_its_network_is_part_of_the_cost(tmp_path):
-    """A scorer that counts for itself costs what it costs under the same budget."""
+    """A scorer with an own count costs as much as under an equal budget."""
     from mlx_tokprune.measure.subject import Request, subject_of
 
     subject = subject_of("demo", *load("demo"))

@@ -57,7 +57,7 @@ def test_answers_follow_from_the_scene(kind):
 
 
 def truth(scene: scenes.Scene, prompt: str) -> str:
-    """The answer, worked out from the words of the question alone."""
+    """Return the answer that the words of the question imply."""
     words = prompt.rstrip("?").split()
 
     def find(noun: list[str]) -> scenes.Thing:
@@ -126,7 +126,7 @@ def test_labels_say_what_is_drawn():
 
 @pytest.fixture(autouse=True)
 def on_the_cpu():
-    """Where two runs give the same gradients."""
+    """Run on the CPU, where two runs give equal gradients."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -141,7 +141,7 @@ def short(steps: int = 2):
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
-    """The shipped tokenizer saves the seconds that training one takes."""
+    """Return the shipped tokenizer, which saves the time of training one."""
     return EMBEDDED["demo"] / "tokenizer.json"
 
 
@@ -164,7 +164,7 @@ def test_every_stage_runs_and_the_export_loads(tmp_path, tokenizer_file):
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, tokenizer_file, monkeypatch):
-    """In the language stage, behind a stage with running statistics."""
+    """A run stopped in the second stage resumes to equal weights."""
     monkeypatch.setattr("recipes.demo.recipe._SAVE_EVERY", 1)
 
     def run(name: str) -> dict[str, mx.array]:
@@ -188,7 +188,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, tokenizer_file, monkeypatc
 
 
 def test_a_stage_with_frozen_weights_goes_on_where_it_was(tmp_path, tokenizer_file):
-    """A finished training is read back whole, from the states of all stages."""
+    """A finished training is restored from the states of all stages."""
     ends = []
     for _ in range(2):
         run = trainer(tmp_path / "run", tokenizer_file)

@@ -1,4 +1,4 @@
-"""What `train` reads and writes: lines as `evaluate` reads them, and adapters."""
+"""Files of `train`: its question lines, as in `evaluate`, and adapters."""
 
 import json
 import shutil
@@ -169,7 +169,7 @@ def test_another_picture_under_the_same_name_is_other_data(tmp_path):
 
 @pytest.mark.parametrize("reader", ["train", "evaluate"])
 def test_only_a_line_feed_ends_a_line(tmp_path, reader):
-    """JSON's texts may hold U+2028; a mark of the byte order is none of the text."""
+    """U+2028 and U+0085 do not end a line, and a byte order mark is skipped."""
     line = {"image": PICTURE, "question": "x\u2028y\x85z", "answer": "a"}
     texts = ["", json.dumps(line, ensure_ascii=False), "{"]
     (tmp_path / "l.jsonl").write_text("\n".join(texts), encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""What makes the first token come sooner: one prefill, memory, input size."""
+"""Time to first token: one prefill, memory, input size."""
 
 import json
 
@@ -25,7 +25,7 @@ from mlx_tokprune.pruners import as_plan
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 @pytest.mark.parametrize("temp", [0.0, 0.8])
 def test_tokens_are_those_of_mlx_lm(demo, positions, temp):
-    """mlx-lm reads the prompt and its last token in calls of their own."""
+    """Tokens equal those of mlx-lm, which reads the last prompt token alone."""
     from mlx_lm.generate import generate_step
     from mlx_lm.sample_utils import make_sampler
 
@@ -54,7 +54,7 @@ def test_tokens_are_those_of_mlx_lm(demo, positions, temp):
 
 
 class Standing(LayerCache):
-    """Gives tokens their positions in mlx-lm's calls: all but one, then one by one."""
+    """Cache with positions of mlx-lm's calls: all tokens but one, then one by one."""
 
     def __init__(self, inner, positions: mx.array, end: int):
         super().__init__(inner)
@@ -80,7 +80,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_tokens(demo, step):
 
 
 def test_the_prompt_goes_through_the_model_once(demo, monkeypatch):
-    """And the last layer's answer is only asked for where it is needed."""
+    """Each layer reads the prompt once; the last layer answers for one token."""
     model, processor = demo
     layer, lengths = type(model.layers[0]), []
     run = layer.__call__
@@ -218,7 +218,7 @@ def test_anything_that_matters_is_a_miss(demo, change):
 
 
 class Watched:
-    """Stands in for a Core ML package."""
+    """Stand-in of a Core ML package."""
 
     plan = ()
 
@@ -271,7 +271,7 @@ def test_two_pictures_are_remembered_together(demo):
 
 
 def test_an_answer_does_not_change_what_is_remembered(demo):
-    """A cache writes into the arrays it holds."""
+    """Repeated answers from a memory are equal, though caches are written."""
     model, processor = demo
     memory = Memory()
     asked = (model, processor, [PICTURES[0].path], QUESTIONS[1])
@@ -312,7 +312,7 @@ def test_the_command_asks_several_questions(capsys):
 
 @pytest.mark.parametrize("size", [512, 448, 256, 64])
 def test_the_largest_size_that_fits(demo, monkeypatch, size):
-    """Of a machine that takes 25 ms, and 50 for every 256 px squared."""
+    """The largest size within the time is found from two measured sizes."""
     model, processor = demo
     runs = []
 
@@ -330,7 +330,7 @@ def test_the_largest_size_that_fits(demo, monkeypatch, size):
 
 
 def test_the_second_of_two_runs_is_measured(demo, monkeypatch):
-    """The first one warms up."""
+    """The measured time is that of the second run, after a warm-up."""
     model, processor = demo
     spent, images = [100.0, 5.0], [load_image(PICTURES[0].path)]
 

@@ -1,4 +1,4 @@
-"""The bugs of `docs/notes/upstream.md`: is mlx-vlm still as it is described there?"""
+"""The bugs of `docs/notes/upstream.md` are still in the installed mlx-vlm."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def run(script: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def printed():
-    """What each script prints; two run at a time, and most of it is importing."""
+    """Return the result of each script; two scripts run at a time."""
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(run, [script for _, script, _ in BUGS])
         return dict(zip(SAID, done, strict=True))

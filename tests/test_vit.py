@@ -1,4 +1,4 @@
-"""Vision transformers against plain NumPy, written from timm's description of them."""
+"""Vision transformers equal plain NumPy, written from timm's description of them."""
 
 import math
 
@@ -42,7 +42,7 @@ def random_tower(config: ViTConfig, film: int | None = None) -> ViT:
 
 
 class Plain:
-    """The same tower in NumPy, in float64."""
+    """Vision transformer in float64 NumPy with the weights of `tower`."""
 
     def __init__(self, tower: ViT):
         flat = tree_flatten(tower.parameters())
@@ -148,7 +148,7 @@ def test_towers_equal_numpy(kind, film):
     ("depth", "middle", "last"), [(2, 0, 0), (4, 1, 2), (12, 4, 10), (24, 9, 22)]
 )
 def test_which_blocks_extras_are_of(monkeypatch, depth, middle, last):
-    """The middle one is block 9 of 24, as in HiPrune; features skip the last."""
+    """Extras come from the documented blocks, such as block 9 of 24 in HiPrune."""
     tower = ViT(ViTConfig(**(SIZES | {"depth": depth})))
     asked = []
     for name in ("attention_received", "keys"):
@@ -181,7 +181,7 @@ def test_which_blocks_extras_are_of(monkeypatch, depth, middle, last):
     ],
 )
 def test_towers_that_timm_builds(timm_id, size, sizes, prefix, patches, eps):
-    """Sizes as `timm.create_model` gives them, timm 1.0.31."""
+    """Sizes are those of `timm.create_model` in timm 1.0.31."""
     tower = tower_config(timm_id, size, None, None)
     assert (tower.embed_dim, tower.depth, tower.num_heads) == sizes
     assert (tower.prefix, tower.side**2, tower.norm_eps) == (prefix, patches, eps)

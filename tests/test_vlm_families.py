@@ -1,4 +1,4 @@
-"""Stock mlx-vlm loads the tiny checkpoints of `vlm`, and its answers say something."""
+"""Stock mlx-vlm loads the tiny checkpoints of `vlm`, and their answers vary."""
 
 import mlx.core as mx
 import pytest
@@ -16,7 +16,7 @@ LENGTH = 8
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
-    """(family, model, processor, files of two pictures)."""
+    """Return (family, model, processor, files of two images)."""
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(family.name)
     family.write(folder)

@@ -1,4 +1,4 @@
-"""Words of code and pages follow the rules in CONTRIBUTING.md."""
+"""Names in code and sizes of pages follow the rules in CONTRIBUTING.md."""
 
 import ast
 import re

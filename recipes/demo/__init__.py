@@ -1,1 +1,1 @@
-"""The demo: a small FastVLM that answers questions about drawn scenes."""
+"""Training of the demo: a small FastVLM for questions about drawn scenes."""

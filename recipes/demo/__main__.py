@@ -1,7 +1,7 @@
 """Train the demo model: `python -m recipes.demo`.
 
-The form in PyTorch, for a GPU, is `python -m recipes.demo.in_torch`. ACCURACY.md has
-the results.
+`python -m recipes.demo.in_torch` trains it in PyTorch on a GPU. ACCURACY.md has the
+results.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Batches of scenes as arrays, each from its own seed: resuming repeats nothing."""
+"""Batches of scenes as MLX arrays."""
 
 from dataclasses import dataclass
 

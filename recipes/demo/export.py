@@ -1,4 +1,4 @@
-"""A trained student as a checkpoint folder in Apple's PyTorch layout."""
+"""Export of a trained student as a checkpoint in Apple's PyTorch layout."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from mlx_tokprune.files import new_folder
 
 from .student import DEMO_CONFIG, Student
 
-# MLX names -> Apple's, the converter's table backwards.
+# MLX names -> Apple's names: the inverse of the converter's table.
 _KEYS = (
     (r"^vision_tower\.vision_model\.patch_embed\.blocks\.", "patch_embed."),
     (r"^vision_tower\.vision_model\.", ""),
@@ -22,7 +22,7 @@ _TOWER = "model.vision_tower.vision_tower.model."
 
 
 def torch_name(name: str) -> str:
-    """A name of the MLX layout in Apple's PyTorch layout."""
+    """Return Apple's PyTorch name of an MLX-layout tensor."""
     for pattern, replacement in _KEYS:
         if re.match(pattern, name):
             return _TOWER + re.sub(pattern, replacement, name)
@@ -32,7 +32,7 @@ def torch_name(name: str) -> str:
 
 
 def to_torch_layout(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """MLX-layout tensors under Apple's names, convolutions channels-first, float16."""
+    """Return MLX-layout weights under Apple's names, channels-first in float16."""
     tensors = {}
     for name, array in weights.items():
         if name.startswith("vision_tower.") and array.ndim == 4:

@@ -1,17 +1,16 @@
-"""Train the demo model by a PyTorch twin of `python -m recipes.demo`.
+"""Train the demo model in PyTorch: a twin of `python -m recipes.demo`.
 
     recipe="python -m recipes.demo.in_torch"
     $recipe prepare --folder FOLDER
     $recipe train --folder FOLDER --output OUT --minutes 10
     $recipe finish --folder FOLDER --weights OUT/weights.npz --output CHECKPOINT
 
-All need torch; `prepare` and `finish` need MLX, too, and `train` tokenizers, Pillow and
-matplotlib, but nothing of MLX. Stages, pictures, questions, losses
+All commands need torch. `prepare` and `finish` also need MLX; `train` needs tokenizers,
+Pillow and matplotlib, but not MLX. Stages, pictures, questions, losses
 (`recipes/torch_vlm.py`) and optimizer are those of `recipes/demo/recipe.py`. A stage
-ends with its steps, or when its part of the time is over: the learning rate follows
-what comes first, and time that is left goes to later stages. OUT/weights.npz is written
-as it goes, and OUT/begun.npz at the end of each stage, from where the same command goes
-on.
+ends after its steps or its share of the time. The learning rate follows whichever comes
+first, and unused time goes to later stages. `train` writes OUT/weights.npz at intervals
+and OUT/begun.npz at the end of each stage. To resume from there, repeat the command.
 """
 
 import argparse
@@ -37,15 +36,15 @@ from recipes.demo.stages import STAGES, Stage
 
 from .. import torch_vlm
 
-_JUDGED = 1_000_000  # second number of the seeds of pictures that nothing trains on
-_EVERY = 10.0, 60.0  # seconds between lines, and between judgements
+_JUDGED = 1_000_000  # second number of the seed of the held-out pictures
+_EVERY = 10.0, 60.0  # seconds between progress lines, and between evaluations
 
 
 # Batches ------------------------------------------------------------------------------
 
 
 class Steps(torch.utils.data.Dataset):
-    """(number of a stage, step) -> the same and what the recipe trains on there."""
+    """Dataset of batches by index of the stage and step."""
 
     def __init__(self, folder: Path, stages: list[Stage]):
         self.stages, self.told = stages, json.loads((folder / "told.json").read_text())
@@ -70,7 +69,7 @@ class Steps(torch.utils.data.Dataset):
     def arrays(self, drawn: recipe.SceneArrays) -> dict:
         batch: dict = {"cells": drawn.cells}
         if drawn.pixels is not None and drawn.fine is not None:
-            # Pillow's numbers again, a quarter of the bytes.
+            # uint8 takes a quarter of the bytes of float32.
             batch["pixels"] = np.rint(drawn.pixels * 255).astype(np.uint8)
             batch["fine"] = drawn.fine
         if drawn.questions is not None:
@@ -83,7 +82,7 @@ class Steps(torch.utils.data.Dataset):
         return {"ids": ids, "targets": targets}
 
     def judged(self, pictures: int, canvas: int, most: int) -> tuple[dict, list[list]]:
-        """Pictures that nothing trains on, and a question of each kind about each."""
+        """Return a held-out batch and its questions, one of each kind per picture."""
         seed = recipe.TRAINING, _JUDGED
         drawn = recipe.draw_scenes(seed, pictures, canvas, most)
         rng = np.random.default_rng((*seed, 1))
@@ -92,7 +91,7 @@ class Steps(torch.utils.data.Dataset):
 
 
 def on(device: str, batch):
-    """A batch of arrays as the losses read it."""
+    """Return a batch as tensors on the device, in the types that the losses read."""
     if isinstance(batch, dict):
         return {name: on(device, part) for name, part in batch.items()}
     if isinstance(batch, int):
@@ -105,9 +104,9 @@ def on(device: str, batch):
 
 
 class AdamW:
-    """MLX's, which does not correct the bias of its averages.
+    """AdamW as in MLX, without bias correction of its averages.
 
-    A weight that a loss does not depend on decays, as it does there.
+    A weight without a gradient still decays, as in MLX.
     """
 
     def __init__(self, weights: list[Tensor], decay: float = 0.01):
@@ -118,7 +117,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, rate: float) -> Tensor:
-        """Returns the norm of the gradients before they are clipped to 1."""
+        """Update the weights; return the gradients' norm before it is clipped to 1."""
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         pairs = zip(self.weights, self.none, strict=True)
         found = [none if w.grad is None else w.grad for w, none in pairs]
@@ -135,7 +134,7 @@ class AdamW:
 
 
 def rate_of(stage: Stage, done: float) -> float:
-    """The learning rate when `done` of a stage, 0 to 1, is over."""
+    """Return the learning rate after the share `done`, 0 to 1, of a stage."""
     warm, last = stage.warm_up / stage.steps, 0.03
     if done < warm:
         return stage.learning_rate * done / warm
@@ -144,7 +143,7 @@ def rate_of(stage: Stage, done: float) -> float:
 
 
 class Run:
-    """A training of so many seconds at most."""
+    """Training run with a time limit of `args.minutes`."""
 
     def __init__(self, args):
         self.args, self.begin = args, time.time()
@@ -157,7 +156,7 @@ class Run:
         ]
         self.steps = Steps(args.folder, self.stages)
         weights, told = dict(np.load(args.folder / "start.npz")), self.steps.told
-        self.number = 0  # of the first stage that is not over
+        self.number = 0  # index of the first unfinished stage
         if (begun := args.output / "begun.npz").is_file():
             weights = dict(np.load(begun))
             self.number = int(weights.pop("stage"))
@@ -169,7 +168,10 @@ class Run:
         print(f"{time.time() - self.begin:5.0f} s", *words, flush=True)
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """What is drawn next, ahead of what is learned; a stage can end early."""
+        """Yield stage indices and steps to draw, without those of finished stages.
+
+        Batches are drawn ahead of training, and a stage can end early.
+        """
         for number, stage in enumerate(self.stages):
             for step in range(stage.steps):
                 if number < self.number:
@@ -189,7 +191,7 @@ class Run:
         begun, asked = -1, time.time()
         for number, step, batch in drawn:
             if number < self.number:
-                continue  # drawn before its stage was over
+                continue  # drawn before its stage ended
             if number > begun:
                 self.start_stage(number)
                 begun = number
@@ -220,7 +222,7 @@ class Run:
         self.say(f"{stage.name}: {stage.steps} steps or {self.seconds:.0f} s")
 
     def learn(self, stage: Stage, step: int, batch: dict) -> float:
-        """A step; returns how much of the stage is over."""
+        """Train one step; return the share of the stage that is done."""
         batch = on(self.device, batch)
         if "keep" in batch:
             size = (
@@ -262,7 +264,7 @@ class Run:
 
     @torch.no_grad()
     def judge(self, stage: Stage, step: int) -> None:
-        """Says what is right, in percent, of pictures that nothing trains on."""
+        """Print the accuracy on held-out pictures, in percent."""
         batch, rows = self.judged(stage.canvas, stage.most)
         student, training = self.student, self.student.training
         student.eval()
@@ -291,13 +293,13 @@ class Run:
 
 
 def _cost(stage: Stage) -> int:
-    """Steps, those on full pictures twice."""
+    """Return the steps of a stage, doubled for training on full pictures."""
     full = stage.loss != "language" and stage.canvas == CANVAS
     return stage.steps * (2 if full else 1)
 
 
 def cells_right(student, tokens: Tensor, cells: dict) -> dict[str, float]:
-    """What the helper heads say of cells that hold something."""
+    """Return the accuracy of helper heads on cells that have their label."""
     right = {}
     for name in ("shape", "color", "word"):
         known = cells[name] > (-1 if name == "word" else 0)
@@ -307,7 +309,10 @@ def cells_right(student, tokens: Tensor, cells: dict) -> dict[str, float]:
 
 
 def answers_right(logits: Tensor, batch: dict, rows) -> dict[str, float]:
-    """By kind of question: every token of the answer is the most likely one."""
+    """Return the share of right answers by kind of question, and of `all`.
+
+    An answer is right where each of its tokens has the highest logit.
+    """
     used = batch["targets"] != recipe.IGNORE
     exact = ((logits.argmax(-1) == batch["targets"]) | ~used).all(-1).cpu().numpy()
     asked = np.array([[question is not None for question in row] for row in rows])
@@ -320,7 +325,7 @@ def answers_right(logits: Tensor, batch: dict, rows) -> dict[str, float]:
 
 
 def prepare(args) -> None:
-    """What `train` needs: the recipe's first weights, tokenizer, sizes, prompt."""
+    """Write the input of `train`: initial weights, tokenizer, config and prompt."""
     from mlx.utils import tree_flatten
 
     from recipes.demo.recipe import Trainer
@@ -342,7 +347,7 @@ def train(args) -> None:
 
 
 def finish(args) -> None:
-    """The checkpoint of trained weights."""
+    """Write a checkpoint of the trained weights."""
     import mlx.core as mx
 
     from recipes.demo.export import export

@@ -1,10 +1,9 @@
-"""How the demo model is trained: stages, their losses, and resuming.
+"""Training of the demo model in MLX: stages, losses and resuming.
 
-The tower first, on small pictures with helper losses; the language model apart, on
-oracle tokens; then the tower on full pictures, the projector alone, and all together.
-The tower's tokens are never pruned; of the oracle tokens, empty cells are
-left out at random. Every batch has its own seed, so a run that is stopped
-goes on where it was.
+First the tower trains on small pictures with helper losses, and the language model
+separately on oracle tokens. Then follow the tower on full pictures, the projector
+alone, and all parts together. The tower's tokens are never pruned. Oracle tokens of
+empty cells are dropped at random. Every batch has its own seed: a stopped run resumes.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ _SAVE_EVERY = 200
 
 
 class Trainer:
-    """Runs the stages on a `Student`, saving in `folder`."""
+    """Trainer of a `Student` through the stages, with its state in `folder`."""
 
     def __init__(self, folder: Path, stages=STAGES, student: Student | None = None):
         self.folder = folder
@@ -64,7 +63,7 @@ class Trainer:
     def language_loss(self, batch: SceneBatch, stage: Stage) -> mx.array:
         visual = self.student.oracle(batch.cells)
         keep = int(self._rng.choice(KEPT))
-        # Things always stay; which empty cells stay is drawn.
+        # Tokens of things are kept; those of empty cells are kept at random.
         scores = 2.0 * (batch.cells["shape"] > 0) + mx.random.uniform(
             shape=batch.cells["shape"].shape
         )
@@ -123,7 +122,7 @@ class Trainer:
     # Running ------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run all stages; stages that an earlier run finished are read from disk."""
+        """Run all stages; load the stages that an earlier run finished."""
         for number, stage in enumerate(self.stages):
             self._freeze(stage)
             schedule = Schedule(
@@ -134,7 +133,7 @@ class Trainer:
             Loop(self.student, *about, optimizer_of(stage)).run(title=stage.name)
 
     def _loss_of(self, number: int, stage: Stage) -> LossOf:
-        """Return the loss of a stage, the recipe's `number`, on the batch of a step."""
+        """Return the loss function of a stage. number: the stage's index."""
 
         def loss(student, seed, step: int) -> tuple[mx.array, mx.array]:
             mx.random.seed(number * 1_000_003 + step)
@@ -145,7 +144,10 @@ class Trainer:
         return loss
 
     def _freeze(self, stage: Stage) -> None:
-        """Aligning trains the projector alone, against features that stand still."""
+        """Freeze all but the projector in an `align` stage, and nothing in others.
+
+        An `align` stage also runs in evaluation mode, so that features do not change.
+        """
         self.student.unfreeze()
         self.student.train(stage.loss != "align")
         if stage.loss == "align":
@@ -165,7 +167,7 @@ def _masked_mean(values: mx.array, mask: mx.array) -> mx.array:
 
 
 def _classify(logits: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
-    """Cross entropy, mean over what has weight; labels below 0 need weight 0."""
+    """Return the weighted mean of cross-entropies; labels below 0 need weight 0."""
     labels = mx.clip(labels, 0, logits.shape[-1] - 1)
     losses = nn.losses.cross_entropy(logits, labels)
     return mx.sum(losses * weights) / mx.maximum(mx.sum(weights), math.ulp(1.0))

@@ -1,7 +1,7 @@
-"""The stages of the demo model's training, and the NumPy arrays that a step reads.
+"""Stages of the demo model's training, and the NumPy arrays of each step.
 
-Nothing here needs MLX: `recipe.py` trains from it, and so does its PyTorch form,
-`in_torch.py`.
+The module does not need MLX: `recipe.py` and its PyTorch form, `in_torch.py`, import
+it.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from mlx_tokprune.scenes.pictures import (
 from mlx_tokprune.scenes.questions import KINDS, SIDE, Question, ask_many
 
 QUESTIONS = 8  # about each picture
-KEPT = (8, 8, 16, 16, 32, 64)  # oracle tokens, of which a step draws
+KEPT = (8, 8, 16, 16, 32, 64)  # numbers of oracle tokens; a step draws one
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the recipe: which loss, how long, and on what."""
+    """Stage of the training: its loss, length and data."""
 
     name: str
     loss: str
@@ -43,7 +43,7 @@ class Stage:
 
     @property
     def warm_up(self) -> int:
-        """Steps in which the learning rate rises."""
+        """Number of steps in which the learning rate rises."""
         return max(1, self.steps // 40)
 
 
@@ -67,9 +67,10 @@ STAGES = (
 
 @dataclass(frozen=True)
 class SceneArrays:
-    """B scenes: pixels (B, S, S, 3), labels (B, N), fine labels (B, H, W), questions.
+    """Arrays and questions of B scenes.
 
-    Parts that the stage does not use are `None`.
+    cells: labels (B, N). pixels: (B, S, S, 3). fine: labels (B, H, W). Parts that the
+    stage does not use are `None`.
     """
 
     scenes: list[Scene]
@@ -88,7 +89,11 @@ def draw_scenes(
     questions: int = 0,
     kinds: tuple[str, ...] = KINDS,
 ) -> SceneArrays:
-    """`size` scenes with at most `most` things, `questions` of `kinds` about each."""
+    """Draw `size` scenes with at most `most` things each.
+
+    pictures: whether to render pixels and fine labels. questions: number for each
+    scene, of `kinds`.
+    """
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng, canvas, most) for _ in range(size)]
     pixels = fine = asked = None
@@ -102,7 +107,7 @@ def draw_scenes(
 
 
 def draw_step(stage: Stage, number: int, step: int) -> SceneArrays:
-    """What `step` of a stage, the recipe's `number`, trains on."""
+    """Draw the scenes of one step of a stage. number: the stage's index."""
     return draw_scenes(
         (TRAINING, number, step),
         stage.batch,
@@ -115,7 +120,7 @@ def draw_step(stage: Stage, number: int, step: int) -> SceneArrays:
 
 
 def choices_of(number: int, step: int) -> np.random.Generator:
-    """What draws the count of oracle tokens of a step."""
+    """Return the generator that draws the number of oracle tokens of a step."""
     return np.random.default_rng((TRAINING, number, step, 1))
 
 

@@ -1,9 +1,9 @@
-"""The demo model and what helps to train it: helper heads, and oracle tokens.
+"""Demo model and its training helpers: helper heads and oracle tokens.
 
-Helper heads read from visual tokens (and from the fine features at stride 16) what is
-in their cell. Oracle tokens are what visual tokens would be if the tower were perfect:
-the language model learns on them before there is a tower, and the projector is aligned
-to them. Only the FastVLM is shipped.
+Helper heads classify the content of a cell from its visual token, or from fine features
+at stride 16. Oracle tokens stand for the projected tokens of a perfect tower: the
+language model learns from them before the tower is trained, and the projector is
+aligned to them. Only the FastVLM is shipped.
 """
 
 import math
@@ -48,7 +48,7 @@ _FINE_STAGE = 2  # the third stage works at stride 16
 
 
 class Heads(nn.Module):
-    """Linear classifiers of what a cell holds."""
+    """Linear classifiers of the content of a cell."""
 
     CELL = {  # noqa: RUF012
         "shape": len(SHAPES) + 2,
@@ -74,7 +74,7 @@ class Heads(nn.Module):
 
 
 class Oracle(nn.Module):
-    """Labels of the cells -> (B, N, D) tokens that say what is in each."""
+    """Embedding of cell labels (B, N) as oracle tokens (B, N, D)."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -95,7 +95,7 @@ class Oracle(nn.Module):
 
 
 def _place(labels: dict[str, mx.array]) -> mx.array:
-    """(B, N, 10): where the thing in a cell is, or the middle of an empty cell."""
+    """Return position features (B, N, 10) of each cell's thing, else of its centre."""
     side = CANVAS // CELL
     cell = mx.arange(side * side)
     occupied = labels["shape"] > 0
@@ -111,7 +111,7 @@ def _place(labels: dict[str, mx.array]) -> mx.array:
 
 
 class Student(nn.Module):
-    """The FastVLM in training form, with its helpers."""
+    """FastVLM in training form, with helper heads and oracle."""
 
     def __init__(self, config: dict = DEMO_CONFIG):
         super().__init__()
@@ -122,7 +122,7 @@ class Student(nn.Module):
         self._start_small()
 
     def _start_small(self) -> None:
-        """Start convolution skips at the identity and residual branches at a half."""
+        """Start skip convolutions near the identity and layer scales at a half."""
         for name, module in self.vlm.vision_tower.named_modules():
             if name.endswith(("token_mixer.reparam_conv",)) or _is_position_conv(name):
                 size = module.weight.shape[1] // 2
@@ -133,7 +133,7 @@ class Student(nn.Module):
                     module[scale] = mx.full(module[scale].shape, 0.5)
 
     def see(self, pixels: mx.array) -> tuple[mx.array, mx.array]:
-        """Visual tokens (B, N, C) and fine features (B, H, W, C')."""
+        """Return visual tokens (B, N, C) and fine features (B, H, W, C')."""
         tower = self.vlm.vision_tower.vision_model
         x, stages, fine = tower.patch_embed(pixels), 0, None
         for part in tower.network:
@@ -148,6 +148,9 @@ class Student(nn.Module):
 
 
 def _is_position_conv(name: str) -> bool:
-    """`vision_model.network.N.reparam_conv`: a position convolution of a stage."""
+    """Return whether `name` is `vision_model.network.N.reparam_conv`.
+
+    This is the position convolution of a stage.
+    """
     parts = name.split(".")
     return len(parts) == 4 and parts[1] == "network" and parts[3] == "reparam_conv"

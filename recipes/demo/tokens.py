@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE over its questions and chat template."""
+"""Demo model's tokenizer: byte-level BPE over its questions and chat template."""
 
 import functools
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def _texts() -> list[str]:
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Text to token ids, remembering what it has seen."""
+    """Return a cached function from text to token ids."""
 
     @functools.lru_cache(maxsize=1 << 16)
     def encode(text: str) -> list[int]:

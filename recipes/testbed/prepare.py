@@ -1,4 +1,4 @@
-"""Cut-out photographs and backgrounds of the test bed, from packages to files."""
+"""Extraction of the test bed's cut-outs and backgrounds from their packages."""
 
 import io
 from collections.abc import Iterable
@@ -13,16 +13,17 @@ from mlx_tokprune.scenes.things import SPLITS
 from .parts import BACKGROUNDS, THINGS, fetch, members
 
 _STAMPS = "./usr/share/tuxpaint/stamps/"
-_DRAWN = {"cartoon", "toys", "plastic", "symbols"}  # folders of what is no photograph
+_DRAWN = {"cartoon", "toys", "plastic", "symbols"}  # folders of drawings
 _SIZE = 224  # longer side of a thing, px
 _BACKGROUND = 1024  # longer side of a background, px
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a thing is called, and the stamps that are such.
+    """Kind of thing: its name, and a filter for its stamps.
 
-    folders: of stamps. only, but: parts of file names that they have, or have not.
+    folders: folders of its stamps. only: name parts, one of which a stamp's file has.
+    but: name parts, none of which the file has.
     """
 
     name: str
@@ -58,7 +59,7 @@ KINDS = (
     Kind("vegetable", ("food/vegetables",)),
     Kind("vehicle", ("vehicles",), but=("wheel", "emblem", "locomotive")),
 )
-_PLACES = {  # of the test's backgrounds, and of those of the training
+_PLACES = {  # file names of the backgrounds, by split
     "test": ("Blinds", "Dune", "RainDrops", "Wood", "scenetext04"),
     "train": (
         *("Aqua", "Elephants", "GreenMeadow", "Storm", "aero1", "board", "building"),

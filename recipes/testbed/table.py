@@ -1,4 +1,4 @@
-"""One table and one plot from several results of `mlx_tokprune.evaluate`.
+"""Table and plot of several results of `mlx_tokprune.evaluate`.
 
     mlx_tokprune.evaluate --data testbed --pictures 32 --methods M... \
         --keep-ratios 0.25 0.11 --max-tokens 5 --output a.json
@@ -6,14 +6,14 @@
         --keep-ratios 0.5 0.05 --max-tokens 5 --output b.json
     python -m recipes.testbed.table a.json b.json --plot recipes/testbed/testbed.png
 
-Right answers in percent with the 95 % interval, and after it the share of needed tokens
-that are left. Results may be about different numbers of questions: each column has its
-own row of the unpruned model. A label is `METHOD RATIO`.
+A cell gives the right answers with their 95 % interval, then the share of needed tokens
+that are kept, both in percent. Results may have different numbers of questions: each
+column has its own values of the unpruned model. A label is `METHOD RATIO`.
 
     python -m recipes.testbed.table a.json scorers.json --against norm
 
-compares on the questions that all results share, question by question: right answers,
-and how many points more they are than those of that method at the same ratio.
+compares labels on the questions that all results share: the right answers of each, and
+the paired difference, in points, from the method of `--against` at the same ratio.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def _cell(row: dict | None) -> str:
 
 
 def paired(results: Sequence[list[dict]], against: str) -> str:
-    """Return a row for each label on the shared questions, as Markdown.
+    """Return the right answers of each label on the shared questions, as Markdown.
 
-    Intervals are over pictures.
+    against: method to compare with at the same ratio. Intervals are over pictures.
     """
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for answer in (answer for answers in results for answer in answers):
@@ -92,7 +92,7 @@ def _question(answer: dict) -> tuple[str, str]:
 
 
 def _difference(mine: list[float], theirs: list[float], pictures: list[str]) -> str:
-    """Mean difference in points, with its 95 % interval over pictures."""
+    """Return the mean difference in points, with its 95 % interval over pictures."""
     more = [one - other for one, other in zip(mine, theirs, strict=True)]
     low, high = bootstrap(more, pictures)
     mean = sum(more) / len(more)

@@ -1,5 +1,5 @@
-"""Faults put into everything the commands read and write: `make faults`.
+"""Cases with faults in all files and arguments that commands read: `make faults`.
 
-Every case comes from (seed, group, number), so that one that fails can be run again:
+Each case comes from (seed, group, number), so that a failed case can be run again:
 `PYTHONPATH=tests python -m faults --seed 0 --only pictures 17`.
 """

@@ -1,4 +1,4 @@
-"""Runs the cases of every group and prints what came of them."""
+"""Run the cases of every group and print their outcomes."""
 
 import argparse
 import os
@@ -12,11 +12,11 @@ from random import Random
 from .case import FINE, KINDS, Outcome
 from .crew import Crew, Task
 
-# Shares of all cases; what takes seconds comes first.
+# Cases of each group out of 2000; slow groups come first.
 SHARES = {"kills": 30, "together": 5, "threads": 15, "outputs": 80}
 SHARES |= {"checkpoints": 640, "pictures": 400, "flags": 400, "data": 310}
 SHARES |= {"learned": 120}
-_SHOWN = 2  # faults of one place in the code that are printed
+_SHOWN = 2  # printed faults per key of `_where`
 _LINE = re.compile(r'File "[^"]*/((?:mlx_tokprune|convert|faults)/[^"]*)", line (\d+)')
 
 
@@ -33,7 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def tasks_of(args) -> list[Task]:
-    """One of each group, then the others, mixed, should the time not be enough."""
+    """Return case 0 of each group, then the other cases, shuffled.
+
+    A run whose time ends early then has cases of every group.
+    """
     if args.only:
         group, *numbers = args.only
         chosen = map(int, numbers or range(args.cases))
@@ -63,7 +66,7 @@ def table(found: list[tuple[Task, Outcome]]) -> str:
 
 
 def _where(outcome: Outcome) -> tuple:
-    """What faults with one cause have alike: the innermost of our own lines."""
+    """Return a key that faults of one cause share: the kind and our innermost line."""
     lines = _LINE.findall(outcome.told)
     return (outcome.kind, *(lines[-1] if lines else outcome.told[:60].splitlines()))
 

@@ -1,4 +1,4 @@
-"""Arguments that are right, to which one thing that is wrong is added."""
+"""Valid arguments of commands, to which a case adds a fault."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def pick(rng: Random, commands=WEIGHTS) -> str:
 
 
 def right(command: str, place: Place, model: Path | None = None) -> list[str]:
-    """Small work that succeeds, on `model` where the command takes one."""
+    """Return arguments of a small run that succeeds, on `model` if one is used."""
     seen = str(PICTURES[POLICY if command == "act" else TINY])
     name = str(model or (POLICY if command == "act" else TINY))
     few = ["--methods", "norm", "--keep-ratios", "0.5"]
@@ -45,7 +45,7 @@ def right(command: str, place: Place, model: Path | None = None) -> list[str]:
 
 
 def finite_action(out: str) -> str | None:
-    """A complaint unless the robot was given finite numbers, in the last line."""
+    """Return an error if the action in the last line has a non-finite number."""
     lines = out.strip().splitlines()
     if not lines or not lines[-1].startswith("{"):
         return None

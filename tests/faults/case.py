@@ -1,4 +1,4 @@
-"""One case: a command called in this process, and what came of it.
+"""Calls of commands in this process, and their outcomes.
 
 Only kills and limits need a process of their own; a new interpreter for each case would
 take a hundred times as long.
@@ -22,8 +22,7 @@ from pathlib import Path
 from .whole import Listing, leftovers
 
 SECONDS, MEMORY = 60, 4 << 30
-# badly: ended in another way than well or with one line of refusal; wrong: ended well,
-# but what it did is not right.
+# badly: neither success nor a one-line refusal; wrong: success with a false result.
 KINDS = (
     *("refused", "succeeded", "badly", "traceback", "hang"),
     *("memory", "half-written", "wrong", "skipped"),
@@ -38,7 +37,7 @@ MODULES = {
     "evaluate": "mlx_tokprune.evaluate.__main__",
     "coreml": "mlx_tokprune.coreml.__main__",
     "attach": "mlx_tokprune.attach.__main__",
-    # Of `mlx_tokprune.train`, by their own names.
+    # Subcommands of `mlx_tokprune.train`.
     **dict.fromkeys(("prune", "lora", "fuse"), "mlx_tokprune.train.__main__"),
 }
 _SAID = re.compile(r"(?:mlx_tokprune\.\w+(?: \w+)?: )?error: .*\S.*\n")
@@ -46,14 +45,15 @@ _NO_MEMORY = re.compile(r"allocate|bad_alloc|Cannot create thread", re.I)
 
 
 class Hang(BaseException):
-    """Not an `Exception`, which a command may catch."""
+    """Timeout of a call; not an `Exception`, which a command may catch."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The folders of one case. out: the working folder, where all that is new counts.
+    """Folders of one case.
 
-    base: what `prepare` made, only read.
+    out: the working folder, where every new file counts. base: files of `prepare`, only
+    read.
     """
 
     folder: Path
@@ -68,7 +68,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """kind: one of `KINDS`. told: what a person needs to see of it."""
+    """Outcome of a case.
+
+    kind: one of `KINDS`. told: details for a person.
+    """
 
     kind: str
     told: str = ""
@@ -76,7 +79,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a call ended. code: its exit status, unless `error` or a hang ended it."""
+    """End of a call.
+
+    code: the exit status, unless `error` (also a `Hang`) ended the call.
+    """
 
     code: object
     error: BaseException | None
@@ -91,7 +97,7 @@ def module_of(command: str):
 
 
 def flags_of(command: str) -> list:
-    """The flags of a command, as its parser knows them."""
+    """Return the flags of a command from its parser."""
     actions = module_of(command).build_parser()._actions
     inner = [a.choices[command] for a in actions if command in (a.choices or ())]
     return inner[0]._actions if inner else actions
@@ -103,7 +109,10 @@ def perform(
     place: Place,
     check: Callable[[str], str | None] | None = None,
 ) -> Outcome:
-    """Call the command's `main` and judge it. check: of stdout, when it succeeded."""
+    """Call the command's `main` and judge it.
+
+    check: returns an error of a successful command's stdout, or `None`.
+    """
     main = module_of(command).main
     before = Listing.of(place.out)
     ended = call(lambda: main(argv), place)
@@ -119,7 +128,7 @@ def shown(command: str, argv: list[str]) -> str:
 
 
 def call(work: Callable[[], object], place: Place) -> Ended:
-    """Run it with its own stdout, stderr, folder, time and memory."""
+    """Run `work` with its own stdout, stderr, folder, time limit and memory count."""
     code, error, trace = 0, None, ""
     _forget_peak()
     with redirected(place.folder), unchanged(place.out):
@@ -138,7 +147,7 @@ def call(work: Callable[[], object], place: Place) -> Ended:
 
 
 def judge(ended: Ended, left: list[str]) -> Outcome:
-    """What is worst about it, if anything."""
+    """Return the worst outcome of a call."""
     error, err = ended.error, ended.err
     if isinstance(error, Hang):
         return Outcome("hang", ended.trace)
@@ -157,7 +166,7 @@ def judge(ended: Ended, left: list[str]) -> Outcome:
 
 
 def said_well(err: str) -> bool:
-    """One line that says `error: ...`, short, which a terminal shows as it is."""
+    """Return whether stderr is one short, printable line with `error: ...`."""
     whole = _SAID.fullmatch(err) is not None
     return whole and len(err) <= 701 and err[:-1].isprintable()
 
@@ -167,7 +176,7 @@ def said_well(err: str) -> bool:
 
 @contextlib.contextmanager
 def redirected(folder: Path) -> Iterator[None]:
-    """Also what C libraries write, which know nothing of `sys.stderr`."""
+    """Redirect stdout and stderr to files, also those of C libraries."""
     kept = sys.stdout, sys.stderr, os.dup(1), os.dup(2)
     for number, name in ((1, "stdout"), (2, "stderr")):
         with open(folder / name, "wb") as file:
@@ -189,7 +198,7 @@ def redirected(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(folder: Path) -> Iterator[None]:
-    """In `folder`; what commands set for their process is set back."""
+    """Work in `folder` and restore what commands set for their process."""
     here, paths, hooks = os.getcwd(), list(sys.path), list(warnings.filters)
     root, handlers = logging.getLogger(), list(logging.getLogger().handlers)
     signals = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
@@ -226,7 +235,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> int:
-    """Bytes this process held at most since `_forget_peak`, where Linux can tell."""
+    """Return the peak bytes of this process, on Linux since `_forget_peak`."""
     with contextlib.suppress(OSError):
         found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
         if found:

@@ -1,4 +1,4 @@
-"""Group 1: checkpoint folders with one thing wrong, through every command."""
+"""Group 1: checkpoint folders with one or two faults."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ NAMES = (
 )
 SPANS = ([0, 8], [8, 0], [0], [-8, 0], [1e3], [0, 2**63], "x")
 WEIGHT = "model.safetensors"
-MARK = "ran"  # the file that code of a checkpoint would make
+MARK = "ran"  # the file that code in a checkpoint would write
 
 
 def run(rng: Random, place: Place) -> Outcome:
@@ -35,7 +35,7 @@ def run(rng: Random, place: Place) -> Outcome:
     names = list(FAULTS)
     faults = rng.choices(names, [FAULTS[f] for f in names], k=rng.choice((1, 1, 2)))
     for fault in faults:
-        # The first may leave nothing that the second could damage.
+        # The first fault may leave nothing for the second to damage.
         with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError):
             fault(rng, folder)
     command = _command(rng, source)
@@ -73,7 +73,7 @@ def copied(source: Path, folder: Path) -> Path:
 
 
 def _json(path: Path) -> dict:
-    """Empty where an earlier fault left nothing that can be read."""
+    """Return a file's JSON object, empty where an earlier fault made it unreadable."""
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError):
@@ -90,7 +90,7 @@ def config(rng: Random, folder: Path) -> None:
 
 
 def sizes(rng: Random, folder: Path) -> None:
-    """Of the language model, where every one counts."""
+    """Replace a size of the language model by an odd value."""
     found = _json(folder / "config.json")
     inner = found.get("text_config", found)
     number = rng.choice((0, -1, 1, 3, 10**6, 10**9, 10**30, 1.5, "3", None, [3]))
@@ -99,7 +99,7 @@ def sizes(rng: Random, folder: Path) -> None:
 
 
 def oft(rng: Random, folder: Path) -> None:
-    """How many actions and pictures, by which rule."""
+    """Damage the settings of OpenVLA-OFT: chunk, images and normalization."""
     found = _json(folder / "config.json")
     found["oft"] = damage.changed(rng, found.get("oft") or {"chunk": 8})
     _put(folder / "config.json", damage.as_json(found))
@@ -148,7 +148,7 @@ def gone(rng: Random, folder: Path) -> None:
 
 
 def header(rng: Random, folder: Path) -> None:
-    """Entries that contradict themselves, each other, or the file."""
+    """Damage header entries: they contradict themselves, each other, or the file."""
     entries, data = _opened(folder)
     how = rng.randrange(5)
     name = rng.choice([name for name in entries if name != "__metadata__"])
@@ -180,7 +180,7 @@ def weight_bytes(rng: Random, folder: Path) -> None:
 
 
 def not_finite(rng: Random, folder: Path) -> None:
-    """One number of the first float tensor or of any."""
+    """Set one number of a random float32 tensor to NaN, infinity or 3e38."""
     entries, data = _opened(folder)
     name = rng.choice(_floats(entries))
     begin, end = entries[name]["data_offsets"]
@@ -197,7 +197,7 @@ def _floats(entries: dict) -> list[str]:
 
 
 def huge_weights(rng: Random, folder: Path) -> None:
-    """Finite numbers whose products are not."""
+    """Fill a random float32 tensor with finite numbers whose products overflow."""
     entries, data = _opened(folder)
     name = rng.choice(_floats(entries))
     begin, end = entries[name]["data_offsets"]
@@ -226,7 +226,7 @@ def pipe(rng: Random, folder: Path) -> None:
 
 
 def link(rng: Random, folder: Path) -> None:
-    """To a secret, to itself, to nothing, to a folder, or to what never ends."""
+    """Replace a file by a link to a secret, itself, nothing, a folder or /dev/zero."""
     names = ("config.json", WEIGHT, INDEX, "README.md", "LICENSE", *JSON_FILES)
     path = folder / rng.choice((*names, *NEW_FILES))
     secret = folder.parent / "secret.json"
@@ -237,7 +237,7 @@ def link(rng: Random, folder: Path) -> None:
 
 
 def code(rng: Random, folder: Path) -> None:
-    """A checkpoint that asks for its own code to be run."""
+    """Add code to the checkpoint, and a config that asks to run it."""
     text = f"open({str(folder / MARK)!r}, 'w')\nclass Own: pass\n"
     (folder / "own.py").write_text(text)
     name = rng.choice(("config.json", "tokenizer_config.json"))
@@ -253,7 +253,7 @@ def code(rng: Random, folder: Path) -> None:
 
 
 def pickled(rng: Random, folder: Path) -> None:
-    """A torch file whose loading would run a command."""
+    """Write a pickle that would run a command when loaded."""
     run = f"cos\nsystem\n(Vtouch {folder / MARK}\ntR.".encode()
     name = ("action_head--1_checkpoint.pt", "model.bin", "tokenizer.pkl")
     _put(folder / rng.choice(name), run)
@@ -262,7 +262,7 @@ def pickled(rng: Random, folder: Path) -> None:
 
 
 def _opened(folder: Path) -> tuple[dict, bytes]:
-    """Header and data of the weights, or of undamaged ones."""
+    """Return header and data of the weights, or of undamaged weights."""
     for path in (folder / WEIGHT, TINY / WEIGHT):
         raw = path.read_bytes() if path.is_file() else b""
         length = int.from_bytes(raw[:8], "little")
@@ -279,7 +279,7 @@ def _write(folder: Path, entries: dict, data: bytes) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """In place of what an earlier fault made of it, which may be a pipe or a link."""
+    """Write `data` in place of `path`, which may be a pipe or a link."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 

@@ -1,4 +1,4 @@
-"""Worker processes with limits that run cases, and are replaced when they die."""
+"""Worker processes with limits that run cases; a dead worker is replaced."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ class _Worker:
 
 
 class Crew:
-    """Some workers that take one task after another."""
+    """Pool of workers that take one task after another."""
 
     def __init__(self, folder: Path, size: int):
         self._folder, self._size = folder, size
@@ -60,7 +60,7 @@ class Crew:
     def work(
         self, tasks: Sequence[Task], seconds: float
     ) -> Iterator[tuple[Task, Outcome]]:
-        """Outcomes as they come; none begins after so many seconds."""
+        """Yield outcomes as they are ready; no case begins after `seconds`."""
         todo, end = list(reversed(tasks)), time.monotonic() + seconds
         crew = [self._hire() for _ in range(min(self._size, len(tasks)))]
         while True:
@@ -133,7 +133,7 @@ def _set_up() -> None:
 
 
 def _know_rates(base: Path) -> None:
-    """What the machine can do takes seconds to measure and is known by now."""
+    """Replace the slow measurement of the machine's rates by the rates of `prepare`."""
     from mlx_tokprune.bench import benchmark
 
     rates = json.loads((base / "b.json").read_text())["rates"]
@@ -148,7 +148,7 @@ def _serve(pipe: Connection, folder: Path, base: Path) -> None:
 
 
 def run_task(task: Task, folder: Path, base: Path) -> Outcome:
-    """A fault of the suite itself counts too, or nobody would see it."""
+    """Return the outcome of a task; an exception in the suite is an outcome, too."""
     module, _, name = GROUPS[task.group].partition(":")
     run = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     own = folder / f"{task.group}-{task.seed}-{task.number}-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Values and bytes as they should not be."""
+"""Damage of JSON values and bytes."""
 
 import copy
 import json
@@ -16,12 +16,12 @@ ODD = (
 
 
 def odd(rng: Random):
-    """Any JSON value."""
+    """Draw an odd JSON value."""
     return copy.deepcopy(rng.choice(ODD))
 
 
 def places(value, found: list | None = None) -> list[tuple]:
-    """(container, key) of everything inside."""
+    """Return (container, key) of every nested value."""
     found = [] if found is None else found
     keys = value if isinstance(value, dict) else range(len(value))
     for key in keys:
@@ -32,7 +32,7 @@ def places(value, found: list | None = None) -> list[tuple]:
 
 
 def changed(rng: Random, value, times: int = 1):
-    """A copy with something inside deleted, replaced, scaled, or moved."""
+    """Return a copy with nested values deleted, replaced, scaled or copied."""
     value = copy.deepcopy(value)
     for _ in range(times):
         spots = places(value)
@@ -57,13 +57,13 @@ def _change(rng: Random, container, key) -> None:
 
 
 def as_json(value) -> bytes:
-    """Also of what is nested too deep for the encoder."""
+    """Return JSON bytes, also of values nested too deeply for the encoder."""
     deep = "[" * 100_000 + "]" * 100_000
     return json.dumps(value).replace(f'"{_DEEP}"', deep).encode()
 
 
 def json_bytes(rng: Random, value) -> bytes:
-    """A damaged text of `value`; three of four times only its fields are wrong."""
+    """Return damaged JSON of `value`; in three of four cases only fields differ."""
     if rng.random() < 0.75:
         return as_json(changed(rng, value, rng.choice((1, 1, 1, 2, 4))))
     text = as_json(value)
@@ -72,12 +72,12 @@ def json_bytes(rng: Random, value) -> bytes:
 
 
 def cut(rng: Random, data: bytes) -> bytes:
-    """Without its end."""
+    """Return a random prefix of `data`."""
     return data[: rng.randrange(len(data) + 1)]
 
 
 def flipped(rng: Random, data: bytes, within: int | None = None) -> bytes:
-    """With some bytes that are others."""
+    """Return `data` with up to eight of its first `within` bytes replaced."""
     damaged = bytearray(data)
     reach = min(len(damaged), within or len(damaged))
     for _ in range(rng.randint(1, 8) if reach else 0):
@@ -87,7 +87,7 @@ def flipped(rng: Random, data: bytes, within: int | None = None) -> bytes:
 
 
 def grown(rng: Random, data: bytes) -> bytes:
-    """With bytes in it that were not there."""
+    """Return `data` with random bytes inserted."""
     at = rng.randrange(len(data) + 1)
     return data[:at] + rng.randbytes(rng.choice((1, 8, 1000))) + data[at:]
 

@@ -1,4 +1,4 @@
-"""Group 4: questions, results and journals that are not as they were written."""
+"""Group 4: damaged questions, results and journals."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def run(rng: Random, place: Place) -> Outcome:
 
 
 def _questions(rng: Random, place: Place) -> Outcome:
-    """Good lines among damaged ones."""
+    """Evaluate questions in a file with good and damaged lines."""
     model = rng.choice((TINY, TINY, POLICY))
     source = place.base / ("actions.jsonl" if model == POLICY else "questions.jsonl")
     lines = []
@@ -61,7 +61,7 @@ def _report(rng: Random, place: Place) -> Outcome:
 
 
 def _resumed(rng: Random, place: Place) -> Outcome:
-    """A damaged file where the result shall be."""
+    """Resume from a damaged file in the place of the result."""
     command, name = rng.choice((("bench", "b.json"), ("evaluate", "e.json")))
     file = _damaged_result(rng, place, name, place.out / name)
     argv = right(command, place)
@@ -71,7 +71,7 @@ def _resumed(rng: Random, place: Place) -> Outcome:
 
 
 def _other(rng: Random, place: Place) -> Outcome:
-    """A benchmark of another picture or model does not go on in this file."""
+    """Check that a benchmark of another image or model does not resume this file."""
     shutil.copy(place.base / "b.json", place.out / "b.json")
     argv = [*right("bench", place), "--runs", "3"]
     if rng.random() < 0.5:
@@ -94,7 +94,7 @@ def _accuracy(rng: Random, place: Place) -> Outcome:
 
 
 def _journal(rng: Random, place: Place) -> Outcome:
-    """Fields of a journal deleted or of another type."""
+    """Resume from a journal with damaged records."""
     lines = (place.base / JOURNAL).read_bytes().splitlines()
     for at in rng.sample(range(len(lines)), rng.choice((1, 1, 2))):
         lines[at] = damage.json_bytes(rng, json.loads(lines[at]))
@@ -108,7 +108,7 @@ def _journal(rng: Random, place: Place) -> Outcome:
 
 
 def _cut_journal(rng: Random, place: Place) -> Outcome:
-    """Cut where a kill may cut it: the result is that of an undisturbed run."""
+    """Check that a cut journal resumes to the result of an undisturbed run."""
     data = (place.base / JOURNAL).read_bytes()
     (place.out / JOURNAL).write_bytes(damage.cut(rng, data))
 

@@ -1,4 +1,4 @@
-"""Group 3: odd values of every flag, prompts, and methods of the user's own."""
+"""Group 3: odd values of flags, odd prompts, and custom methods."""
 
 from random import Random
 
@@ -14,7 +14,7 @@ ODD = (
 )
 FEW = ("-1", "0", "1", "2", "3", "-9", "", "x", "1.5", "nan", "1e3", "²")
 SIZES = ("0", "-64", "1", "63", "64", "128", "448", "9" * 30, "4097", "x", "1e3", "")
-# Large values that are right would only take long, which is promised to nobody.
+# Large valid values would only take long.
 OWN = dict.fromkeys(("runs", "tokens", "max_tokens", "pictures"), FEW)
 OWN |= dict.fromkeys(("steps", "batch", "questions", "accumulate", "rank"), FEW)
 OWN |= dict.fromkeys(("layers", "imitate", "num_draft_tokens", "first"), FEW)
@@ -73,7 +73,7 @@ def run(rng: Random, place: Place) -> Outcome:
 
 
 def _flags(rng: Random, place: Place) -> tuple[str, list[str]]:
-    """One to three flags of a command, as its parser knows them."""
+    """Return a command and odd values of up to three of its parser's flags."""
     command = pick(rng)
     actions = flags_of(command)
     chosen = rng.sample(actions, min(len(actions), rng.choice((1, 1, 2, 3))))
@@ -108,7 +108,7 @@ def _prompt(rng: Random, place: Place) -> tuple[str, list[str]]:
 
 
 def _method(rng: Random, place: Place) -> tuple[str, list[str]]:
-    """By name, or a module of the user's in the working folder."""
+    """Return a command and a method, by name or from a module in the working folder."""
     command = rng.choice(("generate", "act", "generate", "act", "evaluate", "report"))
     name = rng.choice(METHODS)
     if rng.random() < 0.4:

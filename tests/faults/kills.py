@@ -1,4 +1,4 @@
-"""Groups 6 and 7: runs that are killed and taken up again, and runs beside runs."""
+"""Groups 6 and 7: killed and resumed runs, and concurrent runs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _LONGEST = 60
 
 
 def run(rng: Random, place: Place) -> Outcome:
-    """Killed once or twice, then run to its end."""
+    """Kill a run once or twice, then run the command to its end."""
     command = rng.choice(list(RESULT))
     told, right_folder = [], undisturbed(place.base, command)[0]
     for _ in range(rng.choice((1, 1, 2))):
@@ -52,7 +52,7 @@ def _killed(rng: Random, command: str, place: Place, number) -> tuple[Popen, str
 
 
 def _wait_for_files(process, place: Place, end_of_name: str = "") -> None:
-    """Until something new is there, besides a lock unless that is meant."""
+    """Wait for a new file: a result, a journal, a partial one, or `end_of_name`."""
     known = {path.name for path in place.out.iterdir()}
     last = time.monotonic() + _LONGEST
     while process.poll() is None and time.monotonic() < last:
@@ -65,7 +65,10 @@ def _wait_for_files(process, place: Place, end_of_name: str = "") -> None:
 
 
 def _after_kill(place: Place, command: str, process: Popen) -> str | None:
-    """A whole result or none; after a termination, also nothing beside it."""
+    """Return an error unless the result is whole or absent.
+
+    After SIGTERM, files of the killed process are an error, too.
+    """
     target = place.out / RESULT[command]
     if os.path.lexists(target) and (why := not_whole(target)):
         return f"{target.name} {why}"
@@ -76,7 +79,7 @@ def _after_kill(place: Place, command: str, process: Popen) -> str | None:
 
 
 def _samples(place: Place, command: str) -> list:
-    """What a benchmark has measured so far."""
+    """Return the TTFT samples that a benchmark has written so far."""
     file = place.out / "b.json"
     if command != "bench" or not file.exists():
         return []
@@ -102,7 +105,7 @@ def _finished(place, command: str, kept: list, right_folder: Path, told) -> Outc
     return Outcome("succeeded", str(told))
 
 
-# The same as an undisturbed run -----------------------------------------------------
+# Comparison with an undisturbed run -------------------------------------------------
 
 
 def _same_folder(found: Path, right: Path, _) -> str | None:
@@ -120,7 +123,7 @@ def _same_answers(found: Path, right: Path, _) -> str | None:
 
 
 def _same_rows(found: Path, right: Path, kept: list) -> str | None:
-    """Times differ; rows and their order do not, and no sample goes."""
+    """Return an error if rows differ in more than times, or samples are lost."""
     one, two = (json.loads((f / "b.json").read_text()) for f in (found, right))
     rows = [[{**r, "samples": 0, "limit_ms": 0} for r in x["rows"]] for x in (one, two)]
     if rows[0] != rows[1] or one["options"] != two["options"]:
@@ -139,7 +142,7 @@ _SAME = {"convert": _same_folder, "evaluate": _same_answers, "bench": _same_rows
 
 
 def together(rng: Random, place: Place) -> Outcome:
-    """The second is refused while the first, which is stopped, holds the output."""
+    """Check that a second run is refused while a stopped run holds the output."""
     first = start("evaluate", place, [])
     _wait_for_files(first, place, ".lock")
     time.sleep(rng.uniform(0, 0.1))

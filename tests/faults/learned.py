@@ -1,4 +1,4 @@
-"""Group 7: scorers and adapters that are not as they were written."""
+"""Group 9: damaged scorers and adapters."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from . import damage
 from .asks import right
 from .case import Outcome, Place, perform
 
-# What a folder has: a description and weights.
+# Files of each folder: description and weights.
 FILES = {
     "adaptive": ("scorer.json", "scorer.safetensors"),
     "asking": ("scorer.json", "scorer.safetensors"),
@@ -64,4 +64,4 @@ def _gone(rng: Random, config: Path, weights: Path) -> None:
 
 
 def _swapped() -> None:
-    """Weights of another kind of folder."""
+    """Stand for the fault of weights from another folder, which `run` copies."""

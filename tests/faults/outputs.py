@@ -1,4 +1,4 @@
-"""Group 5: results that have nowhere to go."""
+"""Group 5: outputs that cannot be written."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ def _name(rng: Random, place: Place) -> Outcome:
 
 
 def _there(rng: Random, place: Place) -> Outcome:
-    """Something else has the name."""
+    """Write to a name that a folder, a pipe, a link or a file already has."""
     path = place.out / "there.json"
     how = rng.randrange(6)
     if how == 0:
@@ -61,7 +61,7 @@ def _there(rng: Random, place: Place) -> Outcome:
 
 
 def _input(rng: Random, place: Place) -> Outcome:
-    """What a command reads stays, also where its output has the same name."""
+    """Check that an input is kept where the output has the same name."""
     command = rng.choice(("evaluate", "report", "generate"))
     name = {"evaluate": "questions.jsonl", "report": "e.json", "generate": "p.png"}
     path = place.out / name[command]
@@ -97,7 +97,7 @@ def _on_disk(place: Place, command: str, argv: list[str]) -> Outcome:
 
 
 def _full(rng: Random, place: Place) -> Outcome:
-    """A disk of 2 MB with little or no room left."""
+    """Run a command on a disk of 2 MB with little or no room left."""
     disk = _mounted(place, f"size={FULL}")
     if disk is None:
         return Outcome("skipped", "no small disk can be mounted here")
@@ -113,12 +113,12 @@ def _full(rng: Random, place: Place) -> Outcome:
 def _fill(path: Path, size: int) -> None:
     try:
         path.write_bytes(b"x" * size)
-    except OSError:  # the folder itself takes some
+    except OSError:  # the folder itself takes room
         pass
 
 
 def _read_only(rng: Random, place: Place) -> Outcome:
-    """A disk that cannot be written: folders' modes do not stop root."""
+    """Run a command on a read-only disk, because folder modes do not stop root."""
     disk = _mounted(place, "ro")
     if disk is None:
         return Outcome("skipped", "no read-only disk can be mounted here")

@@ -1,4 +1,4 @@
-"""Group 2: pictures that are none, or more than they say."""
+"""Group 2: damaged, odd and special image files."""
 
 import io
 import os
@@ -34,7 +34,7 @@ SPECIAL += ("a\nb", "\x1b[31m" * 300, "x" * 5000, "\udcff.png", "~")
 
 
 def run(rng: Random, place: Place) -> Outcome:
-    """The picture is asked about, or lies in a folder of pictures to ask about."""
+    """Pass the image, or the folder that contains it, to a command."""
     path = _special(rng, place) if rng.random() < 0.15 else _damaged(rng, place)
     command = rng.choices(("generate", "act", "evaluate", "bench"), (6, 4, 3, 0.5))[0]
     argv = right(command, place)
@@ -102,7 +102,7 @@ def _header(rng: Random) -> bytes:
 
 
 def _alone(rng: Random) -> bytes:
-    """Whole, but of an odd shape or mode."""
+    """Return an undamaged image of an odd shape or mode."""
     return _picture(rng, rng.choice(((1, 1), (3000, 1), (1, 3000), (2, 2))))
 
 
@@ -112,7 +112,7 @@ def _exif(rng: Random) -> bytes:
 
 
 def _sizes(rng: Random) -> bytes:
-    """A PNG that says another size than it has; the checksum is right."""
+    """Return a PNG whose header gives an incorrect size, with a correct checksum."""
     data = bytearray(_picture(rng, (8, 8), kind="PNG"))
     many = (0, 1, 7, 9, 60_000, 178_956, 2**31 - 1, 2**32 - 1)
     data[16:24] = struct.pack(">II", rng.choice(many), rng.choice(many))
@@ -122,7 +122,7 @@ def _sizes(rng: Random) -> bytes:
 
 
 def _bomb(rng: Random) -> bytes:
-    """A PNG with a text that unpacks to 50 MB."""
+    """Return a PNG with a chunk that unpacks to 50 MB."""
     data = _picture(rng, (8, 8), kind="PNG")
     packed = zlib.compress(b"\0" * (50 << 20))
     kind, start = rng.choice(((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")))

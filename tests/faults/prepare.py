@@ -1,4 +1,4 @@
-"""What cases start from: made once for a run, by the commands themselves."""
+"""Inputs of the cases, made once per run by the commands themselves."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from .case import MODULES, Place, module_of
 
 ACTION = " ".join(["0.1"] * 7)
 RUNS = 5
-# Commands that are killed, with enough to do.
+# Options that make the commands to be killed run longer.
 LONG = {
     "convert": [],
     "evaluate": ["--methods", "norm", "uniform", "similarity"],
@@ -59,7 +59,7 @@ def _write_questions(base: Path) -> None:
 
 
 def _write_oft(folder: Path) -> None:
-    """A policy of two pictures and a robot state, with random heads."""
+    """Write a policy of two images and a robot state, with random heads."""
     import mlx.core as mx
     from conftest import OFT, copy_policy, side_tensors
 
@@ -75,15 +75,17 @@ def _write_oft(folder: Path) -> None:
 
 
 def _evaluate_and_keep_journal(argv: list[str]) -> None:
-    """The journal is what a run that was killed would have left."""
+    """Run `evaluate` and keep its journal, as a killed run would leave it."""
     module = module_of("evaluate")
     with mock.patch.object(module, "_remove_journals"):
         module.main(argv)
 
 
 def undisturbed(base: Path, command: str) -> tuple[Path, float]:
-    """The folder of a whole run of a long command in a process of its own, and its
-    seconds; made when it is first asked for."""
+    """Return the output folder and the seconds of an undisturbed long run.
+
+    The first call runs the command in a process; later calls reuse the folder.
+    """
     folder = base / f"undisturbed-{command}-{os.getpid()}"
     note = folder / "seconds"
     if not note.exists():
@@ -97,7 +99,7 @@ def undisturbed(base: Path, command: str) -> tuple[Path, float]:
 
 
 def start(command: str, place: Place, more: list[str]) -> subprocess.Popen:
-    """The command in a process of its own, with what it prints beside its folder."""
+    """Start a command in a process, with stdout and stderr in the case's folder."""
     argv = [*right(command, place), *more]
     with (
         open(place.folder / "stdout", "wb") as out,

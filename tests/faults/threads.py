@@ -1,4 +1,4 @@
-"""Group 8: two threads on one model, each with a pruner of its own."""
+"""Group 8: two threads on one model, each with its own pruner."""
 
 import functools
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def run(rng: Random, place: Place) -> Outcome:
 
 
 def _job(rng: Random, model) -> Callable[[], object]:
-    """An answer or an action, as a value that can be compared."""
+    """Return a function that gives an answer or an action as a comparable value."""
     from mlx_tokprune import Pruner, generate, predict_action
 
     ways = [way for way in WAYS if model == TINY or way[0] != "spatial"]

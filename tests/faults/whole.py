@@ -1,4 +1,4 @@
-"""Whether what a command left behind is whole."""
+"""Check that the files a command left behind are whole."""
 
 import json
 import re
@@ -12,7 +12,7 @@ _JOURNAL = re.compile(r".+\.\d+-of-\d+\.jsonl")  # kept, so that a run can go on
 
 @dataclass(frozen=True)
 class Listing:
-    """Names in a folder, and what changes when one is written."""
+    """Names in a folder, each with a tuple that changes when the file is written."""
 
     files: dict[str, tuple]
 
@@ -26,7 +26,7 @@ class Listing:
 
 
 def leftovers(folder: Path, before: Listing) -> list[str]:
-    """What is new, or new in itself, and not a whole result."""
+    """Return errors of new and changed files that are not whole, and of lost files."""
     now, wrong = Listing.of(folder).files, []
     for name, seen in now.items():
         if before.files.get(name) == seen or _JOURNAL.fullmatch(name):
@@ -39,7 +39,7 @@ def leftovers(folder: Path, before: Listing) -> list[str]:
 
 
 def not_whole(path: Path) -> str | None:
-    """Why not; `None` for a whole result, picture, page, checkpoint or package."""
+    """Return the reason, or `None` for a whole image, result, page or package."""
     try:
         return _folder(path) if path.is_dir() else _file(path)
     except Exception as error:

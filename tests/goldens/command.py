@@ -17,7 +17,7 @@ Values = Mapping[str, np.ndarray]
 
 
 class Refusal(Exception):
-    """Something given cannot be used; the message is one sentence."""
+    """Error about an unusable input; the message is one sentence."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def run(
     make: Callable[[int, Path], None],
     compute: Callable[[Path], Values],
 ) -> None:
-    """make(seed, folder) writes a golden folder; compute(folder) gives its values."""
+    """Run `make(seed, folder)` to write a golden folder, or `check` with `compute`."""
     parser = build_parser(description)
     args = parser.parse_args()
     if (args.seed is None) != (args.output is None):
@@ -83,7 +83,7 @@ def write_expected(values: Values, folder: Path) -> None:
 
 
 def as_arrays(values: Mapping) -> dict[str, np.ndarray]:
-    """Tensors or arrays -> contiguous float32 and int32 arrays."""
+    """Return tensors or arrays as contiguous float32 and int32 arrays."""
     kinds = {"f": np.float32, "i": np.int32}
     arrays = {name: np.asarray(value) for name, value in values.items()}
     return {
@@ -93,7 +93,7 @@ def as_arrays(values: Mapping) -> dict[str, np.ndarray]:
 
 
 def check(folder: Path, compute: Callable[[Path], Values]) -> int:
-    """Print how far stored and computed values are apart; the number of failures."""
+    """Print the differences of stored and computed values; return the failures."""
     stored = load_file(folder / "expected.safetensors")
     computed = compute(folder)
     failed = 0

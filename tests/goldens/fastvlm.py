@@ -44,7 +44,7 @@ RENAMED |= {"proj.0.reparam_conv": "proj.0.lkb_reparam"}
 
 
 class FastVLM:
-    """The reference's parts, with whatever weights they begin with."""
+    """Tower, projector and language model of the reference, with initial weights."""
 
     def __init__(self, config: dict):
         self.vision = config["vision_config"]
@@ -57,7 +57,7 @@ class FastVLM:
         self.unused = {f"{TOWER}.head.proj": (inputs, inputs)}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The models' own tensors under Apple's names."""
+        """Return the models' own tensors under Apple's names."""
         places = network_places(self.vision)
         tower = self.tower.state_dict().items()
         named = {f"{TOWER}.{apple_name(k, places)}": v for k, v in tower}
@@ -66,7 +66,7 @@ class FastVLM:
         return named | dict(self.language.named_parameters())
 
     def see(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1, 3, S, S) -> tokens (1, N, C), and the attention each receives (N,)."""
+        """Encode (1, 3, S, S); return tokens (1, N, C) and attention received (N,)."""
         attention, weights = self.tower.stages[-1].blocks[-1].token_mixer, []
         # Only the unfused form has weights to look at, where dropout would be.
         attention.fused_attn = False
@@ -92,7 +92,7 @@ def make_language(config: dict) -> nn.Module:
 
 
 def network_places(vision: dict) -> dict[str, str]:
-    """timm's stages -> places in Apple's flat list of blocks and downsamplings."""
+    """Map timm's stages to places in Apple's flat list of blocks."""
     places, at = {}, 0
     for stage, position in enumerate(vision["pos_embs_shapes"]):
         parts = ["downsample"] if stage else []
@@ -110,7 +110,7 @@ def apple_name(name: str, places: dict[str, str]) -> str:
 
 
 def read_pixels(file: Path, size: int) -> torch.Tensor:
-    """(1, 3, S, S) in [0, 1]: padded with black to a square, then resized."""
+    """Return (1, 3, S, S) in [0, 1]: padded to a black square, then resized."""
     picture = Image.open(file).convert("RGB")
     side = max(picture.size)
     square = Image.new("RGB", (side, side))
@@ -122,7 +122,7 @@ def read_pixels(file: Path, size: int) -> torch.Tensor:
 
 
 def describe(model: FastVLM, pixels, before: list[int], after: list[int]) -> dict:
-    """Every value of one picture and its prompt, under its name."""
+    """Return all values of one image and its prompt by name."""
     tokens, attention = model.see(pixels)
     projected = model.projector(tokens)
     values = {

@@ -33,7 +33,7 @@ NUMBERS = 7  # of an action
 
 
 class OpenVLA:
-    """The reference's parts, with whatever weights they begin with."""
+    """Towers, projector and language model of the reference, with initial weights."""
 
     def __init__(self, config: dict):
         size, vision = config["image_sizes"][0], config["vision_config"]
@@ -45,7 +45,7 @@ class OpenVLA:
         self.language = make_language(config["text_config"])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The models' own tensors under OpenVLA's names."""
+        """Return the models' own tensors under OpenVLA's names."""
         parts = {
             "vision_backbone.featurizer": self.dinov2,
             "vision_backbone.fused_featurizer": self.siglip,
@@ -88,7 +88,7 @@ def make_language(text: dict) -> nn.Module:
 
 
 def read_pixels(file: Path, size: int, preprocessor: dict) -> torch.Tensor:
-    """(1, 6, S, S): stretched to a square, normalised for each tower in turn."""
+    """Return (1, 6, S, S): stretched to a square, normalised for each tower."""
     picture = Image.open(file).convert("RGB")
     picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)
@@ -100,20 +100,20 @@ def read_pixels(file: Path, size: int, preprocessor: dict) -> torch.Tensor:
 
 
 def patches(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """(1, N, C) patch tokens of the second to last block, without the final norm."""
+    """Return (1, N, C) patch tokens of the second to last block, without a norm."""
     last = len(tower.blocks) - 2
     return tower.get_intermediate_layers(pixels, n={last}, norm=False)[0]
 
 
 def scores_of(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """(N, C) -> what each method ranks by, (N,)."""
+    """Return (N,) scores of each method for (N, C) tokens."""
     mean = tokens.mean(0, keepdim=True)
     similarity = nn.functional.cosine_similarity(tokens, mean)
     return {"norm": tokens.norm(dim=-1), "mean_similarity": similarity}
 
 
 def to_units(ids, config: dict) -> np.ndarray:
-    """Greedy ids -> bins in [-1, 1] -> robot units, where the mask says so."""
+    """Convert greedy ids to bins in [-1, 1], and to robot units where masked."""
     vocabulary = config["text_config"]["vocab_size"] - config["pad_to_multiple_of"]
     edges = np.linspace(-1, 1, config["n_action_bins"])
     centers = (edges[:-1] + edges[1:]) / 2
@@ -131,7 +131,7 @@ def prompt_ids(folder: Path, config: dict) -> list[int]:
 
 
 def describe(model: OpenVLA, config: dict, pixels, ids: list[int]) -> dict:
-    """Every value of the picture and its prompt, under its name."""
+    """Return all values of the image and its prompt by name."""
     towers = (model.dinov2, pixels[:, :3]), (model.siglip, pixels[:, 3:])
     features = [patches(tower, part) for tower, part in towers]
     tokens = torch.cat(features, dim=-1)

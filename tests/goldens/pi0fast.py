@@ -10,10 +10,10 @@
 
 The reference is lerobot's own module in float32: `PI0FastPytorch` on its
 `PaliGemmaForConditionalGenerationWithPiGemma` at tiny sizes, its resizing, and its
-decoding of answers; mlx_tokprune is not used. Of lerobot only the files of the model
-are imported, with stand-ins for what they name of configs and training, so that nothing
-else of it has to be installed. FAST's code is trained and used as it is published, by
-tokenizers and scipy. openpi's positions come from the same module, a token at a time.
+decoding of answers; mlx_tokprune is not used. Only lerobot's model files are imported.
+Stand-ins replace its configs and training, so that their dependencies need no install.
+FAST's code is trained and used as published, by tokenizers and scipy. openpi's
+positions come from the same module, one token at a time.
 """
 
 import os
@@ -58,7 +58,7 @@ ROOT = "model.paligemma_with_expert.paligemma."
 
 
 def import_lerobot() -> types.ModuleType:
-    """lerobot's `modeling_pi0_fast`, without what else lerobot needs."""
+    """Import lerobot's `modeling_pi0_fast` without lerobot's other dependencies."""
     source = Path(os.environ["LEROBOT"]) / "lerobot"
     policies = source / "policies"
     for name, path in (
@@ -86,7 +86,7 @@ def _module(name: str, **names) -> None:
 
 
 class Reference:
-    """lerobot's policy of tiny sizes, with whatever weights it begins with."""
+    """lerobot's policy at tiny sizes, with its initial weights."""
 
     def __init__(self, folder: Path):
         self.lerobot = import_lerobot()
@@ -125,13 +125,13 @@ class Reference:
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The model's own tensors under lerobot's names."""
+        """Return the model's own tensors under lerobot's names."""
         found = self.inner.paligemma.state_dict()
         return {f"{ROOT}{name}": tensor for name, tensor in found.items()}
 
 
 def _plain(kind: type) -> nn.Module:
-    """A module of this class without what its own `__init__` makes."""
+    """Return a module of this class without the parts that its `__init__` makes."""
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     return module
@@ -151,7 +151,7 @@ def read_pictures(folder: Path, present: tuple[int, ...]) -> dict[str, torch.Ten
 
 
 def prompt_ids(reference: Reference, state: list[float], stats: dict) -> list[int]:
-    """lerobot's text of task and state: quantiles to [-1, 1], and 256 bins."""
+    """Return ids of lerobot's prompt: task, and state in 256 bins of [-1, 1]."""
     low, high = (stats[f"observation.state.{q}"] for q in ("q01", "q99"))
     normal = 2.0 * (torch.tensor(state) - low) / (high - low) - 1.0
     bins = np.digitize(normal.numpy(), bins=np.linspace(-1, 1, 256 + 1)[:-1]) - 1
@@ -161,7 +161,7 @@ def prompt_ids(reference: Reference, state: list[float], stats: dict) -> list[in
 
 
 def describe(reference: Reference, folder: Path, present: tuple[int, ...]) -> dict:
-    """What lerobot computes where these cameras are there."""
+    """Return the values that lerobot computes from the images of these cameras."""
     stats = load_file(folder / reference.config["statistics"])
     state = reference.config["state"]
     ids = prompt_ids(reference, state, stats)
@@ -195,7 +195,7 @@ def describe(reference: Reference, folder: Path, present: tuple[int, ...]) -> di
 
 
 def read_prefix(reference: Reference, pictures, seen, tokens, masks):
-    """(T, D) states of all tokens that are there, <bos> last, and its logits (V,)."""
+    """Return (T, D) states of the present tokens, and (V,) logits of the last <bos>."""
     start = torch.tensor([[reference.text.bos_token_id]])
     tokens = torch.cat([tokens, start], dim=1)
     masks = torch.cat([masks, torch.ones_like(start, dtype=torch.bool)], dim=1)
@@ -214,10 +214,10 @@ def read_prefix(reference: Reference, pictures, seen, tokens, masks):
 
 
 def openpi_ids(reference: Reference, folder: Path) -> torch.Tensor:
-    """Greedy ids without <bos> behind the prompt, a position later (openpi).
+    """Return openpi's greedy ids: no <bos> behind the prompt, positions one later.
 
-    Prompt and answer are read anew for each token, under the mask that openpi's
-    decoding has: the prompt sees itself, the answer what is before it.
+    Prompt and answer are read anew for each token, under the mask of openpi's
+    decoding: the prompt attends to itself, the answer to all earlier tokens.
     """
     ids = reference.text(reference.config["openpi_prompt"])["input_ids"]
     pictures, _ = reference.policy._preprocess_images(read_pictures(folder, (0, 1)))
@@ -265,7 +265,7 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, a few words, and at the end tokens for FAST's codes and behind them."""
+    """Return a tokenizer of bytes and a few words, with FAST's codes at the end."""
     special = ("<pad>", "<eos>", "<bos>", "<unk>")
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges = []
@@ -288,14 +288,14 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def draw_chunks(seed: int, count: int) -> np.ndarray:
-    """(count, horizon, numbers) smooth actions around [-1, 1]."""
+    """Return (count, horizon, numbers) smooth actions around [-1, 1]."""
     random = np.random.default_rng(seed)
     steps = random.normal(0, 0.3, (count, HORIZON, NUMBERS)).cumsum(axis=1)
     return np.clip(steps + random.uniform(-0.7, 0.7, (count, 1, NUMBERS)), -1.5, 1.5)
 
 
 def write_fast(folder: Path) -> None:
-    """FAST's code, trained as it is published."""
+    """Train FAST's code by the published procedure and write it."""
     found = np.around(dct(draw_chunks(0, 4000), axis=1, norm="ortho") * 10)
     least, most = int(found.min()), int(found.max())
     texts = ["".join(map(chr, (c.flatten() - least).astype(int))) for c in found]
@@ -317,7 +317,7 @@ def write_fast(folder: Path) -> None:
 
 
 def write_settings(seed: int, folder: Path) -> None:
-    """config.json and statistics as lerobot saves them, and what is asked."""
+    """Write config, input state and statistics as lerobot saves them."""
     random = np.random.default_rng([seed, 1])
     low = {"action": random.uniform(-2, -0.5, NUMBERS)}
     low["observation.state"] = random.uniform(-2, -0.5, STATE)

@@ -2,7 +2,7 @@
 
     LEROBOT=... python tests/goldens/pi0fast_manifest.py pi0_fast.json.gz
 
-Set up as for `pi0fast.py`, whose `LEROBOT` this needs, too.
+The setup is that of `pi0fast.py`, including `LEROBOT`.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""What goes into a golden folder: settings, random weights, pictures. NumPy, Pillow."""
+"""Contents of a golden folder: settings, random weights, images (NumPy, Pillow)."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ GAIN = 1.4  # keeps activations of tiny models far from zero
 
 
 def copy_settings(source: Path, folder: Path) -> None:
-    """Config, preprocessor and tokenizer files of a golden folder, for another one."""
+    """Copy config, preprocessor and tokenizer files to another golden folder."""
     names = ("config.json", "preprocessor_config.json")
     for name in (*names, "tokenizer.json", "tokenizer_config.json"):
         if (source / name).exists():
@@ -23,7 +23,7 @@ def copy_settings(source: Path, folder: Path) -> None:
 
 
 def draw_weights(seed: int, shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
-    """Float32 tensors by name; one seed gives one set, whatever the order of names."""
+    """Return float32 tensors by name; the order of names does not matter."""
     random = np.random.default_rng(seed)
     return {name: _draw(random, name, shapes[name]) for name in sorted(shapes)}
 
@@ -50,7 +50,7 @@ def write_weights(seed: int, shapes: Mapping[str, tuple], folder: Path) -> None:
 
 
 def draw_picture(seed: int, number: int, width: int, height: int) -> Image.Image:
-    """Squares and circles on a noisy gradient."""
+    """Draw squares and circles on a noisy gradient."""
     random = np.random.default_rng([seed, number])
     picture = Image.fromarray(_background(random, width, height))
     pen = ImageDraw.Draw(picture)

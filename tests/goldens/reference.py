@@ -1,4 +1,4 @@
-"""What both references need of torch: weights in and out, ranking, greedy decoding."""
+"""Torch helpers of the golden scripts: loading weights, ranking, greedy decoding."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ RATIOS = {"50": 0.5, "25": 0.25}
 
 
 def import_timm():
-    """timm, beside a torchvision that was built for another torch.
+    """Import timm beside a torchvision that was built for another torch.
 
-    Such a torchvision lacks operators, which are never called here; they only have to
-    be declared.
+    Such a torchvision lacks operators. They are never called, but timm needs their
+    declarations.
     """
     try:
         import torchvision  # noqa: F401
@@ -34,7 +34,7 @@ def load_into(
 ) -> None:
     """Fill a model's tensors, under the checkpoint's names, from its file.
 
-    Raises `Refusal` unless the file holds exactly these and the unused ones.
+    Raises `Refusal` unless the file holds exactly these tensors and the unused ones.
     """
     weights = load_file(folder / "model.safetensors")
     for name in sorted(set(weights) ^ (set(tensors) | unused)):
@@ -48,7 +48,7 @@ def load_into(
 
 
 def selections(scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """(N,) scores by method -> kept places by case; `""` is the case of all."""
+    """Return kept indices by case for (N,) scores by method; `""` keeps all."""
     everything = torch.arange(len(next(iter(scores.values()))))
     return {"": everything} | {
         f"{method}_{budget}": highest(values, ratio)
@@ -58,7 +58,7 @@ def selections(scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def highest(scores: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Places of the highest scores, ascending; of equal ones the first."""
+    """Return the indices of the highest scores, ascending; ties go to the first."""
     keep = max(1, int(len(scores) * ratio))
     order = torch.argsort(scores, descending=True, stable=True)
     return order[:keep].sort().values
@@ -71,9 +71,9 @@ def embed(language: nn.Module, ids) -> torch.Tensor:
 def answer(
     language: nn.Module, prompt: torch.Tensor, count: int, stop: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the last 8 positions of (1, T, D), and greedy ids without a cache.
+    """Return logits of the last 8 positions of (1, T, D), and greedy ids, uncached.
 
-    Positions count what is there, so after pruning they are contiguous.
+    Positions count the tokens present, so they are contiguous after pruning.
     """
     logits = last = language(inputs_embeds=prompt, use_cache=False).logits[0]
     ids: list[int] = []

@@ -1,4 +1,4 @@
-"""All families, prompts for them and pictures."""
+"""All families, and prompts and images for them."""
 
 import numpy as np
 from PIL import Image
@@ -15,13 +15,13 @@ NOT_HERE = {
 
 
 def prompt(processor, model_config, text: str, pictures: int = 1) -> str:
-    """What mlx-vlm's own command makes of `text`."""
+    """Return the prompt that mlx-vlm's own command makes of `text`."""
     from mlx_vlm.prompt_utils import apply_chat_template
 
     return apply_chat_template(processor, model_config, text, num_images=pictures)
 
 
 def picture(family: Family, seed: int = 0) -> Image.Image:
-    """Random squares of colour, at the family's size."""
+    """Return random squares of colour at the family's size."""
     colours = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(colours).resize(family.size, Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""What one mlx-vlm family of tiny random checkpoints is, and how it is written."""
+"""Description and writer of one mlx-vlm family of tiny random checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from . import tokens, weights  # isort: skip
 
 @dataclass(frozen=True)
 class Family:
-    """`write` makes a folder for stock mlx-vlm: `load`, `generate`, chat, batches."""
+    """Family of tiny checkpoints; `write` makes a folder for stock mlx-vlm."""
 
     name: str  # as in `mlx_vlm.models`, but for variants of one
     config: dict  # config.json, without the ids that all families have
@@ -34,7 +34,7 @@ class Family:
     note: str = ""
 
     def count(self, width: int, height: int) -> int:
-        """Placeholders in the ids of a prompt with such a picture."""
+        """Return the number of placeholder ids of an image of this size."""
         return (self.placeholders or self.rows)(width, height)
 
     def write(self, folder: Path) -> None:

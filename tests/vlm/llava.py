@@ -65,7 +65,7 @@ install_auto_processor_patch("llava", Processor)
 
 
 def tiles(width: int, height: int) -> int:
-    """Rows for the whole picture, then for its tiles, each line with a newline."""
+    """Return the rows of the whole image and its tiles, with newline tokens."""
     across, down = (GRID * (n // SIDE) for n in (width, height))
     return GRID**2 + down * (across + 1)
 

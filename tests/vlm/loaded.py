@@ -19,7 +19,7 @@ HALF = Pruner("norm", 0.5)
 
 
 class Loaded:
-    """A tiny checkpoint in mlx-vlm, and pictures for it."""
+    """Tiny checkpoint in mlx-vlm, and images for it."""
 
     def __init__(self, family, folder):
         self.family, self.folder = family, folder
@@ -34,7 +34,7 @@ class Loaded:
         self.model, self.processor = mlx_vlm.load(str(folder))
 
     def ask(self, text=None, file=None, **named):
-        """The ids of a greedy answer, and how many a prompt had."""
+        """Return the ids of a greedy answer, and the length of the prompt."""
         text = text or prompt(self.processor, self.model.config, QUESTION)
         named = {"max_tokens": LENGTH, "temperature": 0.0, **named}
         if not {"image", "video"} & named.keys():
@@ -44,7 +44,7 @@ class Loaded:
         return last.token_ids, last.prompt_tokens
 
     def chat(self, *answers: str) -> str:
-        """A conversation with the picture in its first turn."""
+        """Return the prompt of a conversation with the image in its first turn."""
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         turns = [{"role": "user", "content": content}]
         for answer in answers:
@@ -64,13 +64,13 @@ class Loaded:
 
     @property
     def original(self) -> str | None:
-        """What makes positions original."""
+        """Setting of `positions` that gives original positions."""
         return None if self.family.mrope else "original"
 
 
 @contextlib.contextmanager
 def masked(model, columns):
-    """Nobody in the language model sees these columns."""
+    """Mask these columns in the attention of the language model."""
     attention, kind = mx.fast.scaled_dot_product_attention, type(model)
     embed, seen = kind.get_input_embeddings, []
 
@@ -103,7 +103,7 @@ def masked(model, columns):
 
 
 def served(loaded, requests) -> list[list[int]]:
-    """Answers to (text, file) requests as the server has them: read in one batch."""
+    """Return answers to (text, file) requests, read in one batch like the server."""
     from mlx_vlm.generate.ar import BatchGenerator
 
     gen = BatchGenerator(

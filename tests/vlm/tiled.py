@@ -18,7 +18,7 @@ TOWER = VISION | {"image_size": SIDE, "patch_size": PATCH}
 
 
 def _idefics_rows(width: int, height: int) -> int:
-    """Of two tiles along the longer side, and of the whole."""
+    """Return the rows of two tiles along the longer side, and of the whole image."""
     down, across = (-(-2 * n // max(width, height)) for n in (height, width))
     return GRID**2 * (down * across + 1)
 

@@ -12,12 +12,12 @@ LETTERS = string.digits + string.ascii_letters + string.punctuation + "ĠĊ"
 
 
 def vocabulary(specials: tuple[str, ...]) -> dict[str, int]:
-    """Ids by token: the common special ones, those of the family, then letters."""
+    """Return ids by token: common specials, the family's specials, then letters."""
     return {token: i for i, token in enumerate((*COMMON, *specials, *LETTERS))}
 
 
 def chat_template(image: str = "", video: str = "", start: str = BEGIN) -> str:
-    """Jinja that writes `image` and `video` where messages have them."""
+    """Return a Jinja template that writes `image` and `video` in messages."""
     return (
         start + "{%- for m in messages -%}{{ m['role'] + ':' }}"
         "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}"
@@ -32,7 +32,7 @@ def chat_template(image: str = "", video: str = "", start: str = BEGIN) -> str:
 def write_tokenizer(
     folder: Path, specials: tuple[str, ...], named: dict[str, str], template: str | None
 ) -> None:
-    """A fast tokenizer. `named` special tokens become its attributes."""
+    """Write a fast tokenizer with the `named` special tokens as attributes."""
     tokenizer = Tokenizer(models.BPE(vocabulary(specials), []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -16,7 +16,7 @@ NOISE = 0.2  # on what starts as constant, such as the weights of norms
 
 
 def build(config: dict, folder):
-    """The model that `mlx_vlm.load` would build for `config`, with MLX's own values."""
+    """Build the model of `mlx_vlm.load` for `config`, with MLX's initial weights."""
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     config = copy.deepcopy(config)
@@ -32,7 +32,7 @@ def build(config: dict, folder):
 def draw(
     model, silent: list[int], tied: bool, boosts: dict[str, float]
 ) -> dict[str, mx.array]:
-    """Tensors by name. The `silent` ids get logits near zero, which never win."""
+    """Return tensors by name; logits of the `silent` ids are too small to win."""
     values = dict(tree_flatten(model.parameters()))
     drawn = {name: _scaled(name, values[name]) for name in sorted(values)}
     for part, factor in boosts.items():
