@@ -12,23 +12,20 @@ import json
 import statistics
 import subprocess
 import sys
+from pathlib import Path
+
+from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 
 SIDE = """
 import json, sys, time
-from pathlib import Path
-import mlx_tokprune
 from mlx_tokprune import Policy, Pruner, load, stream_generate
-from mlx_tokprune.image import load_image
 
-demo = Path(mlx_tokprune.__file__).parent / "demo"
-folder = sys.argv[1] or str(demo / "checkpoint")
-model, processor = load(folder)
-image = load_image(sys.argv[2] or demo / "scene_0.png")
+folder, image, frame = sys.argv[1:]
+model, processor = load(folder or "demo")
 question = "What does the sign say?"
 policies = {}
-if not sys.argv[1]:
-    frame = load_image(demo / "frame.png")
-    acting = load(demo / "policy")
+if not folder:
+    acting = load("demo-policy")
     for name, pruner in (("none", None), ("trimvla 0.5", Pruner("trimvla", 0.5))):
         policies[f"Policy, {name}"] = Policy(*acting, pruner=pruner)
 
@@ -67,9 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    sides = []
+    sides, image = [], str(Path(args.image or PICTURES[0].path).resolve())
     for python in (sys.executable, args.other):
-        command = [python, "-c", SIDE, args.model, args.image]
+        command = [python, "-c", SIDE, args.model, image, str(POLICY_FRAME.path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         sides.append(subprocess.Popen(command, cwd="/", **pipes))
     samples = [[], []]

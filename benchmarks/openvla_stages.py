@@ -21,6 +21,7 @@ import mlx_tokprune
 from mlx_tokprune import predict_action
 from mlx_tokprune.models.openvla import ModelArgs, OpenVLA
 from mlx_tokprune.models.vit import ViTConfig
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.processing.processor import ActionProcessor
 from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import Pruner
@@ -68,7 +69,7 @@ def first_layers(model: OpenVLA, layers: int):
 def measure(model: OpenVLA, processor, ratios: list[float], runs: int) -> Times:
     """Return medians of interleaved runs, after one warm-up of each shape."""
     picture = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
-    images = [mlx_tokprune.image.load_image(picture)]
+    images = [load_image(picture)]
     found: dict[tuple, list[float]] = defaultdict(list)
     for number in range(runs + 1):
         for ratio in ratios:

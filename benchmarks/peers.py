@@ -214,7 +214,7 @@ def first_token(args: argparse.Namespace) -> None:
 def _preload_blas() -> None:
     """Load our OpenBLAS under mlx-vlm without importing our package."""
     package = util.find_spec("mlx_tokprune").origin
-    spec = util.spec_from_file_location("blas", Path(package).with_name("blas.py"))
+    spec = util.spec_from_file_location("blas", Path(package).with_name("runtime.py"))
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.preload()

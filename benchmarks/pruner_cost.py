@@ -19,6 +19,7 @@ from pathlib import Path
 import mlx_tokprune
 from mlx_tokprune import Features, Pruner, Selection, stream_generate
 from mlx_tokprune.pipeline import Scene, VisualTokens, encode, prune_at_prompt
+from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import get_method, list_pruners
 from mlx_tokprune.runtime import device_name
 
@@ -38,7 +39,7 @@ def milliseconds(function: Callable) -> float:
 
 def of_pruners(model, processor, picture, ratio: float) -> dict[str, Callable]:
     """Return, by method, a function that runs its pruner and returns lazy arrays."""
-    image = mlx_tokprune.image.load_image(picture)
+    image = load_image(picture)
     scene = Scene(mx.array(processor.pixels([image])), processor.prompt(QUESTION, 1))
     found = {}
     names = [m for m in list_pruners() if get_method(m).counts != "own"]

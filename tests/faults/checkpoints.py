@@ -267,9 +267,11 @@ def _opened(folder: Path) -> tuple[dict, bytes]:
         raw = path.read_bytes() if path.is_file() else b""
         length = int.from_bytes(raw[:8], "little")
         try:
-            return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+            header = json.loads(raw[8 : 8 + length])
         except (ValueError, OverflowError):
             continue
+        if isinstance(header, dict):
+            return header, raw[8 + length :]
     raise AssertionError(TINY)
 
 
