@@ -44,7 +44,7 @@ def _add_folders(parser: Parser, made: str) -> None:
 def _add_training(
     parser: Parser, steps: int, batch: int, rate: float, episodes: tuple[int, int, int]
 ) -> None:
-    """Flags of every training here, with these defaults.
+    """Add the flags of every training here, with these defaults.
 
     episodes: demonstrations, episodes of a round of DAgger (each per task), and rounds.
     """
@@ -177,7 +177,7 @@ def _train(args) -> None:
 
 
 def _given(args, kind: type) -> dict:
-    """What the flags say of the fields of these settings."""
+    """Return the fields of these settings that the flags set."""
     names = [field.name for field in dataclasses.fields(kind)]
     return {name: value for name, value in vars(args).items() if name in names}
 
@@ -269,7 +269,7 @@ def _print_table(args) -> None:
 
 
 def _time_saved(folder: str, runs: int) -> dict[str, float]:
-    """The share of TTFT that each row saves, medians of interleaved warm runs."""
+    """Return the share of TTFT that each row saves, from interleaved warm runs."""
     from mlx_tokprune.act.predict import predict_action
     from mlx_tokprune.checkpoints.embedded import POLICY_FRAME, POLICY_STATE
     from mlx_tokprune.checkpoints.loading import load

@@ -1,4 +1,4 @@
-"""What `trimvla` and `lightvla` choose, as gates that a policy learns through.
+"""The choices of `trimvla` and `lightvla`, as gates that a policy learns through.
 
 Forward they are the pruners' choice, with noise; backward they tell the scores which
 tokens the actions would need (`mlx_tokprune/train/gate.py`).
@@ -27,7 +27,7 @@ def trimvla_gate(
     noise: float,
     temperature: float,
 ) -> tuple[mx.array, mx.array]:
-    """(B, M): 1 for the `keep` highest scores with `noise` of a Gumbel distribution.
+    """Return (B, M): 1 for the `keep` highest scores under `noise` (Gumbel).
 
     And which tokens (B, M) these are and the next best: others are far from being
     chosen, where a gate has hardly a gradient, and time is saved.
@@ -39,7 +39,7 @@ def trimvla_gate(
 def gate_of(
     scores: mx.array, keep: int, noise: float, temperature: float
 ) -> tuple[mx.array, mx.array]:
-    """The same of any scores (B, N)."""
+    """Return a gate and its tokens, as `trimvla_gate`, from any scores (B, N)."""
     scores = scores + noise * mx.random.gumbel(scores.shape)
     here = _first(scores, keep)
     scores = mx.take_along_axis(scores, here, axis=1)
@@ -49,7 +49,7 @@ def gate_of(
 
 
 def _first(ranks: mx.array, keep: int) -> mx.array:
-    """(B, M) indices of the `keep` tokens that are chosen, and of some more."""
+    """Return (B, M) indices of the `keep` tokens that are chosen, and of some more."""
     count = min(_CANDIDATES * keep, ranks.shape[1])
     return keep_highest(mx.stop_gradient(ranks), count).indices
 
@@ -61,7 +61,7 @@ def lightvla_gate(
     noise: float,
     temperature: float,
 ) -> tuple[mx.array, mx.array]:
-    """(B, M): 1 for each token that a query votes for, with uniform `noise` on votes.
+    """Return (B, M): 1 for each token that a query votes for, votes with `noise`.
 
     The gradient is that of the chance that any query votes for it, each drawn from the
     softmax of its votes. And which tokens (B, M) these are and the most likely others.

@@ -52,7 +52,7 @@ _ROUND = 4  # answers of a batch are padded to a multiple of so many tokens
 
 @dataclass(frozen=True)
 class Chunking:
-    """How much of everything.
+    """The sizes of a training by demonstrations and corrections.
 
     teacher: the policy that it begins with. align: steps that learn its visual tokens.
     start: the folder of a policy of its own shape to go on with instead.
@@ -80,7 +80,7 @@ class Chunking:
             raise InputError("align and rounds are whole numbers from 0, mixed a share")
 
     def rounds_of(self, steps: int) -> tuple[int, ...]:
-        """The steps before which the policy is corrected."""
+        """Return the steps before which the policy is corrected."""
         whole = self.rounds + 1
         return tuple(
             steps // 3 + 2 * steps * number // (3 * whole)
@@ -165,7 +165,7 @@ class Chunker:
         )
 
     def _prompts(self, tasks, states, rng) -> tuple[mx.array, mx.array]:
-        """(B, P) ids, padded behind, and their lengths (B,)."""
+        """Return (B, P) ids, padded behind, and their lengths (B,)."""
         states = self.bounds.from_units_unclipped(states)
         states = states + rng.normal(0, _JITTER, states.shape)
         prompts = [

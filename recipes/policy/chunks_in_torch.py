@@ -128,7 +128,7 @@ class Run:
         }
 
     def shaken(self, frames):
-        """Moved by up to 3 pixels, and other colours."""
+        """Return frames moved by up to 3 pixels, in other colours."""
         import torch
 
         pixels, shape = self.moved(frames).float(), (len(frames), 1, 1, 3)
@@ -195,7 +195,7 @@ class Run:
             end.send(None)
 
     def collect(self, wait: bool = False) -> None:
-        """The demonstrations that are there."""
+        """Return the demonstrations that are there."""
         for number, end in enumerate(self.workers.ends):
             if not self.data[number] and (wait or end.poll()):
                 episodes, *arrays = self.workers.hear(number)
@@ -206,7 +206,7 @@ class Run:
     # Acting -------------------------------------------------------------------------
 
     def episodes(self, seed: int, robots: int, mixed: float | None) -> Iterator[None]:
-        """A round of DAgger with the averaged weights, or a check if `mixed` is None.
+        """Run a round of DAgger with the averaged weights; `mixed` None: a check.
 
         While the worlds go on, it yields.
         """
@@ -241,7 +241,7 @@ class Run:
         )
 
     def answer(self, frames, states, tasks, whole: bool):
-        """(B, H, 4) chunks, and how many answers were damaged."""
+        """Return (B, H, 4) chunks, and how many answers were damaged."""
         import torch
 
         keep = PATCHES if whole else int(self.rng.choice(KEEP, p=SHARES))
@@ -284,7 +284,7 @@ class Run:
 
 
 def prepare(args) -> None:
-    """What `train` needs, without MLX: start, prompts, code."""
+    """Write what `train` needs without MLX: start, prompts, code."""
     import shutil
 
     import mlx_tokprune  # isort: skip  # noqa: F401  (loads the BLAS before MLX)
@@ -329,7 +329,7 @@ def prepare(args) -> None:
 
 
 def finish(args) -> None:
-    """The checkpoint of trained weights."""
+    """Write the checkpoint of trained weights."""
     import mlx_tokprune  # isort: skip  # noqa: F401  (loads the BLAS before MLX)
     import mlx.core as mx
 

@@ -61,7 +61,7 @@ class Collector:
             join([demonstrate(world, s, self.ahead) for s in shown]).save(folder)
 
     def correct(self, step: int, count: int, mixed: float, actor: Actor) -> None:
-        """A round of DAgger: `count` episodes in each task, unless they are there.
+        """Run a round of DAgger: `count` episodes a task, unless they are there.
 
         The expert acts in `mixed` of the steps.
         """
@@ -93,7 +93,7 @@ class Collector:
         return self._worlds[name]
 
     def load(self, step: int) -> list[tuple[Episodes, list]]:
-        """The folders of episodes up to a step, with the rows of each task.
+        """Return the folders of episodes up to a step, with the rows of each task.
 
         Later ones are there when a run goes on from before it was stopped.
         """
@@ -108,7 +108,7 @@ class Collector:
         return found
 
     def shares(self, step: int) -> np.ndarray:
-        """Of tasks: half of it even, half by how long the last round's episodes are.
+        """Return the tasks' shares: half even, half by the last round's lengths.
 
         By their square. Who fails goes on to the end: what needs it is learned more.
         """
@@ -164,12 +164,12 @@ class Collector:
 
 
 def state_of(policy: Policy, world: World) -> tuple:
-    """The robot's state, for policies that read it."""
+    """Return the robot's state, for policies that read it."""
     return (world.hand(),) if policy.model.args.state_size else ()
 
 
 def rounds_of(rounds: int, steps: int) -> tuple[int, ...]:
-    """The steps before which there is a round, the first before any."""
+    """Return the steps before which there is a round, the first before any."""
     return tuple(steps * number // rounds for number in range(rounds))
 
 
@@ -178,7 +178,7 @@ def _corrections(step: int) -> str:
 
 
 def _shifted(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The frame moved by a few pixels; its edge is repeated."""
+    """Return the frame moved by a few pixels; its edge is repeated."""
     down, right = rng.integers(2 * _SHIFT + 1, size=2)
     side, inner = SIZE + 2 * _SHIFT, slice(_SHIFT, _SHIFT + SIZE)
     padded = np.empty((side, side, 3), frame.dtype)  # np.pad takes far longer

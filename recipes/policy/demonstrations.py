@@ -41,7 +41,7 @@ class Episodes:
         return len(self.actions)
 
     def save(self, folder: Path) -> None:
-        """Writes the arrays beside `folder` and renames."""
+        """Write the arrays beside `folder` and rename."""
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         partial.mkdir(parents=True)
         for name in _ARRAYS:
@@ -50,7 +50,7 @@ class Episodes:
 
     @classmethod
     def open(cls, folder: Path) -> "Episodes":
-        """Maps the arrays of `folder` without reading them."""
+        """Map the arrays of `folder` without reading them."""
         for name in _ARRAYS:
             if not (folder / f"{name}.npy").exists():
                 raise InputError(
@@ -82,7 +82,7 @@ def record(
     act: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ahead: int = 1,
 ) -> Episodes:
-    """Runs `act(frame, expert_action) -> action` until success or the horizon.
+    """Run `act(frame, expert_action) -> action` until success or the horizon.
 
     ahead: how many of the expert's next actions are the label of a frame.
     """

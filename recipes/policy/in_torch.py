@@ -58,7 +58,7 @@ class Twin(torch.nn.Module):
         )
 
     def arrays(self, tensors=None) -> dict[str, np.ndarray]:
-        """The weights, or others in their order, as they were given."""
+        """Return the weights, or others in their order, as they were passed."""
         names = [name.replace("/", ".") for name in self.all]
         pairs = zip(names, tensors or self.all.values(), strict=True)
         return {name: to_mlx(name, tensor) for name, tensor in pairs}
@@ -72,7 +72,7 @@ class Twin(torch.nn.Module):
         return F.linear(x, self.get(f"{name}.weight"), bias)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, S, S, 3) in [0, 1] -> (B, N, C1 + C2)."""
+        """Map pictures (B, S, S, 3) in [0, 1] to (B, N, C1 + C2)."""
         about = self.told["preprocessor"]
         means, stds = (
             torch.tensor(about[n], device=pixels.device) for n in ("means", "stds")
@@ -177,7 +177,7 @@ class Twin(torch.nn.Module):
         return order.sort(1).values
 
     def _read(self, visual, indices, total: int, batch: dict):
-        """(B, A, 255) log shares of bins, and what visual tokens receive (B, K)."""
+        """Return log shares of bins (B, A, 255) and what tokens receive (B, K)."""
         told, classes, device = self.told, batch["classes"], visual.device
         (size, keep, _), numbers = visual.shape, classes.shape[1]
         prompts, lengths = batch["prompts"], batch["lengths"]
@@ -228,7 +228,7 @@ class Twin(torch.nn.Module):
 
     @torch.no_grad()
     def act(self, batch: dict) -> Tensor:
-        """(B, A) classes, one after the other; `classes` of the batch are not read."""
+        """Return (B, A) classes, decoded in turn; the batch's `classes` are not read."""
         features = self.encode(batch["pixels"])
         indices = self._choose(features, batch)
         at = indices[..., None].expand(-1, -1, features.shape[-1])
@@ -366,7 +366,7 @@ class Run(chunks.Run):
             end.send(None)
 
     def answer(self, frames, states, tasks, whole: bool):
-        """(B, 1, 4) actions of the averaged weights, and that none was damaged."""
+        """Return the averaged weights' actions (B, 1, 4), and that none was damaged."""
         numbers = torch.from_numpy(tasks).to(self.device)
         pixels = torch.from_numpy(frames).to(self.device).float() / 255
         batch = self.batch(pixels, numbers, 0.7)
@@ -392,7 +392,7 @@ class Run(chunks.Run):
 
 
 def prepare(args) -> None:
-    """What `train` needs: the recipe's first weights, plan, sizes and prompts."""
+    """Write what `train` needs: first weights, plan, sizes and prompts."""
     import mlx_tokprune  # isort: skip  # noqa: F401  (loads the BLAS before MLX)
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -415,7 +415,7 @@ def prepare(args) -> None:
 
 
 def finish(args) -> None:
-    """The checkpoint of trained weights."""
+    """Write the checkpoint of trained weights."""
     import mlx_tokprune  # isort: skip  # noqa: F401  (loads the BLAS before MLX)
     import mlx.core as mx
 

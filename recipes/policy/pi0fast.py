@@ -84,7 +84,7 @@ class WordTokenizer:
 
 
 def build_tokenizer():
-    """The same as a file: one token a word, and <bos> first."""
+    """Write the tokenizer as a file: one token a word, and <bos> first."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
 
@@ -101,14 +101,14 @@ def build_tokenizer():
 
 @functools.cache
 def _around_state(instruction: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt before and after the bins of the state."""
+    """Return the ids of a prompt before and after the bins of the state."""
     words = WordTokenizer()
     before, after = state_prompt(instruction, [], False).split(";")
     return words.encode(before), [*words.encode(";" + after, False), BOS]
 
 
 def prompt_ids(instruction: str, state: np.ndarray) -> list[int]:
-    """What the processor's `prompt` gives; state: (p,) in [-1, 1]."""
+    """Return what the processor's `prompt` gives; state: (p,) in [-1, 1]."""
     before, after = _around_state(instruction)
     bins = np.clip(np.floor((state + 1) * 128), -1, 255).astype(int)
     return [*before, *(len(_words()) + 1 + bins).tolist(), *after]
@@ -169,7 +169,7 @@ def text_config() -> dict:
 
 
 def build_policy() -> Pi0Fast:
-    """A policy with random weights."""
+    """Build a policy with random weights."""
     policy = {"horizon": HORIZON, "action_dim": ACTION_DIM, "state_size": STATE_DIM}
     policy |= {"steps": STEPS, "longest_prompt": 64, "skipped": 0}
     policy |= {"cameras": [CAMERA], "dialect": "lerobot", "rules": _RULES}
@@ -194,7 +194,7 @@ def _is_layer_norm(name: str) -> bool:
 
 
 def build_processor(code: FastCode, bounds: Bounds) -> ChunkProcessor:
-    """What `load` would give for the policy's checkpoint."""
+    """Return what `load` would give for the policy's checkpoint."""
     words = WordTokenizer()
     low, high = bounds.low.tolist(), bounds.high.tolist()
     stats = {"lerobot": {"proprio": {"min": low, "max": high}}}
@@ -285,7 +285,7 @@ class Batch:
 
     @property
     def asked(self) -> mx.array:
-        """(B, P) bool: which of the prompts' ids are no padding."""
+        """Return (B, P) bool: which of the prompts' ids are no padding."""
         return mx.arange(self.prompts.shape[1]) < self.lengths[:, None]
 
 
@@ -330,7 +330,7 @@ def told(
 
 
 def _with_answers(batch: Batch) -> mx.array:
-    """(B, P + T - 1): each prompt, followed at once by its answer."""
+    """Return (B, P + T - 1): each prompt, followed at once by its answer."""
     answers = mx.maximum(batch.answers[:, :-1], PAD)
     room = mx.full(answers.shape, PAD, batch.prompts.dtype)
     whole = mx.concatenate([batch.prompts, room], axis=1)
@@ -339,7 +339,7 @@ def _with_answers(batch: Batch) -> mx.array:
 
 
 def _choose(policy: Pi0Fast, visual: mx.array, batch: Batch) -> mx.array:
-    """(B, K) visual tokens that stay: at random, or by noisy scores."""
+    """Return (B, K) visual tokens that stay: at random, or by noisy scores."""
     total = visual.shape[1]
     if batch.keep == total:
         return mx.broadcast_to(mx.arange(total), visual.shape[:2])
@@ -354,7 +354,7 @@ def _choose(policy: Pi0Fast, visual: mx.array, batch: Batch) -> mx.array:
 def _read(
     policy: Pi0Fast, sequence: TokenSequence, rows: mx.array, visual, batch: Batch
 ):
-    """(B, L, D) hidden states, and how far scores are from what is attended to.
+    """Return (B, L, D) hidden states, and how far scores are from what is attended to.
 
     That is the mean of answers, heads and of all layers but the first, whose queries
     and keys the scores are; without gradient.
@@ -406,7 +406,7 @@ _KEYS = (
 
 
 def published_name(name: str) -> str:
-    """A name of the MLX layout as lerobot has it."""
+    """Return the name that lerobot has for one of the MLX layout."""
     for pattern, replacement in _KEYS:
         name = re.sub(pattern, replacement, name)
     return _ROOT + name

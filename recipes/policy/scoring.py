@@ -45,7 +45,7 @@ _BATCHES = 8  # of held-out frames
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a scorer learns from, and what.
+    """The lessons of a scorer and their sizes.
 
     scorer: its kind. layers: whose attention is imitated, the mean of several; those
     whose best tokens lose least on held-out frames when `None`. actions: weight of the
@@ -138,7 +138,7 @@ class ScorerTrainer:
     # What is compared ---------------------------------------------------------------
 
     def _best_layers(self) -> tuple[int, ...]:
-        """Those whose best tokens leave actions on held-out frames as they are."""
+        """Return the layers whose best tokens change held-out frames' actions least."""
         depth = len(self.policy.decoder.layers)
         choices = [*((layer,) for layer in range(depth)), tuple(range(1, depth))]
         found = self.compare(choices, learned=False)
@@ -171,7 +171,7 @@ class ScorerTrainer:
         return {n: (values / _BATCHES).round(4).tolist() for n, values in lost.items()}
 
     def _divergence(self, batch: Labelled, visual, known, here, gate=None) -> mx.array:
-        """(B,) nats from the bins `known` (B, A, 255) to those from tokens `here`."""
+        """Return (B,) nats from bins `known` (B, A, 255) to those of tokens `here`."""
         few = mx.take_along_axis(visual, here[..., None], axis=1)
         found = act(self.policy, few, here, visual.shape[1], batch, gate)
         return mx.sum(mx.exp(known) * (known - found), axis=(1, 2))
@@ -184,7 +184,7 @@ class ScorerTrainer:
         return told(self.policy, visual, every, visual.shape[1], batch)
 
     def _known(self, batch: Labelled, visual: mx.array) -> mx.array:
-        """(B, A, 255) log shares of bins with every token."""
+        """Return (B, A, 255) log shares of bins with every token."""
         sequence, rows = self._whole(batch, visual)
         length = sequence.embeddings.shape[1]
         hidden = self.policy.decoder.read(sequence, rows=length).hidden
@@ -215,7 +215,7 @@ class ScorerTrainer:
         return mx.sum(losses), mx.array(float(size))
 
     def scores(self, batch: Labelled, visual: mx.array, keep: int) -> mx.array:
-        """(B, N) of the scorer for visual tokens (B, N, D), of which `keep` stay."""
+        """Return scores (B, N) of visual tokens (B, N, D), of which `keep` stay."""
         extras = {
             "budget": mx.full((len(visual),), keep / visual.shape[1]),
             "text": mx.stop_gradient(self.policy.decoder.embed(batch.prompts)),
@@ -226,7 +226,7 @@ class ScorerTrainer:
         return self.scorer(Features(visual, (side, side), extras=extras))
 
     def _goal(self, batch: Labelled, visual: mx.array, layers) -> mx.array:
-        """(B, N) shares of what the action tokens attend to."""
+        """Return (B, N) shares of what the action tokens attend to."""
         sequence, rows = self._whole(batch, visual)
         _, received = read_and_attend(self.policy, sequence, rows, layers)
         found = received[:, 1:][:, : self.policy.args.visual_tokens]

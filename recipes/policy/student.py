@@ -96,7 +96,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def prompt_ids(instruction: str) -> list[int]:
-    """The ids that follow the pictures, as the tokenizer gives them."""
+    """Return the ids that follow the pictures, as the tokenizer gives them."""
     return [*WordTokenizer().encode(action_prompt(instruction)), EMPTY]
 
 
@@ -111,7 +111,7 @@ class WordTokenizer:
 
 
 def build_processor() -> ActionProcessor:
-    """What `load` would give for the demo policy's checkpoint."""
+    """Return what `load` would give for the demo policy's checkpoint."""
     return ActionProcessor(
         WordTokenizer(),
         SIZE,
@@ -135,7 +135,7 @@ def action_ids(classes):
 
 
 def build_policy() -> OpenVLA:
-    """A policy with random weights that holds every tensor of its checkpoint."""
+    """Build a policy with random weights that holds every tensor of its file."""
     args = ModelArgs.from_dict(CONFIG | {"preprocessor": PREPROCESSOR})
     policy = OpenVLA(args, inference=False)
 
@@ -172,13 +172,13 @@ class Labelled:
 
     @property
     def asked(self) -> mx.array:
-        """(B, P) bool: which of the prompts' ids are no padding."""
+        """Return (B, P) bool: which of the prompts' ids are no padding."""
         return mx.arange(self.prompts.shape[1]) < self.lengths[:, None]
 
 
 @dataclass(frozen=True)
 class Batch(Labelled):
-    """The same, and what drops visual tokens.
+    """A batch of the policy, and what drops visual tokens.
 
     keep: how many stay. noise: (B, N) Gumbel noise that chooses them. scored: whether
     trimvla's scores choose too.
@@ -242,7 +242,7 @@ def told(
 
 
 def action_log_shares(policy: OpenVLA, hidden: mx.array, rows: mx.array) -> mx.array:
-    """(B, A, 255) of the actions' bins, which `rows` of `hidden` (B, T, D) tell."""
+    """Return log shares of bins (B, A, 255) from `rows` of `hidden` (B, T, D)."""
     at_rows = mx.take_along_axis(hidden, rows[..., None], axis=1)
     logits = policy.decoder.logits(at_rows)[..., TEXT_TOKENS + 1 : TEXT_TOKENS + BINS]
     return nn.log_softmax(logits[..., ::-1].astype(mx.float32), axis=-1)
@@ -260,7 +260,7 @@ def trimvla_scores(policy: OpenVLA, visual: mx.array, batch: Labelled) -> mx.arr
 
 
 def _choose(policy: OpenVLA, features: mx.array, batch: Batch) -> mx.array:
-    """(B, K) visual tokens that stay: at random, or by noisy scores."""
+    """Return (B, K) visual tokens that stay: at random, or by noisy scores."""
     total = features.shape[1]
     if batch.keep == total:
         return mx.broadcast_to(mx.arange(total), features.shape[:2])
@@ -273,7 +273,7 @@ def _choose(policy: OpenVLA, features: mx.array, batch: Batch) -> mx.array:
 
 
 def _with_actions(batch: Labelled) -> mx.array:
-    """(B, P + A - 1): each prompt, followed at once by its first actions."""
+    """Return (B, P + A - 1): each prompt, followed at once by its first actions."""
     ids = action_ids(batch.classes[:, : ACTION_DIM - 1])
     room = mx.full((len(ids), ACTION_DIM - 1), PAD)
     whole = mx.concatenate([batch.prompts, room], axis=1)
@@ -308,7 +308,7 @@ def read_and_attend(
 
 
 def blurred(classes: mx.array) -> mx.array:
-    """(B, A) bins -> (B, A, 255) shares, a bell around each label."""
+    """Map bins (B, A) to shares (B, A, 255), a bell around each label."""
     distance = (mx.arange(BINS - 1) - classes[..., None]) / _SPREAD
     return mx.softmax(-0.5 * mx.square(distance), axis=-1)
 

@@ -48,7 +48,7 @@ def rows(
     budgets: Iterable[float] = BUDGETS,
     labels: Iterable[str] | None = None,
 ) -> list[Row]:
-    """The unpruned policy, every method at every budget, and the controls.
+    """Return the rows: unpruned, every method at every budget, the controls.
 
     labels: of those that are wanted. Raises `InputError` for one that there is not.
     """
@@ -180,7 +180,7 @@ def _actor(
 
 
 def _one_each(policies: list[Policy], see: Callable, instruction: str):
-    """The same of policies that know one robot each."""
+    """Return `act` for policies that hold one robot each."""
 
     def act(live: list[World]):
         actions = [
@@ -196,6 +196,6 @@ def _one_each(policies: list[Policy], see: Callable, instruction: str):
 
 
 def _another(task: str) -> str:
-    """The task that follows, for those without an opposite."""
+    """Return the task that follows, for those without an opposite."""
     names = list(TASKS)
     return names[(names.index(task) + 1) % len(names)]

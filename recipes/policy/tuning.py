@@ -43,7 +43,7 @@ _RANGE = (0.5, 2.5)  # of the share: between these, batches and episodes draw th
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a policy is tuned under.
+    """The settings that a policy is tuned under.
 
     keep_ratio: the share that trimvla is tuned for; lightvla has a count of its own.
     rank: of LoRA on the language model, beside a projector of which all is trained; 0
@@ -123,7 +123,7 @@ class Tuner:
         draw_losses(loop.losses, self.folder / "loss.png", "the actions")
 
     def weights(self) -> dict[str, mx.array]:
-        """Those of a checkpoint, adapters in the weights that they adapt."""
+        """Return a checkpoint's weights, adapters in the weights that they adapt."""
         found = dict(tree_flatten(self.policy.parameters()))
         for path, tensors in fused_modules(self.policy).items():
             found = {n: a for n, a in found.items() if not n.startswith(f"{path}.")}
@@ -140,7 +140,7 @@ class Tuner:
         return mx.sum(losses), mx.array(float(losses.size))
 
     def losses(self, batch: Labelled, rng: np.random.Generator, step: int) -> mx.array:
-        """(B, A) of each action, under the choice of this step."""
+        """Return (B, A) of each action, under the choice of this step."""
         policy = self.policy
         features = policy.encode(batch.pixels).tokens
         visual, total, gate = policy.project(features), features.shape[1], None
@@ -152,7 +152,7 @@ class Tuner:
         return -mx.sum(self._target(batch) * log_shares, axis=-1)
 
     def _target(self, batch: Labelled) -> mx.array:
-        """(B, A, 255) shares of bins: the expert's and those of what was tuned."""
+        """Return shares of bins (B, A, 255): the expert's and the tuned policy's."""
         share, target = self.tuning.distill, blurred(batch.classes)
         if not share:
             return target
@@ -165,7 +165,7 @@ class Tuner:
     def _gate(
         self, visual: mx.array, batch: Labelled, rng: np.random.Generator, step: int
     ) -> tuple[mx.array, mx.array]:
-        """What is added to scores of tokens (B, M), and which of all they are."""
+        """Return what is added to scores of tokens (B, M), and which they are."""
         tuning, steps = self.tuning, self.schedule.steps
         noise = annealed(tuning.noise, 0.0, step, steps)
         how = (noise, annealed(*tuning.temperature, step, steps))
@@ -199,27 +199,27 @@ class Tuner:
 
 
 def act(policy: OpenVLA, visual, here, total: int, batch: Labelled, gate=None):
-    """(B, A, 255) log shares of bins, from tokens `here` (B, M) of `total`."""
+    """Return (B, A, 255) log shares of bins, from tokens `here` (B, M) of `total`."""
     sequence, rows = told(policy, visual, here, total, batch, gate)
     read = policy.decoder.read(sequence, rows=sequence.embeddings.shape[1])
     return action_log_shares(policy, read.hidden, rows)
 
 
 def check_started(folder: Path, settings, policy: OpenVLA) -> None:
-    """A folder is gone on from by the same training of the same policy only."""
+    """Refuse a folder that another training, or one of another policy, began."""
     known = {"trains": type(settings).__name__, "model": fingerprint(policy)}
     check_same(folder / "settings.json", known | dataclasses.asdict(settings))
 
 
 def open_policy(model: str | Path) -> OpenVLA:
-    """A policy of the demo policy's shape with the weights of a checkpoint."""
+    """Build a policy of the demo policy's shape with a checkpoint's weights."""
     policy = build_policy()
     load_as_demo(policy, model, "demo-policy")
     return policy
 
 
 def load_as_demo(policy: nn.Module, model: str | Path, kind: str) -> None:
-    """The weights of a checkpoint, in float32, for a policy that has every tensor.
+    """Return a checkpoint's weights in float32, for a policy that has them all.
 
     `InputError` unless they are those of such a policy, which `kind` names.
     """

@@ -13,7 +13,7 @@ SEEDS = 1_001_000, 3_000_000, 80_000_000  # demonstrations, corrections, the che
 
 
 def work(connection, task: str, horizon: int, first: int) -> None:
-    """A process with the worlds of one task, which does what it is told.
+    """Run the worlds of one task in a process that does what it is told.
 
     horizon: actions of a label. first: of a chunk, how many are done.
     """
@@ -98,7 +98,7 @@ class Workers:
         return said
 
     def ask(self, messages: dict[int, tuple]) -> Generator[None, None, dict]:
-        """Yields until all have answered, and returns what."""
+        """Yield until all have answered; return their answers."""
         for number, message in messages.items():
             self.ends[number].send(message)
         while not all(self.ends[number].poll() for number in messages):
