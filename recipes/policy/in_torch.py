@@ -228,7 +228,7 @@ class Twin(torch.nn.Module):
 
     @torch.no_grad()
     def act(self, batch: dict) -> Tensor:
-        """Return (B, A) classes, decoded in turn; the batch's `classes` are not read."""
+        """Return (B, A) classes, decoded in turn, without the batch's `classes`."""
         features = self.encode(batch["pixels"])
         indices = self._choose(features, batch)
         at = indices[..., None].expand(-1, -1, features.shape[-1])
