@@ -196,8 +196,9 @@ def _bytes_to_write(
     """Return the bytes that the converted tensors need on disk."""
     total, stored = 0.0, family.dtypes(checkpoint)
     for name, shape in family.shapes(checkpoint).items():
-        cast = dtype is not None and stored[name] in FLOATS
-        size = float(DTYPES[dtype].size if cast else BYTES[stored[name]])
+        size = float(BYTES[stored[name]])
+        if dtype is not None and stored[name] in FLOATS:
+            size = float(DTYPES[dtype].size)
         if quantization and _can_quantize(name, shape, quantization[0]):
             group, bits = quantization
             size = bits / 8 + 2 * size / group  # weights, and a scale and a bias each

@@ -13,7 +13,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -22,11 +22,10 @@ from ..checkpoints.shards import TYPES, Checkpoint, Tensor
 from ..errors import InputError
 from ..files import object_of, read_json
 
-if TYPE_CHECKING:  # coremltools is an extra
-    from coremltools.proto.MIL_pb2 import Operation
-    from coremltools.proto.MIL_pb2 import Value as MILValue
-    from coremltools.proto.Model_pb2 import Model
-
+# Messages of coremltools.proto, whose classes have no types.
+Operation = Any
+MILValue = Any
+Model = Any
 TOWER = "vision_tower.vision_model"
 _PROJECTOR = "multi_modal_projector."
 _INSTEAD = (
@@ -191,7 +190,7 @@ class _Layers:
         self.operations = [op for op in program.operations if self._has_weights(op)]
         self.position, self.bias = 0, np.zeros(0, np.float32)
 
-    def _has_weights(self, operation: "Operation") -> bool:
+    def _has_weights(self, operation: Operation) -> bool:
         kind = operation.type
         if kind != "mul":
             return kind in ("conv", "linear", "batch_norm", "layer_norm")
@@ -225,7 +224,7 @@ class _Layers:
         if left:
             self._refuse(f"{left} layers follow the last one")
 
-    def _conv(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+    def _conv(self, operation: Operation, path: str) -> dict[str, np.ndarray]:
         arrays = {
             part: self._value(operation, part, path) for part in ("weight", "bias")
         }
@@ -234,14 +233,14 @@ class _Layers:
 
     _linear = _conv
 
-    def _bare(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+    def _bare(self, operation: Operation, path: str) -> dict[str, np.ndarray]:
         """Return a linear layer without bias; coremltools stores zeros for it."""
         arrays = self._conv(operation, path)
         if np.any(arrays["bias"]):
             self._refuse(f"{path} has a bias")
         return {"weight": arrays["weight"]}
 
-    def _folded(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+    def _folded(self, operation: Operation, path: str) -> dict[str, np.ndarray]:
         """Split a folded convolution: a batch norm adds its bias and scales by 1.
 
         The MLX layout needs the batch norm. Its variance is 1 - eps, as the norm
@@ -256,7 +255,7 @@ class _Layers:
             **{"bn.running_mean": zeros, "bn.running_var": variance},
         }
 
-    def _norm(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+    def _norm(self, operation: Operation, path: str) -> dict[str, np.ndarray]:
         """Return a layer norm's weights.
 
         coremltools may have turned its affine step into a batch norm, whose mean and
@@ -273,13 +272,13 @@ class _Layers:
             weight = (weight * scale).astype(weight.dtype)
         return {"weight": weight, "bias": bias}
 
-    def _scale(self, operation: "Operation", path: str) -> dict[str, np.ndarray]:
+    def _scale(self, operation: Operation, path: str) -> dict[str, np.ndarray]:
         names = _inputs(operation, "x", "y")
         name = next(n for n in names if self.program.size(n) > 1)
         self._check_name(name, path)
         return {"": self.program.value(name).reshape(1, 1, -1)}
 
-    def _value(self, operation: "Operation", part: str, path: str) -> np.ndarray:
+    def _value(self, operation: Operation, part: str, path: str) -> np.ndarray:
         names = _inputs(operation, part)
         if len(names) != 1:
             self._refuse(f"{path} has no {part}")
@@ -303,7 +302,7 @@ class _Layers:
         )
 
 
-def _inputs(operation: "Operation", *parts: str) -> list[str]:
+def _inputs(operation: Operation, *parts: str) -> list[str]:
     """Return the names of the variables that an operation has as inputs `parts`."""
     return [
         argument.name
@@ -383,7 +382,7 @@ class _Program:
         )
 
 
-def _shape(value: "MILValue") -> tuple[int, ...]:
+def _shape(value: MILValue) -> tuple[int, ...]:
     dimensions: Iterable = value.type.tensorType.dimensions
     return tuple(dimension.constant.size for dimension in dimensions)
 
@@ -395,8 +394,8 @@ def _model_file(package: Path) -> Path:
     is_named = isinstance(entries, dict) and isinstance(root, str)
     entry = entries.get(root) if is_named else None
     name = entry.get("path") if isinstance(entry, dict) else None
-    short = isinstance(name, str) and len(name) < 256
-    parts = PurePosixPath(name).parts if short else ()
+    name = name if isinstance(name, str) and len(name) < 256 else ""
+    parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise InputError(
             f"Manifest.json of {package} names no model inside the package; {_INSTEAD}"
@@ -407,7 +406,7 @@ def _model_file(package: Path) -> Path:
     return file
 
 
-def _parse(file: Path, package: Path) -> "Model":
+def _parse(file: Path, package: Path) -> Model:
     # coremltools warns on Linux about its macOS libraries, which are not needed here.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
@@ -418,7 +417,8 @@ def _parse(file: Path, package: Path) -> "Model":
             "reads it, is not installed; install it with pip install "
             "'mlx-tokprune[coreml]'"
         ) from None
-    model = Model_pb2.Model()
+    messages: Any = Model_pb2
+    model = messages.Model()
     try:
         model.ParseFromString(file.read_bytes())
     except Exception:  # the class of protobuf's error depends on its version

@@ -15,11 +15,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import mlx.core as mx
 
-from ..checkpoints.shards import ADAPTER, FLOATS, Checkpoint, Shape, Tensor, read_header
+from ..checkpoints.shards import (
+    ADAPTER,
+    FLOATS,
+    Checkpoint,
+    Shape,
+    Tensor,
+    load_tensors,
+    read_header,
+)
 from ..errors import InputError
 from ..files import read_json
 from .sidefiles import plain
@@ -56,7 +64,7 @@ class Adapter:
 
         Changes the dictionary in place; changed tensors keep their type.
         """
-        stored = _load(self.file)
+        stored = load_tensors(self.file)
         for name, (down, up) in self.factors.items():
             change = self.scale * (_matrix(stored[up]) @ _matrix(stored[down]))
             weight = weights[name]
@@ -70,7 +78,7 @@ class Adapter:
         Returns `None` for an adapter that changes nothing. Removes the matrices that it
         reads from `weights`, so that memory holds one matrix.
         """
-        stored, sizes = _load(self.file), {}
+        stored, sizes = load_tensors(self.file), {}
         for name, factors in self.factors.items():
             down, up = (_matrix(stored.pop(factor)) for factor in factors)
             # The squared norm of up @ down, without forming the product.
@@ -80,12 +88,12 @@ class Adapter:
         total = sum(sizes[name] for name in largest)
         if not total:
             return None
-        stored, product, spread = _load(self.file), 0.0, 0.0
+        stored, product, spread = load_tensors(self.file), 0.0, 0.0
         for name in largest:
             down, up = (_matrix(stored.pop(factor)) for factor in self.factors[name])
             weight = _matrix(weights.pop(name))
-            product += self.scale * mx.sum((up.T @ weight) * down).item()
-            spread += mx.mean(weight * weight).item() * sizes[name]
+            product += self.scale * cast(float, mx.sum((up.T @ weight) * down).item())
+            spread += cast(float, mx.mean(weight * weight).item()) * sizes[name]
             del weight
             mx.clear_cache()
         return product / total, math.sqrt(spread) / total
@@ -280,17 +288,13 @@ def _check_fit(name: str, weight: Tensor, down: Tensor, up: Tensor, rank: int) -
 
 def _check_finite(file: Path) -> None:
     """Raise `InputError` for NaN or infinity; memory holds one tensor."""
-    stored = _load(file)
+    stored = load_tensors(file)
     for name in sorted(stored):
         if not mx.all(mx.isfinite(stored.pop(name))).item():
             raise InputError(
                 f"tensor {name} of {file} has numbers that are not finite; the adapter "
                 "is damaged, or its training went wrong"
             )
-
-
-def _load(file: Path) -> dict[str, mx.array]:
-    return dict(mx.load(str(file), format="safetensors"))
 
 
 def _matrix(array: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..checkpoints.family import Family, Shape, register_family
 from ..checkpoints.hub import fetch
-from ..checkpoints.shards import Checkpoint, read_header
+from ..checkpoints.shards import Checkpoint, load_tensors, read_header
 from ..errors import InputError
 from ..files import object_of, read_json
 from ..models.pi0fast import ModelArgs, Pi0Fast
@@ -247,7 +247,7 @@ def _statistics(folder: Path, name: object) -> dict[str, dict]:
         )
     read_header(folder / name)  # raises `InputError` for a damaged file
     stats: dict[str, dict] = {}
-    for key, array in mx.load(str(folder / name), format="safetensors").items():
+    for key, array in load_tensors(folder / name).items():
         part, _, statistic = key.rpartition(".")
         if part in _PARTS and statistic in _STATISTICS and array.ndim == 1:
             values = array.astype(mx.float32).tolist()

@@ -17,7 +17,7 @@ def commands() -> dict[str, str]:
 
     Commands are the subpackages with a `__main__`; their code is not imported.
     """
-    package = sys.modules[__package__]
+    package = sys.modules[str(__package__)]
     names = {m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg}
     summaries = {}
     for name in sorted(names | {"convert"}):  # another folder in a clone

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 from PIL import Image
@@ -61,11 +62,9 @@ class Parser(argparse.ArgumentParser):
             r"-(\d+\.?|\.\d)\d*(e[-+]?\d+)?$", re.I
         )
 
-    def parse_args(
-        self, args: Iterable[str] | None = None, namespace: Any = None
-    ) -> Any:
+    def parse_args(self, *args: Any, **options: Any) -> Any:
         """Return the arguments; an unknown flag exits and names the nearest flag."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(*args, **options)
         if unknown:
             flag = unknown[0].partition("=")[0]
             hint = nearest(flag, self._option_string_actions, 0.75)
@@ -349,8 +348,9 @@ def _pruner_of(args: argparse.Namespace, default: str, options: Options) -> Prun
         raise InputError(
             f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
         )
-    at = read_place(at) if at else None
-    return Pruner(method, ratio, tokens, at=at, seed=args.seed, options=options)
+    make = functools.partial(Pruner, method, ratio, tokens)
+    make = functools.partial(make, seed=args.seed, options=options)
+    return make(at=read_place(at)) if at else make()
 
 
 # Text and overlays ------------------------------------------------------------------
@@ -410,7 +410,7 @@ def _is_png(path: str) -> bool:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def check_overlay(path: str | None, pictures: list[str]) -> None:
+def check_overlay(path: str | None, pictures: Sequence[str | Path]) -> None:
     """Raise `InputError` for an overlay that cannot be written.
 
     For use before any work. pictures: files that the overlay must not replace.

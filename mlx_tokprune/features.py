@@ -5,6 +5,7 @@ Shapes use B samples, N visual tokens in raster order, K kept tokens, C channels
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -13,6 +14,14 @@ PER_TOKEN = ("attention", "attention_middle", "blocks", "keys", "scores")
 PER_TOKEN += ("scores_previous",)
 # Extras at the prompt that a policy's episode carries from one step to the next.
 EPISODE_EXTRAS = ("action_previous",)
+
+
+class HasParameters(Protocol):
+    """Model with MLX arrays as parameters: an `nn.Module`, also as a `VisionModel`."""
+
+    def parameters(self) -> Any:
+        """Return the arrays in nested dicts and lists."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_tokprune import load
+from mlx_tokprune import InputError, load
 from mlx_tokprune.convert import convert
 from mlx_tokprune.pipeline import Scene, run, tower_needs
 from mlx_tokprune.pipeline.planning import plan_for
@@ -244,3 +244,22 @@ def test_what_is_refused(tmp_path, capsys, how, message):
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize(
+    "how", [["lora", "--projector"], ["prune", "--scorer", "acting"], ["prune"]]
+)
+def test_a_policy_is_not_trained(tmp_path, capsys, how):
+    small = ["--model", "demo-policy", "--pictures", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        train([*how, *small, "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "expected a model that answers in words" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_distill_needs_a_teacher(samples):
+    model, processor = load("demo")
+    batches = Batches(model, processor, samples.items)
+    with pytest.raises(InputError, match="distill needs a teacher"):
+        AnswerLoss(model, batches, (), "contiguous", (1, 1), 0.5)

@@ -255,6 +255,16 @@ def test_a_scorer_on_disk(tmp_path, demo):
         Pruner(str(tmp_path / "b"), 0.25, at="tower")
 
 
+def test_a_scorer_of_another_class_is_not_written(tmp_path):
+    class Odd(nn.Module):
+        at, needs, own_count = "tower", (), False
+
+    pruner = Pruner("learned", 0.5, scorer=Odd())
+    with pytest.raises(InputError, match="scorer of class Odd; expected AdaptiveSc"):
+        save_scorer(pruner.scorer, tmp_path / "odd")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -151,7 +151,7 @@ def test_which_blocks_extras_are_of(monkeypatch, depth, middle, last):
     """Extras come from the documented blocks, such as block 9 of 24 in HiPrune."""
     tower = ViT(ViTConfig(**(SIZES | {"depth": depth})))
     asked = []
-    for name in ("attention_received", "keys"):
+    for name in ("attention_received", "patch_keys"):
         original = getattr(Block, name)
 
         def spy(block, x, *how, name=name, original=original):
@@ -167,7 +167,7 @@ def test_which_blocks_extras_are_of(monkeypatch, depth, middle, last):
         assert asked == [("attention_received", of)]
     asked.clear()
     tower(mx.zeros((1, 28, 28, 3)), None, ("keys",))
-    assert asked == [("keys", last)]
+    assert asked == [("patch_keys", last)]
     assert tower(mx.zeros((1, 28, 28, 3)))[1] == {}
 
 
@@ -185,3 +185,9 @@ def test_towers_that_timm_builds(timm_id, size, sizes, prefix, patches, eps):
     tower = tower_config(timm_id, size, None, None)
     assert (tower.embed_dim, tower.depth, tower.num_heads) == sizes
     assert (tower.prefix, tower.side**2, tower.norm_eps) == (prefix, patches, eps)
+
+
+def test_film_needs_the_prompt():
+    block = Block(ViTConfig(**SIZES), film_dim=8)
+    with pytest.raises(ValueError, match="FiLM needs the mean prompt embedding"):
+        block(mx.zeros((1, 4, SIZES["embed_dim"])))

@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 import time
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if names:
         images = dict(zip(names, images, strict=True))
-    check_acts(processor)
+    processor = check_acts(processor)
     bounds = processor.bounds("action", args.unnorm_key)
     head_of(model, processor, len(bounds.low)).first(args.first)
     plan = given_or_carried(model, pruners)
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(record))
 
 
-def _draft(args: argparse.Namespace, plan: Plan | None) -> bool | str | Policy:
+def _draft(args: argparse.Namespace, plan: Plan | None) -> Any:
     """Return the `draft` argument of `Policy`."""
     if args.draft_model:
         loaded = load(args.draft_model)
@@ -197,8 +198,7 @@ def _actions_per_second(
     runs: int,
 ) -> float:
     """Return the actions of one call over the median time of warm, compiled calls."""
-    policy(images, instruction, proprio)
-    times = []
+    values, times = policy(images, instruction, proprio), []
     for _ in range(runs):
         start = time.perf_counter()
         values = policy(images, instruction, proprio)

@@ -11,25 +11,25 @@ from PIL import Image
 from ..errors import InputError, nearest
 from ..models.protocol import VisionModel
 from ..pipeline import Scene
-from ..processing.chunks import ChunkProcessor
 from ..processing.image import load_image
-from ..processing.processor import ActionProcessor
+from ..processing.processor import AnyProcessor, PolicyProcessor
 from ..processing.prompt import Prompt
 from ..pruners import Plan
 from .heads import Head
 
 
-def check_acts(processor: Any) -> None:
-    """Raise `InputError` for the processor of a model that answers in words."""
-    if not isinstance(processor, ActionProcessor | ChunkProcessor):
+def check_acts(processor: AnyProcessor) -> PolicyProcessor:
+    """Return the processor; raise `InputError` if its model answers in words."""
+    if not isinstance(processor, PolicyProcessor):
         raise InputError(
             "this model answers in words, not in actions; use mlx_tokprune.generate, "
             "or give an OpenVLA checkpoint"
         )
+    return processor
 
 
 def observe(
-    processor: ActionProcessor | ChunkProcessor,
+    processor: PolicyProcessor,
     robots: Sequence[Sequence[Image.Image]],
     prompt: Prompt,
     state: mx.array | None = None,

@@ -21,8 +21,7 @@ from ..pipeline import (
     prune_at_tower,
 )
 from ..pipeline.planning import plan_for
-from ..processing.chunks import ChunkProcessor
-from ..processing.processor import ActionProcessor
+from ..processing.processor import AnyProcessor
 from ..processing.prompt import Prompt, check_text
 from ..pruners import Plan, Pruners, count_tokens
 from ..runtime import end_streams_with_thread
@@ -77,7 +76,7 @@ class Policy:
     def __init__(
         self,
         model: VisionModel,
-        processor: ActionProcessor | ChunkProcessor,
+        processor: AnyProcessor,
         *,
         pruner: Pruners = None,
         positions: str = DEFAULT_POSITIONS,
@@ -86,7 +85,7 @@ class Policy:
         draft: "bool | Literal['shifted', 'ngram'] | Policy" = False,
         first: int | None = None,
     ):
-        check_acts(processor)
+        processor = check_acts(processor)
         check_positions(positions)
         self.plan = plan_for(model, pruner)
         self.model, self.processor, self.positions = model, processor, positions

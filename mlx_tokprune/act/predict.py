@@ -15,8 +15,7 @@ from ..models.protocol import VisionModel
 from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_positions
 from ..pipeline.planning import plan_for
 from ..pipeline.timing import NO_CLOCK, Clock
-from ..processing.chunks import ChunkProcessor
-from ..processing.processor import ActionProcessor
+from ..processing.processor import AnyProcessor
 from ..pruners import Pruners
 from ..runtime import end_streams_with_thread
 from .episode import first_inputs
@@ -51,12 +50,12 @@ class Action:
 
 def predict_action(
     model: VisionModel,
-    processor: ActionProcessor | ChunkProcessor,
+    processor: AnyProcessor,
     images: Sequence | Mapping,
     instruction: str,
     *,
     unnorm_key: str | None = None,
-    proprio: Sequence[float] | None = None,
+    proprio: Sequence[float] | np.ndarray | None = None,
     pruner: Pruners = None,
     positions: str = DEFAULT_POSITIONS,
     stages: bool = False,
@@ -70,7 +69,7 @@ def predict_action(
     places; `None` uses the checkpoint's own pruners, mostly none. stages: fence the run
     and time its stages. Raises `InputError` for arguments that do not fit the policy.
     """
-    check_acts(processor)
+    processor = check_acts(processor)
     plan = plan_for(model, pruner)
     check_positions(positions)
     images = check_images(model, images)

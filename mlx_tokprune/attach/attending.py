@@ -10,12 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from .attention import Heads, Tower
 
-Tokens = Callable[[nn.Module, mx.array, Mapping], mx.array]
+Tokens = Callable[[Any, mx.array, Mapping], mx.array]
 
 # Queries and keys -------------------------------------------------------------------
 
@@ -28,74 +27,62 @@ def _in_heads(x: mx.array, heads: int) -> mx.array:
 def _projected(name: str) -> Callable[..., Heads]:
     """Return `heads` for separate matrices of queries and keys (SigLIP, CLIP)."""
 
-    def heads(
-        module: nn.Module, arguments: Mapping, inputs: Mapping, config: Any
-    ) -> Heads:
+    def heads(module: Any, arguments: Mapping, inputs: Mapping, config: Any) -> Heads:
         queries, keys = module.q_proj(arguments[name]), module.k_proj(arguments[name])
-        both = (_in_heads(array, module.num_heads) for array in (queries, keys))
-        return Heads(*both, keys, module.scale, [keys.shape[1]])
+        q, k = (_in_heads(array, module.num_heads) for array in (queries, keys))
+        return Heads(q, k, keys, module.scale, [keys.shape[1]])
 
     return heads
 
 
-def _qwen(module: nn.Module, arguments: Mapping, inputs: Mapping, config: Any) -> Heads:
+def _qwen(module: Any, arguments: Mapping, inputs: Mapping, config: Any) -> Heads:
     """Return heads of a joint matrix with rotary positions; frames are concatenated."""
     x, count = arguments["x"], module.num_heads
     joint = module.qkv(x).reshape(1, len(x), 3, count, -1)
     queries, keys = joint[:, :, 0], joint[:, :, 1]
     turn, angles = _beside(module, "apply_rotary_pos_emb_vision"), "rotary_pos_emb"
-    both = (turn(a, arguments[angles]).swapaxes(1, 2) for a in (queries, keys))
+    q, k = (turn(a, arguments[angles]).swapaxes(1, 2) for a in (queries, keys))
     ends = arguments["cu_seqlens"].tolist()[1:]
-    return Heads(*both, keys.flatten(2), module.scale, ends)
+    return Heads(q, k, keys.flatten(2), module.scale, ends)
 
 
-def _intern(
-    module: nn.Module, arguments: Mapping, inputs: Mapping, config: Any
-) -> Heads:
+def _intern(module: Any, arguments: Mapping, inputs: Mapping, config: Any) -> Heads:
     """Return heads of a joint matrix, with norms over all heads."""
     x = arguments["x"]
     queries, keys, _ = mx.split(module.qkv(x), 3, axis=-1)
     if module.qk_normalization:
         queries, keys = module.q_norm(queries), module.k_norm(keys)
-    both = (_in_heads(array, module.num_heads) for array in (queries, keys))
-    return Heads(*both, keys, module.scale, [x.shape[1]])
+    q, k = (_in_heads(array, module.num_heads) for array in (queries, keys))
+    return Heads(q, k, keys, module.scale, [x.shape[1]])
 
 
-def _fastvit(
-    module: nn.Module, arguments: Mapping, inputs: Mapping, config: Any
-) -> Heads:
+def _fastvit(module: Any, arguments: Mapping, inputs: Mapping, config: Any) -> Heads:
     """Return heads of a joint matrix; patches are a grid (B, h, w, C)."""
     x = arguments["x"].flatten(1, 2)
     queries, keys, _ = mx.split(module.qkv(x), 3, axis=-1)
-    both = (_in_heads(array, module.num_heads) for array in (queries, keys))
-    return Heads(*both, keys, module.scale, [x.shape[1]])
+    q, k = (_in_heads(array, module.num_heads) for array in (queries, keys))
+    return Heads(q, k, keys, module.scale, [x.shape[1]])
 
 
-def _pixtral(
-    module: nn.Module, arguments: Mapping, inputs: Mapping, config: Any
-) -> Heads:
+def _pixtral(module: Any, arguments: Mapping, inputs: Mapping, config: Any) -> Heads:
     """Return heads with rotary positions; pictures are concatenated."""
     queries = module.q_proj(arguments["queries"])
     keys = module.k_proj(arguments["keys"])
     both = [_in_heads(array, module.num_heads) for array in (queries, keys)]
     turn = _beside(module, "apply_rotary_pos_emb")
-    both = turn(*both, *arguments["position_embeddings"], unsqueeze_dim=0)
+    q, k = turn(*both, *arguments["position_embeddings"], unsqueeze_dim=0)
     sizes = [height * width for height, width in _sizes(inputs, config)]
-    return Heads(*both, keys, module.scale, np.cumsum(sizes).tolist())
+    return Heads(q, k, keys, module.scale, np.cumsum(sizes).tolist())
 
 
-def _gemma4(
-    module: nn.Module, arguments: Mapping, inputs: Mapping, config: Any
-) -> Heads:
+def _gemma4(module: Any, arguments: Mapping, inputs: Mapping, config: Any) -> Heads:
     """Return heads with norms and rotary positions; padding of pictures is left out."""
     x, places = arguments["x"], arguments["positions"]
     turn = _beside(module, "apply_multidimensional_rope")
     # Pictures are padded to one length: padding has negative positions.
     patches = mx.array(np.flatnonzero(np.all(np.array(places) >= 0, axis=-1)))
 
-    def project(
-        matrix: nn.Module, norm: nn.Module, heads: int
-    ) -> tuple[mx.array, mx.array]:
+    def project(matrix: Any, norm: Any, heads: int) -> tuple[mx.array, mx.array]:
         plain = norm(matrix(x).reshape(*x.shape[:2], heads, -1))
         turned = turn(plain, places, module.rope_base_frequency)
         plain, turned = (a.flatten(0, 1)[patches][None] for a in (plain, turned))
@@ -117,7 +104,7 @@ def _extents(places: mx.array) -> list[tuple[int, int]]:
     return [(height, width) for width, height in most.tolist()]
 
 
-def _beside(module: nn.Module, name: str) -> Callable:
+def _beside(module: Any, name: str) -> Callable:
     """Return a function of mlx-vlm's file that defines the module's class."""
     # The hooks' subclasses keep `__module__`, so this is mlx-vlm's file, not ours.
     return getattr(sys.modules[type(module).__module__], name)
@@ -126,19 +113,19 @@ def _beside(module: nn.Module, name: str) -> Callable:
 # From patches to tokens -------------------------------------------------------------
 
 
-def _as_they_are(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
+def _as_they_are(model: Any, patches: mx.array, inputs: Mapping) -> mx.array:
     """Return (N, C): each patch is a token."""
     return patches.reshape(-1, patches.shape[-1])
 
 
-def _selected(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
+def _selected(model: Any, patches: mx.array, inputs: Mapping) -> mx.array:
     """Return LLaVA's tokens: without the class token, if the config selects so."""
     if model.vision_feature_select_strategy == "default":
         patches = patches[:, 1:]
     return _as_they_are(model, patches, inputs)
 
 
-def _grouped(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
+def _grouped(model: Any, patches: mx.array, inputs: Mapping) -> mx.array:
     """Return Qwen's tokens: means of adjacent patches, in the order of the picture."""
     tower, grid = model.vision_tower, inputs.get("image_grid_thw")
     unit = tower.spatial_merge_size**2
@@ -167,7 +154,7 @@ def _in_squares(side: Callable[[Any], int], first: int = 0) -> Tokens:
     side: from a model, patches along a block. first: prefix tokens to skip.
     """
 
-    def tokens(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
+    def tokens(model: Any, patches: mx.array, inputs: Mapping) -> mx.array:
         patches = patches[:, first:]
         length = int(patches.shape[1] ** 0.5)
         return _cells(patches, (length, length), side(model))
@@ -186,7 +173,7 @@ def _sizes(inputs: Mapping, config: Any) -> list[tuple[int, int]]:
     return [(height, width) for height, width in sizes.tolist()]
 
 
-def _merged(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
+def _merged(model: Any, patches: mx.array, inputs: Mapping) -> mx.array:
     """Return Mistral 3's tokens: means of squares of each picture."""
     side = model.config.spatial_merge_size
     return _joined(patches, _sizes(inputs, model.config), side)
@@ -199,7 +186,7 @@ def _joined(patches: mx.array, sizes: Sequence[tuple[int, int]], side: int) -> m
     return mx.concatenate([_cells(part, grid, side) for part, grid in parts])
 
 
-def _pooled(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
+def _pooled(model: Any, patches: mx.array, inputs: Mapping) -> mx.array:
     """Return Gemma 4's tokens: means of squares of each picture or frame."""
     named = (inputs.get(f"{kind}_position_ids") for kind in ("image", "video"))
     places = next((array for array in named if array is not None), None)
@@ -207,7 +194,7 @@ def _pooled(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
     return _joined(patches, sizes, model.vision_tower.pooling_kernel_size)
 
 
-def _laid_out(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
+def _laid_out(model: Any, patches: mx.array, inputs: Mapping) -> mx.array:
     """Return LLaVA-OneVision's tokens: tiles or frames, with 0 for newlines.
 
     mlx-vlm's own layout code runs, on patches in the place of features.
@@ -239,12 +226,12 @@ def _laid_out(model: nn.Module, patches: mx.array, inputs: Mapping) -> mx.array:
 
 def _up_to(layers: Sequence, chosen: int | Sequence[int]) -> dict[int, Any]:
     """Return layers by number, up to the last one whose output the config chooses."""
-    numbers = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+    numbers = [chosen] if isinstance(chosen, int) else chosen
     last = max(n - 1 if n >= 0 else len(layers) + n for n in numbers)
     return {number: layer for number, layer in enumerate(layers) if number <= last}
 
 
-def _layers(model: nn.Module) -> list:
+def _layers(model: Any) -> list:
     """Return the layers of a `vision_tower` or, in some families, `vision_model`."""
     tower = getattr(model, "vision_tower", None) or model.vision_model
     return getattr(tower, "vision_model", tower).encoder.layers
@@ -255,21 +242,21 @@ def _of_layers(
 ) -> Callable[[Any], dict[int, Any]]:
     """Return `blocks` that reads the attention modules `name` of the tower's layers."""
 
-    def blocks(model: nn.Module) -> dict[int, Any]:
+    def blocks(model: Any) -> dict[int, Any]:
         layers = _up_to(_layers(model), chosen(model))
         return {number: getattr(layer, name) for number, layer in layers.items()}
 
     return blocks
 
 
-def _whole(model: nn.Module) -> dict[int, Any]:
+def _whole(model: Any) -> dict[int, Any]:
     """Return Qwen's blocks without Qwen2.5-VL's windowed ones."""
     tower = model.vision_tower
     whole = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
     return {n: block.attn for n, block in enumerate(tower.blocks) if n in whole}
 
 
-def _mixers(model: nn.Module) -> dict[int, Any]:
+def _mixers(model: Any) -> dict[int, Any]:
     """Return FastViTHD's attention modules, which are in its last stages."""
     stages = [s for s in model.vision_tower.vision_model.network if isinstance(s, list)]
     blocks = [block for stage in stages for block in stage]
@@ -277,27 +264,27 @@ def _mixers(model: nn.Module) -> dict[int, Any]:
     return {n: mixer for n, mixer in mixers if hasattr(mixer, "qkv")}
 
 
-def _pixtrals(model: nn.Module) -> dict[int, Any]:
+def _pixtrals(model: Any) -> dict[int, Any]:
     """Return Pixtral's attention modules."""
     layers = model.vision_tower.vision_model.transformer.layers
     layers = _up_to(layers, model.vision_feature_layer)
     return {number: layer.attention for number, layer in layers.items()}
 
 
-def _has_class(model: nn.Module) -> bool:
+def _has_class(model: Any) -> bool:
     """Return whether LLaVA's tower is CLIP, with a class token, and not SigLIP."""
     return model.vision_tower.vision_model.embeddings.class_embedding is not None
 
 
-def _depth(model: nn.Module) -> int:
+def _depth(model: Any) -> int:
     return len(_layers(model))
 
 
-def _chosen(model: nn.Module) -> int | Sequence[int]:
+def _chosen(model: Any) -> int | Sequence[int]:
     return model.config.vision_feature_layer
 
 
-def _shuffle(model: nn.Module) -> int:
+def _shuffle(model: Any) -> int:
     """Return the patches along InternVL's pixel shuffle."""
     return round(1 / model.downsample_ratio)
 

@@ -67,7 +67,7 @@ class Watch:
     blocks differ from those of mlx-vlm 0.7.10.
     """
 
-    def __init__(self, model: nn.Module, tower: Tower, names: Sequence[str]):
+    def __init__(self, model: Any, tower: Tower, names: Sequence[str]):
         self._model, self._tower, self.names = model, tower, tuple(names)
         # Calls are recorded for each thread: mlx-vlm's server reads in its own.
         self._local = threading.local()
@@ -77,14 +77,13 @@ class Watch:
             aim = tower.depth(model) * 3 // 8  # as in our own towers
             middle = min(blocks, key=lambda number: (abs(number - aim), number))
             takes = inspect.signature(type(blocks[last]).__call__).parameters
-            right = {*tower.takes} <= {*takes}
+            if not {*tower.takes} <= {*takes}:
+                raise TypeError(f"{tower.takes} are not among {[*takes]}")
         except (AttributeError, TypeError, ValueError):
-            right = False
-        if not right:
             raise InputError(
                 "the tower of this model attends in a way that is not supported; "
                 "choose a method that needs no attention, such as 'norm'"
-            )
+            ) from None
         self._places = {"attention": last, "keys": last, "attention_middle": middle}
         self._watched = {
             self._places[name]: blocks[self._places[name]] for name in names
@@ -160,7 +159,7 @@ class Watch:
             patches = heads.plain.astype(mx.float32)
         else:
             asks = self._tower.asks(self._model)
-            patches = mx.stack(received(heads, asks), axis=-1)
+            patches = mx.stack([*received(heads, asks)], axis=-1)
         tokens = self._tower.tokens(self._model, patches, inputs)
         if len(tokens) != sum(rows):
             raise InputError(
@@ -169,7 +168,7 @@ class Watch:
             )
         parts = mx.split(tokens, np.cumsum(rows)[:-1].tolist())
         if name == "keys":
-            return parts
+            return [*parts]
         return [part[:, 0] / mx.maximum(mx.sum(part[:, 1]), 1e-6) for part in parts]
 
 

@@ -119,5 +119,6 @@ def media_of(config: Any, family: Family) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from ids to bool: placeholders of visual tokens."""
     if family.signs:
         return lambda ids: ids < 0
-    placeholders = {getattr(config, name, None) for name in _MEDIA} - {None}
-    return lambda ids: np.isin(ids, list(placeholders))
+    named = (getattr(config, name, None) for name in _MEDIA)
+    placeholders = [number for number in named if number is not None]
+    return lambda ids: np.isin(ids, placeholders)

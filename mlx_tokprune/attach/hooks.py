@@ -117,7 +117,7 @@ class Hooks:
                 f"placeholders of {len(totals)} prompts; choose a method other than "
                 f"{self.pruner.method!r}"
             )
-        every = [(h * w, (h, w)) for h, w in grids]
+        every: list[Group] = [(h * w, (h, w)) for h, w in grids]
         bounds = [ends.index(end) for end in prompts]
         return [every[first:last] for first, last in itertools.pairwise(bounds)]
 
@@ -315,8 +315,8 @@ class Hooks:
         groups = self.groups(inputs, [len(kept) for kept in by_pixels])
         chosen, embeddings = [], []
         each = zip(rows, full_embeddings, groups, extras, by_pixels, strict=True)
-        for row, array, *more in each:
-            indices, tokens = self._choose(row, array, *more)
+        for row, array, shares, extra, left in each:
+            indices, tokens = self._choose(row, array, shares, extra, left)
             chosen.append(indices)
             both = mx.concatenate([array[mx.array(row.text)], tokens])
             where = np.concatenate([row.text, row.visual[indices]])

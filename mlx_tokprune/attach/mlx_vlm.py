@@ -77,7 +77,7 @@ class Handle:
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     processor: Any,
     pruner: Attachable,
     positions: str | None = None,
@@ -149,11 +149,11 @@ def load_mlx_vlm(name: str, adapter_path: str | None = None) -> tuple:
     Raises `InputError` with mlx-vlm's reason where it cannot load them.
     """
     import_mlx_vlm()
-    import mlx_vlm
+    from mlx_vlm.utils import load
 
     folder = str(resolve(name))
     try:
-        return mlx_vlm.load(folder, adapter_path)
+        return load(folder, adapter_path)
     except Exception as error:  # mlx-vlm raises exceptions of many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"mlx-vlm cannot load {folder} ({reason})") from None
@@ -269,7 +269,7 @@ def _fits(method: str, provided: tuple[str, ...]) -> bool:
     return not unfit and all(name in provided for name in entry.needs)
 
 
-def _check_seams(model: nn.Module) -> None:
+def _check_seams(model: Any) -> None:
     """Raise `InputError` unless the hooked functions are those of mlx-vlm 0.7.10."""
     from mlx_vlm.models.base import InputEmbeddingsFeatures
 
@@ -335,7 +335,7 @@ def _hook_processor(processor: Any, hooks: Hooks, undos: list) -> None:
 
     # mlx-vlm passes only the arguments that the signature names.
     process.__signature__ = inspect.signature(original)
-    process._tokprune = True  # marks the processor as attached
+    vars(process)["_tokprune"] = True  # marks the processor as attached
 
     def undo() -> None:
         for name, value in before.items():
@@ -349,7 +349,7 @@ def _hook_processor(processor: Any, hooks: Hooks, undos: list) -> None:
     processor.apc_key_dependencies = lambda: (*(depends() or ()), hooks.described)
 
 
-def _hook_model(model: nn.Module, hooks: Hooks, undos: list) -> None:
+def _hook_model(model: Any, hooks: Hooks, undos: list) -> None:
     """Override methods of the model and its language model."""
     kind, language = type(model), model.language_model
 

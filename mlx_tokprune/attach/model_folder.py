@@ -60,7 +60,7 @@ def write_folder(
             f"{source} brings custom code ({own}), which is not run from the hub; "
             "expected a folder on this machine"
         )
-    check_known(get_model_type(config), pruner, positions)
+    check_known(str(get_model_type(config)), pruner, positions)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no weights; expected *.safetensors")
     with new_folder(target) as made:

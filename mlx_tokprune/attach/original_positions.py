@@ -4,6 +4,7 @@ mlx-vlm's layers count positions by their caches, which hold the kept tokens alo
 """
 
 import functools
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,7 +64,7 @@ class Positions:
                     "original positions are those of one prompt at a time in mlx-vlm; "
                     "attach with contiguous ones for batches and the server"
                 )
-            offset = int(offset.item())
+            offset = cast(int, offset.item())
         dropped = int(columns[-1]) + 1 - len(columns)
         if offset >= len(columns):
             return offset + dropped
@@ -77,7 +78,7 @@ class Positions:
         if isinstance(offset, mx.array):
             if self._columns is None or offset.size > 1:
                 return
-            offset = int(offset.item())
+            offset = cast(int, offset.item())
         if self._read is not None and offset not in self._read:
             raise InputError(
                 "another prompt was begun before this answer ended, and original "

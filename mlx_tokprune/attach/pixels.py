@@ -217,7 +217,7 @@ def split(
     Raises `InputError` for two pixel pruners of one class.
     """
     kinds = {TemporalPruner: "temporal", RepeatPruner: "repeats"}
-    several = pruners if isinstance(pruners, (list, tuple)) else [pruners]
+    several: Any = pruners if isinstance(pruners, (list, tuple)) else [pruners]
     named = {}
     for pruner in several:
         name = kinds.get(type(pruner))

@@ -56,7 +56,7 @@ def find_rows(
         owner = np.repeat(np.arange(len(row_ids)), sizes)
         visual = columns[media[owner]]
         text = columns[(is_read & ~media)[owner]]
-        breaks = np.flatnonzero(np.diff(visual) > 1) + 1
+        breaks = (np.flatnonzero(np.diff(visual) > 1) + 1).tolist()
         lengths = tuple(np.diff([0, *breaks, len(visual)]).tolist())
         rows.append(Row(visual, text, lengths if len(visual) else ()))
     return rows

@@ -75,7 +75,7 @@ class Part:
 
 
 def methods(
-    tower: nn.Module, source: Callable[[int], np.ndarray | None]
+    tower: Any, source: Callable[[int], np.ndarray | None]
 ) -> dict[str, Callable]:
     """Return the methods that a subclass of the tower's class overrides, by name.
 
@@ -125,7 +125,9 @@ def methods(
             return kind.get_window_index(self, grid_thw)
         return part().windows(*kind.get_window_index(self, part().whole))
 
-    own = {name: positions(name) for name in _GRIDDED if hasattr(kind, name)}
+    own: dict[str, Callable] = {
+        name: positions(name) for name in _GRIDDED if hasattr(kind, name)
+    }
     if hasattr(kind, "get_window_index"):
         own["get_window_index"] = get_window_index
     return own | {"__call__": call}

@@ -92,8 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     subject = subjects[0]
     if len({subject.kind for subject in subjects}) > 1:
         raise InputError("give models that answer or models that act, not both")
-    for one, size in itertools.product(subjects, args.image_sizes):
-        one.at(size)
+    for one in subjects:
+        for size in args.image_sizes:
+            one.at(size)
     methods = args.methods
     if methods is None:
         methods = [] if row_plans(args) else subject.default_methods()

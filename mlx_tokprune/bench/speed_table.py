@@ -77,12 +77,13 @@ def _cells(row: dict, rows: list[dict]) -> list[str]:
     names = [printable(row["model"]), str(row["image_size"]), label(row)]
     if not samples["ttft_ms"]:
         return [*names, "not measured"]
-    stages = [stage(row, name) for name in _STAGES]
+    *stages, project, prefill = (stage(row, name) for name in _STAGES)
+    both = None if project is None or prefill is None else project + prefill
     return [
         *names,
         f"{row.get('mean_kept', row['kept']):.4g}/{row['visual_tokens']}",
         *_ttft(row, unpruned(row, rows)),
-        *map(_number, (*stages, stages[3] + stages[4])),
+        *map(_number, (*stages, project, prefill, both)),
         _number(median(samples["decode_tokens_per_second"])),
         *_calls(samples),
         _number(median(samples["total_ms"])),

@@ -123,15 +123,15 @@ class Family:
         quantized = _quantized_paths(shapes, expected)
         if quantized:
             bits, group = _quantization(checkpoint, config)
+            # MLX packs quantized weights into uint32; scales and biases are per group.
+            for path in quantized:
+                rows, columns = expected[f"{path}.weight"]
+                expected[f"{path}.weight"] = (rows, columns * bits // 32)
+                expected[f"{path}.scales"] = (rows, columns // group)
+                expected[f"{path}.biases"] = (rows, columns // group)
         else:
             config.pop("quantization", None)
             config.pop("quantization_config", None)
-        # MLX packs quantized weights into uint32; scales and biases are per group.
-        for path in quantized:
-            rows, columns = expected[f"{path}.weight"]
-            expected[f"{path}.weight"] = (rows, columns * bits // 32)
-            expected[f"{path}.scales"] = (rows, columns // group)
-            expected[f"{path}.biases"] = (rows, columns // group)
         source = str(checkpoint.folder)
         if self.is_original(checkpoint):
             source += ", in the MLX layout,"

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,19 +15,18 @@ from ..files import object_of, read_json
 from ..models.protocol import VisionModel
 from ..processing.chunks import ChunkProcessor
 from ..processing.fast import FastCode
-from ..processing.processor import ActionProcessor, Processor
+from ..processing.processor import ActionProcessor, AnyProcessor, Processor
 from ..pruners.scorers import signs_of
 from ..runtime import end_streams_with_thread
 from .carried import read_carried
 from .opening import MISFITS, build, named_tensors, open_checkpoint
-from .shards import Checkpoint, check_shapes
+from .shards import Checkpoint, Weights, check_shapes, load_tensors
 
 if TYPE_CHECKING:  # imported late at run time: mlx-lm loads transformers
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 log = logging.getLogger(__name__)
 PROJECTOR = "projector.safetensors"  # optional file of an adapter
-AnyProcessor = Processor | ActionProcessor | ChunkProcessor
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -73,7 +72,7 @@ def load(
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
     weights = model.sanitize(weights)
     if config.get("quantization"):
-        _quantize_layers(model, config["quantization"], weights)
+        _quantize_layers(cast(nn.Module, model), config["quantization"], weights)
     model.load_weights(list(weights.items()))
     model.signs = signs_of(model)
     if adapter_path is not None:
@@ -116,26 +115,26 @@ def _add_adapter(model: Any, folder: Path) -> None:
         raise InputError(
             f"the adapter {folder} has the scale {scale!r}; expected a number"
         )
-    projector: Any = {}
+    projector: Weights = {}
     try:
         load_adapters(model.language_model, str(folder))
         if (folder / PROJECTOR).is_file():
-            projector = mx.load(str(folder / PROJECTOR))
+            projector = load_tensors(folder / PROJECTOR)
     except (*MISFITS, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the adapter {folder} does not fit ({reason})") from None
     if projector:
-        tensors, own = dict(projector), projector_of(model)
+        own = projector_of(model)
         check_shapes(
-            {name: array.shape for name, array in tensors.items()},
+            {name: array.shape for name, array in projector.items()},
             {name: array.shape for name, array in own.items()},
             f"the projector of the adapter {folder}",
         )
-        tensors = {n: array.astype(own[n].dtype) for n, array in tensors.items()}
-        model.load_weights(list(tensors.items()), strict=False)
+        tensors = [(n, array.astype(own[n].dtype)) for n, array in projector.items()]
+        model.load_weights(tensors, strict=False)
 
 
-def projector_of(model: nn.Module) -> dict[str, mx.array]:
+def projector_of(model: VisionModel) -> dict[str, mx.array]:
     """Return the projector's tensors, by their names in a checkpoint."""
     named = named_tensors(model).items()
     return {n: array for n, array in named if n.startswith("mm_projector.")}

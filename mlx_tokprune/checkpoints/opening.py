@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import InputError
+from ..features import HasParameters
 from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
 from ..pruners import Pruners
@@ -85,7 +85,7 @@ def expected_shapes(
     return {name: array.shape for name, array in named_tensors(model).items()}
 
 
-def named_tensors(model: nn.Module) -> dict[str, mx.array]:
+def named_tensors(model: HasParameters) -> dict[str, mx.array]:
     """Return a model's parameters, by their names in a checkpoint."""
     return dict(tree_flatten(model.parameters()))
 

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -109,9 +110,14 @@ class Checkpoint:
         weights: Weights = {}
         stored = {n: t for n, t in self.tensors.items() if n not in self.extra}
         for file in sorted({t.file for t in stored.values()}):
-            weights.update(mx.load(str(file), format="safetensors"))
+            weights.update(load_tensors(file))
         weights = {n: weights[n] for n in stored}
         return (self.finish(weights) if self.finish else weights) | self.extra
+
+
+def load_tensors(file: Path) -> Weights:
+    """Return the tensors of a safetensors file by name, lazily."""
+    return cast(Weights, mx.load(str(file), format="safetensors"))
 
 
 def _check_folder(folder: Path) -> None:

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(_NO_BUDGET)
     start = time.perf_counter()
     embedded = args.model in (None, "demo")
-    name = "mlx_tokprune's demo model" if embedded else Path(args.model).name
+    name = "mlx_tokprune's demo model" if embedded else Path(str(args.model)).name
     made = export_package(model, pruners, args.output, options, source, name)
     seconds = time.perf_counter() - start
     for path, functions in made.items():

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import mlx.core as mx
+from typing import Any
 
 from ..errors import InputError
 
-if TYPE_CHECKING:  # coremltools is an extra
-    from coremltools.proto.Model_pb2 import Model
+Model = Any  # of coremltools.proto.Model_pb2, whose classes have no types
 
 _KEY = "mlx_tokprune"  # key in the package's user defined metadata
 OUTPUTS = {
@@ -70,7 +67,7 @@ def input_name(image: bool) -> str:
 
 
 def describe(
-    spec: "Model",
+    spec: Model,
     functions: Sequence[Function],
     source: Path | None,
     name: str | None,
@@ -91,7 +88,7 @@ def describe(
     entries.author = f"mlx_tokprune {entries.versionString}"
     entries.license = _license(source)
     entries.userDefined.update(settings)
-    entries.userDefined["mlx"] = mx.__version__
+    entries.userDefined["mlx"] = metadata.version("mlx")
     entries.userDefined[_KEY] = json.dumps([dataclasses.asdict(f) for f in functions])
     side = functions[0].image_size
     inputs = {
@@ -113,7 +110,7 @@ def _license(source: Path | None) -> str:
     return "licence of the source checkpoint, which has no licence file"
 
 
-def read_functions(spec: "Model", name: str) -> list[Function]:
+def read_functions(spec: Model, name: str) -> list[Function]:
     """Return the functions that `describe` wrote into a package's metadata.
 
     name: package name for messages. Raises `InputError` for a package of another

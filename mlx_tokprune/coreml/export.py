@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -34,7 +34,6 @@ from .split import output_name, split
 
 if TYPE_CHECKING:  # coremltools is an extra
     from coremltools import target as AvailableTarget
-    from coremltools.converters.mil import Builder as MILBuilder
     from coremltools.converters.mil.mil import Program, Var
     from coremltools.models import MLModel
 
@@ -114,7 +113,8 @@ def function_name(pruner: Pruner) -> str:
         return UNPRUNED
     if pruner.keep_tokens is not None:
         return f"tokens_{pruner.keep_tokens}"
-    return f"keep_{pruner.keep_ratio * 100:g}".translate(str.maketrans(".-", "__"))
+    ratio = pruner.keep_ratio or 1  # own counts are refused
+    return f"keep_{ratio * 100:g}".translate(str.maketrans(".-", "__"))
 
 
 def export_package(
@@ -232,7 +232,7 @@ def _place_problem(model: VisionModel, pruner: Pruner) -> str:
 def _exported(model: Any) -> list[tuple[str, mx.array]]:
     """Return names and weights of all parts except the language model."""
     parts = {n: p for n, p in model.parameters().items() if n != _LANGUAGE}
-    return tree_flatten(parts)
+    return cast(list[tuple[str, mx.array]], tree_flatten(parts))
 
 
 def _write(
@@ -325,13 +325,13 @@ def _build(
 
     inputs: shapes by name.
     """
-    from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil import mil
+    from coremltools.converters.mil import Builder, mil
 
+    mb: Any = Builder  # its operations are added when it is imported
     tower, blank = _trace(model, pruners)
     functions, outputs = [], []
-    inputs = {name: mb.placeholder(shape) for name, shape in inputs.items()}
-    with mil.Function(inputs, opset_version=target) as body:
+    variables = {name: mb.placeholder(shape) for name, shape in inputs.items()}
+    with mil.Function(variables, opset_version=target) as body:
         (image,) = body.inputs.values()
         pixels = mb.transpose(x=image, perm=[0, 2, 3, 1])
         arrays = lower("encode", tower, [pixels])
@@ -359,7 +359,7 @@ def _function(
         method=pruner.method,
         keep_ratio=pruner.keep_ratio,
         keep=shape[1],
-        grid=blank.grid,
+        grid=blank.grid or (1, blank.total),
         channels=shape[2],
         image_size=model.image_size,
         projector=options.projector,
@@ -368,7 +368,7 @@ def _function(
 
 
 def _add_function(
-    mb: "type[MILBuilder]",
+    mb: Any,
     model: VisionModel,
     pruner: Pruner,
     projector: bool,
@@ -407,7 +407,7 @@ def _add_function(
 
 
 def _choose(
-    mb: "type[MILBuilder]", pruner: Pruner, blank: Features, encoded: "dict[str, Var]"
+    mb: Any, pruner: Pruner, blank: Features, encoded: "dict[str, Var]"
 ) -> "tuple[list[Var], bool]":
     """Return the selection as MIL variables, and whether it depends on the image.
 
@@ -461,4 +461,5 @@ def _compressed(package: "MLModel", compress: str | None) -> "MLModel":
         apply = optimize.palettize_weights
     # Weights that are all 0 have the scale 0.
     with np.errstate(divide="ignore", invalid="ignore"):
-        return apply(package, optimize.OptimizationConfig(global_config=settings))
+        config = optimize.OptimizationConfig(global_config=settings)
+        return cast("MLModel", apply(package, config))

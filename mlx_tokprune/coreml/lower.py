@@ -222,7 +222,7 @@ def _pad(build: Builder, node: Node, x: Value, value: Value) -> Value:
         for size in filter(None, (low, high)):
             shape = (*var.shape[:axis], size, *var.shape[axis + 1 :])
             # `+ 0` turns a bool into a number, as `_as_numbers` does for x.
-            edges.append(build.constant(np.full(shape, value.constant + 0)).var)
+            edges.append(build.constant(np.full(shape, value.fixed + 0)).var)
         if edges:
             values = [*edges[: low > 0], var, *edges[low > 0 :]]
             var = build("concat", values=values, axis=axis)
@@ -239,7 +239,7 @@ def _scatter(build: Builder, node: Node, x: Value, *rest: Value) -> Value:
             f"MLX's Scatter {node.arguments} of {x.shape} is supported only for single "
             "numbers that replace numbers of constants"
         )
-    array, *index, updates = (np.broadcast_to(v.constant, v.shape) for v in (x, *rest))
+    array, *index, updates = (np.broadcast_to(v.fixed, v.shape) for v in (x, *rest))
     array = array.copy()
     array[tuple(index)] = updates.reshape(index[0].shape)
     return build.constant(array)
@@ -333,8 +333,8 @@ def _layer_norm(
         "layer_norm",
         x=build.dense(x),
         axes=[-1],
-        gamma=np.broadcast_to(weight.constant, channels).copy(),
-        beta=np.broadcast_to(bias.constant, channels).copy(),
+        gamma=np.broadcast_to(weight.fixed, channels).copy(),
+        beta=np.broadcast_to(bias.fixed, channels).copy(),
         epsilon=eps.constant,
     )
     return Value(var, node.shapes[0])
@@ -356,9 +356,9 @@ def _reduce(build: Builder, node: Node, x: Value) -> Value:
             f"MLX's Reduce {code} of {x.shape} is not supported; expected sum, min or "
             "max, or all or any of bools"
         )
-    x = _as_numbers(build, x)
+    numbers = _as_numbers(build, x)
     # MLX's primitive keeps the reduced axes; a `Squeeze` follows where needed.
-    var = build(kinds[code], x=x, axes=list(axes), keep_dims=True)
+    var = build(kinds[code], x=numbers, axes=list(axes), keep_dims=True)
     return _as_traced(build, node, var)
 
 
@@ -370,8 +370,9 @@ def _scan(build: Builder, node: Node, x: Value) -> Value:
             f"MLX's Scan {node.arguments} of {x.shape} is not supported; expected an "
             "inclusive sum"
         )
-    x = _as_numbers(build, x)
-    return Value(build("cumsum", x=x, axis=axis, reverse=reverse), node.shapes[0])
+    numbers = _as_numbers(build, x)
+    var = build("cumsum", x=numbers, axis=axis, reverse=reverse)
+    return Value(var, node.shapes[0])
 
 
 # Order ------------------------------------------------------------------------------
@@ -387,9 +388,9 @@ def _places(build: Builder, x: Value) -> "Var":
     of equal numbers with a lower index.
     """
     batch, total = x.shape
-    x = build.dense(x)
-    number = build("reshape", x=x, shape=(batch, total, 1))
-    other = build("reshape", x=x, shape=(batch, 1, total))
+    dense = build.dense(x)
+    number = build("reshape", x=dense, shape=(batch, total, 1))
+    other = build("reshape", x=dense, shape=(batch, 1, total))
     earlier = build.constant(np.tri(total, k=-1, dtype=bool)[None]).var
     tied = build("logical_and", x=build("equal", x=other, y=number), y=earlier)
     before = build("logical_or", x=build("less", x=other, y=number), y=tied)
@@ -402,7 +403,7 @@ def _put(build: Builder, places: "Var", numbers: "Var") -> "Var":
 
     A product with one-hot rows and a sum do this without a scatter.
     """
-    slots = build.constant(np.arange(places.shape[1])[None, None]).var
+    slots = build.constant(np.arange(tuple(places.shape)[1])[None, None]).var
     here = build("cast", x=build("equal", x=places, y=slots), dtype="int32")
     placed = build("mul", x=here, y=numbers)
     return build("reduce_sum", x=placed, axes=[1], keep_dims=False)

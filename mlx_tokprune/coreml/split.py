@@ -6,14 +6,14 @@ its outputs need. The weights stay in one file, to which all functions point.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .describe import OUTPUTS, Function
+from .describe import OUTPUTS, Function, Model
 
-if TYPE_CHECKING:  # coremltools is an extra
-    from coremltools.proto.MIL_pb2 import Argument, Operation
-    from coremltools.proto.MIL_pb2 import Function as MILFunction
-    from coremltools.proto.Model_pb2 import Model
+# Messages of coremltools.proto.MIL_pb2, whose classes have no types.
+MILFunction = Any
+Operation = Any
+Binding = Any
 
 
 def output_name(function: str, output: str) -> str:
@@ -21,17 +21,20 @@ def output_name(function: str, output: str) -> str:
     return f"{function}_{output}"
 
 
-def split(spec: "Model", functions: Sequence[Function]) -> None:
+def split(spec: Model, functions: Sequence[Function]) -> None:
     """Replace the program in `spec` by `functions`; name a single function `main`."""
-    from coremltools.proto.Model_pb2 import FunctionDescription, ModelDescription
+    from coremltools.proto import Model_pb2
 
+    messages: Any = Model_pb2
     description, programs = spec.description, spec.mlProgram.functions
     whole, several = programs["main"], len(functions) > 1
     separated, interfaces = {}, []
     for function in functions:
         names = {output_name(function.name, output): output for output in OUTPUTS}
         separated[function.name if several else "main"] = _cut(whole, names)
-        interface = FunctionDescription(name=function.name, input=description.input)
+        interface = messages.FunctionDescription(
+            name=function.name, input=description.input
+        )
         for feature in description.output:
             if feature.name in names:
                 interface.output.add().CopyFrom(feature)
@@ -42,7 +45,9 @@ def split(spec: "Model", functions: Sequence[Function]) -> None:
         programs[name].CopyFrom(program)
     if several:
         first = functions[0].name
-        table = ModelDescription(functions=interfaces, defaultFunctionName=first)
+        table = messages.ModelDescription(
+            functions=interfaces, defaultFunctionName=first
+        )
         # A package with several functions describes them in this table only.
         description.CopyFrom(table)
     else:
@@ -50,11 +55,12 @@ def split(spec: "Model", functions: Sequence[Function]) -> None:
         description.output.extend(interfaces[0].output)
 
 
-def _cut(whole: "MILFunction", names: dict[str, str]) -> "MILFunction":
+def _cut(whole: MILFunction, names: dict[str, str]) -> MILFunction:
     """Return the part of a MIL function with the outputs in `names`, renamed."""
-    from coremltools.proto.MIL_pb2 import Function as Program
+    from coremltools.proto import MIL_pb2
 
-    program = Program(opset=whole.opset, inputs=whole.inputs)
+    messages: Any = MIL_pb2
+    program = messages.Function(opset=whole.opset, inputs=whole.inputs)
     source = whole.block_specializations[whole.opset]
     block = program.block_specializations[whole.opset]
     outputs = [name for name in source.outputs if name in names]
@@ -66,9 +72,7 @@ def _cut(whole: "MILFunction", names: dict[str, str]) -> "MILFunction":
     return program
 
 
-def _needed(
-    operations: "Sequence[Operation]", variables: set[str]
-) -> "list[Operation]":
+def _needed(operations: Sequence[Operation], variables: set[str]) -> list[Operation]:
     """Return the operations that compute `variables`, in order."""
     kept, variables = [], set(variables)
     for operation in reversed(operations):
@@ -78,7 +82,7 @@ def _needed(
     return kept[::-1]
 
 
-def _arguments(operation: "Operation") -> "list[Argument.Binding]":
+def _arguments(operation: Operation) -> list[Binding]:
     """Return the inputs of an operation that are variables."""
     inputs = operation.inputs.values()
     return [a for value in inputs for a in value.arguments if a.name]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import InputError
+
 if TYPE_CHECKING:  # coremltools is an extra
     from coremltools.converters.mil.mil import Var
 
@@ -24,6 +26,13 @@ class Value:
     @property
     def constant(self) -> np.ndarray | None:
         """Value of a constant; `None` for a computed variable."""
+        return self.var.val
+
+    @property
+    def fixed(self) -> np.ndarray:
+        """Value of a constant; raise `InputError` for a computed variable."""
+        if self.var.val is None:
+            raise InputError(f"{self.var.name} is computed; expected a constant")
         return self.var.val
 
     @property

@@ -51,9 +51,11 @@ class CoreMLVision:
         return grouped(features, selection, self.function.grid, scene.prompt.places)
 
     def _encode(
-        self, model: VisionModel, pixels: mx.array
+        self, model: VisionModel, pixels: mx.array | None
     ) -> tuple[mx.array, mx.array]:
         size = self.function.image_size
+        if pixels is None:
+            raise InputError("the package takes one picture or more; none given")
         if pixels.shape[1:3] != (size, size):
             raise InputError(
                 f"the package takes pictures of {size} x {size} pixels, not "

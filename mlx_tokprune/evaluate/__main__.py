@@ -6,8 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-
 from ..checkpoints.loading import load
 from ..checkpoints.opening import open_checkpoint
 from ..cli import (
@@ -297,11 +295,11 @@ def _answers(questions: Questions, records: dict) -> list[dict]:
 
 
 def _report(args: argparse.Namespace, result: dict) -> None:
-    machine = result["machine"]
+    machine, mlx = result["machine"], result["machine"]["versions"]["mlx"]
     print(
         f"{result['questions']} questions of {printable(result['data'])}, "
         f"{result['run']['positions']} "
-        f"positions, padding {args.padding}, {machine['device']}, MLX {mx.__version__}"
+        f"positions, padding {args.padding}, {machine['device']}, MLX {mlx}"
     )
     print(tabulate(result["rows"]).markdown())
     if result["most_common"] is not None:

@@ -158,8 +158,12 @@ def _draw_shares(
         costs = [cost(row) for row in points]
         axes.errorbar(
             *(costs, values, [below, above]),
-            **{"marker": "o", "ms": 4, "capsize": 2, "label": method},
-            **{"color": f"C{number % 10}", "ls": "-" if number < 10 else ":"},
+            marker="o",
+            ms=4,
+            capsize=2,
+            label=method,
+            color=f"C{number % 10}",
+            ls="-" if number < 10 else ":",
         )
     unit = "GFLOP to the first token" if over_flops else "visual tokens"
     needed = "needed tokens that are kept (%)"

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
@@ -32,7 +32,7 @@ class Answer:
     def divergence(self, other: "Answer") -> float:
         """Return the KL divergence of `other` from this, mean over tokens, in nats."""
         gap = mx.exp(self.logs) * (self.logs - other.logs)
-        return max(0.0, mx.mean(mx.sum(gap, axis=-1)).item())
+        return max(0.0, cast(float, mx.mean(mx.sum(gap, axis=-1)).item()))
 
 
 class Runtime(Protocol):

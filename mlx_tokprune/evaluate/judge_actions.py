@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import InputError
-from ..measure.subject import OwnSubject
+from ..measure.subject import ActionSubject
 
 TOLERANCE = 0.1  # largest error of a right number, in the range [-1, 1]
 
@@ -39,7 +39,7 @@ class ActionJudge:
     stops: tokens that end an action. most: tokens of an action.
     """
 
-    def __init__(self, subject: OwnSubject, most: int):
+    def __init__(self, subject: ActionSubject, most: int):
         self._head = subject.head
         if not self._head.has_tokens:
             raise InputError(

@@ -4,13 +4,13 @@ lmms-eval loads `manifest` from the entry-point group `lmms_eval.models`. Only
 `lmms_eval_model` imports classes of lmms-eval, so that this module works without it.
 """
 
+import functools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-from PIL import Image
 
 from ..attach.mlx_vlm import attach, load_mlx_vlm
 from ..checkpoints.loading import load
@@ -149,8 +149,10 @@ def read_pruners(
         raise InputError(
             f"method {name!r} needs a budget: give keep_ratio or keep_tokens"
         )
-    place = read_place(at) if isinstance(at, str) else at
-    return (Pruner(name, **budget, at=place, seed=seed, options=options),)
+    make = functools.partial(Pruner, name, **budget, seed=seed, options=options)
+    if at is None:
+        return (make(),)
+    return (make(at=read_place(at) if isinstance(at, str) else at),)
 
 
 def _check_options(options: Options, methods: Sequence[str]) -> None:
@@ -183,8 +185,8 @@ class OwnRuntime:
     ):
         self.positions = positions or DEFAULT_POSITIONS
         self._memory = Memory(memory) if memory else None
-        self.model, self.processor = load(name, adapter_path=adapter)
-        check_answers(self.processor)
+        self.model, processor = load(name, adapter_path=adapter)
+        self.processor = check_answers(processor)
         self.plan = plan_for(self.model, plan)
 
     def answer(
@@ -223,7 +225,7 @@ class OwnRuntime:
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         loss = -mx.take_along_axis(logs, targets, axis=-1).mean()
         greedy = mx.all(mx.argmax(logits, axis=-1) == targets[:, 0])
-        return loss.item(), greedy.item()
+        return cast(float, loss.item()), bool(greedy.item())
 
 
 class MlxVlmRuntime:
@@ -255,13 +257,13 @@ class MlxVlmRuntime:
         self, pictures: Sequence, text: str, options: GenerationOptions, seed: int
     ) -> Iterator[str]:
         """Yield the pieces of an answer; pictures come before the text."""
-        from mlx_vlm import stream_generate
+        from mlx_vlm.generate import stream_generate
         from mlx_vlm.prompt_utils import apply_chat_template
 
-        images: list[Image.Image] = decoded(pictures)
+        images: Any = decoded(pictures)  # mlx-vlm's types lack pictures
         # Tasks mark pictures as LLaVA does; mlx-vlm adds the marks of each family.
         prompt = text.replace("<image>", "").strip()
-        prompt = apply_chat_template(
+        prompt: Any = apply_chat_template(
             self.processor, self.model.config, prompt, num_images=len(images)
         )
         mx.random.seed(seed)

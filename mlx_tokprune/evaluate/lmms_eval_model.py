@@ -58,8 +58,8 @@ class MlxTokprune(lmms):
             text: str, target: Any, pictures: Callable, *where: Any
         ) -> tuple[float, bool]:
             images = self._pictures(pictures, *where)
-            continuation = target(self._doc(*where)) if callable(target) else target
-            return self._runtime.loss(images, text, continuation)
+            words: Any = target(self._doc(*where)) if callable(target) else target
+            return self._runtime.loss(images, text, words)
 
         return self._each(requests, judge)
 

@@ -57,7 +57,7 @@ class MlxVlmRuntime:
         if unpruned is not None and reply.ids != unpruned.ids:
             logs = self.subject.ask(*question, self.most, unpruned.ids).logs
         cost = self.subject.cost(*question, reply.kept)
-        flops = cost and sum(part.flops for part in cost.values())
+        flops = sum(part.flops for part in cost.values()) if cost else None
         return Answer(reply.ids, mx.stack(logs), reply.kept, flops)
 
     def judge(

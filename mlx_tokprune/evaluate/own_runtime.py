@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from ..features import Features
 from ..generate.settings import Settings
 from ..measure.results import Row
-from ..measure.subject import OwnSubject
+from ..measure.subject import ActionSubject, OwnSubject
 from ..models.language import ReadResult
 from ..models.protocol import VisionModel
 from ..pipeline import Scene, VisualTokens, encode, prune_at_tower, run
@@ -32,8 +32,10 @@ class OwnRuntime:
         settings.check(subject.model)
         self.subject, self.settings = subject, settings
         self.model = subject.model
-        kinds = {"answering": WordJudge, "acting": ActionJudge}
-        self._judge = kinds[subject.kind](subject, settings.max_tokens)
+        if isinstance(subject, ActionSubject):
+            self._judge = ActionJudge(subject, settings.max_tokens)
+        else:
+            self._judge = WordJudge(subject, settings.max_tokens)
         self.judge = self._judge.judge
         # Every extra that a row needs, computed at once.
         self._all = tuple(p for row in rows for p in self._plan(row))
@@ -85,7 +87,9 @@ class OwnRuntime:
         cache, logits = read.cache, decoder.logits(read.hidden)[0, -1:]
         maybe_quantize_kv_cache(cache, **self.settings.quantization)
         if unpruned is None:
-            ids, logits = self._greedy([mx.argmax(logits).item()], cache, logits)
+            ids, logits = self._greedy(
+                [cast(int, mx.argmax(logits).item())], cache, logits
+            )
             return ids, logits
         ids = unpruned.ids
         if len(ids) > 1:
@@ -110,7 +114,7 @@ class OwnRuntime:
         while ids[-1] not in self._judge.stops and len(ids) < self._judge.most:
             hidden = decoder.follow(mx.array([ids[-1:]]), cache)
             parts.append(decoder.logits(hidden)[0])
-            ids.append(mx.argmax(parts[-1]).item())
+            ids.append(cast(int, mx.argmax(parts[-1]).item()))
         return ids, mx.concatenate(parts)
 
 

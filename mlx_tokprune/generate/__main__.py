@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -88,7 +89,8 @@ def _add_vision(group: Flags) -> None:
     size.add_argument("--image-size", type=int, metavar="PX", help=help_)
     help_ = "choose the largest input with TTFT below MS"
     size.add_argument("--latency-target", type=float, metavar="MS", help=help_)
-    hidden = {"dest": "latency_target", "help": argparse.SUPPRESS}  # its old name
+    # The old name of the flag.
+    hidden: dict[str, Any] = {"dest": "latency_target", "help": argparse.SUPPRESS}
     size.add_argument("--vision-budget", type=float, **hidden)
 
 
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load(
         "demo" if args.model is None else args.model, adapter_path=args.adapter_path
     )
-    check_answers(processor)
+    processor = check_answers(processor)
     plan = given_or_carried(model, pruners)
     drafts = make_drafts(args)
     vision = Temporal(plan) if args.temporal else vision
@@ -154,18 +156,19 @@ def main(argv: list[str] | None = None) -> None:
     for prompt in prompts:  # refuse any before answering the first
         processor.check(prompt, len(groups[0]))
     session.fit(groups[0], prompts[0])
-    names = pictures if each else [None] * len(groups)
+    names, last = pictures if each else [None] * len(groups), None
     for (group, name), prompt in itertools.product(
         zip(groups, names, strict=True), prompts
     ):
         record, visual = session.answer(group, prompt)
+        last = (group, visual)
         if name is not None:
             record = {"image": str(name), **record}
         print(format_report(record), file=sys.stderr if args.json else sys.stdout)
         if args.json:
             print(json.dumps(record))
-    if args.overlay:
-        write_overlay(args.overlay, group, visual)
+    if args.overlay and last:
+        write_overlay(args.overlay, *last)
 
 
 @dataclass
@@ -217,17 +220,18 @@ class _Session:
             pieces.append(piece)
             print(piece.text, end="", flush=True)
         print()
-        visual = piece.visual
+        last = pieces[-1]
+        visual = last.visual
         record = {
             "prompt": prompt,
             "text": "".join(piece.text for piece in pieces),
             "token_ids": [piece.token for piece in pieces],
             "visual_tokens": visual.total,
             "kept_indices": visual.left(),
-            "stages_ms": piece.stages_ms,
-            "ttft_ms": piece.ttft_ms,
-            "decode_tokens_per_second": piece.decode_tokens_per_second,
-            "calls": piece.calls,
+            "stages_ms": last.stages_ms,
+            "ttft_ms": last.ttft_ms,
+            "decode_tokens_per_second": last.decode_tokens_per_second,
+            "calls": last.calls,
             "peak_memory_mb": mx.get_peak_memory() / 1e6,
             "method": self._method,
             "keep": max(map(len, visual.left())),
@@ -235,17 +239,16 @@ class _Session:
             "positions": self.settings.positions,
             "image_size": self.processor.image_size,
             "padding": self.processor.padding,
-            "reused_tokens": piece.reused,
-            "encoded": self.vision.encoded if self.args.temporal else None,
+            "reused_tokens": last.reused,
+            "encoded": getattr(self.vision, "encoded", None),  # of a `Temporal`
             "device": device_name(),
         }
         return record, visual
 
     @property
     def _method(self) -> str:
-        if self.vision and not self.args.temporal:
-            return self.vision.function.method
-        return methods(self.plan)
+        function = getattr(self.vision, "function", None)  # of a Core ML package
+        return methods(self.plan) if function is None else function.method
 
 
 def _pruners_and_vision(args: argparse.Namespace) -> tuple[Plan | None, Vision | None]:

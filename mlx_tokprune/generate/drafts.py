@@ -18,7 +18,7 @@ from ..models.protocol import VisionModel
 from ..models.speculative import Drafter, ModelDrafter, NgramDrafter, Sampling
 from ..pipeline import Scene, VisualTokens, ask, prune_at_prompt, run
 from ..pipeline.planning import plan_for
-from ..processing.processor import Processor
+from ..processing.processor import AnyProcessor, Processor
 from ..processing.prompt import Prompt
 from ..pruners import Plan, Pruner, Pruners, as_plan
 from .settings import Settings
@@ -55,7 +55,7 @@ class Drafts(Protocol):
         """Drafted tokens per call of the model."""
         ...
 
-    def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
+    def check(self, model: VisionModel, processor: AnyProcessor, plan: Plan) -> None:
         """Raise `InputError` unless it can draft for this model under this plan."""
 
     def begin(self, prefill: PrefillResult) -> Drafter:
@@ -75,7 +75,7 @@ class NgramDrafts:
     def __post_init__(self):
         _check_tokens(self.tokens)
 
-    def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
+    def check(self, model: VisionModel, processor: AnyProcessor, plan: Plan) -> None:
         """Accept any model: n-grams need only its token ids."""
 
     def begin(self, prefill: PrefillResult) -> Drafter:
@@ -100,11 +100,10 @@ class ModelDrafts:
 
     def __post_init__(self):
         _check_tokens(self.tokens)
-        if not isinstance(self.processor, Processor):
-            raise InputError("a policy cannot draft words; give a model that answers")
+        check_drafts(self.processor)
         plan_for(self.model, self.pruner)
 
-    def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
+    def check(self, model: VisionModel, processor: AnyProcessor, plan: Plan) -> None:
         """Raise `InputError` unless both tokenizers have the same tokens."""
         own, other = self.processor.tokenizer, processor.tokenizer
         if own is other or own.get_vocab() == other.get_vocab():
@@ -151,7 +150,7 @@ class SelfDrafts:
                 "such as norm:0.25@prompt"
             )
 
-    def check(self, model: VisionModel, processor: Processor, plan: Plan) -> None:
+    def check(self, model: VisionModel, processor: AnyProcessor, plan: Plan) -> None:
         """Raise `InputError` for a plan after which layers hold different tokens."""
         if any(pruner.place != "tower" or pruner.has_own_count for pruner in plan):
             raise InputError(
@@ -191,6 +190,13 @@ def _rows(prompt: Prompt, cached: np.ndarray, kept: np.ndarray) -> list[int]:
         rows += range(start, start + len(text))
         start += len(text)
     return rows
+
+
+def check_drafts(processor: AnyProcessor) -> Processor:
+    """Return a drafting model's processor; raise `InputError` for that of a policy."""
+    if not isinstance(processor, Processor):
+        raise InputError("a policy cannot draft words; give a model that answers")
+    return processor
 
 
 def _check_tokens(tokens: int) -> None:

@@ -5,7 +5,7 @@ import argparse
 from ..checkpoints.loading import load
 from ..cli import Flags, add_drafts, draft_plan
 from ..errors import InputError
-from .drafts import Drafts, ModelDrafts, NgramDrafts, SelfDrafts
+from .drafts import Drafts, ModelDrafts, NgramDrafts, SelfDrafts, check_drafts
 
 
 def add_answer_drafts(parser: Flags) -> None:
@@ -24,13 +24,14 @@ def make_drafts(args: argparse.Namespace) -> Drafts | None:
     plan, count = draft_plan(args), args.num_draft_tokens
     options = {} if count is None else {"tokens": count}
     if args.draft_model:
-        return ModelDrafts(*load(args.draft_model), pruner=plan, **options)
+        model, processor = load(args.draft_model)
+        return ModelDrafts(model, check_drafts(processor), pruner=plan, **options)
     if args.draft == "ngram":
         return NgramDrafts(**options)
     if args.draft == "self":
         if plan and len(plan) > 1:
             raise InputError("a model's own drafts have one pruner, at the prompt")
-        return SelfDrafts(*(plan or ()), **options)
+        return SelfDrafts(plan[0], **options) if plan else SelfDrafts(**options)
     if count is not None:
         raise InputError("--num-draft-tokens requires --draft or --draft-model")
     return None

@@ -24,7 +24,7 @@ from ..pipeline.limits import check_memory
 from ..pipeline.planning import plan_for
 from ..pipeline.timing import NO_CLOCK, Clock, NoClock
 from ..processing.image import load_image
-from ..processing.processor import Processor
+from ..processing.processor import AnyProcessor, Processor
 from ..pruners import Plan, Pruners, as_plan
 from ..runtime import end_streams_with_thread
 from .drafts import Drafts, PrefillResult
@@ -35,12 +35,12 @@ log = logging.getLogger("mlx_tokprune")
 
 
 class Vision(Protocol):
-    """Replacement of tower and pruner: a `Temporal` or a Core ML package.
+    """Replacement of tower and pruner: a `Temporal` or a Core ML package."""
 
-    plan: the pruners that it applies.
-    """
-
-    plan: Plan
+    @property
+    def plan(self) -> Plan:
+        """Pruners that the replacement applies."""
+        ...
 
     def check(self, model: VisionModel) -> None:
         """Raise `InputError` unless it can replace this model's tower."""
@@ -104,7 +104,7 @@ class _AnswerStart(NamedTuple):
 
 def stream_generate(
     model: VisionModel,
-    processor: Processor,
+    processor: AnyProcessor,
     images: Sequence,
     prompt: str,
     *,
@@ -129,7 +129,7 @@ def stream_generate(
     """
     chosen = Settings(**settings)
     images = decoded(images)
-    check_answers(processor)
+    processor = check_answers(processor)
     if vision is not None and as_plan(pruner):
         raise InputError("pass the pruner to `vision`, which replaces tower and pruner")
     plan = plan_for(model, pruner if vision is None else vision.plan)
@@ -152,7 +152,7 @@ def stream_generate(
 
 def generate(
     model: VisionModel,
-    processor: Processor,
+    processor: AnyProcessor,
     images: Sequence,
     prompt: str,
     **options: Any,
@@ -175,13 +175,14 @@ def decoded(images: Any) -> list[Image.Image]:
     return [load_image(image) for image in images]
 
 
-def check_answers(processor: Any) -> None:
-    """Raise `InputError` for the processor of a policy."""
+def check_answers(processor: AnyProcessor) -> Processor:
+    """Return the processor; raise `InputError` for that of a policy."""
     if not isinstance(processor, Processor):
         raise InputError(
             "this model answers in actions, not in words; use mlx_tokprune.act, or "
             "give a FastVLM checkpoint"
         )
+    return processor
 
 
 def _stream(question: _Question) -> Iterator[Response]:

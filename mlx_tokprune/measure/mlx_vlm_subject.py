@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import mlx.core as mx
 from PIL import Image
@@ -142,24 +143,26 @@ class MlxVlmSubject:
         forced: token ids to decode instead; the reply has the model's probabilities at
         each. TTFT begins with the decoded image and the question.
         """
-        from mlx_vlm import stream_generate
+        from mlx_vlm.generate import stream_generate
 
         text = self._templated(question)
         sizes = self._sizes(row, image, text)
-        options = {"max_tokens": most, "temperature": 0.0, **sizes}
+        options: dict[str, Any] = {"max_tokens": most, "temperature": 0.0, **sizes}
+        options["image"] = [image]  # its types lack pictures
         if forced is not None:
             options |= {"sampler": _ForcedSampler(forced), "max_tokens": len(forced)}
-        ids, logs, first = [], [], None
+        ids, logs, first, prompt = [], [], None, 0
         with self._pruned(row) as handle:
             mx.reset_peak_memory()
             start = time.perf_counter()
-            for piece in stream_generate(
-                self.model, self.processor, text, image=[image], **options
-            ):
+            for piece in stream_generate(self.model, self.processor, text, **options):
                 first = first or time.perf_counter()
+                prompt, token = piece.prompt_tokens, piece.token
                 # The last piece repeats the last token to report the reason of its end.
-                if piece.logprobs is not None and len(logs) < piece.generation_tokens:
-                    ids.append(int(piece.token))
+                if piece.logprobs is None or token is None:
+                    continue
+                if len(logs) < piece.generation_tokens:
+                    ids.append(int(token))
                     logs.append(piece.logprobs)
             end, peak = time.perf_counter(), mx.get_peak_memory() / 1e6
             last = handle.last
@@ -168,7 +171,7 @@ class MlxVlmSubject:
         first = end if first is None else first
         return Reply(
             *(ids, logs, (first - start) * 1e3, (end - start) * 1e3),
-            *(piece.prompt_tokens, total, kept, peak),
+            *(prompt, total, kept, peak),
             last[0].places if last else None,
         )
 
@@ -191,9 +194,10 @@ class MlxVlmSubject:
         """Return the question about an image in the model's chat template."""
         from mlx_vlm.prompt_utils import apply_chat_template
 
-        return apply_chat_template(
+        text = apply_chat_template(
             self.processor, self.model.config, question, num_images=1
         )
+        return cast(str, text)  # a list with `return_messages` alone
 
     def _sizes(self, row: Row, image: Image.Image, text: str) -> dict:
         """Return `max_pixels` for a row that shrinks the image to a share of tokens."""

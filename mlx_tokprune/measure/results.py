@@ -68,7 +68,7 @@ def budgets(
     entry, shares = get_method(method), [ratio for ratio in ratios if ratio < 1]
     if entry.counts_itself(options):
         return [None]
-    return [None, *shares] if entry.learned_count else shares
+    return [None, *shares] if entry.learned_count else [*shares]
 
 
 # Reading ----------------------------------------------------------------------------

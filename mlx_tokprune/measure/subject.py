@@ -21,7 +21,7 @@ from ..models.language import TokenSequence
 from ..models.protocol import VisionModel
 from ..pipeline import Scene, VisualTokens, ask, encode, look, prune_at_prompt
 from ..pipeline.limits import check_memory
-from ..processing.processor import ActionProcessor, Processor
+from ..processing.processor import AnyProcessor, PolicyProcessor, Processor
 from ..pruners import Counts, Plan, Pruner, count_tokens, get_method, list_pruners
 from .cost import Cost, count
 
@@ -72,10 +72,19 @@ class _Subject:
 
     name: str
     model: VisionModel
-    processor: Processor | ActionProcessor
+    processor: AnyProcessor
     default_places: ClassVar[tuple[str, ...]] = ()
     # Costs by input shape, kept between calls: rows and pictures share most of them.
     _costs: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def rows(self) -> int:
+        """Last positions of the prompt whose states are read."""
+        return 1
+
+    def scene(self, images: Sequence, prompt: str) -> Scene:
+        """Return the scene of images and a prompt."""
+        raise NotImplementedError
 
     @property
     def image_size(self) -> int:
@@ -184,7 +193,8 @@ class _Subject:
         if early[0].place == "tower":
             cost += count(choose_early, *blank)
         if early[-1].place == "prompt":
-            grid, pictures = features.grid, features.tokens.shape[0] // groups
+            grid = features.grid or (1, features.total)
+            pictures = features.tokens.shape[0] // groups
             shape = (groups, counts.projected)
             indices = mx.broadcast_to(mx.arange(shape[1], dtype=mx.int32), shape)
             selection = Selection(indices)
@@ -239,7 +249,7 @@ class AnswerSubject(_Subject):
 
     kind = "answering"
     default_places = ("tower",)
-    rows = 1
+    processor: Processor
 
     @property
     def lower_sizes(self) -> tuple[int, ...]:
@@ -290,6 +300,7 @@ class ActionSubject(_Subject):
 
     kind = "acting"
     default_places = ("tower", "prompt")
+    processor: PolicyProcessor
     lower_sizes = ()
 
     @property
@@ -322,9 +333,9 @@ class ActionSubject(_Subject):
         values = self._state
         states = None if values is None else [values]
         images = check_images(self.model, self._repeated(images))
-        prompt, state = tell(self.head, self.model, prompt, states, self.unnorm_key)
+        told, state = tell(self.head, self.model, prompt, states, self.unnorm_key)
         extras = first_inputs(1, self._actions)
-        return observe(self.processor, [images], prompt, state, extras)
+        return observe(self.processor, [images], told, state, extras)
 
     def run(self, request: Request, tokens: int, stages: bool = False) -> dict:
         """Return the times of one action; `tokens` is not used.
@@ -373,9 +384,7 @@ class ActionSubject(_Subject):
 OwnSubject = AnswerSubject | ActionSubject
 
 
-def subject_of(
-    name: str, model: VisionModel, processor: Processor | ActionProcessor
-) -> OwnSubject:
+def subject_of(name: str, model: VisionModel, processor: AnyProcessor) -> OwnSubject:
     """Return a loaded model as a subject under a name."""
     kind = AnswerSubject if isinstance(processor, Processor) else ActionSubject
     return kind(name, model, processor)

@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = method_rows()
     summaries = {name: get_method(name).summary for name, *_ in rows}
     if args.json:
-        entries = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        entries: list[dict[str, str]] = [
+            dict(zip(COLUMNS, row, strict=True)) for row in rows
+        ]
         for entry in entries:
             entry["summary"] = summaries[entry["method"]]
         print(json.dumps(entries, indent=1))

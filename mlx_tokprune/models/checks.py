@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import InputError
 
@@ -24,16 +24,20 @@ def expect(right: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"config.json says {name} {value!r}; expected {expected}")
 
 
-def is_size(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number, not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_size(value: object) -> TypeGuard[int]:
     """Return whether a value is a whole number from 1 to 2**20 - 1."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and 0 < value < _LIMIT
+    return is_whole(value) and 0 < value < _LIMIT
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is a number, not a bool, below 1e6 in magnitude."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) < _HUGE
+    number = isinstance(value, int | float) and abs(value) < _HUGE
+    return number and not isinstance(value, bool)
 
 
 def check_token(name: str, value: object, vocabulary: int) -> None:
@@ -41,8 +45,7 @@ def check_token(name: str, value: object, vocabulary: int) -> None:
 
     MLX does not check indices: an embedding of a larger id reads other memory.
     """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    right = whole and 0 <= value < vocabulary
+    right = is_whole(value) and 0 <= value < vocabulary
     expect(right, name, value, f"a token id below vocab_size {vocabulary}")
 
 

@@ -7,8 +7,10 @@ multiply-adds, GELU and softmax polynomials, all split over the cores.
 
 import functools
 import math
+import operator
 import os
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -53,8 +55,11 @@ def _fit(function: Callable[[float], float], degree: int) -> list[float]:
     return [float(c) for c in chebyshev.cheb2poly(fit)]
 
 
-def _evaluate(terms: list[float], power: mx.array) -> mx.array:
-    """Evaluate a polynomial by Estrin's scheme; Horner's deep chain would not fuse."""
+def _evaluate(terms: list[Any], power: mx.array) -> mx.array:
+    """Evaluate a polynomial by Estrin's scheme; Horner's deep chain would not fuse.
+
+    terms: numbers, lowest first.
+    """
     while len(terms) > 1:
         last = terms[-1:] if len(terms) % 2 else []
         pairs = zip(terms[::2], terms[1::2], strict=False)
@@ -155,16 +160,16 @@ def _banded_products(x: mx.array, weight: mx.array) -> mx.array:
     (height, width, channels), size = x.shape, weight.shape[1]
     pad, tiles = size // 2, -(-width // _TILE)
     high, wide = height + 2 * pad, tiles * _TILE + 2 * pad
-    border = ((0, 0), (pad, pad), (pad, wide - width - pad))
+    border = [(0, 0), (pad, pad), (pad, wide - width - pad)]
     picture = mx.contiguous(mx.pad(x.transpose(2, 0, 1), border))
     cut = (channels, tiles, high, _TILE + 2 * pad)
     rows = mx.as_strided(picture, cut, (high * wide, _TILE, wide, 1))
     rows = mx.contiguous(rows).reshape(channels, tiles * high, -1)
-    bands, count, total = _bands(weight).swapaxes(-1, -2), tiles * high - 2 * pad, None
-    for i in range(size):
-        shifted, band = rows[:, i : i + count], bands[:, i]
-        total = shifted @ band if total is None else mx.addmm(total, shifted, band)
-    total = mx.pad(total, ((0, 0), (0, 2 * pad), (0, 0)))
+    bands, count = _bands(weight).swapaxes(-1, -2), tiles * high - 2 * pad
+    total = rows[:, :count] @ bands[:, 0]
+    for i in range(1, size):
+        total = mx.addmm(total, rows[:, i : i + count], bands[:, i])
+    total = mx.pad(total, [(0, 0), (0, 2 * pad), (0, 0)])
     total = total.reshape(channels, tiles, high, _TILE)[:, :, :height]
     return total.transpose(2, 1, 3, 0).reshape(height, -1, channels)[:, :width]
 
@@ -190,7 +195,7 @@ def shifted_convolution(x: mx.array, weight: mx.array, stride: int) -> mx.array:
     size = weight.shape[1]
     pad = size // 2
     height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
-    padded = mx.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    padded = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
 
     def rows(start: int, stop: int) -> mx.array:
         band = padded[:, stride * start : stride * (stop - 1) + size]
@@ -209,12 +214,11 @@ def _shifted_multiply_adds(height: int, width: int, stride: int) -> Callable:
     def convolve(padded: mx.array, weight: mx.array) -> mx.array:
         size = weight.shape[1]
         down, across = stride * (height - 1) + 1, stride * (width - 1) + 1
-        total = None
+        terms = []
         for i in range(size):
             for j in range(size):
                 shifted = padded[:, i : i + down : stride, j : j + across : stride]
-                term = shifted * weight[:, i, j, 0]
-                total = term if total is None else total + term
-        return total
+                terms.append(shifted * weight[:, i, j, 0])
+        return functools.reduce(operator.add, terms)
 
     return mx.compile(convolve)

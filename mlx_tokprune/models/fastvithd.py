@@ -303,7 +303,7 @@ class FastViTHD(nn.Module):
             if block is last:
                 extras |= {name: new[name] for name in new if name in needs}
         x = self.conv_exp(x)
-        grid = x.shape[1:3]
+        grid = (x.shape[1], x.shape[2])
         if received is not None:
             extras["attention_middle"] = _pooled(received, grid).flatten(1)
         if block_inputs:

@@ -181,14 +181,13 @@ def _normalization(config: Mapping, towers: Sequence[ViTConfig]) -> list[tuple]:
     statistics = []
     for name in ("means", "stds"):
         values = preprocessor.get(name)
-        lists = isinstance(values, list) and len(values) == len(towers)
-        right = lists and all(_is_color(value) for value in values)
-        if not right:
+        lists = values if isinstance(values, list) else []
+        if len(lists) != len(towers) or not all(map(_is_color, lists)):
             raise InputError(
                 f"preprocessor_config.json says {name} {values!r}; expected three "
                 f"numbers for each of {len(towers)} tower{'s' * (len(towers) > 1)}"
             )
-        statistics.append(tuple(tuple(map(float, value)) for value in values))
+        statistics.append(tuple(tuple(map(float, value)) for value in lists))
     if not all(all(v > 1e-6 for v in std) for std in statistics[1]):
         raise InputError(
             f"preprocessor_config.json has stds {preprocessor['stds']!r}, "
@@ -209,8 +208,7 @@ def _normalization(config: Mapping, towers: Sequence[ViTConfig]) -> list[tuple]:
 
 
 def _is_color(value: object) -> bool:
-    three = isinstance(value, list) and len(value) == 3
-    return three and all(map(is_number, value))
+    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
 
 class VisionBackbone(nn.Module):

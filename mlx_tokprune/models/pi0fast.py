@@ -17,7 +17,7 @@ from ..features import Features
 from ..files import object_of
 from ..processing.actions import RULES
 from ..processing.prompt import Prompt
-from .checks import check_language, expect, is_size
+from .checks import check_language, expect, is_size, is_whole
 from .language import Decoder
 from .protocol import POLICY_PROVIDES, ModelBase
 from .vit import ViT, ViTConfig, check_tower
@@ -71,14 +71,11 @@ class ModelArgs:
             *(("longest_prompt", 1), ("skipped", 0)),
         ):
             value = policy.get(name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            right = whole and least <= value < 1 << 13
+            right = is_whole(value) and least <= value < 1 << 13
             expect(right, f"policy {name}", value, f"a whole number from {least}")
             sizes[name] = value
         cameras, dialect = policy.get("cameras"), policy.get("dialect")
-        right = isinstance(cameras, list) and 0 < len(cameras) <= _MOST_CAMERAS
-        right = right and all(isinstance(name, str) and name for name in cameras)
-        right = right and len(set(cameras)) == len(cameras)
+        right = isinstance(cameras, list) and _are_cameras(cameras)
         expected = f"1 to {_MOST_CAMERAS} different names"
         expect(right, "policy cameras", cameras, expected)
         expect(dialect in DIALECTS, "policy dialect", dialect, " or ".join(DIALECTS))
@@ -95,7 +92,7 @@ class ModelArgs:
                 "supported; expected use_relative_actions false"
             )
         options = {"dialect": dialect, "strict": strict, "rules": rules}
-        return cls(text, _tower(config), tuple(cameras), **sizes, **options)
+        return cls(text, _tower(config), tuple(policy["cameras"]), **sizes, **options)
 
     @property
     def depth(self) -> int:
@@ -106,6 +103,11 @@ class ModelArgs:
     def crop(self) -> float:
         """Share of a picture's area that is encoded."""
         return 1.0
+
+
+def _are_cameras(names: list) -> bool:
+    texts = all(isinstance(name, str) and name for name in names)
+    return 0 < len(names) <= _MOST_CAMERAS and texts and len(set(names)) == len(names)
 
 
 def _tower(config: Mapping) -> ViTConfig:
@@ -229,7 +231,7 @@ def _gemma(text: Mapping[str, Any]) -> nn.Module:
 
     model = gemma.Model(gemma.ModelArgs.from_dict(dict(text)))
     for layer in model.layers:
-        layer.mlp = gemma2.MLP(text["hidden_size"], text["intermediate_size"])
+        layer["mlp"] = gemma2.MLP(text["hidden_size"], text["intermediate_size"])
     if not text.get("tie_word_embeddings", True):
         hidden, rows = text["hidden_size"], text["vocab_size"]
         model.lm_head = nn.Linear(hidden, rows, bias=False)

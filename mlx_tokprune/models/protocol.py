@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..features import EPISODE_EXTRAS, Features
+from ..features import EPISODE_EXTRAS, Features, HasParameters
 from ..processing.prompt import Prompt
 from .language import Decoder
 
@@ -31,11 +31,15 @@ class ModelBase:
     """Attributes that most families share."""
 
     gap = 0
-    cameras: tuple[str, ...] = ()
     provides = PROVIDES
     signs: str | None = None
     language_model: Any
     _decoder: Decoder
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the pictures; empty, as pictures have no names."""
+        return ()
 
     @property
     def layers(self) -> list:
@@ -101,8 +105,8 @@ class ChatModel(ModelBase):
         return [self.decoder.embed(ids) for ids in prompt.arrays()]
 
 
-class VisionModel(Protocol):
-    """Vision-language model or robot policy.
+class VisionModel(HasParameters, Protocol):
+    """Vision-language model or robot policy, an `nn.Module`.
 
     answers: "text", or actions as "bins" (tokens), "slots" (states for a head) or
     "chunks" (tokens of a compressed chunk of actions).
@@ -119,6 +123,8 @@ class VisionModel(Protocol):
     args: the checked config.
     action_head: of a model that answers in slots.
     language_model: mlx-lm's.
+    mm_projector: layers of the projector, of a model that answers in text.
+    block_sizes: numbers per visual token in each part of the extra `blocks`.
     carried: pruners of the checkpoint, used unless the caller passes others.
     signs: fingerprint of the loaded weights (`pruners/scorers`), or `None`.
     """
@@ -137,8 +143,26 @@ class VisionModel(Protocol):
     args: Any
     action_head: Any
     language_model: Any
+    mm_projector: list
+    block_sizes: tuple[int, ...]
     carried: tuple
     signs: str | None
+
+    def load_weights(self, weights: list, strict: bool = True) -> Any:
+        """Replace parameters by name, as in `nn.Module`."""
+        ...
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return the tensors of the MLX layout as the module's parameters."""
+        ...
+
+    def freeze(self) -> Any:
+        """Exclude all parameters from training, as in `nn.Module`."""
+        ...
+
+    def eval(self) -> Any:
+        """Set evaluation mode, as in `nn.Module`."""
+        ...
 
     @property
     def decoder(self) -> Decoder:

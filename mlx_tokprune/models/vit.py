@@ -254,6 +254,8 @@ class Block(nn.Module):
         y = self.attn(self.norm1(x))
         x = x + (self.ls1(y) if "ls1" in self else y)
         if "scale" in self:
+            if language is None:
+                raise ValueError("FiLM needs the mean prompt embedding; got none")
             x = x * (1 + self.scale(language)[:, None]) + self.shift(language)[:, None]
         y = self.mlp(self.norm2(x))
         return x + (self.ls2(y) if "ls2" in self else y)
@@ -270,7 +272,7 @@ class Block(nn.Module):
         weights = attention_weights(q, k, q.shape[-1] ** -0.5)
         return mx.mean(weights[..., prefix:], axis=(1, 2))
 
-    def keys(self, x: mx.array, prefix: int) -> mx.array:
+    def patch_keys(self, x: mx.array, prefix: int) -> mx.array:
         """Return the keys (B, N, C) of the patches, heads joined."""
         _, k, _ = self.attn.heads(self.norm1(x))
         return k[:, :, prefix:].swapaxes(1, 2).flatten(2)
@@ -341,7 +343,7 @@ class ViT(nn.Module):
                     received = block.attention_received(x, prefix, from_class)
                     extras[name] = received
             if "keys" in needs and number == last:
-                extras["keys"] = block.keys(x, prefix)
+                extras["keys"] = block.patch_keys(x, prefix)
             x = block(x, language)
         x = self.norm(x) if self.config.whole else x
         return x[:, prefix:], extras

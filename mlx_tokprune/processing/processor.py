@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import InputError
 from .actions import Bounds, bin_values, choose_statistics, read_bounds
+from .chunks import ChunkProcessor
 from .image import preprocess, preprocess_content, preprocess_naive
 from .prompt import Prompt, action_prompt, place_pictures, tokenize
 
@@ -147,6 +148,10 @@ class ActionProcessor:
     def values(self, ids: np.ndarray) -> np.ndarray:
         """Return the values in [-1, 1] of action token ids (..., A)."""
         return bin_values(ids, self.vocabulary, self.bins)
+
+
+PolicyProcessor = ActionProcessor | ChunkProcessor
+AnyProcessor = Processor | PolicyProcessor
 
 
 def _check_length(text: str, limit: int, longest: int, name: str) -> None:

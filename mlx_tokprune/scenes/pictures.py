@@ -8,6 +8,7 @@ models and losses are in `recipes/demo`.
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +26,7 @@ COLORS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-WORDS = (
+WORDS: Sequence[str] = (
     "EXIT STOP OPEN TAXI CAFE BANK FIRE HOTEL PARK SHOP SALE MILK BREAD TEA FISH BOOK "
     "NORTH SOUTH EAST WEST SLOW WAIT HELP FREE DOOR LIFT BUS TRAM GATE ZONE PIZZA CITY"
 ).split()
@@ -230,7 +231,7 @@ def _letter_edges(face: int, size: int, text: str) -> tuple[float, ...]:
 def _sample_text(rng: np.random.Generator) -> str:
     if rng.random() < 0.4:
         return str(rng.integers(10, 100))
-    return WORDS[rng.integers(len(WORDS))]
+    return WORDS[int(rng.integers(len(WORDS)))]
 
 
 def _sample_sign(rng: np.random.Generator, layout: _Layout, area: _Box) -> Sign | None:

@@ -1,5 +1,6 @@
 """Questions about a generated picture, of five kinds, with correct answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,7 +115,7 @@ def _ask_read(rng: np.random.Generator, scene: Scene) -> Question | None:
     return Question("read", prompt[rng.integers(2)], scene.sign.text)
 
 
-_ASK = dict(
+_ASK: dict[str, Callable[..., Question | None]] = dict(
     zip(KINDS, (_ask_color, _ask_shape, _ask_count, _ask_where, _ask_read), strict=True)
 )
 _ASK[SIDE] = _ask_side

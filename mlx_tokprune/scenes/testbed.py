@@ -79,7 +79,7 @@ class Background:
         picture = self.photograph.resize((SIZE, SIZE), bilinear, self.box)
         if self.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return picture.point(lambda value: min(255, int(value * self.bright)))
+        return picture.point([min(255, int(v * self.bright)) for v in range(256)] * 3)
 
 
 @dataclass(frozen=True)
@@ -183,16 +183,17 @@ def _exists(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def _colour(rng: np.random.Generator, scene: Scene) -> Question | None:
-    plain = [item for item in scene.placed if item.thing.colour]
+    colours = ((item, item.thing.colour) for item in scene.placed)
+    plain = [(item, colour) for item, colour in colours if colour]
     if not plain:
         return None
-    item = _pick(rng, plain)
+    item, colour = plain[int(rng.integers(len(plain)))]
     prompt = f"What colour is the {item.thing.kind}?"
-    return Question("colour", prompt, item.thing.colour, (item,))
+    return Question("colour", prompt, colour, (item,))
 
 
 def _pick(rng: np.random.Generator, placed: Sequence[Placement]) -> Placement:
-    return placed[rng.integers(len(placed))]
+    return placed[int(rng.integers(len(placed)))]
 
 
 ASKING: tuple[Callable[..., Question | None], ...] = (

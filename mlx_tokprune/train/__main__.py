@@ -17,7 +17,7 @@ from ..scenes.pictures import check_fonts
 
 if TYPE_CHECKING:  # loaded only by the command that needs them
     from ..models.protocol import VisionModel
-    from ..processing.processor import Processor
+    from ..processing.processor import AnyProcessor
     from .loop import Schedule
     from .samples import Samples
 
@@ -248,7 +248,7 @@ def _fuse(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
-def _load(args: argparse.Namespace) -> tuple["VisionModel", "Processor"]:
+def _load(args: argparse.Namespace) -> tuple["VisionModel", "AnyProcessor"]:
     import mlx.core as mx
 
     from ..checkpoints.loading import load

@@ -72,7 +72,9 @@ def answers(
             *(model, Scene(None, prompt, len(ids)), plan),
             positions=positions,
             # Features are cached: the tower is replaced by its pruner alone.
-            vision=lambda *inputs, cached=features: prune_at_tower(*inputs[:3], cached),
+            vision=lambda model, scene, plan, _, cached=features: prune_at_tower(
+                model, scene, plan, cached
+            ),
             after=ids[:, begin : end - 1] if begin < end - 1 else None,
         )
         # A token's logits stand one place before it.
@@ -111,6 +113,8 @@ class AnswerLoss:
         distill: float = 0.0,
         teacher: VisionModel | None = None,
     ):
+        if distill and teacher is None:
+            raise InputError("distill needs a teacher; expected a model")
         self._model, self._batches, self._plan = model, batches, plan
         self._positions, self._sizes = positions, sizes
         self._distill, self._teacher = distill, teacher
@@ -120,14 +124,15 @@ class AnswerLoss:
     ) -> tuple[mx.array, mx.array]:
         """Return the sum of losses and the number of answer tokens of a batch."""
         batch = self._batches.draw(seed, *self._sizes)
-        if self._distill:
+        whole = None
+        if self._distill and self._teacher is not None:
             inputs = (batch.prefix, batch.features.tokens, batch.questions)
             whole = mx.stop_gradient(unpruned_logits(self._teacher, *inputs))
         total, count = mx.array(0.0), mx.array(0)
         for logits, at in answers(self._model, batch, self._plan, self._positions):
             part = Questions(batch.questions.ids[at], batch.questions.targets[at])
             losses, used = answer_losses(logits, part)
-            if self._distill:
+            if whole is not None:
                 losses = losses + self._distill * divergence(whole[at], logits)
             total, count = total + mx.sum(losses * used), count + mx.sum(used)
         return total, count

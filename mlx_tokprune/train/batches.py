@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError
 from ..features import Features
 from ..models.protocol import VisionModel
-from ..processing.processor import Processor
+from ..processing.processor import AnyProcessor, Processor
 from .packing import Questions, padded
 from .samples import Sample
 
@@ -36,6 +36,16 @@ class Batch:
     prompt: mx.array
 
 
+def check_words(processor: AnyProcessor) -> Processor:
+    """Return the processor; raise `InputError` for that of a policy."""
+    if not isinstance(processor, Processor):
+        raise InputError(
+            "the model answers in actions; expected a model that answers in words, "
+            "such as 'demo'"
+        )
+    return processor
+
+
 class Batches:
     """Source of batches: draws samples by seed, and encodes each picture once.
 
@@ -46,15 +56,11 @@ class Batches:
     def __init__(
         self,
         model: VisionModel,
-        processor: Processor,
+        processor: AnyProcessor,
         samples: Sequence[Sample],
         needs: tuple[str, ...] = (),
     ):
-        if not isinstance(processor, Processor):
-            raise InputError(
-                "the model answers in actions; expected a model that answers in words, "
-                "such as 'demo'"
-            )
+        processor = check_words(processor)
         self._model, self._processor, self._needs = model, processor, needs
         self.samples = tuple(samples)
         # By picture, oldest first; dropped beyond `MOST_BYTES`.
@@ -94,7 +100,7 @@ class Batches:
 
     def _ids(self, question: str, answer: str) -> tuple[tuple, tuple, list[int]]:
         """Return token ids before the picture, after it, and of the answer."""
-        before, after = self._processor.prompt(question, 1).segments
+        before, after = map(tuple, self._processor.prompt(question, 1).segments)
         encode = self._processor.tokenizer.encode
         return before, after, [*encode(answer, add_special_tokens=False), self._end]
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
+from ..checkpoints.shards import load_tensors
 from ..errors import InputError
 from ..files import replacing, write_text
 from ..models.protocol import VisionModel
@@ -61,7 +63,7 @@ def warm_cosine(
 
 
 # (trainable module, seed of the batch, step) -> sum of losses, number of tokens
-LossOf = Callable[[nn.Module, tuple[int, ...], int], tuple[mx.array, mx.array]]
+LossOf = Callable[[Any, tuple[int, ...], int], tuple[mx.array, mx.array]]
 
 
 class Loop:
@@ -129,19 +131,21 @@ class Loop:
         total, count, gradients = self._gradients(step)
         self._apply(gradients, count)
         mx.eval(self._state())
-        loss = (total / count).item()
+        loss = cast(float, (total / count).item())
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss of step {step} is not finite; choose a lower learning rate, "
                 "or check the data"
             )
-        return loss, count.item()
+        return loss, cast(float, count.item())
 
     def _gradients(self, step: int) -> tuple[mx.array, mx.array, dict]:
         """Return sums over the batches of a step: losses, tokens, gradients."""
         schedule, size, rank = self.schedule, self._group.size(), self._group.rank()
         sums = nn.value_and_grad(self.module, self.loss)
-        total, count, gradients = 0.0, 0.0, None
+        total: Any = 0.0  # an array after the first batch, as the rest
+        count: Any = 0.0
+        gradients: Any = None
         for part in range(schedule.accumulate):
             # One seed for each process and part: a resumed step draws its batch again.
             seed = (schedule.seed, step, part * size + rank)
@@ -179,7 +183,7 @@ class Loop:
         state = json.loads(file.read_text())
         if state["schedule"] != dataclasses.asdict(self.schedule):
             raise _other_settings(self.folder)
-        arrays = mx.load(str(self.folder / f"state-{state['step']}.safetensors"))
+        arrays = load_tensors(self.folder / f"state-{state['step']}.safetensors")
         parts: dict[str, list] = {"weights": [], "optimizer": []}
         for name, array in arrays.items():
             part, _, inner = name.partition("/")

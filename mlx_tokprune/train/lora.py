@@ -11,8 +11,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.carried import carry, read_carried
@@ -24,10 +26,10 @@ from ..files import new_folder
 from ..models.protocol import VisionModel
 from ..pipeline import tower_needs
 from ..pipeline.planning import plan_for
-from ..processing.processor import Processor
+from ..processing.processor import AnyProcessor
 from ..pruners import Pruner, Pruners
 from .answers import AnswerLoss, check_trainable
-from .batches import Batches
+from .batches import Batches, check_words
 from .loop import Loop, Schedule, draw_losses, recomputed
 from .samples import Samples, check_started
 
@@ -88,7 +90,7 @@ class Adapter:
 
 
 def train_adapter(
-    loaded: tuple[VisionModel, Processor],
+    loaded: tuple[VisionModel, AnyProcessor],
     samples: Samples,
     pruners: Pruners,
     positions: str,
@@ -110,7 +112,7 @@ def train_adapter(
     the function of the model is unchanged. Raises `InputError` for a plan or a setting
     that cannot be trained.
     """
-    model, processor = loaded
+    model, processor = loaded[0], check_words(loaded[1])
     plan = plan_for(model, pruners)
     check_trainable(plan)
     if not 0 <= distill <= 1e6:
@@ -126,7 +128,7 @@ def train_adapter(
     loss = AnswerLoss(model, batches, plan, positions, sizes, distill, teacher)
     module = model if adapter.projector else model.language_model
     check_started(folder, model, samples, settings | {"dequantize": dequantize})
-    loop = Loop(module, loss, schedule, folder)
+    loop = Loop(cast(nn.Module, module), loss, schedule, folder)
     with recomputed(model, checkpoint):
         loop.run()
     if loop.is_first:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
 from ..checkpoints.fingerprint import fingerprint
 from ..errors import InputError
+from ..features import HasParameters
 from ..files import read_lines
 from ..processing.image import load_image
 from ..scenes import testbed
@@ -69,7 +69,7 @@ class Samples:
 
 
 def check_started(
-    folder: Path, model: nn.Module, samples: Samples, settings: dict
+    folder: Path, model: HasParameters, samples: Samples, settings: dict
 ) -> None:
     """Write the settings of a training to `folder`, or compare them.
 

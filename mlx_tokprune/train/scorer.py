@@ -6,9 +6,12 @@ tokens, or the scorer learns that number.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,10 +22,17 @@ from ..errors import InputError, nearest
 from ..features import Features
 from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
-from ..processing.processor import Processor
+from ..processing.processor import AnyProcessor
 from ..pruners import Pruner, count_kept
-from ..pruners.scorers import SCORERS, fold_budget, is_scorer, load_scorer, save_scorer
-from .batches import Batch, Batches
+from ..pruners.scorers import (
+    SCORERS,
+    Scorer,
+    fold_budget,
+    is_scorer,
+    load_scorer,
+    save_scorer,
+)
+from .batches import Batch, Batches, check_words
 from .gate import LEAKS, above_threshold, annealed, log_gate, straight_through, tamed
 from .loop import Loop, Schedule, draw_losses, recomputed
 from .packing import (
@@ -171,10 +181,10 @@ class ScorerLoss:
         model: VisionModel,
         batches: Batches,
         lesson: Lesson,
-        order: nn.Module | None = None,
+        order: Scorer | None = None,
     ):
         layers = len(model.decoder.layers)
-        for layer in lesson.imitate if lesson.imitate != GRADIENT else ():
+        for layer in () if isinstance(lesson.imitate, str) else lesson.imitate:
             if not 0 <= layer < layers:
                 raise InputError(
                     f"there is no layer {layer} to imitate; expected 0 to "
@@ -186,7 +196,7 @@ class ScorerLoss:
         self._goals: dict[Hashable, mx.array] = {}
 
     def __call__(
-        self, scorer: nn.Module, seed: tuple[int, ...], step: int
+        self, scorer: Scorer, seed: tuple[int, ...], step: int
     ) -> tuple[mx.array, mx.array]:
         """Return the sum of losses of a batch, and the number of its terms."""
         lesson = self._lesson
@@ -202,7 +212,7 @@ class ScorerLoss:
             losses = nn.losses.binary_cross_entropy(scores, needed, penalty)
             return losses * rows, rows
         if lesson.imitate:
-            goal = self._goal(batch, scorer.at, keep <= lesson.alone)
+            goal = self._goal(batch, scorer.at, (keep or 0) <= lesson.alone)
             logs = scores - mx.logsumexp(scores, axis=1, keepdims=True)
             return -mx.sum(goal * logs), rows
         inputs = (self._model, batch.prefix, batch.features.tokens, batch.questions)
@@ -215,7 +225,7 @@ class ScorerLoss:
         else:
             gate = straight_through(scores, keep, temperature)
         leak = LEAKS[step >= lesson.leaky * lesson.steps]
-        logits = unpruned_logits(*inputs, log_gate(tamed(gate), leak))
+        logits = unpruned_logits(*inputs, log_gate(cast(mx.array, tamed(gate)), leak))
         losses, used = answer_losses(logits, batch.questions)
         if lesson.distill:
             whole = mx.stop_gradient(unpruned_logits(*inputs))
@@ -291,8 +301,11 @@ class ScorerLoss:
         visual, lesson = self._model.project(batch.features.tokens)[0], self._lesson
         ids, targets = batch.questions.ids[0], batch.questions.targets[0]
         total = batch.features.total
-        budget = None if self._order.own_count else count_kept(total, lesson.middle)
-        scores = score(self._model, self._order, batch, budget)
+        scorer, within = self._order, lesson.within
+        if scorer is None or within is None:
+            raise InputError("within needs a number of nats, and a scorer's order")
+        budget = None if scorer.own_count else count_kept(total, lesson.middle)
+        scores = score(self._model, scorer, batch, budget)
         order = mx.argsort(-mx.broadcast_to(scores, (len(ids), total)), axis=1)
 
         def logits(rows: mx.array, keep: int) -> mx.array:
@@ -308,7 +321,7 @@ class ScorerLoss:
             rows = mx.array(left)
             gap = divergence(whole[rows], logits(rows, keep))
             used = targets[rows, None] != IGNORE
-            near = np.array(mx.sum(gap * used, axis=(1, 2)) <= lesson.within)
+            near = np.array(mx.sum(gap * used, axis=(1, 2)) <= within)
             counts[left[near]], left = keep, left[~near]
             keep = max(keep + 1, int(keep * _STEP))
         needed = mx.argsort(order, axis=1) < mx.array(counts)[:, None]
@@ -374,18 +387,20 @@ class ScorerLoss:
         last = mx.sum(batch.prompt, axis=-1) - 1 + mx.arange(count) * length
         rows = len(batch.prefix) + total + last
 
+        imitated = self._lesson.imitate
+
         def watch(number: int, hidden: mx.array) -> None:
-            if number in self._lesson.imitate:
+            if not isinstance(imitated, str) and number in imitated:
                 queries = (rows, sequence.positions, sequence.mask)
                 read = self._model.decoder.attention_to(number, hidden, *queries)
                 attention.append(read)
 
         self._model.decoder.read(sequence, watch=watch)  # lazy: no later layer runs
-        return sum(attention)[..., sequence.visual[0]]
+        return functools.reduce(operator.add, attention)[..., sequence.visual[0]]
 
 
 def train_scorer(
-    loaded: tuple[VisionModel, Processor],
+    loaded: tuple[VisionModel, AnyProcessor],
     kind: str,
     samples: Samples,
     lesson: Lesson,
@@ -393,14 +408,14 @@ def train_scorer(
     folder: Path,
     output: Path,
     checkpoint: bool = False,
-) -> nn.Module:
+) -> Scorer:
     """Train a scorer for a `(model, processor)` and write it to `output`.
 
     kind: name of `SCORERS`, or folder of a trained scorer, whose weights are trained
     further. folder: state of the training, from which it is resumed. checkpoint: see
     `recomputed`. Raises `InputError` where model, scorer and lesson do not fit.
     """
-    model, processor = loaded
+    model, processor = loaded[0], check_words(loaded[1])
     model.freeze()
     mx.random.seed(schedule.seed)
     scorer, order = scorer_for(model, kind), None
@@ -429,7 +444,7 @@ def train_scorer(
     return scorer
 
 
-def scorer_for(model: VisionModel, kind: str) -> nn.Module:
+def scorer_for(model: VisionModel, kind: str) -> Scorer:
     """Return a new scorer for this model, or the trained scorer of a folder.
 
     kind: name of `SCORERS`, or a folder. Raises `InputError` where the model lacks an
@@ -448,13 +463,15 @@ def scorer_for(model: VisionModel, kind: str) -> nn.Module:
             f"have at {scorer_class.at!r}; choose 'adaptive'"
         )
     if scorer_class.at == "prompt":
-        return scorer_class(model.args.text["hidden_size"])
-    sizes = (model.block_sizes,) if "blocks" in scorer_class.needs else ()
-    return scorer_class(model.feature_size, *sizes)
+        return scorer_class(**{"channels": model.args.text["hidden_size"]})
+    settings: dict[str, Any] = {"channels": model.feature_size}
+    if "blocks" in scorer_class.needs:
+        settings["sizes"] = model.block_sizes
+    return scorer_class(**settings)
 
 
 def score(
-    model: VisionModel, scorer: nn.Module, batch: Batch, keep: int | None
+    model: VisionModel, scorer: Scorer, batch: Batch, keep: int | None
 ) -> mx.array:
     """Return a scorer's scores: (B, N) at the tower, (B * Q, N) at the prompt.
 
@@ -462,7 +479,8 @@ def score(
     """
     features = batch.features
     if scorer.at == "tower":
-        extras = _budget(keep, features.total, len(features.tokens)) | features.extras
+        extras = _budget(keep, features.total, len(features.tokens))
+        extras |= features.extras
         return scorer(Features(features.tokens, features.grid, extras=extras))
     _, count, _ = batch.prompt.shape
     length = int(np.array(mx.max(mx.sum(batch.prompt, axis=-1))))

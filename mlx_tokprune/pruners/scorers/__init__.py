@@ -7,6 +7,7 @@ from .scorers import (
     AdaptiveScorer,
     ConstantScorer,
     PromptScorer,
+    Scorer,
     TowerScorer,
     fold_budget,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptiveScorer",
     "ConstantScorer",
     "PromptScorer",
+    "Scorer",
     "TowerScorer",
     "check_fits",
     "counts_itself",

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ...errors import InputError
+from ...features import HasParameters
 from .scorers import SCORERS
 
 log = logging.getLogger("mlx_tokprune")
@@ -25,7 +26,7 @@ _STEP = 2654435761  # a large prime: spreads the picked weights over a tensor
 _MOST = _SIGNS // 4  # signs that may differ in one model
 
 
-def signs_of(model: nn.Module) -> str | None:
+def signs_of(model: HasParameters) -> str | None:
     """Return the signs of 256 weights outside the language model, as 64 hex digits.
 
     `None` for a model without float matrices there.

@@ -10,7 +10,7 @@ trained for (`fitting.py`). Names of submodules are keys of the weights on disk.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -78,7 +78,25 @@ class AttentionBlock(nn.Module):
         return x + self.down(gelu(self.up(self.norm2(x))))
 
 
-class AdaptiveScorer(nn.Module):
+class Scorer(nn.Module):
+    """Base of scorers.
+
+    at, needs: place, and names of the extras that are read there. own_count: whether
+    the scores above 0 are kept. settings: arguments of the constructor.
+    """
+
+    at: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    own_count = False
+    model_signs: str | None = None
+    settings: dict[str, Any]
+
+    def __call__(self, features: Features) -> mx.array:
+        """Return scores (B, N)."""
+        raise NotImplementedError
+
+
+class AdaptiveScorer(Scorer):
     """A scorer at the tower for any budget, which does not read the prompt.
 
     The budget, as sines through a small network, attends to the visual tokens once. A
@@ -87,9 +105,6 @@ class AdaptiveScorer(nn.Module):
     """
 
     at = "tower"
-    needs: ClassVar[tuple[str, ...]] = ()
-    own_count = False
-    model_signs: str | None = None
 
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
@@ -123,7 +138,7 @@ class ConstantScorer(AdaptiveScorer):
         return super().__call__(dataclasses.replace(features, extras=rest))
 
 
-class TowerScorer(nn.Module):
+class TowerScorer(Scorer):
     """A scorer at the tower for any budget, which reads the tower's blocks.
 
     The tower is not changed. The input of each of its attention blocks, and its output,
@@ -133,9 +148,7 @@ class TowerScorer(nn.Module):
     """
 
     at = "tower"
-    needs: ClassVar[tuple[str, ...]] = ("blocks",)
-    own_count = False
-    model_signs: str | None = None
+    needs = ("blocks",)
 
     def __init__(
         self, channels: int, sizes: Sequence[int], width: int = 48, heads: int = 4
@@ -171,7 +184,7 @@ class TowerScorer(nn.Module):
         return self.score(gelu(joined))[..., 0]
 
 
-class PromptScorer(nn.Module):
+class PromptScorer(Scorer):
     """A scorer at the prompt, which reads the question.
 
     Visual tokens with their positions, the prompt behind them and the budget attend to
@@ -179,9 +192,7 @@ class PromptScorer(nn.Module):
     """
 
     at = "prompt"
-    needs: ClassVar[tuple[str, ...]] = ("text",)
-    own_count = False
-    model_signs: str | None = None
+    needs = ("text",)
 
     def __init__(self, channels: int, width: int = 96, depth: int = 2, heads: int = 4):
         super().__init__()
@@ -228,7 +239,7 @@ class ActionScorer(PromptScorer):
     actions: numbers of an action.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("text", "action_previous")
+    needs = ("text", "action_previous")
 
     def __init__(
         self,
@@ -268,7 +279,7 @@ def embed_budget(layers: list[nn.Linear], features: Features) -> mx.array:
     return second(gelu(first(sines(budget(features), _BUDGET_SINES, 1e-3))))
 
 
-SCORERS: dict[str, type[nn.Module]] = {
+SCORERS: dict[str, type[Scorer]] = {
     "adaptive": AdaptiveScorer,
     "inside": TowerScorer,
     "constant": ConstantScorer,

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from ...errors import InputError, nearest
 from ...files import DEMO, new_folder, object_of, read_json
 from .fitting import read_signs
-from .scorers import SCORERS
+from .scorers import SCORERS, Scorer
 
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
 BUDGET, OWN = "budget", "own"  # sources of the token count
@@ -49,9 +49,14 @@ def save_scorer(
     """Write a scorer to a new folder.
 
     training: description of the training, JSON-ready. Raises `InputError` if the folder
-    exists.
+    exists, or for a scorer that is not in `SCORERS`.
     """
     kinds = {kind: name for name, kind in SCORERS.items()}
+    if not isinstance(scorer, Scorer) or type(scorer) not in kinds:
+        raise InputError(
+            f"cannot write a scorer of class {type(scorer).__name__}; expected "
+            f"{', '.join(kind.__name__ for kind in kinds)}"
+        )
     config = {"scorer": kinds[type(scorer)], "settings": scorer.settings}
     config |= {"counts": OWN} if scorer.own_count else {}
     config |= {"model": scorer.model_signs} if scorer.model_signs else {}
@@ -62,7 +67,7 @@ def save_scorer(
         mx.save_safetensors(str(made / WEIGHTS), weights)
 
 
-def load_scorer(folder: str | Path) -> nn.Module:
+def load_scorer(folder: str | Path) -> Scorer:
     """Load the scorer of a folder.
 
     Raises `InputError` for a damaged folder or weights that are not finite.
