@@ -28,7 +28,7 @@ from ..measure.accuracy import accuracies, read_result
 from ..measure.subject import OwnSubject, subject_of
 from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
-from ..processing.image import list_pictures, load_image
+from ..processing.image import load_pictures
 from ..pruners import get_method, read_plan
 from .benchmark import Benchmark, make_cases
 from .plots import Accuracy, draw_all
@@ -140,7 +140,7 @@ def _drafts(args: argparse.Namespace, subject: OwnSubject) -> dict[str, Drafts]:
 
 def _images(args: argparse.Namespace, example: Path) -> list[Image.Image]:
     paths = args.image or [example]
-    return [load_image(file) for path in paths for file in list_pictures(path)]
+    return [image for path in paths for _, image in load_pictures(path)]
 
 
 def _measure_mlx_vlm(args: argparse.Namespace) -> None:
