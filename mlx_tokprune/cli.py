@@ -7,7 +7,6 @@ import argparse
 import functools
 import io
 import logging
-import os
 import re
 import shutil
 import signal
@@ -15,12 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 from PIL import Image
 
 from .errors import InputError, nearest, printable
-from .files import replacing
+from .files import PICTURE, check_apart, check_output, write_picture
 from .pipeline import DEFAULT_POSITIONS, POSITIONS, VisualTokens
 from .processing.overlay import draw_overlay, stack
 from .pruners import Plan, Pruner, get_method, read_place, read_plan
@@ -384,8 +384,7 @@ def write_overlay(
 
     padded: the model pads pictures to a square.
     """
-    with replacing(path) as file:
-        draw_choices(images, visual, padded).save(file, format="PNG")
+    write_picture(path, draw_choices(images, visual, padded))
 
 
 def draw_choices(images: list, visual: VisualTokens, padded: bool) -> Image.Image:
@@ -405,30 +404,11 @@ def draw_choices(images: list, visual: VisualTokens, padded: bool) -> Image.Imag
     return stack(rows, titles)
 
 
-def _is_png(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(8) == b"\x89PNG\r\n\x1a\n"
-
-
-def check_overlay(path: str | None, pictures: list[str]) -> None:
+def check_overlay(path: str | None, pictures: Sequence[str | Path]) -> None:
     """Raise `InputError` for an overlay that cannot be written.
 
     For use before any work. pictures: files that the overlay must not replace.
     """
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    special = os.path.lexists(path) and not os.path.isfile(path)
-    if not path or special or not os.access(folder, os.W_OK):
-        raise InputError(
-            f"--overlay {path!r} cannot be written; expected the name of a PNG file in "
-            "an existing folder"
-        )
-    if os.path.exists(path) and not _is_png(path):
-        raise InputError(
-            f"--overlay {path!r} exists and is no PNG file; choose another name"
-        )
-    if any(os.path.realpath(path) == os.path.realpath(p) for p in pictures):
-        raise InputError(
-            f"--overlay {path} would overwrite the picture; choose another name"
-        )
+    if path is not None:
+        check_output(path, PICTURE)
+        check_apart(path, pictures)

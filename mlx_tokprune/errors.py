@@ -4,7 +4,11 @@ A message is one sentence: the error, the expected value, the nearest valid choi
 """
 
 import difflib
+import functools
+import logging
 from collections.abc import Iterable
+
+log = logging.getLogger("mlx_tokprune")
 
 
 class InputError(ValueError):
@@ -29,6 +33,12 @@ def import_matplotlib() -> None:
         raise InputError(
             "plots need matplotlib; pip install 'mlx-tokprune[bench]'"
         ) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def note(text: str) -> None:
+    """Print a note to stderr, once: a guess, or a decision that the user may change."""
+    log.warning("note: %s", printable(text))
 
 
 _LONGEST = 600  # characters of a message

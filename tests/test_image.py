@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_tokprune.errors import InputError
+from mlx_tokprune.errors import InputError, note
 from mlx_tokprune.features import Selection
-from mlx_tokprune.processing import image as reader
 from mlx_tokprune.processing.image import (
     list_pictures,
     load_image,
@@ -139,7 +138,7 @@ def test_float_pictures_are_scaled(tmp_path):
 @pytest.fixture
 def notes(caplog):
     """Return the notes on stderr, which the process has not printed before."""
-    reader._note.cache_clear()
+    note.cache_clear()
     caplog.set_level(logging.WARNING, "mlx_tokprune")
     return caplog
 

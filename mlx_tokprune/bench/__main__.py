@@ -21,7 +21,7 @@ from ..cli import (
     row_plans,
 )
 from ..errors import InputError, import_matplotlib
-from ..files import check_name, check_output
+from ..files import check_output, check_pictures, is_replaced
 from ..generate.drafts import Drafts
 from ..generate.flags import add_answer_drafts, make_drafts
 from ..measure.accuracy import accuracies, read_result
@@ -30,8 +30,8 @@ from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
 from ..processing.image import load_pictures
 from ..pruners import get_method, read_plan
-from .benchmark import Benchmark, make_cases
-from .plots import Accuracy, draw_all
+from .benchmark import SCHEMA, Benchmark, make_cases
+from .plots import FILES, Accuracy, draw_all
 from .speed_table import tabulate
 
 RATIOS = (1.0, 0.5, 0.25, 0.11)
@@ -192,9 +192,14 @@ def _check(args: argparse.Namespace) -> None:
         get_method(name)
     for text in row_plans(args):
         read_plan(text)
-    check_output(args.output)
+    if args.runtime == "mlx-vlm":
+        from . import mlx_vlm_benchmark
+
+        check_output(args.output, mlx_vlm_benchmark.SCHEMA)
+    else:
+        is_replaced(args.output, SCHEMA)  # resumed, not replaced
     if args.plots:
-        check_name(args.plots)
+        check_pictures(args.plots, FILES)
         import_matplotlib()
     if args.accuracy and not args.plots:
         raise InputError("--accuracy is for the Pareto plot; give --plots FOLDER, too")

@@ -136,13 +136,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"a TTFT of {target:g} ms cannot be kept; expected more than 0"
         )
-    check_overlay(args.overlay, pictures)
     each = args.each or any(os.path.isdir(picture) for picture in pictures)
     if each:
         loaded = [pair for picture in pictures for pair in load_pictures(picture)]
         pictures, images = map(list, zip(*loaded, strict=True))
     else:
         images = [load_image(picture) for picture in pictures]
+    check_overlay(args.overlay, pictures)
     model, processor = load(
         "demo" if args.model is None else args.model, adapter_path=args.adapter_path
     )

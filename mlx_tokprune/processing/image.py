@@ -4,7 +4,6 @@ HEIC photographs need pillow-heif (the extra `heic`).
 """
 
 import functools
-import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,9 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import InputError, printable
-
-log = logging.getLogger("mlx_tokprune")
+from ..errors import InputError, note
 
 _LONGEST = 8192  # pixels; longer pictures shrink before they are padded
 _HEIC = (".heic", ".heif", ".hif")
@@ -77,13 +74,7 @@ def _note_skipped(folder: str | Path, entries: Sequence[str]) -> None:
     if entries:
         shown = "; ".join(entries[:_NAMED])
         more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
-        _note(printable(f"skipped in {folder}, as no pictures: {shown}{more}"))
-
-
-@functools.lru_cache(maxsize=1024)
-def _note(text: str) -> None:
-    """Print a note to stderr, once."""
-    log.warning("note: %s", text)
+        note(f"skipped in {folder}, as no pictures: {shown}{more}")
 
 
 def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Image:
@@ -206,7 +197,7 @@ def _to_bytes(image: Image.Image, name: str) -> np.ndarray:
             f"{' or '.join(f'0 to {top}' for top in tops)}"
         )
     if top > 1 or low < 0 or high > 1:
-        _note(f"{name} has pixels from {low:g} to {high:g}, read as 0 to {top}")
+        note(f"{name} has pixels from {low:g} to {high:g}, read as 0 to {top}")
     return np.clip(values * 255 / top, 0, 255).astype(np.uint8)
 
 

@@ -74,12 +74,17 @@ def check_started(
     """Write the settings of a training to `folder`, or compare them.
 
     Raises `InputError` where the folder holds a training with another model, other
-    samples or other settings.
+    samples or other settings, or files that are not of a training.
     """
+    file = folder / "settings.json"
+    if folder.is_dir() and any(folder.iterdir()) and not file.exists():
+        raise InputError(
+            f"{folder} has files, and none of a training; choose a new folder"
+        )
     identity = {**settings, "model": fingerprint(model), "data": samples.digest}
     processes = mx.distributed.init().size()  # each draws a batch
     identity |= {"processes": processes} if processes > 1 else {}
-    check_same(folder / "settings.json", identity)
+    check_same(file, identity)
 
 
 def read_samples(source: str, pictures: int) -> Samples:

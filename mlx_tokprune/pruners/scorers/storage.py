@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ...errors import InputError, nearest
-from ...files import DEMO, new_folder, object_of, read_json
+from ...files import DEMO, new_folder, object_of, read_json, write_arrays
 from .fitting import read_signs
 from .scorers import SCORERS
 
@@ -59,7 +59,7 @@ def save_scorer(
     with new_folder(folder) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         weights = dict(tree_flatten(scorer.parameters()))
-        mx.save_safetensors(str(made / WEIGHTS), weights)
+        write_arrays(made / WEIGHTS, weights)
 
 
 def load_scorer(folder: str | Path) -> nn.Module:
