@@ -7,6 +7,7 @@ import argparse
 import functools
 import io
 import logging
+import os
 import re
 import shutil
 import signal
@@ -27,6 +28,8 @@ from .pruners import Plan, Pruner, get_method, read_place, read_plan
 from .pruners.registry import Depths, Options, Place
 
 RUNTIMES = ("own", "mlx-vlm")
+# Flags whose values are no paths.
+_TEXTS = ("prompt", "system_prompt", "prefill_response", "instruction", "title")
 PLAN = "PLAN"  # METHOD[:BUDGET][@PLACE], places joined by +
 Flags = argparse._ActionsContainer  # a parser or a group of one
 
@@ -78,9 +81,19 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, "expected one value, not '--'")
         return super()._get_values(action, arg_strings)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # Shells leave the home folder in `--flag=~/x` to the program.
+        if action.dest not in _TEXTS:
+            arg_string = re.sub(r"^((?:[\w.-]+=)?)(~[\w.-]*)(?=/|$)", _home, arg_string)
+        return super()._get_value(action, arg_string)
+
     def error(self, message: str) -> NoReturn:
         """Print the message as one sentence to stderr and exit with 2."""
         self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
+
+
+def _home(match: re.Match[str]) -> str:
+    return match[1] + os.path.expanduser(match[2])
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:

@@ -6,7 +6,9 @@ A message is one sentence: the error, the expected value, the nearest valid choi
 import difflib
 import functools
 import logging
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 log = logging.getLogger("mlx_tokprune")
 
@@ -23,6 +25,20 @@ def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
     names = {name.lower(): name for name in choices}
     close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
     return f" Did you mean {names[close[0]]!r}?" if close else ""
+
+
+def as_number(value: Any, name: str, kind: type) -> Any:
+    """Return a number of Python, NumPy or MLX as an `int` or `float`, by `kind`.
+
+    name: its name in errors. Raises `InputError` for anything else.
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return operator.index(value) if kind is int else float(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = "whole " if kind is int else ""
+        raise InputError(f"{name} is a {whole}number, not {value!r:.40}") from None
 
 
 def import_matplotlib() -> None:

@@ -125,8 +125,16 @@ def check_pictures(folder: str | Path, names: Iterable[str]) -> None:
         check_output(Path(folder) / name, PICTURE)
 
 
+def note_shadowed(name: str) -> None:
+    """Note that a file or folder has the name of something embedded, which is used."""
+    if os.path.exists(name):
+        note(f"{name} is the embedded one; write ./{name} for the file or folder here")
+
+
 def check_name(path: str | Path) -> None:
     """Raise `InputError` for a name that is not UTF-8, which libraries cannot open."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"a file or folder has a name, not {path!r:.40}")
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -247,8 +255,8 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     It is made beside `target`; on any error it is removed and `target` never exists.
     Raises `InputError` when `target` exists or the disk is full.
     """
-    target = Path(target)
     check_name(target)
+    target = Path(target)
     if os.path.lexists(target) or target.name in ("", ".."):
         raise InputError(
             f"{target} already exists; choose a new folder or remove it first"

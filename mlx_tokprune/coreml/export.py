@@ -10,6 +10,8 @@ import contextlib
 import gc
 import io
 import logging
+import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,6 +103,13 @@ def load_coremltools() -> ModuleType:
     try:
         import coremltools
     except ImportError:
+        mac, machine = sys.platform == "darwin", platform.machine()
+        if sys.version_info >= (3, 14) or not (mac or machine == "x86_64"):
+            raise InputError(
+                "Core ML packages need coremltools, which has no wheel for Python "
+                f"{platform.python_version()} on {platform.system()} {machine}; "
+                "expected Python 3.11 to 3.13 on macOS or on x86-64 Linux"
+            ) from None
         raise InputError(
             "Core ML packages need coremltools; install it with "
             "pip install 'mlx-tokprune[coreml]'"

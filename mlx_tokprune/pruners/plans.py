@@ -18,7 +18,7 @@ def as_plan(pruners: Pruners, layers: int | None = None) -> Plan:
     it such a pruner stays whole. Pruners that keep everything are left out. Raises
     `InputError` for anything but pruners, and for two pruners at one place.
     """
-    members = [pruners] if isinstance(pruners, Pruner) else list(pruners or ())
+    members = list(pruners or ()) if isinstance(pruners or (), Iterable) else [pruners]
     for pruner in members:
         if not isinstance(pruner, Pruner):
             raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..checkpoints.fingerprint import fingerprint
 from ..errors import InputError
-from ..files import read_lines
+from ..files import note_shadowed, read_lines
 from ..processing.image import load_image
 from ..scenes import testbed
 from ..scenes.held_out import TRAINING
@@ -96,6 +96,7 @@ def read_samples(source: str, pictures: int) -> Samples:
     and named in `skipped`. Raises `InputError` where no sample is left.
     """
     if source in ("demo", "testbed"):
+        note_shadowed(source)
         make = _demo if source == "demo" else _testbed
         return Samples(tuple(make(pictures)))
     path = Path(source)
