@@ -84,16 +84,15 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         # Shells leave the home folder in `--flag=~/x` to the program.
         if action.dest not in _TEXTS:
-            arg_string = re.sub(r"^((?:[\w.-]+=)?)(~[\w.-]*)(?=/|$)", _home, arg_string)
+            name, path = re.fullmatch(
+                r"([\w.-]+=(?=~))?(.*)", arg_string, re.S
+            ).groups()
+            arg_string = (name or "") + os.path.expanduser(path)
         return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         """Print the message as one sentence to stderr and exit with 2."""
         self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
-
-
-def _home(match: re.Match[str]) -> str:
-    return match[1] + os.path.expanduser(match[2])
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:

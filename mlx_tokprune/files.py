@@ -114,10 +114,7 @@ def is_replaced(path: str | Path, kind: str | None) -> bool:
 
 
 def check_pictures(folder: str | Path, names: Iterable[str]) -> None:
-    """Raise `InputError` unless pictures `names` can be written to a folder.
-
-    The folder need not exist.
-    """
+    """Raise `InputError` unless pictures can be written to a folder, or a new one."""
     check_name(folder)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise InputError(f"{folder} is there and no folder; choose another name")

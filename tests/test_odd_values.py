@@ -200,7 +200,7 @@ def test_an_answer_past_the_context_has_a_note(tiny, caplog, positions):
         pieces = list(stream_generate(model, limited, [PICTURE], text, **options))
         assert len(pieces) == 3
         assert len(caplog.messages) == notes
-    assert "the answer passes the" in caplog.text
+    assert "the answer passes the model's context of" in caplog.text
 
 
 @pytest.mark.parametrize(

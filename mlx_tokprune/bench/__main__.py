@@ -151,6 +151,7 @@ def _measure_mlx_vlm(args: argparse.Namespace) -> None:
     names = ("plans", "prune", "image_sizes", "adapter_path", "plots", "accuracy")
     names += ("draft", "draft_model", "draft_prune", "num_draft_tokens")
     check_mlx_vlm(**{name: getattr(args, name) for name in names})
+    check_output(args.output, mlx_vlm_benchmark.SCHEMA)
     if len(args.model) != 1:
         raise InputError("mlx-vlm's runtime measures one model; give one --model")
     subject = MlxVlmSubject(args.model[0], args.positions)
@@ -192,11 +193,7 @@ def _check(args: argparse.Namespace) -> None:
         get_method(name)
     for text in row_plans(args):
         read_plan(text)
-    if args.runtime == "mlx-vlm":
-        from . import mlx_vlm_benchmark
-
-        check_output(args.output, mlx_vlm_benchmark.SCHEMA)
-    else:
+    if args.runtime == "own":
         is_replaced(args.output, SCHEMA)  # resumed, not replaced
     if args.plots:
         check_pictures(args.plots, FILES)

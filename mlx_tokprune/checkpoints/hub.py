@@ -63,9 +63,9 @@ def is_local(name: str) -> bool:
 def resolve(path_or_id: str | Path) -> Path:
     """Return the folder of an embedded model, `testbed`, a local path or a hub id.
 
-    A hub id is downloaded, or taken from the Hugging Face cache. The name of an
-    embedded model is that model, also where a folder has it, which a note tells; a
-    `Path` that exists is that path. Raises `InputError` for anything else.
+    A hub id is downloaded, or taken from the Hugging Face cache. A folder with the name
+    of an embedded model is noted, not used, except as a `Path`. Raises `InputError`
+    when the name is none of these.
     """
     if not isinstance(path_or_id, (str, os.PathLike)):
         raise InputError(f"a model is a name or a folder, not {path_or_id!r:.40}")

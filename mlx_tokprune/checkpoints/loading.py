@@ -40,11 +40,10 @@ def default_dtype() -> mx.Dtype | None:
 
 def _float_type(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     types = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-    if isinstance(dtype, str) and dtype in types:
-        return types[dtype]
-    if dtype is not None and not any(dtype is one for one in types.values()):
+    chosen = types.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not any(chosen is one for one in types.values()):
         raise InputError(f"unknown dtype {dtype!r}; expected {' or '.join(types)}")
-    return dtype
+    return chosen
 
 
 def load(

@@ -103,17 +103,14 @@ def load_coremltools() -> ModuleType:
     try:
         import coremltools
     except ImportError:
-        mac, machine = sys.platform == "darwin", platform.machine()
+        machine, hint = platform.machine(), "pip install 'mlx-tokprune[coreml]'"
+        mac = sys.platform == "darwin"
         if sys.version_info >= (3, 14) or not (mac or machine == "x86_64"):
-            raise InputError(
-                "Core ML packages need coremltools, which has no wheel for Python "
-                f"{platform.python_version()} on {platform.system()} {machine}; "
+            hint = (
+                f"no wheel for Python {platform.python_version()} on {machine}; "
                 "expected Python 3.11 to 3.13 on macOS or on x86-64 Linux"
-            ) from None
-        raise InputError(
-            "Core ML packages need coremltools; install it with "
-            "pip install 'mlx-tokprune[coreml]'"
-        ) from None
+            )
+        raise InputError(f"Core ML packages need coremltools; {hint}") from None
     return coremltools
 
 

@@ -44,10 +44,8 @@ def launch(arguments: Sequence[str], workers: int, output: str) -> None:
         ring = {"MLX_HOSTFILE": str(hosts), _WORKER: "1"}
         try:
             for rank in range(workers):
-                environment = limits | dict(os.environ) | ring
-                environment["MLX_RANK"] = str(rank)
-                process = subprocess.Popen(command, stdin=ends, env=environment)
-                processes.append(process)
+                own = limits | dict(os.environ) | ring | {"MLX_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, stdin=ends, env=own))
             while any(p.poll() is None for p in processes):
                 if any(p.returncode for p in processes):  # the others would wait for it
                     break
@@ -87,10 +85,7 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def end_with_launcher() -> None:
-    """End this process when the process of `launch` ends, also by SIGKILL.
-
-    Without effect in a process that `launch` did not start.
-    """
+    """End a process that `launch` started when that one ends, also by SIGKILL."""
     if _WORKER in os.environ:
         threading.Thread(target=_watch, daemon=True).start()
 

@@ -4,13 +4,11 @@ Source: Antol et al., 2015 (arXiv 1505.00468) and its authors' evaluation code: 
 punctuation, articles and number words do not count, and an answer is right if three of
 ten people gave it.
 
-Four differences from that code, which would score a wrong answer as right or a right
-one as wrong:
+Differences from that code, which scores such answers wrongly:
 
 - An answer that consists of articles or punctuation keeps them: otherwise an empty
   answer equals the answer "A" of a multiple-choice question.
-- A minus sign before a number counts: "-5" is not "5".
-- ".5" is "0.5".
+- A minus sign before a number counts: "-5" is not "5"; and ".5" is "0.5".
 - Letters count in their composed form (NFC), full-width characters as ASCII, and the
   full stops, commas and quotation marks of other scripts as punctuation. Not NFKC,
   under which "10²" equals "102".

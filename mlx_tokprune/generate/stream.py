@@ -170,7 +170,6 @@ def decoded(images: Any) -> list[Image.Image]:
     """
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
-    images = [] if images is None else images
     if not isinstance(images, Iterable) or isinstance(images, Mapping):
         raise InputError(f"pictures come as a list, not {type(images).__name__}")
     images = list(images)
@@ -223,10 +222,7 @@ def _answer(question: _Question) -> Iterator[Response]:
     for number, (token, calls) in enumerate(steps, 1):
         elapsed = time.perf_counter() - first
         if number == max(1, room + 1):
-            note(
-                f"the answer passes the {context} tokens that the model was trained "
-                "for, and may get worse; a lower max_tokens avoids that"
-            )
+            note(f"the answer passes the model's context of {context} tokens")
         reason = "length" if number == settings.max_tokens else None
         if token in tokenizer.eos_token_ids:
             reason = "stop"

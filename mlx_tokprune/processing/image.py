@@ -176,11 +176,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _to_bytes(image: Image.Image, name: str) -> np.ndarray:
     """Return grey pixels of more than 8 bits as bytes.
 
-    16-bit integers go from 0 to 65535. Other types do not tell their range, which is
-    the first of 0 to 1 (floats only), 0 to 255 and 0 to 65535 that holds the pixels;
-    a note on stderr says so. Floats may be a tenth beyond it, as resizing makes them.
-    Raises `InputError` for pixels in no range, and for floats that use less than a
-    sixteenth of one, which have another unit.
+    16-bit integers go from 0 to 65535. The range of other types is a guess, with a
+    note: the first of 0 to 1 (floats only), 0 to 255 and 0 to 65535 that holds them,
+    floats up to a tenth beyond it, as resizing leaves them. Raises `InputError` where
+    there is none, or floats use less than a sixteenth of it: they have another unit.
     """
     values, floats = np.asarray(image, dtype=np.float32), image.mode == "F"
     if not np.isfinite(values).all():
