@@ -257,6 +257,16 @@ def test_a_full_disk_in_training_is_one_sentence(home, capsys, kind):
     assert (home / "out").exists()
 
 
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_a_checkpoint_that_cannot_be_written_is_not_there(home, capsys, size):
+    before = contents(home)
+    with largest_file(size), pytest.raises(SystemExit) as ended:
+        main_of("convert")(["--hf-path", str(TINY), "--mlx-path", "made"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: File too large")
+    assert contents(home) == before
+
+
 @pytest.mark.parametrize("damage", ["no arrays", "no step", "other arrays", "text"])
 def test_a_damaged_state_is_refused(tmp_path, damage):
     make_loop(tmp_path)._save(1)
