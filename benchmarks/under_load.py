@@ -22,6 +22,9 @@ import mlx.core as mx
 from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.processing.image import load_image
 
+# Ends with its parent, also when that is killed.
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,7 +46,7 @@ def main() -> None:
     }
     print(f"tower, ms: median (middle half) of {args.runs} interleaved runs")
     for busy in args.load:
-        loop = [sys.executable, "-c", "while True: pass"]
+        loop = [sys.executable, "-c", BUSY]
         others = [subprocess.Popen(loop) for _ in range(busy)]
         try:
             time.sleep(0.5)

@@ -24,7 +24,7 @@ from ..checkpoints.shards import (
     write_shards,
 )
 from ..errors import InputError
-from ..files import new_folder
+from ..files import check_name, new_folder
 from ..pruners import Pruners, as_plan
 from .openvla import OPENVLA
 
@@ -89,6 +89,7 @@ def convert(
         raise InputError(
             f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}"
         )
+    check_name(mlx_path)
     target = Path(mlx_path)
     source = resolve(hf_path)
     inside = Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source))

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from mlx_tokprune import InputError, Pruner, load, stream_generate
 from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.cli import Parser, command
-from mlx_tokprune.files import check_output, replacing
+from mlx_tokprune.files import PICTURE, check_output, replacing, write_picture
 from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.processing.overlay import draw_overlay
 
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    check_output(args.output)
+    check_output(args.output, PICTURE)
     if Path(args.output).suffix.lower() not in (".png", ".jpg"):
         raise InputError(f"{args.output} is no PNG or JPEG; choose such a name")
     image = load_image(args.image)
@@ -50,9 +50,11 @@ def main(argv: list[str] | None = None) -> None:
         panels.append((drawn, pruner.method))
         print(f"{pruner.method}: {len(kept[0])} of {visual.total} tokens; {answer}")
     sheet = side_by_side(panels)
-    kind = "PNG" if args.output.lower().endswith(".png") else "JPEG"
-    with replacing(args.output) as file:
-        sheet.save(file, kind, quality=88)
+    if args.output.lower().endswith(".png"):
+        write_picture(args.output, sheet)
+    else:
+        with replacing(args.output, PICTURE) as file:
+            sheet.save(file, "JPEG", quality=88)
     print(f"drawn to {args.output}")
 
 

@@ -15,6 +15,7 @@ from mlx_tokprune import InputError, Pruner, load, stream_generate
 from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.cli import Parser, command
 from mlx_tokprune.errors import import_matplotlib
+from mlx_tokprune.files import PICTURE, check_output, write_picture
 from mlx_tokprune.processing.image import load_image
 
 
@@ -50,6 +51,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     import_matplotlib()
+    check_output(args.output, PICTURE)
     if args.runs < 1:
         raise InputError(f"cannot time {args.runs} runs; the least is 1")
     rows = [Row(Pruner("none"))]
@@ -116,7 +118,7 @@ def draw(rows: list[Row], path: Path, prompt: str) -> None:
     axes.set_title(f"{prompt}\nfilled: the unpruned answer", fontsize=9)
     axes.set(xlim=(0, 1.03 * whole.kept), ylim=(0, 1.2 * max(r.ttft for r in rows)))
     axes.legend()
-    figure.savefig(path, format="png")
+    write_picture(path, figure)
 
 
 if __name__ == "__main__":

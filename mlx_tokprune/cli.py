@@ -21,13 +21,15 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from .errors import InputError, nearest, printable
-from .files import replacing
+from .files import PICTURE, check_apart, check_output, write_picture
 from .pipeline import DEFAULT_POSITIONS, POSITIONS, VisualTokens
 from .processing.overlay import draw_overlay, stack
 from .pruners import Plan, Pruner, get_method, read_place, read_plan
 from .pruners.registry import Depths, Options, Place
 
 RUNTIMES = ("own", "mlx-vlm")
+# Flags whose values are no paths.
+_TEXTS = ("prompt", "system_prompt", "prefill_response", "instruction", "title")
 PLAN = "PLAN"  # METHOD[:BUDGET][@PLACE], places joined by +
 Flags = argparse._ActionsContainer  # a parser or a group of one
 
@@ -76,6 +78,15 @@ class Parser(argparse.ArgumentParser):
         if action.nargs is None and arg_strings == ["--"]:
             raise argparse.ArgumentError(action, "expected one value, not '--'")
         return super()._get_values(action, arg_strings)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # Shells leave the home folder in `--flag=~/x` to the program.
+        if action.dest not in _TEXTS:
+            name, path = re.fullmatch(
+                r"([\w.-]+=(?=~))?(.*)", arg_string, re.S
+            ).groups()
+            arg_string = (name or "") + os.path.expanduser(path)
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         """Print the message as one sentence to stderr and exit with 2."""
@@ -384,8 +395,7 @@ def write_overlay(
 
     padded: the model pads pictures to a square.
     """
-    with replacing(path) as file:
-        draw_choices(images, visual, padded).save(file, format="PNG")
+    write_picture(path, draw_choices(images, visual, padded))
 
 
 def draw_choices(images: list, visual: VisualTokens, padded: bool) -> Image.Image:
@@ -405,30 +415,11 @@ def draw_choices(images: list, visual: VisualTokens, padded: bool) -> Image.Imag
     return stack(rows, titles)
 
 
-def _is_png(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(8) == b"\x89PNG\r\n\x1a\n"
-
-
 def check_overlay(path: str | None, pictures: Sequence[str | Path]) -> None:
     """Raise `InputError` for an overlay that cannot be written.
 
     For use before any work. pictures: files that the overlay must not replace.
     """
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    special = os.path.lexists(path) and not os.path.isfile(path)
-    if not path or special or not os.access(folder, os.W_OK):
-        raise InputError(
-            f"--overlay {path!r} cannot be written; expected the name of a PNG file in "
-            "an existing folder"
-        )
-    if os.path.exists(path) and not _is_png(path):
-        raise InputError(
-            f"--overlay {path!r} exists and is no PNG file; choose another name"
-        )
-    if any(os.path.realpath(path) == os.path.realpath(p) for p in pictures):
-        raise InputError(
-            f"--overlay {path} would overwrite the picture; choose another name"
-        )
+    if path is not None:
+        check_output(path, PICTURE)
+        check_apart(path, pictures)

@@ -4,7 +4,13 @@ A message is one sentence: the error, the expected value, the nearest valid choi
 """
 
 import difflib
+import functools
+import logging
+import operator
 from collections.abc import Iterable
+from typing import Any
+
+log = logging.getLogger("mlx_tokprune")
 
 
 class InputError(ValueError):
@@ -21,6 +27,20 @@ def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
     return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
+def as_number(value: Any, name: str, kind: type) -> Any:
+    """Return a number of Python, NumPy or MLX as an `int` or `float`, by `kind`.
+
+    name: its name in errors. Raises `InputError` for anything else.
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return operator.index(value) if kind is int else float(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = "whole " if kind is int else ""
+        raise InputError(f"{name} is a {whole}number, not {value!r:.40}") from None
+
+
 def import_matplotlib() -> None:
     """Import matplotlib; `InputError` names the command that installs it."""
     try:
@@ -29,6 +49,12 @@ def import_matplotlib() -> None:
         raise InputError(
             "plots need matplotlib; pip install 'mlx-tokprune[bench]'"
         ) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def note(text: str) -> None:
+    """Print a note to stderr, once: a guess, or a decision that the user may change."""
+    log.warning("note: %s", printable(text))
 
 
 _LONGEST = 600  # characters of a message

@@ -7,16 +7,26 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from .errors import InputError
+from .errors import InputError, note
 
 # Weights and pictures of the installed package.
 DEMO = Path(__file__).parent / "demo"
+
+# Kinds of files that commands write, besides the schemas of results (JSON).
+PICTURE, PAGE, _LOCK = "PNG picture", "HTML page", "lock"
+SOFTWARE = "mlx_tokprune"  # in the metadata of pictures and pages
+_STARTS = {
+    PICTURE: rb"\x89PNG\r\n\x1a\n.{,1000}tEXtSoftware\0" + SOFTWARE.encode(),
+    PAGE: rb'<!doctype html>.{,1000}<meta name="generator" content="mlx_tokprune',
+    _LOCK: rb"(?!)",  # locks are empty
+}
 
 
 def cache_folder(name: str) -> Path:
@@ -29,12 +39,13 @@ def cache_folder(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, kind: str | None = None) -> Iterator[BinaryIO]:
     """Yield a file beside `path` that replaces it if the block raises nothing.
 
-    Raises `InputError` if `path` exists and is no regular file.
+    kind: see `is_replaced`; `None` for a file in a folder of our own. Raises
+    `InputError` if `path` exists and may not be replaced.
     """
-    check_output(path)
+    is_replaced(path, kind)
     _sweep(path)
     folder, prefix = os.path.dirname(os.path.abspath(path)), _partial_prefix(path)
     number, partial = tempfile.mkstemp("", prefix, folder)
@@ -43,6 +54,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             yield file
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
+    except OSError as error:  # a full disk has no name
+        error.filename = os.fspath(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
@@ -57,18 +71,67 @@ def read_lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in lines if line.strip()]
 
 
-def check_output(path: str | Path) -> None:
-    """Raise `InputError` unless `path` can become a file, new or replaced."""
+def check_output(path: str | Path, kind: str | None) -> None:
+    """Raise `InputError` unless `path` can become a file; note that it is replaced.
+
+    For use before any work. kind: see `is_replaced`.
+    """
+    if is_replaced(path, kind) and kind:
+        note(f"{path} is there, from an earlier run, and will be replaced")
+
+
+def is_replaced(path: str | Path, kind: str | None) -> bool:
+    """Return whether a file at `path` would be replaced; decide whether it may be.
+
+    kind: `PICTURE`, `PAGE` or the schema of a result. A file is replaced only if it is
+    empty or a command of this package wrote it as the same kind; `None` allows any.
+    Raises `InputError` for another file, and where no file can be written.
+    """
     check_name(path)
     parent = Path(path).absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{path} is in {parent}, which does not exist")
-    if os.path.lexists(path) and not os.path.isfile(path):
+    if not parent.is_dir() or not Path(path).name:
+        raise InputError(
+            f"{path} is in {parent}, which does not exist; expected the name of a file "
+            "in an existing folder"
+        )
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: {parent} is read-only")
+    if not os.path.lexists(path):
+        return False
+    if not os.path.isfile(path):
         raise InputError(f"{path} is there and no regular file; choose another name")
+    if kind is None or os.path.getsize(path) == 0:
+        return True
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    schema = rb'\s*\{\s*"schema":\s*"' + re.escape(kind).encode() + b'"'
+    if not re.match(_STARTS.get(kind, schema), head, re.DOTALL):
+        expected = kind if kind in _STARTS else f"result ({kind})"
+        raise InputError(
+            f"{path} exists and is no {expected} of this command; choose another name"
+        )
+    return True
+
+
+def check_pictures(folder: str | Path, names: Iterable[str]) -> None:
+    """Raise `InputError` unless pictures can be written to a folder, or a new one."""
+    check_name(folder)
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise InputError(f"{folder} is there and no folder; choose another name")
+    for name in names if os.path.isdir(folder) else ():
+        check_output(Path(folder) / name, PICTURE)
+
+
+def note_shadowed(name: str) -> None:
+    """Note that a file or folder has the name of something embedded, which is used."""
+    if os.path.exists(name):
+        note(f"{name} is the embedded one; write ./{name} for the file or folder here")
 
 
 def check_name(path: str | Path) -> None:
     """Raise `InputError` for a name that is not UTF-8, which libraries cannot open."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"a file or folder has a name, not {path!r:.40}")
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -130,7 +193,8 @@ def locked(path: str | Path) -> Iterator[None]:
     import fcntl
 
     lock = Path(f"{path}.lock")
-    with lock.open("w") as stream:
+    is_replaced(lock, _LOCK)
+    with lock.open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Another run may have removed the file between the two steps.
@@ -147,10 +211,38 @@ def locked(path: str | Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, or leave the old file unchanged on an error."""
-    with replacing(path) as file:
+def write_text(path: str | Path, text: str, kind: str | None = None) -> None:
+    """Write `text` as UTF-8, or leave the old file unchanged on an error.
+
+    kind: see `is_replaced`.
+    """
+    with replacing(path, kind) as file:
         file.write(text.encode(errors="replace"))
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Any], **metadata: str) -> None:
+    """Write MLX arrays as safetensors, or leave the old file unchanged on an error."""
+    import mlx.core as mx
+
+    # MLX reports a full disk for Python's files only.
+    with replacing(path) as file:
+        mx.save_safetensors(file, dict(arrays), metadata=metadata)
+
+
+def write_picture(path: str | Path, image: Any) -> None:
+    """Write a PIL image or a matplotlib figure as a PNG that a later run may replace.
+
+    Raises `InputError` for a file that is not from an earlier run.
+    """
+    with replacing(path, PICTURE) as file:
+        if hasattr(image, "savefig"):
+            image.savefig(file, format="png", metadata={"Software": SOFTWARE})
+            return
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        info.add_text("Software", SOFTWARE)
+        image.save(file, format="PNG", pnginfo=info)
 
 
 @contextlib.contextmanager
@@ -160,8 +252,8 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     It is made beside `target`; on any error it is removed and `target` never exists.
     Raises `InputError` when `target` exists or the disk is full.
     """
-    target = Path(target)
     check_name(target)
+    target = Path(target)
     if os.path.lexists(target) or target.name in ("", ".."):
         raise InputError(
             f"{target} already exists; choose a new folder or remove it first"

@@ -98,7 +98,7 @@ def test_the_data_set_gives_the_units(two_data_sets):
         (["--model", "nowhere"], "nowhere does not exist"),
         (["--model", ""], "has no config.json"),
         (["--runs", "-1"], "cannot time -1 runs"),
-        (["--overlay", PICTURE], "would overwrite the picture"),
+        (["--overlay", PICTURE], "is no PNG picture of this command"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, options, message):
@@ -172,7 +172,7 @@ def test_an_overlay_never_replaces_another_file(tmp_path, capsys):
     note.write_text("mine")
     with pytest.raises(SystemExit):
         main([*ASK, "--overlay", str(note)])
-    assert "is no PNG file" in capsys.readouterr().err
+    assert "is no PNG picture of this command" in capsys.readouterr().err
     assert note.read_text() == "mine"
 
 

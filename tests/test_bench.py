@@ -306,7 +306,7 @@ DAMAGES = {
     "flops_per_second is 'nan'": lambda r: r["rates"].update(flops_per_second=np.nan),
     "rows is 'None'; expected a list": lambda r: r.update(rows=None),
     "is damaged": lambda r: r["rows"][1]["samples"].update(ttft_ms=[]),
-    "no JSON file": lambda r: [r],
+    "is no result": lambda r: [r],
 }
 
 
@@ -315,7 +315,7 @@ def test_a_damaged_file_is_not_resumed(tmp_path, capsys, whole_bench, message):
     file, options = whole_bench
     result = json.loads(file.read_text())
     damaged = DAMAGES[message](result)
-    damaged = damaged if message == "no JSON file" else result
+    damaged = damaged if message == "is no result" else result
     again = tmp_path / "b.json"
     again.write_text(json.dumps(damaged))
     with pytest.raises(SystemExit) as stop:
@@ -350,7 +350,7 @@ def whole_bench(tmp_path_factory):
         (["--model", "demo-policy", "--image-sizes", "64"], "112 px only"),
         (["--image-sizes", "500"], "a multiple of 64, such as 512"),
         (["--output", "nowhere/b.json"], "which does not exist"),
-        (["--output", __file__], "no JSON file"),
+        (["--output", __file__], "is no result"),
         (["--image", "nowhere.png"], "does not exist"),
     ],
 )

@@ -15,7 +15,7 @@ from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.convert import convert
 from mlx_tokprune.errors import printable
 from mlx_tokprune.evaluate.__main__ import main as evaluate
-from mlx_tokprune.files import check_output, new_folder, write_text
+from mlx_tokprune.files import PICTURE, check_output, new_folder, write_text
 from mlx_tokprune.generate.__main__ import main as command
 from mlx_tokprune.pipeline import limits
 from mlx_tokprune.processing.image import load_image
@@ -142,7 +142,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
         load(folder)
     for target in ("/dev/full", tmp_path):
         with pytest.raises(InputError, match="no regular file"):
-            check_output(target)
+            check_output(target, PICTURE)
     with pytest.raises(InputError, match="no regular file"):
         write_text(folder / "config.json", "text")
 

@@ -61,6 +61,7 @@ class Fake:
     [
         ("error: no such file\n", "refused"),
         ("mlx_tokprune.act: error: unknown flag (see --help)\n", "refused"),
+        ("note: skipped a.txt\nerror: no picture\n", "refused"),
         ("error: a\nerror: b\n", "badly"),
         ("error: \x1b[2J\n", "badly"),
         (f"error: {'x' * 700}\n", "badly"),

@@ -1,12 +1,21 @@
 """Images of every kind are read, or refused with a reason."""
 
+import logging
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_tokprune.errors import InputError
+from mlx_tokprune.errors import InputError, note
 from mlx_tokprune.features import Selection
-from mlx_tokprune.processing.image import load_image, pad_to_square, preprocess
+from mlx_tokprune.processing.image import (
+    list_pictures,
+    load_image,
+    load_pictures,
+    pad_to_square,
+    preprocess,
+)
 from mlx_tokprune.processing.overlay import draw_overlay
 
 import mlx.core as mx  # isort: skip
@@ -124,6 +133,129 @@ def test_a_damaged_exif_is_ignored(tmp_path):
 def test_float_pictures_are_scaled(tmp_path):
     Image.fromarray(np.array([[0, 0.5], [1, 1]], np.float32)).save(tmp_path / "a.tif")
     assert np.asarray(load_image(tmp_path / "a.tif"))[..., 0].max() == 255
+
+
+@pytest.fixture
+def notes(caplog):
+    """Return the notes on stderr, which the process has not printed before."""
+    note.cache_clear()
+    caplog.set_level(logging.WARNING, "mlx_tokprune")
+    return caplog
+
+
+def save_grey(path, values, kind=np.float32):
+    Image.fromarray(np.array([values], kind)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "grey", "note"),
+    [
+        ([0, 0.5, 1], "f4", [0, 127, 255], None),
+        ([-0.04, 0.5, 1.06], "f4", [0, 127, 255], "from -0.04 to 1.06, read as 0 to 1"),
+        ([0, 100, 200], "f4", [0, 100, 200], "read as 0 to 255"),
+        ([0, 25700, 65535], "f4", [0, 100, 255], "read as 0 to 65535"),
+        ([0, 100, 255], "i4", [0, 100, 255], "read as 0 to 255"),
+        ([0, 257, 25700], "i4", [0, 1, 100], "read as 0 to 65535"),
+    ],
+)
+def test_ranges_of_grey(tmp_path, notes, values, kind, grey, note):
+    path = save_grey(tmp_path / "a.tif", values, kind)
+    for _ in range(2):
+        assert np.asarray(load_image(path))[0, :, 0].tolist() == grey
+    assert len(notes.messages) == (note is not None)
+    assert all(note in text and "a.tif" in text for text in notes.messages)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0, 8.5], "f4"),  # radiance
+        ([0, 4000], "f4"),  # millimetres
+        ([-1, 1], "f4"),
+        ([0, 1e6], "f4"),
+        ([0, float("nan")], "f4"),
+        ([0, float("inf")], "f4"),
+        ([-5, 200], "i4"),
+        ([0, 1 << 24], "i4"),
+    ],
+)
+def test_pixels_in_another_unit_are_refused(tmp_path, values, kind):
+    path = save_grey(tmp_path / "a.tif", values, kind)
+    with pytest.raises(
+        InputError, match=r"a\.tif has pixels (from|that are not finite)"
+    ):
+        load_image(path)
+
+
+APPLE_DOUBLE = b"\0\5\26\7\0\2\0\0Mac OS X        "
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Return a folder with four pictures, as a Mac leaves it."""
+    for name in ("a.png", "b.jfif", "c.AVIF", "e.ppm"):
+        kind = "JPEG" if name == "b.jfif" else None
+        two_halves().save(tmp_path / name.lower(), format=kind)
+        (tmp_path / name.lower()).rename(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(APPLE_DOUBLE)
+    (tmp_path / "d.png").mkdir()
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (tmp_path / "notes.txt").write_text("mine")
+    return tmp_path
+
+
+def test_a_folder_of_a_mac(album, notes):
+    names = [file.name for file in list_pictures(album)]
+    assert names == ["a.png", "b.jfif", "c.AVIF", "e.ppm"]
+    assert [file.name for file, _ in load_pictures(album)] == names
+    assert len(notes.messages) == 1
+    assert notes.messages[0].endswith("as no pictures: ._a.png; d.png; notes.txt")
+
+
+def test_a_damaged_picture_of_a_folder_is_skipped(album, notes):
+    (album / "a.png").write_bytes(b"hello")
+    (album / "z.gif").write_bytes(b"")
+    assert len(load_pictures(album)) == 3
+    assert "a.png is not a picture" in notes.messages[1]
+    assert "z.gif is not a picture" in notes.messages[1]
+    with pytest.raises(InputError, match="is not a picture"):
+        load_pictures(album / "a.png")
+
+
+def test_a_folder_of_damaged_pictures_is_refused(tmp_path):
+    (tmp_path / "a.webp").write_bytes(b"RIFF")
+    with pytest.raises(InputError, match=r"no picture that can be read: .*a\.webp"):
+        load_pictures(tmp_path)
+    (tmp_path / "a.webp").unlink()
+    (tmp_path / "._b.jpg").write_bytes(APPLE_DOUBLE)
+    with pytest.raises(InputError, match="has no pictures"):
+        load_pictures(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.heic", "b.HIF", "c.jpg"])
+def test_heic_names_what_reads_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / name).write_bytes(HEIC)
+    for read in (load_image, load_pictures):
+        with pytest.raises(
+            InputError, match=r"is HEIC.*pip install 'mlx-tokprune\[heic"
+        ):
+            read(tmp_path / name)
+    with pytest.raises(InputError, match=r"no picture that can be read: .*is HEIC"):
+        load_pictures(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.heic", "b.jpg"])
+def test_heic_is_read(tmp_path, name):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(two_halves().resize((80, 40))).save(tmp_path / "x.heic")
+    (tmp_path / "x.heic").rename(tmp_path / name)
+    [(_, image)] = load_pictures(tmp_path)
+    assert image.size == (80, 40)
+    assert_close(image.getpixel((10, 20)), RED)
+    assert_close(image.getpixel((70, 20)), BLUE)
 
 
 @pytest.mark.parametrize("source", [None, 5, [1]])

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +99,81 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert done.returncode == 1
     assert "or was lost, so" in done.stderr
     assert not lost.exists()
+
+
+def children(process: int) -> set[int]:
+    """Return the processes that `process` started and that run."""
+    listed = subprocess.run(
+        ["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
+    )
+    rows = (line.split() for line in listed.stdout.splitlines())
+    return {
+        int(p) for p, parent, stat in rows if parent == f"{process}" and stat[0] != "Z"
+    }
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(condition, seconds: float = 60) -> None:
+    last = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < last
+        time.sleep(0.05)
+
+
+def end_by(run: subprocess.Popen, number: int) -> str:
+    """End a command with two workers by a signal, and return its stderr."""
+    workers = set()
+    try:
+        until(lambda: len(children(run.pid)) == 2)
+        workers = children(run.pid)
+        until(lambda: len(list(Path(run.args[-1]).glob("up*"))) == 2)
+        run.send_signal(number)
+        run.wait(30)
+        until(lambda: not any(map(is_running, workers)), 20)
+    finally:
+        for process in (run.pid, *workers):
+            if is_running(process):
+                os.kill(process, signal.SIGKILL)
+    return run.communicate()[1]
+
+
+# Workers that only wait; the second kind is deaf, as in a call of MLX.
+WAIT = """
+import pathlib, signal, sys, time
+from mlx_tokprune.evaluate import gather
+if {deaf}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+gather._PATIENCE = 1
+gather.end_with_launcher()
+pathlib.Path(sys.argv[1], f"up{{time.time_ns()}}").touch()
+time.sleep(600)
+"""
+LAUNCH = """
+import sys
+from mlx_tokprune.cli import command
+from mlx_tokprune.evaluate import gather
+gather._PATIENCE = 1
+gather._PROGRAM = (sys.executable, "-c", sys.argv[1], sys.argv[2])
+command(lambda argv: gather.launch([], 2, "nothing"))([])
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_the_command(tmp_path, number, deaf):
+    """A signal to the command alone ends its workers."""
+    program = [sys.executable, "-c", LAUNCH, WAIT.format(deaf=deaf), str(tmp_path)]
+    run = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in end_by(run, number)
+    codes = {signal.SIGTERM: 143, signal.SIGINT: 130}
+    assert run.returncode == codes.get(number, -number)
 
 
 def test_a_line_whose_rows_do_not_know_the_same_is_asked_again(tmp_path):

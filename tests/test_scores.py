@@ -20,10 +20,35 @@ from mlx_tokprune.measure.intervals import bootstrap, of_share, wilson
         ("don't", "dont"),
         ("dont", "dont"),
         ("red/blue", "red blue"),
+        ("5-10", "5 10"),
+        ("e-mail", "e mail"),
+        ("3 - 2", "3 2"),
+        ("well-known.", "well known"),
+        ("...", "..."),
+        (" \n", ""),
     ],
 )
 def test_what_does_not_count(answer, normal):
     assert normalize(answer) == normal
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "equal"),
+    [
+        *[("", "A", False), ("?", "A", False), ("The", "A", False), ("a.", "A", True)],
+        *[("", "?", False), ("", "the", False), ("The a", "", False), ("", "", True)],
+        *[(".5", "0.5", True), (".5", "5", False), ("$.50", "$0.50", True)],
+        *[("-.5", "-0.5", True), ("-5", "5", False), ("(-5)", "-5", True)],
+        *[("\u22125", "-5", True), ("-$5", "$5", False), ("-1,000", "-1000", True)],
+        *[("e\u0301te\u0301", "\u00e9t\u00e9", True), ("A\u030a", "\u00e5", True)],
+        *[("10\u00b2", "102", False), ("ete", "\u00e9t\u00e9", False)],
+        *[("是。", "是", True), ("हाँ।", "हाँ", True), ("نعم۔", "نعم", True)],  # noqa: RUF001
+        *[("「猫」", "猫", True), ("５", "5", True), ("왜？", "왜", True)],  # noqa: RUF001
+        *[("¿rojo?", "rojo", True), ("“red”…", "red", True)],
+    ],
+)
+def test_what_counts(text, answer, equal):
+    assert accuracy(text, [answer]) == equal
 
 
 def test_accuracy_of_ten_people():

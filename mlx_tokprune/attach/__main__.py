@@ -1,6 +1,7 @@
 """Write a model folder that mlx-vlm loads and that prunes by itself."""
 
 import argparse
+import shlex
 
 from ..cli import Parser, add_option, add_prune, add_seed, command, plan_of
 from ..errors import InputError
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write a model folder that prunes, from command line arguments."""
     args = build_parser().parse_args(argv)
     target = write_folder(args.model, args.mlx_path, _pruners(args), args.positions)
-    print(f"wrote {target}, which prunes: python -m mlx_vlm.generate --model {target}")
+    generate = shlex.join(["python", "-m", "mlx_vlm.generate", "--model", str(target)])
+    print(f"wrote {target}, which prunes: {generate}")
 
 
 def _pruners(args: argparse.Namespace) -> list:

@@ -21,17 +21,17 @@ from ..cli import (
     row_plans,
 )
 from ..errors import InputError, import_matplotlib
-from ..files import check_name, check_output
+from ..files import check_output, check_pictures, is_replaced
 from ..generate.drafts import Drafts
 from ..generate.flags import add_answer_drafts, make_drafts
 from ..measure.accuracy import accuracies, read_result
 from ..measure.subject import OwnSubject, subject_of
 from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
-from ..processing.image import list_pictures, load_image
+from ..processing.image import load_pictures
 from ..pruners import get_method, read_plan
-from .benchmark import Benchmark, make_cases
-from .plots import Accuracy, draw_all
+from .benchmark import SCHEMA, Benchmark, make_cases
+from .plots import FILES, Accuracy, draw_all
 from .speed_table import tabulate
 
 RATIOS = (1.0, 0.5, 0.25, 0.11)
@@ -141,7 +141,7 @@ def _drafts(args: argparse.Namespace, subject: OwnSubject) -> dict[str, Drafts]:
 
 def _images(args: argparse.Namespace, example: Path) -> list[Image.Image]:
     paths = args.image or [example]
-    return [load_image(file) for path in paths for file in list_pictures(path)]
+    return [image for path in paths for _, image in load_pictures(path)]
 
 
 def _measure_mlx_vlm(args: argparse.Namespace) -> None:
@@ -152,6 +152,7 @@ def _measure_mlx_vlm(args: argparse.Namespace) -> None:
     names = ("plans", "prune", "image_sizes", "adapter_path", "plots", "accuracy")
     names += ("draft", "draft_model", "draft_prune", "num_draft_tokens")
     check_mlx_vlm(**{name: getattr(args, name) for name in names})
+    check_output(args.output, mlx_vlm_benchmark.SCHEMA)
     if len(args.model) != 1:
         raise InputError("mlx-vlm's runtime measures one model; give one --model")
     subject = MlxVlmSubject(args.model[0], args.positions)
@@ -193,9 +194,10 @@ def _check(args: argparse.Namespace) -> None:
         get_method(name)
     for text in row_plans(args):
         read_plan(text)
-    check_output(args.output)
+    if args.runtime == "own":
+        is_replaced(args.output, SCHEMA)  # resumed, not replaced
     if args.plots:
-        check_name(args.plots)
+        check_pictures(args.plots, FILES)
         import_matplotlib()
     if args.accuracy and not args.plots:
         raise InputError("--accuracy is for the Pareto plot; give --plots FOLDER, too")

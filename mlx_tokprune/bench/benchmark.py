@@ -277,7 +277,7 @@ class Benchmark:
         self._save()
 
     def _save(self) -> None:
-        write_text(self.file, json.dumps(self.result, indent=1) + "\n")
+        write_text(self.file, json.dumps(self.result, indent=1) + "\n", SCHEMA)
 
 
 def _pruners(drafts: Drafts) -> Plan:

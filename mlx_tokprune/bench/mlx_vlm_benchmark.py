@@ -89,7 +89,7 @@ def measure(
         **{"schema": SCHEMA, "machine": describe(), "model": subject.name},
         **{"positions": subject.kind_of_positions, "tokens": tokens, "rows": lines},
     }
-    write_text(output, json.dumps(result, indent=1) + "\n")
+    write_text(output, json.dumps(result, indent=1) + "\n", SCHEMA)
     return result
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import import_matplotlib
-from ..files import replacing
+from ..files import write_picture
 from ..pipeline.timing import STAGES
 from .benchmark import median
 from .speed_table import describe, label, stage
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure
 
 Accuracy = dict[tuple, float]  # by weights, positions, label and input size
+FILES = ("ttft_by_stage.png", "ttft_by_tokens.png", "pareto.png")
 
 
 def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
@@ -30,15 +31,15 @@ def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
     result = {**result, "rows": plain}
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
-        _save(folder / "ttft_by_stage.png", result, _draw_stages),
-        _save(folder / "ttft_by_tokens.png", result, _draw_tokens),
+        _save(folder / FILES[0], result, _draw_stages),
+        _save(folder / FILES[1], result, _draw_tokens),
     ]
     if points := _accurate_points(result, accuracy):
 
         def draw(figure: "Figure", _: dict) -> None:
             _draw_pareto(figure, points)
 
-        drawn.append(_save(folder / "pareto.png", result, draw))
+        drawn.append(_save(folder / FILES[2], result, draw))
     return drawn
 
 
@@ -49,8 +50,7 @@ def _save(file: Path, result: dict, draw: Callable) -> Path:
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     draw(figure, result)
     figure.supxlabel(describe(result), fontsize=6, color="grey", wrap=True)
-    with replacing(file) as stream:
-        figure.savefig(stream, format="png")
+    write_picture(file, figure)
     return file
 
 

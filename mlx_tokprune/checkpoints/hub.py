@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError, nearest
-from ..files import DEMO, cache_folder
+from ..files import DEMO, cache_folder, note_shadowed
 
 # Files copied with the weights: tokenizer, licence and model card.
 COMPANIONS = (
@@ -63,9 +63,16 @@ def is_local(name: str) -> bool:
 def resolve(path_or_id: str | Path) -> Path:
     """Return the folder of an embedded model, `testbed`, a local path or a hub id.
 
-    A hub id is downloaded, or taken from the Hugging Face cache. Raises `InputError`
+    A hub id is downloaded, or taken from the Hugging Face cache. A folder with the name
+    of an embedded model is noted, not used, except as a `Path`. Raises `InputError`
     when the name is none of these.
     """
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise InputError(f"a model is a name or a folder, not {path_or_id!r:.40}")
+    if isinstance(path_or_id, Path) and path_or_id.exists():
+        return path_or_id
+    if path_or_id in (*EMBEDDED, TESTBED):
+        note_shadowed(str(path_or_id))
     embedded = EMBEDDED.get(str(path_or_id))
     if embedded is not None and not embedded.is_dir():
         raise InputError(

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from PIL import Image
 
 from ..errors import InputError
-from ..files import object_of, read_json
+from ..files import check_name, object_of, read_json
 from ..models.protocol import VisionModel
 from ..processing.chunks import ChunkProcessor
 from ..processing.fast import FastCode
@@ -37,9 +37,17 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
 
 
+def _float_type(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
+    types = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+    chosen = types.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not any(chosen is one for one in types.values()):
+        raise InputError(f"unknown dtype {dtype!r}; expected {' or '.join(types)}")
+    return chosen
+
+
 def load(
     path_or_hf_repo: str | Path,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     lazy: bool = False,
     adapter_path: str | Path | None = None,
 ) -> tuple[VisionModel, AnyProcessor]:
@@ -49,7 +57,7 @@ def load(
 
     Args:
         path_or_hf_repo: `demo` or another embedded model, a folder, or a hub id.
-        dtype: type of float weights; `default_dtype()` when `None`.
+        dtype: type of float weights, or its name; `default_dtype()` when `None`.
         lazy: keep most weights on disk until they are used.
         adapter_path: folder of a LoRA or DoRA adapter in mlx-lm's format for the
             language model.
@@ -63,11 +71,14 @@ def load(
         InputError: the folder cannot be used, or (unless lazy) a weight is not finite.
     """
     end_streams_with_thread()
+    dtype = _float_type(dtype) or default_dtype()
+    if adapter_path is not None:
+        check_name(adapter_path)
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
     for note in checkpoint.notes:
         log.info(note)
     model = build(family, config, True)
-    weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
+    weights = family.to_mlx_layout(checkpoint.load())
     if dtype is not None:  # before `sanitize` folds layers, which needs the precision
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
     weights = model.sanitize(weights)

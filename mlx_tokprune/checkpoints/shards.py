@@ -19,7 +19,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import read_json
+from ..files import read_json, write_arrays
 from .hub import COMPANIONS
 
 ADAPTER = "lora_adapter"  # folder of OpenVLA-OFT, beside or instead of the weights
@@ -339,15 +339,7 @@ def _write_shard(
     """Write and empty `shard`; return its path, tensor names and bytes."""
     path = folder / f"shard-{number}.safetensors"
     names, nbytes = list(shard), sum(a.nbytes for a in shard.values())
-    try:
-        mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
-    except RuntimeError:
-        if shutil.disk_usage(folder).free > nbytes:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-    # MLX does not report a short write.
-    if path.stat().st_size < nbytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write_arrays(path, shard, format="mlx")
     shard.clear()
     mx.clear_cache()
     return path, names, nbytes

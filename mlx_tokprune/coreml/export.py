@@ -10,6 +10,8 @@ import contextlib
 import gc
 import io
 import logging
+import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,10 +102,14 @@ def load_coremltools() -> ModuleType:
     try:
         import coremltools
     except ImportError:
-        raise InputError(
-            "Core ML packages need coremltools; install it with "
-            "pip install 'mlx-tokprune[coreml]'"
-        ) from None
+        machine, hint = platform.machine(), "pip install 'mlx-tokprune[coreml]'"
+        mac = sys.platform == "darwin"
+        if sys.version_info >= (3, 14) or not (mac or machine == "x86_64"):
+            hint = (
+                f"no wheel for Python {platform.python_version()} on {machine}; "
+                "expected Python 3.11 to 3.13 on macOS or on x86-64 Linux"
+            )
+        raise InputError(f"Core ML packages need coremltools; {hint}") from None
     return coremltools
 
 

@@ -11,6 +11,7 @@ from ..checkpoints.embedded import PICTURES, POLICY_FRAME, Picture
 from ..checkpoints.loading import load
 from ..cli import Parser, command
 from ..convert import convert
+from ..files import check_pictures, write_picture
 from ..generate import stream_generate
 from ..models.protocol import VisionModel
 from ..pipeline import VisualTokens
@@ -51,14 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output)
     pruners = [Pruner(args.method, ratio) for ratio in KEEP_RATIOS]
+    files = [f"overlay_{number}.png" for number in range(len(PICTURES))]
+    check_pictures(output, [*files, "overlay_policy.png"])
     print(f"converting the embedded checkpoints, on {device_name()}")
     model, processor = _convert("demo")
     output.mkdir(parents=True, exist_ok=True)
     print(
         f"TTFT: time to first token, median of {RUNS} warm runs; the first run is cold"
     )
-    for number, picture in enumerate(PICTURES):
-        _answer(model, processor, picture, pruners, output / f"overlay_{number}.png")
+    for file, picture in zip(files, PICTURES, strict=True):
+        _answer(model, processor, picture, pruners, output / file)
     _act(output / "overlay_policy.png")
     print(_NEXT)
 
@@ -87,7 +90,7 @@ def _answer(
         return last.ttft_ms, "".join(piece.text for piece in pieces), last.visual
 
     visual = _compare(run, pruners)
-    draw_overlay(images, visual.selection, visual.grid).save(file)
+    write_picture(file, draw_overlay(images, visual.selection, visual.grid))
     print(f"  kept at {pruners[-1].keep_ratio:g}: {file}")
 
 
@@ -104,7 +107,8 @@ def _act(file: Path) -> None:
         return action.ttft_ms, values, action.visual
 
     visual = _compare(run, pruners)
-    draw_overlay(images, visual.selection, visual.grid, padded=False).save(file)
+    overlay = draw_overlay(images, visual.selection, visual.grid, padded=False)
+    write_picture(file, overlay)
     print(f"  kept at {pruners[-1].keep_ratio:g}: {file}")
 
 

@@ -1,7 +1,7 @@
 """Measure accuracy, agreement and divergence of pruned answers."""
 
 import argparse
-import glob
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..cli import (
     row_plans,
 )
 from ..errors import InputError, import_matplotlib, printable
-from ..files import check_apart, check_output, locked, write_text
+from ..files import PICTURE, check_apart, check_output, is_replaced, locked, write_text
 from ..generate.settings import Settings
 from ..measure.accuracy import SCHEMA
 from ..measure.machine import describe
@@ -33,7 +33,7 @@ from ..processing.processor import PADDINGS
 from ..pruners import get_method, read_plan
 from .accuracy_table import draw, most_common, summarize, tabulate
 from .evaluator import Evaluator, describe_run
-from .gather import Workers, launch
+from .gather import Workers, end_with_launcher, launch, notes_once
 from .items import DESCRIBE, Questions, blinded, read_questions
 from .journal import Journal, answer_all
 from .own_runtime import OwnRuntime
@@ -95,6 +95,12 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate a model, alone or in several processes, and write the result."""
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
+    end_with_launcher()
+    with notes_once(args.workers):
+        _run(args, sys.argv[1:] if argv is None else argv)
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> None:
     _check(args)
     questions = read_questions(args.data, args.pictures, args.prompt)
     questions = blinded(questions) if args.blind else questions
@@ -104,10 +110,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.runtime != "own":
             raise InputError("mlx-vlm's runtime has one worker; leave out --workers")
         open_checkpoint(name)
-        launch(sys.argv[1:] if argv is None else argv, args.workers, args.output)
+        launch(argv, args.workers, args.output)
         return
     workers = Workers()
-    with locked(_journal_file(args.output, workers)):
+    with locked(_journal_file(args.output, workers.rank, workers.size)):
         _evaluate(args, name, questions, workers)
 
 
@@ -119,7 +125,8 @@ def _evaluate(
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {printable(reason)}")
-    journal = Journal(_journal_file(args.output, workers), header)
+    file = _journal_file(args.output, workers.rank, workers.size)
+    journal = Journal(file, header)
     mine = workers.share(len(questions.items))
     records = answer_all(evaluator, questions.items, mine, journal)
     records = workers.gather(records)
@@ -137,8 +144,8 @@ def _evaluate(
             result["recommendation"] = recommend(
                 questions.items, records, evaluator.rows, args.recommend
             )
-        write_text(args.output, json.dumps(result, indent=1) + "\n")
-        _remove_journals(args.output, workers)
+        write_text(args.output, json.dumps(result, indent=1) + "\n", SCHEMA)
+        _remove_journals(args.output, workers.size)
         _report(args, result)
 
 
@@ -210,10 +217,10 @@ def _check(args: argparse.Namespace) -> None:
     for ratio in args.keep_ratios:
         if not 0 < ratio <= 1:
             raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
-    check_output(args.output)
     check_apart(args.output, [args.data, *([args.plot] if args.plot else [])])
+    check_output(args.output, SCHEMA)
     if args.plot:
-        check_output(args.plot)
+        check_output(args.plot, PICTURE)
         import_matplotlib()
 
 
@@ -267,17 +274,17 @@ def _token_counts(
     return list(dict.fromkeys(min(count, total) for count in counts))
 
 
-def _journal_file(output: str, workers: Workers) -> Path:
+def _journal_file(output: str, rank: int, size: int) -> Path:
     """Return the journal beside the result, from which a stopped run resumes."""
-    return Path(f"{output}.{workers.rank}-of-{workers.size}.jsonl")
+    return Path(f"{output}.{rank}-of-{size}.jsonl")
 
 
-def _remove_journals(output: str, workers: Workers) -> None:
+def _remove_journals(output: str, size: int) -> None:
     """Remove the journals of this machine, whose records are in the result."""
-    place = Path(output).absolute()
-    name = glob.escape(place.name)
-    for file in place.parent.glob(f"{name}.*-of-{workers.size}.jsonl"):
-        file.unlink()
+    for file in (_journal_file(output, rank, size) for rank in range(size)):
+        with contextlib.suppress(InputError):  # of another machine's rank: not ours
+            if is_replaced(file, SCHEMA):
+                file.unlink()
 
 
 def _answers(questions: Questions, records: dict) -> list[dict]:

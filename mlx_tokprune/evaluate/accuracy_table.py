@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import import_matplotlib, printable
-from ..files import replacing
+from ..files import write_picture
 from ..measure.intervals import bootstrap, of_share
 from ..measure.tables import Table
 from .items import Item
@@ -134,8 +134,7 @@ def draw(rows: list[dict], file: Path, over_tokens: bool = False) -> None:
     for axes, quantity in zip(both, shown, strict=True):
         _draw_shares(axes, rows, quantity, over_tokens)
     both[0].legend(fontsize=8, ncols=1 + len(rows) // 40)
-    with replacing(file) as stream:
-        figure.savefig(stream, format="png")
+    write_picture(file, figure)
 
 
 def _draw_shares(

@@ -1,47 +1,59 @@
 """Split of the questions over processes and hosts with `mx.distributed`.
 
-`mlx.launch` starts the processes.
+`launch` starts the processes of one machine, `mlx.launch` those of several.
 """
 
+import contextlib
 import json
+import logging
 import os
-import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
+_PROGRAM = (sys.executable, "-m", "mlx_tokprune.evaluate")
+_WORKER = "MLX_TOKPRUNE_WORKER"  # set in the processes of `launch`
+_PATIENCE = 5.0  # seconds from SIGTERM to SIGKILL
 
 
 def launch(arguments: Sequence[str], workers: int, output: str) -> None:
     """Run the evaluation again in `workers` processes, and wait for its result.
 
-    Exits with 1 if no result was written: `mlx.launch` prints which process was lost,
-    but exits with 0. Raises `InputError` without `mlx.launch`.
+    The processes end with this one, whatever ends it. Exits with 1 if no result was
+    written.
     """
-    launcher = shutil.which("mlx.launch", path=os.path.dirname(sys.executable))
-    if launcher is None:
-        raise InputError(
-            "several workers need mlx.launch; install mlx, which brings it"
-        )
     before = _version(output)
-    alone = [
-        sys.executable,
-        "-m",
-        "mlx_tokprune.evaluate",
-        *arguments,
-        "--workers",
-        "1",
-    ]
-    command = [launcher, "-n", str(workers), "--backend", "ring", "--", *alone]
+    command = [*_PROGRAM, *arguments, "--workers", "1"]
     # More threads than cores would wait for each other.
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     limits = {name: threads for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    subprocess.run(command, env=limits | dict(os.environ))
+    ends, held = os.pipe()  # a worker reads the end of its stdin when this process ends
+    processes: list[subprocess.Popen] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        hosts = Path(scratch) / "hosts.json"
+        hosts.write_text(json.dumps(_addresses(workers)))
+        ring = {"MLX_HOSTFILE": str(hosts), _WORKER: "1"}
+        try:
+            for rank in range(workers):
+                own = limits | dict(os.environ) | ring | {"MLX_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, stdin=ends, env=own))
+            while any(p.poll() is None for p in processes):
+                if any(p.returncode for p in processes):  # the others would wait for it
+                    break
+                time.sleep(0.1)
+        finally:
+            os.close(ends)
+            os.close(held)
+            _end(processes)
     if _version(output) == before:
         print(
             f"error: a worker failed, as printed above, or was lost, so {output} was "
@@ -51,6 +63,54 @@ def launch(arguments: Sequence[str], workers: int, output: str) -> None:
         raise SystemExit(1)
 
 
+def _addresses(workers: int) -> list[list[str]]:
+    """Return a free address of this machine for each process, as MLX's ring reads."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(workers)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+    last = time.monotonic() + _PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def end_with_launcher() -> None:
+    """End a process that `launch` started when that one ends, also by SIGKILL."""
+    if _WORKER in os.environ:
+        threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch() -> None:
+    with contextlib.suppress(OSError):
+        os.read(0, 1)  # nothing is written: this returns when the launcher has ended
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
+    os._exit(128 + signal.SIGTERM)  # a call of MLX that waits for a lost worker
+
+
+@contextlib.contextmanager
+def notes_once(workers: int) -> Iterator[None]:
+    """Print the notes of the block in one of the evaluation's processes only."""
+    log = logging.getLogger("mlx_tokprune")
+    level = log.level
+    if workers > 1 or os.environ.get("MLX_RANK", "0") != "0":
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _version(file: str) -> tuple | None:
     """Return a value that changes when the file is replaced; `None` without one."""
     path = Path(file)
@@ -58,7 +118,7 @@ def _version(file: str) -> tuple | None:
 
 
 class Workers:
-    """Group of processes that share the questions; one unless `mlx.launch` started it.
+    """Group of processes that share the questions; one unless it was launched.
 
     rank: number of this process. size: number of processes.
     """

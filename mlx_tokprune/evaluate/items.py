@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import InputError
-from ..files import read_lines
+from ..files import note_shadowed, read_lines
 from ..processing.image import list_pictures, load_image
 
 DESCRIBE = "Describe the image."
@@ -66,6 +66,7 @@ def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
     path, makers = Path(source), {"demo": _demo, "metaworld": _tasks}
     makers["testbed"] = _testbed
     if source in makers:
+        note_shadowed(source)
         questions = Questions(tuple(makers[source](pictures)))
     elif path.is_dir():
         questions = _folder(path, prompt or DESCRIBE)

@@ -7,7 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..files import write_text
+from ..errors import note
+from ..files import is_replaced, write_text
 from ..measure.accuracy import ANSWER
 from ..measure.results import mismatch
 from .items import Item
@@ -16,11 +17,13 @@ from .items import Item
 class Journal:
     """File with a line of JSON for each answered question.
 
-    header: the description of the run, which is the first line; a file of another run
-    is replaced. records: by item number.
+    header: the description of the run, which is the first line; the journal of another
+    run is replaced, which a note tells. records: by item number. Raises `InputError`
+    for a file that is no journal.
     """
 
     def __init__(self, file: Path, header: dict):
+        is_replaced(file, header.get("schema"))
         self.file, self.records, self._lines = file, {}, [json.dumps(header)]
         header = json.loads(self._lines[0])  # JSON has no tuples
         lines = file.read_text(errors="replace").splitlines() if file.exists() else []
@@ -31,6 +34,8 @@ class Journal:
                     continue
                 self.records[line["item"]] = line["rows"]
                 self._lines.append(json.dumps(line))
+        elif lines:
+            note(f"{file} has answers of another run, which will be replaced")
 
     def add(self, item: int, rows: dict) -> None:
         """Append the record of an item."""

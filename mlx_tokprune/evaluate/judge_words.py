@@ -3,9 +3,19 @@
 Source: Antol et al., 2015 (arXiv 1505.00468) and its authors' evaluation code: case,
 punctuation, articles and number words do not count, and an answer is right if three of
 ten people gave it.
+
+Differences from that code, which scores such answers wrongly:
+
+- An answer that consists of articles or punctuation keeps them: otherwise an empty
+  answer equals the answer "A" of a multiple-choice question.
+- A minus sign before a number counts: "-5" is not "5"; and ".5" is "0.5".
+- Letters count in their composed form (NFC), full-width characters as ASCII, and the
+  full stops, commas and quotation marks of other scripts as punctuation. Not NFKC,
+  under which "10²" equals "102".
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from ..measure.subject import OwnSubject
@@ -15,20 +25,29 @@ _NUMBERS = {
     **{"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"},
 }
 _ARTICLES = {"a", "an", "the"}
+_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width
+_ASCII |= str.maketrans({"\u2212": "-", "\u2019": "'"})
 _COMMA = re.compile(r"(?<=\d),(?=\d)")
+_LEADING_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")  # no decimal point
-_MARKS = re.compile(r"[;/\[\]\"{}()=+\\_><@`,?!:*-]")
+_MARKS = re.compile(
+    r"[;/\[\]\"{}()=+\\_><@`,?!:*]"
+    r"|(?<=[\w)\]%])-|-(?![$€£¥]?\d)"  # a hyphen, not a minus sign
+    r"|[。｡．।॥۔։።။៕…、､،؛؟¿¡“”„«»‹›「」『』《》【】]"  # noqa: RUF001
+)
 _ENOUGH = 3  # people who make an answer right
 
 
 def normalize(answer: str) -> str:
-    """Return an answer in the form for comparison."""
-    text = " ".join(answer.lower().split())
+    """Return an answer in the form for comparison; empty for blank text only."""
+    text = unicodedata.normalize("NFC", answer.translate(_ASCII).lower())
+    text = " ".join(text.split())
     # Contractions come with and without their apostrophe; either way counts.
-    text = text.replace("'", "").replace("\u2019", "")
-    text = _MARKS.sub(" ", _POINT.sub("", _COMMA.sub("", text)))
-    words = (_NUMBERS.get(word, word) for word in text.split())
-    return " ".join(word for word in words if word not in _ARTICLES)
+    plain = _LEADING_POINT.sub("0.", _COMMA.sub("", text.replace("'", "")))
+    plain = _MARKS.sub(" ", _POINT.sub("", plain))
+    words = [_NUMBERS.get(word, word) for word in plain.split()]
+    kept = [word for word in words if word not in _ARTICLES]
+    return " ".join(kept or words) or text
 
 
 def accuracy(text: str, answers: Sequence[str]) -> float:

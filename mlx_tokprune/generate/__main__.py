@@ -34,7 +34,7 @@ from ..models.language import PREFILL_STEP
 from ..models.protocol import VisionModel
 from ..pipeline import VisualTokens
 from ..pipeline.planning import given_or_carried
-from ..processing.image import list_pictures, load_image
+from ..processing.image import load_image, load_pictures
 from ..processing.processor import PADDINGS, Processor
 from ..pruners import DEFAULT_METHOD, Plan
 from ..runtime import device_name
@@ -138,11 +138,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"a TTFT of {target:g} ms cannot be kept; expected more than 0"
         )
-    check_overlay(args.overlay, pictures)
     each = args.each or any(os.path.isdir(picture) for picture in pictures)
     if each:
-        pictures = [path for picture in pictures for path in list_pictures(picture)]
-    images = [load_image(picture) for picture in pictures]
+        loaded = [pair for picture in pictures for pair in load_pictures(picture)]
+        pictures, images = map(list, zip(*loaded, strict=True))
+    else:
+        images = [load_image(picture) for picture in pictures]
+    check_overlay(args.overlay, pictures)
     model, processor = load(
         "demo" if args.model is None else args.model, adapter_path=args.adapter_path
     )

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ..checkpoints.family import GROUPS
-from ..errors import InputError
+from ..errors import InputError, as_number
 from ..models.language import PREFILL_STEP
 from ..models.protocol import VisionModel
 from ..pipeline import DEFAULT_POSITIONS, check_positions
@@ -33,16 +33,15 @@ class Settings:
         if self.seed is not None:
             check_seed(self.seed)
         check_positions(self.positions)
-        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+        for name, value in vars(self).items():
+            optional = name in ("seed", "kv_bits") and value is None
+            if name != "positions" and not optional:
+                kind = float if name in ("temp", "top_p") else int
+                object.__setattr__(self, name, as_number(value, name, kind))
+        if self.max_tokens < 1:
             raise InputError(
                 f"cannot generate {self.max_tokens} tokens; the least is 1"
             )
-        whole = ("max_tokens", "prefill_step_size", "quantized_kv_start")
-        for name in (*whole, "kv_group_size"):
-            if not isinstance(getattr(self, name), int):
-                raise InputError(
-                    f"{name} is a whole number, not {getattr(self, name)!r}"
-                )
         temp, top_p = self.temp, self.top_p
         if not (math.isfinite(temp) and temp >= 0 and 0 <= top_p <= 1):
             raise InputError(

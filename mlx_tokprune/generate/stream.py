@@ -7,7 +7,7 @@ and measures times.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, note
 from ..models.protocol import VisionModel
 from ..models.speculative import speculate
 from ..pipeline import Scene, VisualTokens, run
@@ -166,11 +166,14 @@ def decoded(images: Any) -> list[Image.Image]:
     """Return the decoded images of one prompt.
 
     images: files, arrays or PIL images; one alone needs no list. Raises `InputError`
-    for an empty list.
+    for anything else, and without any image.
     """
     if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
         images = [images]
-    if len(images) == 0:
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
+        raise InputError(f"pictures come as a list, not {type(images).__name__}")
+    images = list(images)
+    if not images:
         raise InputError("no picture was given; expected at least one")
     return [load_image(image) for image in images]
 
@@ -215,9 +218,12 @@ def _answer(question: _Question) -> Iterator[Response]:
     first = time.perf_counter()
     detokenizer = tokenizer.detokenizer
     detokenizer.reset()
+    context, room = question.processor.context, _room(question, prefill)
     steps = _steps(question, token, prefill, sampler)
     for number, (token, calls) in enumerate(steps, 1):
         elapsed = time.perf_counter() - first
+        if number == max(1, room + 1):
+            note(f"the answer passes the model's context of {context} tokens")
         reason = "length" if number == settings.max_tokens else None
         if token in tokenizer.eos_token_ids:
             reason = "stop"
@@ -277,6 +283,15 @@ def _open(question: _Question) -> _AnswerStart:
         *(model, images, question.text, prompt, read, visual, settings)
     )
     return _AnswerStart(prefill, reused, remember)
+
+
+def _room(question: _Question, prefill: PrefillResult) -> int:
+    """Return the answer tokens that fit into the model's context."""
+    prompt, visual = prefill.prompt, prefill.visual
+    original = question.settings.positions == "original"
+    each = visual.total if original else visual.keep
+    length = sum(map(len, prompt.segments)) + prompt.places * each
+    return question.processor.context - length
 
 
 def _check(token: int) -> None:

@@ -121,7 +121,7 @@ def read_any(file: str | Path) -> dict:
     try:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
             raise ValueError
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         result = None
     if not isinstance(result, dict):

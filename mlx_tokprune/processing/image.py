@@ -1,40 +1,88 @@
-"""Pictures: from a file or an array to pixels (B, S, S, 3). Pillow and NumPy only."""
+"""Pictures: from a file or an array to pixels (B, S, S, 3). Pillow and NumPy only.
 
+HEIC photographs need pillow-heif (the extra `heic`).
+"""
+
+import functools
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, note
 
 _LONGEST = 8192  # pixels; longer pictures shrink before they are padded
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_HEIC = (".heic", ".heif", ".hif")
+_HEIC_BRANDS = (b"hei", b"hev", b"mif1", b"msf1")  # ISO/IEC 23008-12
+_NAMED = 5  # skipped files that a note names
 
 
 def list_pictures(path: str | Path) -> list[str | Path]:
-    """Return the pictures of a folder, sorted by name, or the one file.
+    """Return the files of a folder that may be pictures, by name, or the one file.
 
-    Raises `InputError` for a folder without pictures.
+    These are the files with a suffix that Pillow reads, or of HEIC. Other entries are
+    skipped and named in a note on stderr, except for hidden files. Raises `InputError`
+    for a folder without pictures.
     """
     if not os.path.isdir(path):
         return [path]
-    files = Path(path).iterdir()
     pictures: list[str | Path] = []
-    pictures += sorted(p for p in files if p.suffix.lower() in _SUFFIXES)
+    others = []
+    for entry in sorted(Path(path).iterdir()):
+        picture = entry.suffix.lower() in _suffixes() and entry.is_file()
+        if picture and not entry.name.startswith("._"):  # macOS: attributes of a file
+            pictures.append(entry)
+        elif picture or entry.is_dir() or not entry.name.startswith("."):
+            others.append(entry.name)
     if not pictures:
         raise InputError(f"folder {path} has no pictures; expected PNG, JPEG or WebP")
+    _note_skipped(path, others)
     return pictures
+
+
+def load_pictures(path: str | Path) -> list[tuple[str | Path, Image.Image]]:
+    """Return the pictures of a folder with their files, by name, or of the one file.
+
+    Files of a folder that cannot be read are skipped and named on stderr, once. Raises
+    `InputError` for a file that is no picture, and for a folder without any.
+    """
+    loaded, reasons = [], []
+    for file in list_pictures(path):
+        try:
+            loaded.append((file, load_image(file)))
+        except InputError as error:
+            if not os.path.isdir(path):
+                raise
+            reasons.append(str(error))
+    if not loaded:
+        raise InputError(f"folder {path} has no picture that can be read: {reasons[0]}")
+    _note_skipped(path, reasons)
+    return loaded
+
+
+@functools.cache
+def _suffixes() -> frozenset[str]:
+    """Return the suffixes of pictures: all that Pillow opens, and HEIC's."""
+    formats = Image.registered_extensions().items()
+    return frozenset({*_HEIC, *(s for s, kind in formats if kind in Image.OPEN)})
+
+
+def _note_skipped(folder: str | Path, entries: Sequence[str]) -> None:
+    if entries:
+        shown = "; ".join(entries[:_NAMED])
+        more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
+        note(f"skipped in {folder}, as no pictures: {shown}{more}")
 
 
 def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Image:
     """Decode a file, an (H, W, 3) uint8 array or a PIL image to an RGB picture.
 
-    EXIF rotation is applied, the first frame of an animation is used, 16-bit grey is
-    scaled to 8 bits, and transparency becomes white. Raises `InputError` for a missing
-    file or one that is no picture.
+    EXIF rotation is applied, the first frame of an animation is used, grey of 16 or 32
+    bits is scaled to 8 bits (`_to_bytes`), and transparency becomes white. Raises
+    `InputError` for a missing file or one that is no picture.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -63,7 +111,7 @@ def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Im
             warnings.simplefilter(
                 "ignore"
             )  # a bad picture raises, so warnings add nothing
-            with Image.open(path) as image:
+            with _open(path) as image:
                 return _decode(image, f"picture {path}")
     except (InputError, PermissionError, MemoryError):
         raise
@@ -76,13 +124,32 @@ def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Im
         ) from None
 
 
+def _open(path: Path) -> Image.Image:
+    """Open a picture file; `InputError` for HEIC without pillow-heif."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        with path.open("rb") as file:
+            head = file.read(12)
+        if head[4:8] != b"ftyp" or not head[8:].startswith(_HEIC_BRANDS):
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        raise InputError(
+            f"{path} is HEIC, which needs pillow-heif; pip install 'mlx-tokprune[heic]'"
+        ) from None
+    pillow_heif.register_heif_opener()
+    return Image.open(path)
+
+
 def _decode(image: Image.Image, name: str) -> Image.Image:
     if not image.width * image.height:
         raise InputError(f"{name} of {image.width} x {image.height} has no pixels")
     try:
         image.load()
-        return _to_rgb(_upright(image))
-    except MemoryError:
+        return _to_rgb(_upright(image), name)
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow may raise anything for damaged data
         raise InputError(f"{name} is damaged ({error})") from None
@@ -96,23 +163,41 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError("its pixels are not all finite")
-        scale = 255 if values.max(initial=0) <= 1 else 1
-        image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float32)
-        wide = image.mode.startswith("I;16") or grey.max(initial=0) > 255
-        scale = 257 if wide else 1
-        image = Image.fromarray(np.clip(grey / scale, 0, 255).astype(np.uint8))
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_bytes(image, name))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(paper, image)
     return image.convert("RGB")
+
+
+def _to_bytes(image: Image.Image, name: str) -> np.ndarray:
+    """Return grey pixels of more than 8 bits as bytes.
+
+    16-bit integers go from 0 to 65535. The range of other types is a guess, with a
+    note: the first of 0 to 1 (floats only), 0 to 255 and 0 to 65535 that holds them,
+    floats up to a tenth beyond it, as resizing leaves them. Raises `InputError` where
+    there is none, or floats use less than a sixteenth of it: they have another unit.
+    """
+    values, floats = np.asarray(image, dtype=np.float32), image.mode == "F"
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} has pixels that are not finite; expected numbers")
+    if image.mode.startswith("I;16"):
+        return (values / 257).astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    tops, slack = ((1, 255, 65535), 0.1) if floats else ((255, 65535), 0)
+    top = next((top for top in tops if high <= (1 + slack) * top), 0)
+    dark = floats and top > max(1, 16 * high)
+    if not top or dark or low < -slack * top:
+        raise InputError(
+            f"{name} has pixels from {low:g} to {high:g}; scale them to "
+            f"{' or '.join(f'0 to {top}' for top in tops)}"
+        )
+    if top > 1 or low < 0 or high > 1:
+        note(f"{name} has pixels from {low:g} to {high:g}, read as 0 to {top}")
+    return np.clip(values * 255 / top, 0, 255).astype(np.uint8)
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from ..errors import InputError
 from .pruner import Pruner
@@ -18,7 +19,8 @@ def as_plan(pruners: Pruners, layers: int | None = None) -> Plan:
     it such a pruner stays whole. Pruners that keep everything are left out. Raises
     `InputError` for anything but pruners, and for two pruners at one place.
     """
-    members = [pruners] if isinstance(pruners, Pruner) else list(pruners or ())
+    alone = isinstance(pruners, Pruner) or not isinstance(pruners or (), Iterable)
+    members: list[Any] = [pruners] if alone else list(cast(Iterable, pruners or ()))
     for pruner in members:
         if not isinstance(pruner, Pruner):
             raise InputError(f"a pruner is a `Pruner`, not {type(pruner).__name__}")

@@ -76,6 +76,8 @@ class Pruner:
             raise InputError(
                 f"the scorer of {folder} was trained for {own!r}, not {at!r}"
             )
+        if isinstance(at, Integral) and not isinstance(at, bool):
+            at = int(at)
         # The dataclass is frozen: its own fields are set once, here.
         object.__setattr__(self, "method", method.name)
         object.__setattr__(self, "at", tuple(at) if isinstance(at, list) else at)
@@ -98,6 +100,10 @@ class Pruner:
                 f"cannot keep {tokens} visual tokens; expected a whole number from 1"
             )
         check_seed(self.seed)
+        for name in ("keep_ratio", "keep_tokens", "seed"):  # of NumPy, too
+            if (value := getattr(self, name)) is not None:
+                kind = float if name == "keep_ratio" else int
+                object.__setattr__(self, name, kind(value))
         if self.method == "none" and (ratio or 1) < 1:
             raise InputError(
                 f"method 'none' keeps every visual token, so a keep ratio of "

@@ -7,7 +7,7 @@ from ..bench import benchmark as bench
 from ..bench import mlx_vlm_benchmark
 from ..cli import Parser, command
 from ..errors import InputError, import_matplotlib
-from ..files import check_apart, check_output, write_text
+from ..files import PAGE, check_apart, check_output, write_text
 from ..measure import accuracy as evaluation
 from ..measure.results import read_any
 from .page import (
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.pictures < 0:
         raise InputError("pictures is a whole number from 0")
     import_matplotlib()
-    check_output(args.output)
     check_apart(args.output, args.results)
+    check_output(args.output, PAGE)
     speeds, mlx_vlm_speeds, answers = _read(args.results)
     accuracy = {}
     for result in answers:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         sections.append(evaluation_section(result))
         if args.pictures:
             sections += picture_sections(result, args.pictures, args.method)
-    write_text(args.output, page(args.title, sections))
+    write_text(args.output, page(args.title, sections), PAGE)
     print(f"wrote {args.output}")
 
 

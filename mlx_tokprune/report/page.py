@@ -22,6 +22,7 @@ from ..cli import draw_choices
 from ..errors import InputError
 from ..evaluate import accuracy_table
 from ..evaluate.items import Item, blinded, read_questions
+from ..files import SOFTWARE
 from ..measure.machine import format_versions
 from ..measure.mlx_vlm_subject import MlxVlmSubject
 from ..measure.results import Row
@@ -60,6 +61,7 @@ def page(title: str, sections: Sequence[str]) -> str:
     body = "\n".join(sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="generator" content="{SOFTWARE}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"

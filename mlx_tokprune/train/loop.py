@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from ..checkpoints.shards import load_tensors
 from ..errors import InputError
-from ..files import replacing, write_text
+from ..files import read_json, write_arrays, write_picture, write_text
 from ..models.protocol import VisionModel
+
+_SCHEMA = "mlx_tokprune.training/1"  # of settings.json
 
 
 @dataclass(frozen=True)
@@ -180,17 +182,23 @@ class Loop:
         file = self.folder / "state.json"
         if not file.exists():
             return 0
-        state = json.loads(file.read_text())
-        if state["schedule"] != dataclasses.asdict(self.schedule):
+        state = read_json(file)
+        if state.get("schedule") != dataclasses.asdict(self.schedule):
             raise _other_settings(self.folder)
-        arrays = load_tensors(self.folder / f"state-{state['step']}.safetensors")
-        parts: dict[str, list] = {"weights": [], "optimizer": []}
-        for name, array in arrays.items():
-            part, _, inner = name.partition("/")
-            parts[part].append((inner, array))
-        self.module.load_weights(parts["weights"], strict=False)
-        self.optimizer.state = tree_unflatten(parts["optimizer"])
-        self.losses = state["losses"]
+        try:
+            arrays = load_tensors(self.folder / f"state-{state['step']}.safetensors")
+            parts: dict[str, list] = {"weights": [], "optimizer": []}
+            for name, array in arrays.items():
+                part, _, inner = name.partition("/")
+                parts[part].append((inner, array))
+            self.module.load_weights(parts["weights"], strict=False)
+            self.optimizer.state = tree_unflatten(parts["optimizer"])
+            self.losses = list(state["losses"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the state of the training in {self.folder} is damaged ({error}); "
+                "remove the folder to begin again"
+            ) from None
         return state["step"]
 
     def _save(self, step: int) -> None:
@@ -198,7 +206,7 @@ class Loop:
         if not self.is_first:
             return
         arrays = self.folder / f"state-{step}.safetensors"
-        mx.save_safetensors(str(arrays), self._state())
+        write_arrays(arrays, self._state())
         schedule = dataclasses.asdict(self.schedule)
         state = {"step": step, "schedule": schedule, "losses": self.losses}
         write_text(self.folder / "state.json", json.dumps(state))
@@ -229,15 +237,19 @@ def recomputed(model: VisionModel, wanted: bool) -> Iterator[None]:
 def check_same(file: Path, settings: dict) -> None:
     """Write `settings` to `file`.
 
-    Raises `InputError` where a training with other settings has begun in that folder.
+    Raises `InputError` where a training with other settings has begun in that folder,
+    and for a file that is no settings of a training.
     """
     settings, folder = json.loads(json.dumps(settings)), file.parent
+    settings = {"schema": _SCHEMA, **settings}
     states = ("state.json", "*/state.json", "episodes/*/*")
     started = any(any(folder.glob(pattern)) for pattern in states)
-    if started and file.exists() and json.loads(file.read_text()) != settings:
-        raise _other_settings(folder)
+    if started and file.exists():
+        if {"schema": _SCHEMA, **read_json(file)} != settings:
+            raise _other_settings(folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(settings))
+    write_text(file, json.dumps(settings), _SCHEMA)
 
 
 def _other_settings(folder: Path) -> InputError:
@@ -265,5 +277,4 @@ def draw_losses(losses: list[float], file: Path, what: str = "the answers") -> N
     axes.set(xlabel="step", ylabel=f"cross entropy of {what}, nats")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with replacing(file) as stream:
-        figure.savefig(stream, format="png")
+    write_picture(file, figure)

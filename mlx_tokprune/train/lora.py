@@ -22,7 +22,7 @@ from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.loading import PROJECTOR, load, projector_of
 from ..checkpoints.opening import ModelSource, open_checkpoint
 from ..errors import InputError, nearest
-from ..files import new_folder
+from ..files import new_folder, write_arrays
 from ..models.protocol import VisionModel
 from ..pipeline import tower_needs
 from ..pipeline.planning import plan_for
@@ -84,9 +84,9 @@ class Adapter:
         weights = dict(tree_flatten(model.language_model.trainable_parameters()))
         with new_folder(folder) as made:
             (made / "adapter_config.json").write_text(json.dumps(config, indent=2))
-            mx.save_safetensors(str(made / "adapters.safetensors"), weights)
+            write_arrays(made / "adapters.safetensors", weights)
             if self.projector:
-                mx.save_safetensors(str(made / PROJECTOR), projector_of(model))
+                write_arrays(made / PROJECTOR, projector_of(model))
 
 
 def train_adapter(

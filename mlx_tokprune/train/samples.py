@@ -15,7 +15,7 @@ from PIL import Image
 from ..checkpoints.fingerprint import fingerprint
 from ..errors import InputError
 from ..features import HasParameters
-from ..files import read_lines
+from ..files import note_shadowed, read_lines
 from ..processing.image import load_image
 from ..scenes import testbed
 from ..scenes.held_out import TRAINING
@@ -74,12 +74,17 @@ def check_started(
     """Write the settings of a training to `folder`, or compare them.
 
     Raises `InputError` where the folder holds a training with another model, other
-    samples or other settings.
+    samples or other settings, or files that are not of a training.
     """
+    file = folder / "settings.json"
+    if folder.is_dir() and any(folder.iterdir()) and not file.exists():
+        raise InputError(
+            f"{folder} has files, and none of a training; choose a new folder"
+        )
     identity = {**settings, "model": fingerprint(model), "data": samples.digest}
     processes = mx.distributed.init().size()  # each draws a batch
     identity |= {"processes": processes} if processes > 1 else {}
-    check_same(folder / "settings.json", identity)
+    check_same(file, identity)
 
 
 def read_samples(source: str, pictures: int) -> Samples:
@@ -91,6 +96,7 @@ def read_samples(source: str, pictures: int) -> Samples:
     and named in `skipped`. Raises `InputError` where no sample is left.
     """
     if source in ("demo", "testbed"):
+        note_shadowed(source)
         make = _demo if source == "demo" else _testbed
         return Samples(tuple(make(pictures)))
     path = Path(source)

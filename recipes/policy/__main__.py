@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlx_tokprune.cli import Parser, command
 from mlx_tokprune.errors import InputError, import_matplotlib, nearest
-from mlx_tokprune.files import check_output
+from mlx_tokprune.files import PICTURE, check_output
 from mlx_tokprune.scenes.worlds import TASKS, import_simulator
 
 
@@ -246,7 +246,7 @@ def _print_table(args) -> None:
     from .table import by_step, draw, draw_by_step, markdown, read_log
 
     if args.plot:
-        check_output(args.plot)
+        check_output(args.plot, PICTURE)
         import_matplotlib()
     found = []
     for log in map(Path, args.logs):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_tokprune.errors import InputError
+from mlx_tokprune.files import write_picture
 from mlx_tokprune.measure.intervals import wilson
 from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.scenes.worlds import TASKS
@@ -101,7 +102,7 @@ def draw(lines: list[dict], file: Path) -> None:
     axes.set(xlabel="visual tokens kept", ylabel="episodes won (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="lower right")
-    figure.savefig(file, format="png")
+    write_picture(file, figure)
 
 
 def _line(axes, points: list[tuple[float, int, int]], label: str) -> None:
@@ -141,4 +142,4 @@ def draw_by_step(logs: dict[int, list[dict]], file: Path) -> None:
     axes.set(xlabel="steps of tuning", ylabel="episodes won (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(file, format="png")
+    write_picture(file, figure)

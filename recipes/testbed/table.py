@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_tokprune.evaluate.accuracy_table import draw
-from mlx_tokprune.files import read_json
+from mlx_tokprune.files import PICTURE, check_output, read_json
 from mlx_tokprune.measure.intervals import bootstrap
 from mlx_tokprune.measure.tables import Table
 
@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--against", metavar="METHOD")
     args = parser.parse_args()
+    if args.plot:
+        check_output(args.plot, PICTURE)
     found = [read_json(file) for file in args.results]
     if args.against:
         if len({result["model"] for result in found}) > 1:

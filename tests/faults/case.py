@@ -166,7 +166,11 @@ def judge(ended: Ended, left: list[str]) -> Outcome:
 
 
 def said_well(err: str) -> bool:
-    """Return whether stderr is one short, printable line with `error: ...`."""
+    """Return whether stderr is one short, printable line with `error: ...`.
+
+    Notes about the inputs may come before it, a line each.
+    """
+    err = re.sub(r"\A(note: .*\n)+", "", err)
     whole = _SAID.fullmatch(err) is not None
     return whole and len(err) <= 701 and err[:-1].isprintable()
 

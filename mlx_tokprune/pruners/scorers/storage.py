@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ...errors import InputError, nearest
-from ...files import DEMO, new_folder, object_of, read_json
+from ...files import DEMO, new_folder, note_shadowed, object_of, read_json, write_arrays
 from .fitting import read_signs
 from .scorers import SCORERS, Scorer
 
@@ -64,7 +64,7 @@ def save_scorer(
     with new_folder(folder) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         weights = dict(tree_flatten(scorer.parameters()))
-        mx.save_safetensors(str(made / WEIGHTS), weights)
+        write_arrays(made / WEIGHTS, weights)
 
 
 def load_scorer(folder: str | Path) -> Scorer:
@@ -72,6 +72,8 @@ def load_scorer(folder: str | Path) -> Scorer:
 
     Raises `InputError` for a damaged folder or weights that are not finite.
     """
+    if folder in EMBEDDED:
+        note_shadowed(str(folder))
     folder = Path(EMBEDDED.get(str(folder), folder))
     config = read_json(folder / CONFIG)
     kind, settings = config.get("scorer"), object_of(config, "settings")
