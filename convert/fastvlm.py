@@ -12,6 +12,7 @@ from ..checkpoints.shards import Checkpoint
 from ..errors import InputError
 from ..files import object_of
 from ..models.fastvlm import FastVLM, ModelArgs
+from ..models.text_config import DEFAULT_THETA
 from .coremltower import add_tower, is_app
 
 _TOWER = "vision_tower.vision_model"
@@ -109,6 +110,12 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     config = dict(checkpoint.config)
     if any(name.startswith(_TIMM) for name in checkpoint.tensors):
         config = _from_transformers(config, shapes)
+    if "rope_theta" not in config | object_of(config, "text_config"):
+        checkpoint.notes.append(
+            f"config.json gives no rope_theta; {DEFAULT_THETA:g} is used, as in "
+            "transformers"
+        )
+        config["rope_theta"] = DEFAULT_THETA
     tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
@@ -142,31 +149,21 @@ def _from_transformers(config: Mapping, shapes: dict[str, Shape]) -> dict:
                 f"config.json says {name} {config[name]!r}; expected {only!r}, the "
                 "only supported value"
             )
-    rope = object_of(text, "rope_parameters") or object_of(text, "rope_scaling")
-    theta = rope.get("rope_theta", text.get("rope_theta", 10000.0))
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
     stops = text.get("eos_token_id", config.get("eos_token_id"))
     stops = {*(stops if isinstance(stops, list) else [stops]), _IM_END} - {None}
     vocabulary = shapes.get("language_model.model.embed_tokens.weight", (0,))[0]
-    inner = ("architectures", "rope_parameters", "rope_scaling", "layer_types", "dtype")
-    flat = {k: v for k, v in text.items() if k not in inner}
-    return (
-        flat
-        | ({} if plain else {"rope_scaling": scaling})
-        | {
-            "model_type": "llava_qwen2",
-            "architectures": ["LlavaQwen2ForCausalLM"],
-            "rope_theta": theta,
-            # A smaller vocabulary than Qwen2's does not have <|im_end|>.
-            "eos_token_id": sorted(i for i in stops if i != _IM_END or i < vocabulary),
-            "mm_hidden_size": shapes.get("mm_projector.0.weight", (0, 0))[-1],
-            "mm_projector_type": "mlp2x_gelu",
-            "image_aspect_ratio": "pad",
-            "torch_dtype": config.get("dtype", config.get("torch_dtype")),
-            "vision_config": sizes,
-        }
-    )
+    flat = {k: v for k, v in text.items() if k not in ("architectures", "dtype")}
+    return flat | {
+        "model_type": "llava_qwen2",
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        # A smaller vocabulary than Qwen2's does not have <|im_end|>.
+        "eos_token_id": sorted(i for i in stops if i != _IM_END or i < vocabulary),
+        "mm_hidden_size": shapes.get("mm_projector.0.weight", (0, 0))[-1],
+        "mm_projector_type": "mlp2x_gelu",
+        "image_aspect_ratio": "pad",
+        "torch_dtype": config.get("dtype", config.get("torch_dtype")),
+        "vision_config": sizes,
+    }
 
 
 def _timm_sizes(vision: Mapping) -> dict:

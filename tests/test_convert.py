@@ -329,7 +329,11 @@ def vision(**changes):
         ({"vocab_size": True}, "vocab_size True; expected"),
         ({"rms_norm_eps": None}, "rms_norm_eps None; expected a positive number"),
         ({"rope_theta": "x"}, "rope_theta 'x'; expected a positive number"),
-        ({"rope_scaling": {"type": "foo"}}, "does not describe a FastVLM"),
+        ({"rope_scaling": {"type": "foo"}}, "rope type 'foo'; expected one of default"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "does not describe a FastVLM",
+        ),
         ({"text_config": [1]}, r"text_config \[1\]; expected an object"),
         ({"vision_config": "x"}, "vision_config 'x'; expected an object"),
         (vision(layers=[1, 1]), "expected 5 values, one per stage"),

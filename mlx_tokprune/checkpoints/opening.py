@@ -8,7 +8,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import InputError
+from ..files import object_of
 from ..models.protocol import VisionModel
+from ..models.text_config import flat_rope
 from ..pipeline.planning import plan_for
 from ..pruners import Pruners
 from .family import Family, identify
@@ -41,10 +43,30 @@ def open_checkpoint(
     base = resolve(base_model) if base_model is not None else None
     family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
     shapes = family.shapes(checkpoint)
+    untied = _unties_embeddings(checkpoint.config)
+    checkpoint.config = _flat_ropes(checkpoint)
     config = family.complete(checkpoint, shapes)
     expected = expected_shapes(family, config, len(checkpoint.tensors))
     family.check(checkpoint, shapes, config, expected)
+    if untied and not any(name.endswith("lm_head.weight") for name in shapes):
+        checkpoint.notes.append(
+            "config.json says tie_word_embeddings false, but there is no lm_head; the "
+            "embeddings are used for both"
+        )
     return ModelSource(family, checkpoint, config)
+
+
+def _flat_ropes(checkpoint: Checkpoint) -> dict:
+    """Return the config after `flat_rope` at both levels."""
+    config = flat_rope(checkpoint.config, checkpoint.notes)
+    text = object_of(config, "text_config")
+    flat = flat_rope(text, checkpoint.notes)
+    return config if flat == text else config | {"text_config": flat}
+
+
+def _unties_embeddings(config: dict) -> bool:
+    parts = (config, object_of(config, "text_config"))
+    return any(part.get("tie_word_embeddings") is False for part in parts)
 
 
 def build(

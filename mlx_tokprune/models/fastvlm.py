@@ -16,16 +16,17 @@ from ..errors import InputError
 from ..features import Features
 from ..files import object_of
 from ..processing.prompt import Prompt
-from .checks import check_language, expect, is_size
+from .checks import expect, is_size
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
 from .layers import projector
 from .protocol import PROVIDES, ChatModel
+from .text_config import TEXT_FIELDS, read_text
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Checked `config.json`; `text` is passed to mlx-lm's Qwen2 unchanged."""
+    """Checked `config.json`; `text` is passed to mlx-lm's Qwen2."""
 
     text: dict
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -47,8 +48,7 @@ class ModelArgs:
 
         Raises `InputError` for sizes that are missing, impossible or inconsistent.
         """
-        text = dict(object_of(config, "text_config") or config)
-        check_language(text)
+        text = read_text(_text(config), "qwen2")
         fields = {f.name for f in dataclasses.fields(VisionConfig)}
         sizes = object_of(config, "vision_config")
         vision = VisionConfig(**{k: _tuple(v) for k, v in sizes.items() if k in fields})
@@ -59,8 +59,17 @@ class ModelArgs:
                 f"config.json says mm_hidden_size {features}, but the tower it "
                 f"describes has features of size {vision.output_dim}"
             )
-        text["model_type"] = "qwen2"
         return cls(text, vision, features)
+
+
+def _text(config: Mapping[str, Any]) -> dict:
+    """Return the text settings: Apple has them at the top, mlx-vlm in `text_config`."""
+    inner = object_of(config, "text_config")
+    for name in (name for name in TEXT_FIELDS if name in config and name in inner):
+        expected = f"{config[name]!r}, as outside of text_config"
+        right = inner[name] == config[name]
+        expect(right, f"text_config.{name}", inner[name], expected)
+    return {**config, **inner}
 
 
 def _check_vision(vision: VisionConfig) -> None:
