@@ -6,11 +6,15 @@ writes the MLX community's layout, which mlx-vlm loads, too.
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ..checkpoints.family import Family, Shape, register_family
 from ..checkpoints.shards import Checkpoint
 from ..errors import InputError
-from ..files import object_of
+from ..files import object_of, read_json
+from ..models.checks import expect, is_size
+from ..models.fastvithd import TOTAL_STRIDE, VisionConfig
 from ..models.fastvlm import FastVLM, ModelArgs
 from ..models.text_config import DEFAULT_THETA
 from .coremltower import add_tower, is_app
@@ -110,12 +114,21 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     config = dict(checkpoint.config)
     if any(name.startswith(_TIMM) for name in checkpoint.tensors):
         config = _from_transformers(config, shapes)
+    elif "image_aspect_ratio" not in config:
+        checkpoint.notes.append(
+            "config.json gives no image_aspect_ratio; pictures are cropped to their "
+            "middle square, as in Apple's code (its published models say 'pad')"
+        )
     if "rope_theta" not in config | object_of(config, "text_config"):
         checkpoint.notes.append(
             f"config.json gives no rope_theta; {DEFAULT_THETA:g} is used, as in "
             "transformers"
         )
         config["rope_theta"] = DEFAULT_THETA
+    size = _input_size(checkpoint, config)
+    vision = object_of(config, "vision_config")
+    if size not in (None, vision.get("image_size", VisionConfig.image_size)):
+        config["vision_config"] = vision | {"image_size": size}
     tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
@@ -126,6 +139,97 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
         vision = object_of(config, "vision_config")
         config["vision_config"] = vision | {"projection_dim": head[-1]}
     return config
+
+
+# Input size --------------------------------------------------------------------------
+
+# Files of an image processor; transformers 5 puts its settings into the second.
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Settings of an image processor that have one value in every FastVLM.
+_PIXELS = {
+    **{"do_resize": True, "do_rescale": True, "resample": 3, "rescale_factor": 1 / 255},
+    **{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]},
+}
+
+
+def _input_size(checkpoint: Checkpoint, config: Mapping) -> int | None:
+    """Return the pixels per side that the checkpoint was trained on; `None` if unknown.
+
+    The end of `mm_vision_tower` comes first, as Apple's code reads nothing else; then
+    the image processor, which transformers and mlx-vlm read; then `vision_config`.
+    Places that disagree are noted.
+    """
+    tower, end, places = config.get("mm_vision_tower"), None, []
+    if tower is not None:
+        expected = "a name that ends in the input size, such as 'mobileclip_l_1024'"
+        expect(isinstance(tower, str), "mm_vision_tower", tower, expected)
+        end, label = re.search(r"_([0-9]+)$", tower), f"mm_vision_tower {tower!r}"
+        places += [(f"config.json says {label}", int(end[1]))] if end else []
+    places += _processor_size(checkpoint.folder)
+    side = object_of(config, "vision_config").get("image_size")
+    if side is not None:
+        places.append((f"config.json says vision_config.image_size {side!r}", side))
+    for label, size in places:
+        if not is_size(size) or size % TOTAL_STRIDE:
+            raise InputError(
+                f"{label}; expected one size, a multiple of {TOTAL_STRIDE} px"
+            )
+    if not places:
+        if tower is not None:
+            checkpoint.notes.append(
+                f"config.json says {label}, which ends in no input size; "
+                f"{VisionConfig.image_size} px is used, as in Apple's models"
+            )
+        return None
+    label, size = places[0]
+    others = [other for other, value in places[1:] if value != size]
+    if others:
+        reader = "Apple's code" if end else "transformers and mlx-vlm"
+        checkpoint.notes.append(
+            f"{label}, but {' and '.join(others)}; {size} px is used, as {reader} "
+            "would do"
+        )
+    return size
+
+
+def _processor_size(folder: Path) -> list[tuple[str, Any]]:
+    """Return the size in an image processor's file, with its place, or nothing.
+
+    Raises `InputError` for a preprocessing that FastVLM does not have.
+    """
+    for name in _PROCESSORS:
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        settings = content.get("image_processor", content)
+        sizes = ("crop_size", "size")
+        if not isinstance(settings, dict) or not settings.keys() & set(sizes):
+            continue
+        settings = {k: v for k, v in settings.items() if v is not None}
+        fields = sorted(_PIXELS.keys() & settings.keys())
+        if not settings.get("do_normalize", True):
+            fields = [f for f in fields if not f.startswith("image_")]
+        for field in fields:
+            if settings[field] != _PIXELS[field]:
+                raise InputError(
+                    f"{name} says {field} {settings[field]!r}; expected "
+                    f"{_PIXELS[field]!r}, as FastVLM's towers were trained"
+                )
+        fields = [
+            f
+            for f in sizes[not settings.get("do_center_crop", True) :]
+            if f in settings
+        ]
+        sides = [_side(settings[field]) for field in fields]
+        labels = [f"{field} {settings[field]!r}" for field in fields]
+        if sides and sides.count(sides[0]) < len(sides):
+            raise InputError(f"{name} says {' and '.join(labels)}; expected one size")
+        return [(f"{name} says {labels[0]}", sides[0])] if sides else []
+    return []
+
+
+def _side(value: Any) -> Any:
+    """Return the one number in an image processor's size; else the value."""
+    sides = list(value.values()) if isinstance(value, dict) else [value]
+    return sides[0] if sides and sides.count(sides[0]) == len(sides) else value
 
 
 # Fields of transformers' config that have one value in every FastVLM.

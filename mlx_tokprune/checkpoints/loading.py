@@ -157,6 +157,12 @@ def check_finite(tensors: Mapping[str, mx.array]) -> None:
 def _processor(
     model: Any, tokenizer: "TokenizerWrapper", _: Mapping, longest: int
 ) -> Processor:
+    missing = set(filter(None, model.marks)) - tokenizer.get_vocab().keys()
+    if missing:
+        raise InputError(
+            "config.json says mm_use_im_start_end true, but the tokenizer has no "
+            f"{min(missing)}; expected a token for each of {' and '.join(model.marks)}"
+        )
     return Processor(
         tokenizer,
         model.image_size,
@@ -166,6 +172,8 @@ def _processor(
         model.stride,
         model.args.context,
         longest=longest,
+        crops=model.crops,
+        marks=model.marks,
     )
 
 

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             print(json.dumps(record))
     if args.overlay:
-        write_overlay(args.overlay, group, visual)
+        write_overlay(args.overlay, session.processor.encoded(group), visual)
 
 
 @dataclass

@@ -23,14 +23,24 @@ from .layers import projector
 from .protocol import PROVIDES, ChatModel
 from .text_config import TEXT_FIELDS, read_text
 
+_FIXED = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "flat"}
+# Aspect ratios under which Apple's code crops pictures to squares, as CLIP does.
+_CROPPED = (None, "none", "square")
+
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Checked `config.json`; `text` is passed to mlx-lm's Qwen2."""
+    """Checked `config.json`; `text` is passed to mlx-lm's Qwen2.
+
+    crops: whether pictures are cropped to squares, not padded. has_marks: whether
+    `<im_start>` and `<im_end>` stand around a picture.
+    """
 
     text: dict
     vision: VisionConfig = field(default_factory=VisionConfig)
     mm_hidden_size: int = 3072
+    crops: bool = False
+    has_marks: bool = False
 
     @property
     def depth(self) -> int:
@@ -59,7 +69,17 @@ class ModelArgs:
                 f"config.json says mm_hidden_size {features}, but the tower it "
                 f"describes has features of size {vision.output_dim}"
             )
-        return cls(text, vision, features)
+        for name, only in _FIXED.items():
+            value = config.get(name)
+            expected = f"{only!r}, the only supported value"
+            expect(value in (None, only), name, value, expected)
+        aspect = config.get("image_aspect_ratio")
+        expected = "'pad', 'square' or none; tiles (anyres) are not supported"
+        expect(aspect in ("pad", *_CROPPED), "image_aspect_ratio", aspect, expected)
+        marked = config.get("mm_use_im_start_end", False)
+        right = isinstance(marked, bool)
+        expect(right, "mm_use_im_start_end", marked, "true or false")
+        return cls(text, vision, features, aspect in _CROPPED, marked)
 
 
 def _text(config: Mapping[str, Any]) -> dict:
@@ -143,6 +163,16 @@ class FastVLM(ChatModel, nn.Module):
     def image_size(self) -> int:
         """Pixels per side of the square pictures that the tower was trained on."""
         return self.args.vision.image_size
+
+    @property
+    def crops(self) -> bool:
+        """Whether pictures are cropped to squares, not padded."""
+        return self.args.crops
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """Texts before and after each picture."""
+        return ("<im_start>", "<im_end>") if self.args.has_marks else ("", "")
 
     @property
     def feature_size(self) -> int:

@@ -75,7 +75,8 @@ class ModelBase:
 class ChatModel(ModelBase):
     """Attributes that models with text answers in ChatML share.
 
-    mm_projector: layers from visual tokens to language model embeddings.
+    mm_projector: layers from visual tokens to language model embeddings. crops: whether
+    pictures are cropped to squares, not padded. marks: texts around each picture.
     """
 
     image_token = "<image>"
@@ -88,6 +89,8 @@ class ChatModel(ModelBase):
     sees_parts = False
     reads_prompt = False
     attends = "causal"
+    crops = False
+    marks = ("", "")
     mm_projector: list
 
     def project(self, tokens: mx.array) -> mx.array:

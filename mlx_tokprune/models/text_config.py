@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import object_of
 from .checks import LANGUAGE_SIZES, check_language, expect, is_number, is_size
 
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _SHARE = "original_max_position_embeddings", "partial_rotary_factor"
 # Numbers of each rope type: required, and optional.
 _ROPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), (_ORIGINAL,)),
@@ -25,7 +25,7 @@ _ROPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 # Values that equal the absence of the number.
-_NEUTRAL = {"partial_rotary_factor": 1, "truncate": True, "mscale_all_dim": 0}
+_NEUTRAL = {_SHARE: 1, "truncate": True, "mscale_all_dim": 0}
 _SILU, _TANH = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu")  # Gemma: both by tanh
 # Activations and rope types of the architectures in mlx-lm.
 _ARCHITECTURES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -112,7 +112,7 @@ def flat_rope(text: Mapping[str, Any], notes: list[str] | None = None) -> dict:
     Raises `InputError` for unknown rope types, and for numbers that no program reads.
     """
     inner, outer = (object_of(text, f"rope_{n}") for n in ("parameters", "scaling"))
-    if not inner and not outer:
+    if not inner and not outer and text.get(_SHARE) is None:
         return dict(text)
     scaling = _scaling(outer or inner, text)
     if inner and outer and _scaling(inner, text) != scaling:
@@ -151,7 +151,7 @@ def _scaling(section: Mapping, text: Mapping) -> dict:
     value = kind if len(kinds) < 2 else kinds
     expect(right, "rope type", value, f"one of {', '.join(_ROPES)}")
     rest = section.keys() - {"rope_type", "type", "rope_theta"}
-    numbers = {"partial_rotary_factor": text.get("partial_rotary_factor")}
+    numbers = {_SHARE: text.get(_SHARE)}
     numbers |= {name: section[name] for name in sorted(rest)}
     required, optional = _ROPES[kind]
     if _ORIGINAL in required:  # transformers takes the first of these
