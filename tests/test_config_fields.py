@@ -17,6 +17,7 @@ from test_text_config import change, chunk_checkpoint, states  # noqa: F401
 
 from mlx_tokprune import generate, load
 from mlx_tokprune.checkpoints.opening import open_checkpoint
+from mlx_tokprune.convert import convert
 from mlx_tokprune.errors import InputError
 
 FOLLOWED, REFUSED, NOTED = "followed: ", "refused: ", "noted: "
@@ -329,8 +330,6 @@ def test_the_input_size_is_the_trained_one(checkpoint, side, options, note):
 
 
 def test_the_size_of_the_towers_name_beats_that_of_vision_config(checkpoint, tmp_path):
-    from mlx_tokprune.convert import convert
-
     edit_config(checkpoint, mm_vision_tower="mobileclip_l_256")
     model, processor = load(checkpoint)
     assert (model.image_size, processor.image_size) == (256, 256)
@@ -458,3 +457,45 @@ def test_start_and_end_tokens_stand_around_each_picture(checkpoint):
             map(len, load(TINY)[1].prompt(text, pictures).segments)
         )
     generate(model, processor, [TINY / "image_0.png"], "Hi", max_tokens=2)
+
+
+# Types ------------------------------------------------------------------------------
+
+
+def types_of(config: dict, path: str = "") -> dict:
+    """Return every type that a config names, by its place."""
+    types = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            types |= types_of(value, f"{path}{name}.")
+        elif name in ("dtype", "torch_dtype"):
+            types[path + name] = value
+    return types
+
+
+@pytest.mark.parametrize(
+    ("fixture", "places"),
+    [
+        ("checkpoint", "dtype torch_dtype"),
+        ("checkpoint", "dtype torch_dtype text_config.dtype vision_config.torch_dtype"),
+        ("fast_vlm", "torch_dtype"),
+        ("policy_checkpoint", "dtype torch_dtype text_config.torch_dtype"),
+        ("policy_checkpoint", "torch_dtype vision_config.featurizer_config.dtype"),
+        ("chunk_checkpoint", "dtype torch_dtype text_config.dtype vision_config.dtype"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", None])
+def test_a_cast_is_named_everywhere(fixture, places, dtype, request, tmp_path):
+    folder = request.getfixturevalue(fixture)
+    config = json.loads((folder / "config.json").read_text())
+    for place in places.split():
+        *sections, name = place.split(".")
+        part = config
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[name] = "bfloat16"
+    config |= {"dtype": "bfloat16"} if fixture == "fast_vlm" else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    target = convert(str(folder), str(tmp_path / "mlx"), dtype=dtype)
+    types = types_of(json.loads((target / "config.json").read_text()))
+    assert types == dict.fromkeys(places.split(), dtype or "bfloat16")

@@ -339,7 +339,7 @@ def vision(**changes):
         (vision(layers=[1, 1]), "expected 5 values, one per stage"),
         (vision(embed_dims=[16, 32, 32, 64, "x"]), "expected 5 values"),
         (vision(head_dim=48), "head_dim 48; expected a divisor of 64"),
-        (vision(image_size=500), "image_size 500; expected a multiple of 64"),
+        (vision(image_size=500), "image_size 500; expected one size, a multiple"),
         (vision(cls_ratio="2"), "cls_ratio '2'; expected a number"),
         (vision(pos_embs_shapes=[None] * 4 + [[7, 5]]), "expected 5 values"),
         (vision(token_mixers=["conv"] * 5), "expected 5 values"),
