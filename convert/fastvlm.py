@@ -111,23 +111,22 @@ def _axes(name: str, ndim: int) -> tuple[int, ...] | None:
 
 
 def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
-    config = dict(checkpoint.config)
+    config, notes = dict(checkpoint.config), checkpoint.notes
     if any(name.startswith(_TIMM) for name in checkpoint.tensors):
         config = _from_transformers(config, shapes)
     elif "image_aspect_ratio" not in config:
-        checkpoint.notes.append(
+        notes.append(
             "config.json gives no image_aspect_ratio; pictures are cropped to their "
             "middle square, as in Apple's code (its published models say 'pad')"
         )
     if "rope_theta" not in config | object_of(config, "text_config"):
-        checkpoint.notes.append(
-            f"config.json gives no rope_theta; {DEFAULT_THETA:g} is used, as in "
-            "transformers"
-        )
         config["rope_theta"] = DEFAULT_THETA
-    size = _input_size(checkpoint, config)
-    vision = object_of(config, "vision_config")
-    if size not in (None, vision.get("image_size", VisionConfig.image_size)):
+        notes.append(
+            "config.json gives no rope_theta; 10000 is used, as in transformers"
+        )
+    vision, usual = object_of(config, "vision_config"), VisionConfig.image_size
+    size = _input_size(config, checkpoint.folder, notes) or usual
+    if size != vision.get("image_size", usual):
         config["vision_config"] = vision | {"image_size": size}
     tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
@@ -143,6 +142,7 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
 
 # Input size --------------------------------------------------------------------------
 
+_CROP = ("crop_size",)
 # Files of an image processor; transformers 5 puts its settings into the second.
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Settings of an image processor that have one value in every FastVLM.
@@ -152,44 +152,34 @@ _PIXELS = {
 }
 
 
-def _input_size(checkpoint: Checkpoint, config: Mapping) -> int | None:
+def _input_size(config: Mapping, folder: Path, notes: list[str]) -> int | None:
     """Return the pixels per side that the checkpoint was trained on; `None` if unknown.
 
     The end of `mm_vision_tower` comes first, as Apple's code reads nothing else; then
     the image processor, which transformers and mlx-vlm read; then `vision_config`.
-    Places that disagree are noted.
+    notes: takes places that disagree.
     """
-    tower, end, places = config.get("mm_vision_tower"), None, []
-    if tower is not None:
-        expected = "a name that ends in the input size, such as 'mobileclip_l_1024'"
-        expect(isinstance(tower, str), "mm_vision_tower", tower, expected)
-        end, label = re.search(r"_([0-9]+)$", tower), f"mm_vision_tower {tower!r}"
-        places += [(f"config.json says {label}", int(end[1]))] if end else []
-    places += _processor_size(checkpoint.folder)
-    side = object_of(config, "vision_config").get("image_size")
-    if side is not None:
+    tower, side = config.get("mm_vision_tower"), object_of(config, "vision_config")
+    expected = "a name that ends in the input size, such as 'mobileclip_l_1024'"
+    expect(isinstance(tower, str | None), "mm_vision_tower", tower, expected)
+    end, label = re.search(r"_([0-9]+)$", tower or ""), f"mm_vision_tower {tower!r}"
+    places = [(f"config.json says {label}", int(end[1]))] if end else []
+    places += _processor_size(folder)
+    if (side := side.get("image_size")) is not None:
         places.append((f"config.json says vision_config.image_size {side!r}", side))
-    for label, size in places:
+    for place, size in places:
         if not is_size(size) or size % TOTAL_STRIDE:
-            raise InputError(
-                f"{label}; expected one size, a multiple of {TOTAL_STRIDE} px"
-            )
-    if not places:
-        if tower is not None:
-            checkpoint.notes.append(
-                f"config.json says {label}, which ends in no input size; "
-                f"{VisionConfig.image_size} px is used, as in Apple's models"
-            )
-        return None
-    label, size = places[0]
-    others = [other for other, value in places[1:] if value != size]
+            expected = f"one size, a multiple of {TOTAL_STRIDE} px"
+            raise InputError(f"{place}; expected {expected}")
+    others = [place for place, size in places[1:] if size != places[0][1]]
     if others:
         reader = "Apple's code" if end else "transformers and mlx-vlm"
-        checkpoint.notes.append(
-            f"{label}, but {' and '.join(others)}; {size} px is used, as {reader} "
-            "would do"
-        )
-    return size
+        disagreement = f"{places[0][0]}, but {' and '.join(others)}"
+        notes.append(f"{disagreement}; the first is used, as {reader} would do")
+    if tower and not places:
+        size = f"{VisionConfig.image_size} px is used, as in Apple's models"
+        notes.append(f"config.json says {label}, which ends in no input size; {size}")
+    return places[0][1] if places else None
 
 
 def _processor_size(folder: Path) -> list[tuple[str, Any]]:
@@ -200,29 +190,24 @@ def _processor_size(folder: Path) -> list[tuple[str, Any]]:
     for name in _PROCESSORS:
         content = read_json(folder / name) if (folder / name).is_file() else {}
         settings = content.get("image_processor", content)
-        sizes = ("crop_size", "size")
-        if not isinstance(settings, dict) or not settings.keys() & set(sizes):
+        if not isinstance(settings, dict) or not settings.keys() & {*_CROP, "size"}:
             continue
-        settings = {k: v for k, v in settings.items() if v is not None}
-        fields = sorted(_PIXELS.keys() & settings.keys())
-        if not settings.get("do_normalize", True):
-            fields = [f for f in fields if not f.startswith("image_")]
-        for field in fields:
-            if settings[field] != _PIXELS[field]:
+        plain = (
+            () if settings.get("do_normalize", True) else ("image_mean", "image_std")
+        )
+        for field in sorted(_PIXELS.keys() & settings.keys() - plain):
+            if settings[field] not in (None, _PIXELS[field]):
                 raise InputError(
                     f"{name} says {field} {settings[field]!r}; expected "
                     f"{_PIXELS[field]!r}, as FastVLM's towers were trained"
                 )
-        fields = [
-            f
-            for f in sizes[not settings.get("do_center_crop", True) :]
-            if f in settings
-        ]
-        sides = [_side(settings[field]) for field in fields]
-        labels = [f"{field} {settings[field]!r}" for field in fields]
-        if sides and sides.count(sides[0]) < len(sides):
-            raise InputError(f"{name} says {' and '.join(labels)}; expected one size")
-        return [(f"{name} says {labels[0]}", sides[0])] if sides else []
+        fields = (*(_CROP if settings.get("do_center_crop", True) else ()), "size")
+        sizes = {n: settings[n] for n in fields if settings.get(n) is not None}
+        sides = [_side(size) for size in sizes.values()]
+        label = " and ".join(f"{field} {size!r}" for field, size in sizes.items())
+        if any(side != sides[0] for side in sides):
+            raise InputError(f"{name} says {label}; expected one size")
+        return [(f"{name} says {label}", sides[0])] if sides else []
     return []
 
 

@@ -54,7 +54,7 @@ def frequencies(dim: int, theta: float, scaling: dict) -> tuple[np.ndarray, floa
     high = min(math.ceil(turns(scaling.get("beta_slow", 1))), dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
     growth = 0.1 * math.log(factor)
-    attention = scaling.get("attention_factor", growth + 1)
+    attention = growth + 1
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         attention = growth * scaling["mscale"] + 1
         attention /= growth * scaling["mscale_all_dim"] + 1
@@ -70,7 +70,6 @@ def frequencies(dim: int, theta: float, scaling: dict) -> tuple[np.ndarray, floa
         {"rope_type": "yarn", **YARN},
         {"rope_type": "yarn", "factor": 4.0},
         {"rope_type": "yarn", **YARN, "beta_fast": 16, "beta_slow": 2},
-        {"rope_type": "yarn", **YARN, "attention_factor": 0.7},
         {"rope_type": "yarn", **YARN, "mscale": 0.5, "mscale_all_dim": 2.0},
         {"rope_type": "yarn", **YARN, "mscale": 0.5, "truncate": True},
     ],
@@ -205,8 +204,8 @@ def test_both_spellings_of_the_frequency_are_one(fixture, section, request, tmp_
         ),
         (
             "qwen2",
-            {"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 2.0}},
-            "attention_factor 2.0; expected none",
+            {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0.7}},
+            "attention_factor of the rope type yarn 0.7; expected none",
         ),
         ("qwen2", {"rope_parameters": {"rope_theta": -1}}, "rope_theta -1; expected"),
         ("qwen2", {"rope_parameters": 5}, "rope_parameters 5; expected an object"),

@@ -157,11 +157,11 @@ def check_finite(tensors: Mapping[str, mx.array]) -> None:
 def _processor(
     model: Any, tokenizer: "TokenizerWrapper", _: Mapping, longest: int
 ) -> Processor:
-    missing = set(filter(None, model.marks)) - tokenizer.get_vocab().keys()
+    missing = set(filter(None, model.args.marks)) - tokenizer.get_vocab().keys()
     if missing:
         raise InputError(
             "config.json says mm_use_im_start_end true, but the tokenizer has no "
-            f"{min(missing)}; expected a token for each of {' and '.join(model.marks)}"
+            f"{min(missing)}; expected both {' and '.join(model.args.marks)}"
         )
     return Processor(
         tokenizer,
@@ -172,8 +172,8 @@ def _processor(
         model.stride,
         model.args.context,
         longest=longest,
-        crops=model.crops,
-        marks=model.marks,
+        crops=model.args.crops,
+        marks=model.args.marks,
     )
 
 
@@ -272,7 +272,8 @@ def load_tokenizer(folder: Path, config: dict) -> "TokenizerWrapper":
     from transformers import PreTrainedConfig
 
     # An empty config, as a tokenizer needs none: transformers would build the model's
-    # from config.json, and fails on settings of model types that it does not have.
+    # from config.json, and fails on settings of model types that it does not have. It
+    # also warns about them.
     transformers_log = logging.getLogger("transformers")
     level = transformers_log.level
     transformers_log.setLevel(logging.ERROR)

@@ -43,8 +43,10 @@ def open_checkpoint(
     base = resolve(base_model) if base_model is not None else None
     family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
     shapes = family.shapes(checkpoint)
-    untied = _unties_embeddings(checkpoint.config)
-    checkpoint.config = _flat_ropes(checkpoint)
+    parts = (checkpoint.config, object_of(checkpoint.config, "text_config"))
+    untied = any(part.get("tie_word_embeddings") is False for part in parts)
+    top, text = (flat_rope(part, checkpoint.notes) for part in parts)
+    checkpoint.config = top if text == parts[1] else top | {"text_config": text}
     config = family.complete(checkpoint, shapes)
     expected = expected_shapes(family, config, len(checkpoint.tensors))
     family.check(checkpoint, shapes, config, expected)
@@ -54,19 +56,6 @@ def open_checkpoint(
             "embeddings are used for both"
         )
     return ModelSource(family, checkpoint, config)
-
-
-def _flat_ropes(checkpoint: Checkpoint) -> dict:
-    """Return the config after `flat_rope` at both levels."""
-    config = flat_rope(checkpoint.config, checkpoint.notes)
-    text = object_of(config, "text_config")
-    flat = flat_rope(text, checkpoint.notes)
-    return config if flat == text else config | {"text_config": flat}
-
-
-def _unties_embeddings(config: dict) -> bool:
-    parts = (config, object_of(config, "text_config"))
-    return any(part.get("tie_word_embeddings") is False for part in parts)
 
 
 def build(

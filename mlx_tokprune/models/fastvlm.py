@@ -32,15 +32,15 @@ _CROPPED = (None, "none", "square")
 class ModelArgs:
     """Checked `config.json`; `text` is passed to mlx-lm's Qwen2.
 
-    crops: whether pictures are cropped to squares, not padded. has_marks: whether
-    `<im_start>` and `<im_end>` stand around a picture.
+    crops: whether pictures are cropped to squares, not padded. marks: texts around a
+    picture.
     """
 
     text: dict
     vision: VisionConfig = field(default_factory=VisionConfig)
     mm_hidden_size: int = 3072
     crops: bool = False
-    has_marks: bool = False
+    marks: tuple[str, str] = ("", "")
 
     @property
     def depth(self) -> int:
@@ -70,25 +70,23 @@ class ModelArgs:
                 f"describes has features of size {vision.output_dim}"
             )
         for name, only in _FIXED.items():
-            value = config.get(name)
-            expected = f"{only!r}, the only supported value"
+            value, expected = config.get(name), f"{only!r}, the only supported value"
             expect(value in (None, only), name, value, expected)
         aspect = config.get("image_aspect_ratio")
         expected = "'pad', 'square' or none; tiles (anyres) are not supported"
         expect(aspect in ("pad", *_CROPPED), "image_aspect_ratio", aspect, expected)
-        marked = config.get("mm_use_im_start_end", False)
-        right = isinstance(marked, bool)
-        expect(right, "mm_use_im_start_end", marked, "true or false")
-        return cls(text, vision, features, aspect in _CROPPED, marked)
+        name, marked = "mm_use_im_start_end", config.get("mm_use_im_start_end", False)
+        expect(isinstance(marked, bool), name, marked, "true or false")
+        marks = ("<im_start>", "<im_end>") if marked else ("", "")
+        return cls(text, vision, features, aspect in _CROPPED, marks)
 
 
 def _text(config: Mapping[str, Any]) -> dict:
     """Return the text settings: Apple has them at the top, mlx-vlm in `text_config`."""
     inner = object_of(config, "text_config")
     for name in (name for name in TEXT_FIELDS if name in config and name in inner):
-        expected = f"{config[name]!r}, as outside of text_config"
-        right = inner[name] == config[name]
-        expect(right, f"text_config.{name}", inner[name], expected)
+        value, expected = inner[name], f"{config[name]!r}, as outside of text_config"
+        expect(value == config[name], f"text_config.{name}", value, expected)
     return {**config, **inner}
 
 
@@ -163,16 +161,6 @@ class FastVLM(ChatModel, nn.Module):
     def image_size(self) -> int:
         """Pixels per side of the square pictures that the tower was trained on."""
         return self.args.vision.image_size
-
-    @property
-    def crops(self) -> bool:
-        """Whether pictures are cropped to squares, not padded."""
-        return self.args.crops
-
-    @property
-    def marks(self) -> tuple[str, str]:
-        """Texts before and after each picture."""
-        return ("<im_start>", "<im_end>") if self.args.has_marks else ("", "")
 
     @property
     def feature_size(self) -> int:

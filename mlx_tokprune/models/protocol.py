@@ -75,8 +75,7 @@ class ModelBase:
 class ChatModel(ModelBase):
     """Attributes that models with text answers in ChatML share.
 
-    mm_projector: layers from visual tokens to language model embeddings. crops: whether
-    pictures are cropped to squares, not padded. marks: texts around each picture.
+    mm_projector: layers from visual tokens to language model embeddings.
     """
 
     image_token = "<image>"
@@ -89,8 +88,6 @@ class ChatModel(ModelBase):
     sees_parts = False
     reads_prompt = False
     attends = "causal"
-    crops = False
-    marks = ("", "")
     mm_projector: list
 
     def project(self, tokens: mx.array) -> mx.array:

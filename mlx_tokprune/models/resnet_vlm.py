@@ -34,6 +34,8 @@ class ModelArgs:
 
     text: dict
     image_size: int = 512
+    crops: ClassVar = False
+    marks: ClassVar = ("", "")
 
     @property
     def depth(self) -> int:

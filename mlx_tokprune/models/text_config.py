@@ -13,16 +13,14 @@ from ..files import object_of
 from .checks import LANGUAGE_SIZES, check_language, expect, is_number, is_size
 
 _ORIGINAL, _SHARE = "original_max_position_embeddings", "partial_rotary_factor"
+_SCALES = ("mscale", "mscale_all_dim")
 # Numbers of each rope type: required, and optional.
 _ROPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), (_ORIGINAL,)),
     "linear": (("factor",), (_ORIGINAL,)),
     "dynamic": (("factor",), (_ORIGINAL,)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
-    "yarn": (
-        ("factor", _ORIGINAL),
-        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
-    ),
+    "yarn": (("factor", _ORIGINAL), ("beta_fast", "beta_slow", *_SCALES)),
 }
 # Values that equal the absence of the number.
 _NEUTRAL = {_SHARE: 1, "truncate": True, "mscale_all_dim": 0}
@@ -53,30 +51,18 @@ def read_text(text: Mapping[str, Any], architecture: str) -> dict:
         value = text.get(name)
         right = value is None or value in activations
         expect(right, name, value, " or ".join(map(repr, activations)))
-    _check_attention(text, architecture)
-    scaling = object_of(text, "rope_scaling") or {"rope_type": "default"}
-    kind = scaling["rope_type"]
-    expected = f"{', '.join(ropes)}, as mlx-lm has for {architecture}"
-    expect(kind in ropes, "rope type", kind, expected)
-    unread = ("rope_scaling", "layer_types", "sliding_window")
-    settings = {name: value for name, value in text.items() if name not in unread}
-    settings.setdefault("rope_theta", DEFAULT_THETA)
-    if kind not in ("default", "dynamic"):
-        settings["rope_scaling"] = _for_mlx_lm(scaling)
-    return settings | {"model_type": architecture}
-
-
-def _check_attention(text: Mapping, architecture: str) -> None:
-    """Raise `InputError` for windows, biases and head sizes that mlx-lm ignores."""
     _check_windows(text)
     if architecture == "qwen2":  # mlx-lm reads the field for Llama and Gemma only
-        size, value = text["hidden_size"] // text["num_attention_heads"], "head_dim"
-        expect(text.get(value) in (None, size), value, text.get(value), f"{size}")
-    for name in ("attention_bias", "mlp_bias"):
-        value = text.get(name, False)
-        expect(isinstance(value, bool), name, value, "true or false")
-    biased = architecture == "gemma" and text.get("attention_bias", False)
-    expect(not biased, "attention_bias", True, "false, as mlx-lm's gemma has none")
+        size = text["hidden_size"] // text["num_attention_heads"]
+        value = text.get("head_dim", size)
+        expect(value in (None, size), "head_dim", value, f"{size}")
+    kind = object_of(text, "rope_scaling").get("rope_type", "default")
+    expected = f"{', '.join(ropes)}, as mlx-lm has for {architecture}"
+    expect(kind in ropes, "rope type", kind, expected)
+    # mlx-lm's dynamic type takes no positions of single tokens.
+    plain = {"rope_scaling": None} if kind == "dynamic" else {}
+    plain |= {"layer_types": None, "model_type": architecture}
+    return {"rope_theta": DEFAULT_THETA, **text, **plain}
 
 
 def _check_windows(text: Mapping) -> None:
@@ -84,7 +70,7 @@ def _check_windows(text: Mapping) -> None:
     layers, kinds = text["num_hidden_layers"], text.get("layer_types")
     window = text.get("sliding_window", 4096)  # transformers' default
     if kinds is None and text.get("use_sliding_window"):
-        first = text.get("max_window_layers", 28)
+        first = text.get("max_window_layers", 28)  # transformers' default, too
         expect(isinstance(first, int), "max_window_layers", first, "a whole number")
         kinds = [_FULL if i < first else _SLIDING for i in range(layers)]
     if kinds is None:
@@ -94,11 +80,9 @@ def _check_windows(text: Mapping) -> None:
     expect(window is None or is_size(window), "sliding_window", window, "a number")
     wide = window is None or window >= text.get("max_position_embeddings", math.inf)
     for number, kind in enumerate(kinds):
-        if kind != _FULL and not (kind == _SLIDING and wide):
-            raise InputError(
-                f"config.json gives layer {number} {kind!r} with sliding_window "
-                f"{window}; expected {_FULL!r}, the only supported attention"
-            )
+        right = kind == _FULL or (kind == _SLIDING and wide)
+        name, expected = f"layer {number} with sliding_window {window}", f"{_FULL!r}"
+        expect(right, name, kind, f"{expected}, the only supported attention")
 
 
 # Rotary positions --------------------------------------------------------------------
@@ -136,33 +120,29 @@ def flat_rope(text: Mapping[str, Any], notes: list[str] | None = None) -> dict:
             "the rope type 'dynamic' changes the positions of sequences beyond "
             "max_position_embeddings only; they are not changed here"
         )
-    return (
-        flat if scaling["rope_type"] == "default" else flat | {"rope_scaling": scaling}
-    )
+    if scaling["rope_type"] != "default":
+        flat["rope_scaling"] = scaling
+    return flat
 
 
 def _scaling(section: Mapping, text: Mapping) -> dict:
     """Return the checked `rope_type` of a section with its numbers."""
     kinds = [section[n] for n in ("rope_type", "type") if section.get(n) is not None]
     kind = kinds[0] if kinds else "default"
-    right = (
-        isinstance(kind, str) and kind in _ROPES and kinds in ([], [kind], [kind] * 2)
-    )
+    right = kind in list(_ROPES) and all(other == kind for other in kinds)
     value = kind if len(kinds) < 2 else kinds
     expect(right, "rope type", value, f"one of {', '.join(_ROPES)}")
     rest = section.keys() - {"rope_type", "type", "rope_theta"}
-    numbers = {_SHARE: text.get(_SHARE)}
-    numbers |= {name: section[name] for name in sorted(rest)}
+    numbers = {_SHARE: text.get(_SHARE)} | {n: section[n] for n in sorted(rest)}
     required, optional = _ROPES[kind]
     if _ORIGINAL in required:  # transformers takes the first of these
         lengths = (text.get(_ORIGINAL), section.get(_ORIGINAL))
         lengths += (text.get("max_position_embeddings"),)
         numbers[_ORIGINAL] = next((n for n in lengths if n is not None), None)
-    numbers = {
-        name: number
-        for name, number in numbers.items()
-        if number is not None and (name, number) not in _NEUTRAL.items()
-    }
+    neutral = [(name, None) for name in numbers] + list(_NEUTRAL.items())
+    numbers = dict(pair for pair in numbers.items() if pair not in neutral)
+    if not numbers.keys() >= set(_SCALES):  # transformers reads both or none
+        numbers = {n: number for n, number in numbers.items() if n not in _SCALES}
     for name in (*required, *numbers):
         number, taken = numbers.get(name), name in (*required, *optional)
         right = taken and is_number(number) and number > 0
@@ -172,20 +152,3 @@ def _scaling(section: Mapping, text: Mapping) -> dict:
         low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
         expect(low < high, "high_freq_factor", high, f"a number above {low}")
     return {"rope_type": kind, **numbers}
-
-
-def _for_mlx_lm(scaling: dict) -> dict:
-    """Return rope settings under which mlx-lm computes what transformers does."""
-    numbers = dict(scaling)
-    if not {"mscale", "mscale_all_dim"} <= numbers.keys():
-        numbers.pop("mscale", None)  # transformers reads both or none
-        numbers.pop("mscale_all_dim", None)
-    attention = numbers.pop("attention_factor", None)
-    if attention is not None:
-        # mlx-lm scales by 1 + 0.1 mscale log(factor), and not at all for factors to 1.
-        growth = 0.1 * math.log(max(1, numbers["factor"]))
-        expected = "none, or 1, for a factor up to 1"
-        expect(growth > 0 or attention == 1, "attention_factor", attention, expected)
-        scale = (attention - 1) / growth if growth else 1
-        numbers |= {"mscale": scale, "mscale_all_dim": 0}
-    return numbers

@@ -56,10 +56,7 @@ class Processor:
         if padding not in PADDINGS:
             raise InputError(f"padding is {' or '.join(PADDINGS)}, not {padding!r}")
         if padding == "skip" and self.crops:
-            raise InputError(
-                "the checkpoint crops pictures to squares and pads none; expected "
-                "padding keep"
-            )
+            raise InputError("this model crops pictures; expected padding keep")
         if image_size < self.stride or image_size % self.stride:
             near = max(self.stride, round(image_size / self.stride) * self.stride)
             raise InputError(
