@@ -321,3 +321,45 @@ def test_notes_reach_the_user_without_verbose(checkpoint):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("77.0 in the rope parameters is used") == 1
+
+
+# Types ------------------------------------------------------------------------------
+
+
+def types_of(config: dict, path: str = "") -> dict:
+    """Return every type that a config names, by its place."""
+    types = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            types |= types_of(value, f"{path}{name}.")
+        elif name in ("dtype", "torch_dtype"):
+            types[path + name] = value
+    return types
+
+
+@pytest.mark.parametrize(
+    ("fixture", "places"),
+    [
+        ("checkpoint", "dtype torch_dtype"),
+        ("checkpoint", "dtype torch_dtype text_config.dtype vision_config.torch_dtype"),
+        ("fast_vlm", "torch_dtype"),
+        ("policy_checkpoint", "dtype torch_dtype text_config.torch_dtype"),
+        ("policy_checkpoint", "torch_dtype vision_config.featurizer_config.dtype"),
+        ("chunk_checkpoint", "dtype torch_dtype text_config.dtype vision_config.dtype"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", None])
+def test_a_cast_is_named_everywhere(fixture, places, dtype, request, tmp_path):
+    folder = request.getfixturevalue(fixture)
+    config = json.loads((folder / "config.json").read_text())
+    for place in places.split():
+        *sections, name = place.split(".")
+        part = config
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[name] = "bfloat16"
+    config |= {"dtype": "bfloat16"} if fixture == "fast_vlm" else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    target = convert(str(folder), str(tmp_path / "mlx"), dtype=dtype)
+    types = types_of(json.loads((target / "config.json").read_text()))
+    assert types == dict.fromkeys(places.split(), dtype or "bfloat16")
