@@ -181,11 +181,22 @@ def _target_config(
 ) -> dict:
     config = {k: v for k, v in config.items() if k != "auto_map"}
     if dtype:
-        config["torch_dtype"] = dtype
+        config = _typed(config, dtype) | {"torch_dtype": dtype}
     if quantize:
         config["quantization"] = {"group_size": group, "bits": bits, "mode": "affine"}
         config["quantization_config"] = config["quantization"]
     return config
+
+
+def _typed(config: dict, dtype: str) -> dict:
+    """Return a config that names `dtype` wherever it named a type of the weights."""
+    typed = dict(config)
+    for name, value in config.items():
+        if name in ("dtype", "torch_dtype"):
+            typed[name] = dtype
+        elif name.endswith("_config") and isinstance(value, dict):
+            typed[name] = _typed(value, dtype)
+    return typed
 
 
 def _bytes_to_write(

@@ -6,12 +6,17 @@ writes the MLX community's layout, which mlx-vlm loads, too.
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ..checkpoints.family import Family, Shape, register_family
 from ..checkpoints.shards import Checkpoint
 from ..errors import InputError
-from ..files import object_of
+from ..files import object_of, read_json
+from ..models.checks import expect, is_size
+from ..models.fastvithd import TOTAL_STRIDE, VisionConfig
 from ..models.fastvlm import FastVLM, ModelArgs
+from ..models.text_config import DEFAULT_THETA
 from .coremltower import add_tower, is_app
 
 _TOWER = "vision_tower.vision_model"
@@ -106,9 +111,23 @@ def _axes(name: str, ndim: int) -> tuple[int, ...] | None:
 
 
 def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
-    config = dict(checkpoint.config)
+    config, notes = dict(checkpoint.config), checkpoint.notes
     if any(name.startswith(_TIMM) for name in checkpoint.tensors):
         config = _from_transformers(config, shapes)
+    elif "image_aspect_ratio" not in config:
+        notes.append(
+            "config.json gives no image_aspect_ratio; pictures are cropped to their "
+            "middle square, as in Apple's code (its published models say 'pad')"
+        )
+    if "rope_theta" not in config | object_of(config, "text_config"):
+        config["rope_theta"] = DEFAULT_THETA
+        notes.append(
+            "config.json gives no rope_theta; 10000 is used, as in transformers"
+        )
+    vision, usual = object_of(config, "vision_config"), VisionConfig.image_size
+    size = _input_size(config, checkpoint.folder, notes) or usual
+    if size != vision.get("image_size", usual):
+        config["vision_config"] = vision | {"image_size": size}
     tied = "language_model.lm_head.weight" not in shapes
     config["tie_word_embeddings"] = tied
     if isinstance(config.get("text_config"), dict):
@@ -119,6 +138,83 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
         vision = object_of(config, "vision_config")
         config["vision_config"] = vision | {"projection_dim": head[-1]}
     return config
+
+
+# Input size --------------------------------------------------------------------------
+
+_CROP = ("crop_size",)
+# Files of an image processor; transformers 5 puts its settings into the second.
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Settings of an image processor that have one value in every FastVLM.
+_PIXELS = {
+    **{"do_resize": True, "do_rescale": True, "resample": 3, "rescale_factor": 1 / 255},
+    **{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]},
+}
+
+
+def _input_size(config: Mapping, folder: Path, notes: list[str]) -> int | None:
+    """Return the pixels per side that the checkpoint was trained on; `None` if unknown.
+
+    The end of `mm_vision_tower` comes first, as Apple's code reads nothing else; then
+    the image processor, which transformers and mlx-vlm read; then `vision_config`.
+    notes: takes places that disagree.
+    """
+    tower, side = config.get("mm_vision_tower"), object_of(config, "vision_config")
+    expected = "a name that ends in the input size, such as 'mobileclip_l_1024'"
+    expect(isinstance(tower, str | None), "mm_vision_tower", tower, expected)
+    end, label = re.search(r"_([0-9]+)$", tower or ""), f"mm_vision_tower {tower!r}"
+    places = [(f"config.json says {label}", int(end[1]))] if end else []
+    places += _processor_size(folder)
+    if (side := side.get("image_size")) is not None:
+        places.append((f"config.json says vision_config.image_size {side!r}", side))
+    for place, size in places:
+        if not is_size(size) or size % TOTAL_STRIDE:
+            expected = f"one size, a multiple of {TOTAL_STRIDE} px"
+            raise InputError(f"{place}; expected {expected}")
+    others = [place for place, size in places[1:] if size != places[0][1]]
+    if others:
+        reader = "Apple's code" if end else "transformers and mlx-vlm"
+        disagreement = f"{places[0][0]}, but {' and '.join(others)}"
+        notes.append(f"{disagreement}; the first is used, as {reader} would do")
+    if tower and not places:
+        size = f"{VisionConfig.image_size} px is used, as in Apple's models"
+        notes.append(f"config.json says {label}, which ends in no input size; {size}")
+    return places[0][1] if places else None
+
+
+def _processor_size(folder: Path) -> list[tuple[str, Any]]:
+    """Return the size in an image processor's file, with its place, or nothing.
+
+    Raises `InputError` for a preprocessing that FastVLM does not have.
+    """
+    for name in _PROCESSORS:
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        settings = content.get("image_processor", content)
+        if not isinstance(settings, dict) or not settings.keys() & {*_CROP, "size"}:
+            continue
+        plain = (
+            () if settings.get("do_normalize", True) else ("image_mean", "image_std")
+        )
+        for field in sorted(_PIXELS.keys() & settings.keys() - plain):
+            if settings[field] not in (None, _PIXELS[field]):
+                raise InputError(
+                    f"{name} says {field} {settings[field]!r}; expected "
+                    f"{_PIXELS[field]!r}, as FastVLM's towers were trained"
+                )
+        fields = (*(_CROP if settings.get("do_center_crop", True) else ()), "size")
+        sizes = {n: settings[n] for n in fields if settings.get(n) is not None}
+        sides = [_side(size) for size in sizes.values()]
+        label = " and ".join(f"{field} {size!r}" for field, size in sizes.items())
+        if any(side != sides[0] for side in sides):
+            raise InputError(f"{name} says {label}; expected one size")
+        return [(f"{name} says {label}", sides[0])] if sides else []
+    return []
+
+
+def _side(value: Any) -> Any:
+    """Return the one number in an image processor's size; else the value."""
+    sides = list(value.values()) if isinstance(value, dict) else [value]
+    return sides[0] if sides and sides.count(sides[0]) == len(sides) else value
 
 
 # Fields of transformers' config that have one value in every FastVLM.
@@ -142,31 +238,21 @@ def _from_transformers(config: Mapping, shapes: dict[str, Shape]) -> dict:
                 f"config.json says {name} {config[name]!r}; expected {only!r}, the "
                 "only supported value"
             )
-    rope = object_of(text, "rope_parameters") or object_of(text, "rope_scaling")
-    theta = rope.get("rope_theta", text.get("rope_theta", 10000.0))
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
     stops = text.get("eos_token_id", config.get("eos_token_id"))
     stops = {*(stops if isinstance(stops, list) else [stops]), _IM_END} - {None}
     vocabulary = shapes.get("language_model.model.embed_tokens.weight", (0,))[0]
-    inner = ("architectures", "rope_parameters", "rope_scaling", "layer_types", "dtype")
-    flat = {k: v for k, v in text.items() if k not in inner}
-    return (
-        flat
-        | ({} if plain else {"rope_scaling": scaling})
-        | {
-            "model_type": "llava_qwen2",
-            "architectures": ["LlavaQwen2ForCausalLM"],
-            "rope_theta": theta,
-            # A smaller vocabulary than Qwen2's does not have <|im_end|>.
-            "eos_token_id": sorted(i for i in stops if i != _IM_END or i < vocabulary),
-            "mm_hidden_size": shapes.get("mm_projector.0.weight", (0, 0))[-1],
-            "mm_projector_type": "mlp2x_gelu",
-            "image_aspect_ratio": "pad",
-            "torch_dtype": config.get("dtype", config.get("torch_dtype")),
-            "vision_config": sizes,
-        }
-    )
+    flat = {k: v for k, v in text.items() if k not in ("architectures", "dtype")}
+    return flat | {
+        "model_type": "llava_qwen2",
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        # A smaller vocabulary than Qwen2's does not have <|im_end|>.
+        "eos_token_id": sorted(i for i in stops if i != _IM_END or i < vocabulary),
+        "mm_hidden_size": shapes.get("mm_projector.0.weight", (0, 0))[-1],
+        "mm_projector_type": "mlp2x_gelu",
+        "image_aspect_ratio": "pad",
+        "torch_dtype": config.get("dtype", config.get("torch_dtype")),
+        "vision_config": sizes,
+    }
 
 
 def _timm_sizes(vision: Mapping) -> dict:

@@ -176,6 +176,65 @@ def checkpoint(tmp_path):
     return folder
 
 
+_PLACES = (
+    *("0.blocks", "1.downsample", "1.blocks", "2.downsample", "2.blocks"),
+    *("3.downsample", "3.pos_emb", "3.blocks"),
+    *("4.downsample", "4.pos_emb", "4.blocks"),
+)
+_TIMM = {f".network.{i}.": f".stages.{place}." for i, place in enumerate(_PLACES)} | {
+    **{"model.vision_tower.vision_tower.model.": "model.vision_tower.timm_model."},
+    **{"model.layers.": "model.language_model.layers."},
+    **{"model.norm.": "model.language_model.norm."},
+    **{"model.embed_tokens.": "model.language_model.embed_tokens."},
+    **{"model.mm_projector.0.": "model.multi_modal_projector.linear_1."},
+    **{"model.mm_projector.2.": "model.multi_modal_projector.linear_2."},
+    **{".patch_embed.": ".stem.", ".conv_exp.": ".final_conv.", ".convffn.": ".mlp."},
+    **{".se.reduce.": ".se.fc1.", ".se.expand.": ".se.fc2."},
+    ".lkb_reparam.": ".reparam_conv.",
+}
+
+
+def _timm_name(apple: str) -> str:
+    for theirs, name in _TIMM.items():
+        apple = apple.replace(theirs, name)
+    return f"{apple}.gamma" if ".layer_scale" in apple else apple
+
+
+@pytest.fixture
+def fast_vlm(checkpoint):
+    """Return the tiny checkpoint in the layout that transformers saves."""
+    file = str(checkpoint / "model.safetensors")
+    weights = {
+        _timm_name(n): mx.array(a)
+        for n, a in mx.load(file).items()
+        if ".head." not in n
+    }
+    mx.eval(weights)
+    mx.save_safetensors(file, weights)
+    config = json.loads((TINY / "config.json").read_text())
+    sizes = config["vision_config"]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    names += ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    names += ("max_position_embeddings", "eos_token_id")
+    text = {name: config[name] for name in names}
+    arguments = {k: sizes[k] for k in ("layers", "embed_dims", "mlp_ratios")}
+    theirs = {
+        "model_type": "fast_vlm",
+        "dtype": "float32",
+        "vision_feature_layer": -1,
+        "text_config": text
+        | {"model_type": "qwen2", "rope_parameters": {"rope_theta": 1000000.0}},
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "image_size": sizes["image_size"],
+            "model_args": arguments | {"inference_mode": True},
+        },
+    }
+    (checkpoint / "config.json").write_text(json.dumps(theirs))
+    return checkpoint
+
+
 def read_manifest(path: Path) -> dict:
     return json.loads(gzip.decompress(path.read_bytes()))
 

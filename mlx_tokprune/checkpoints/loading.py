@@ -76,7 +76,7 @@ def load(
         check_name(adapter_path)
     family, checkpoint, config = open_checkpoint(path_or_hf_repo)
     for note in checkpoint.notes:
-        log.info(note)
+        log.warning(note)
     model = build(family, config, True)
     weights = family.to_mlx_layout(checkpoint.load())
     if dtype is not None:  # before `sanitize` folds layers, which needs the precision
@@ -167,6 +167,12 @@ def check_finite(tensors: Mapping[str, mx.array]) -> None:
 def _processor(
     model: Any, tokenizer: "TokenizerWrapper", _: Mapping, longest: int
 ) -> Processor:
+    missing = set(filter(None, model.args.marks)) - tokenizer.get_vocab().keys()
+    if missing:
+        raise InputError(
+            "config.json says mm_use_im_start_end true, but the tokenizer has no "
+            f"{min(missing)}; expected both {' and '.join(model.args.marks)}"
+        )
     return Processor(
         tokenizer,
         model.image_size,
@@ -176,6 +182,8 @@ def _processor(
         model.stride,
         model.args.context,
         longest=longest,
+        crops=model.args.crops,
+        marks=model.args.marks,
     )
 
 
@@ -271,15 +279,18 @@ def load_tokenizer(folder: Path, config: dict) -> "TokenizerWrapper":
                 f"{folder} has eos_token_id {ids}; expected a token id or a list"
             )
         stops |= set(ids)
-    # transformers warns about the model type `llava_qwen2`, which a tokenizer does not
-    # need.
+    from transformers import PreTrainedConfig
+
+    # An empty config, as a tokenizer needs none: transformers would build the model's
+    # from config.json, and fails on settings of model types that it does not have. It
+    # also warns about them.
     transformers_log = logging.getLogger("transformers")
     level = transformers_log.level
     transformers_log.setLevel(logging.ERROR)
     try:
         # Else transformers asks on the terminal whether to run the checkpoint's code.
-        safe = {"trust_remote_code": False}
-        tokenizer = load_mlx_lm_tokenizer(folder, safe, eos_token_ids=stops)
+        options = {"trust_remote_code": False, "config": PreTrainedConfig()}
+        tokenizer = load_mlx_lm_tokenizer(folder, options, eos_token_ids=stops)
     except Exception as error:  # tokenizers raises bare Exception on a bad file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason})") from None

@@ -8,7 +8,9 @@ from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..features import HasParameters
+from ..files import object_of
 from ..models.protocol import VisionModel
+from ..models.text_config import flat_rope
 from ..pipeline.planning import plan_for
 from ..pruners import Pruners
 from .family import Family, identify
@@ -41,9 +43,18 @@ def open_checkpoint(
     base = resolve(base_model) if base_model is not None else None
     family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
     shapes = family.shapes(checkpoint)
+    parts = (checkpoint.config, object_of(checkpoint.config, "text_config"))
+    untied = any(part.get("tie_word_embeddings") is False for part in parts)
+    top, text = (flat_rope(part, checkpoint.notes) for part in parts)
+    checkpoint.config = top if text == parts[1] else top | {"text_config": text}
     config = family.complete(checkpoint, shapes)
     expected = expected_shapes(family, config, len(checkpoint.tensors))
     family.check(checkpoint, shapes, config, expected)
+    if untied and not any(name.endswith("lm_head.weight") for name in shapes):
+        checkpoint.notes.append(
+            "config.json says tie_word_embeddings false, but there is no lm_head; the "
+            "embeddings are used for both"
+        )
     return ModelSource(family, checkpoint, config)
 
 

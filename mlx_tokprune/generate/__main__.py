@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         zip(groups, names, strict=True), prompts
     ):
         record, visual = session.answer(group, prompt)
-        last = (group, visual)
+        last = (session.processor.encoded(group), visual)
         if name is not None:
             record = {"image": str(name), **record}
         print(format_report(record), file=sys.stderr if args.json else sys.stdout)

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 from ..errors import InputError
 
-_LANGUAGE_SIZES = (
+LANGUAGE_SIZES = (
     "hidden_size",
     "num_hidden_layers",
     "intermediate_size",
@@ -51,10 +51,10 @@ def check_token(name: str, value: object, vocabulary: int) -> None:
 
 def check_language(text: Mapping[str, Any]) -> None:
     """Raise `InputError` for missing or inconsistent sizes of a Llama-like model."""
-    missing = [n for n in (*_LANGUAGE_SIZES, "rms_norm_eps") if n not in text]
+    missing = [n for n in (*LANGUAGE_SIZES, "rms_norm_eps") if n not in text]
     if missing:
         raise InputError(f"config.json does not say {', '.join(missing)}")
-    for name in _LANGUAGE_SIZES:
+    for name in LANGUAGE_SIZES:
         expect(is_size(text[name]), name, text[name], "a positive whole number")
     for name in ("rms_norm_eps", "rope_theta"):
         value = text.get(name, 1.0)

@@ -16,20 +16,31 @@ from ..errors import InputError
 from ..features import Features
 from ..files import object_of
 from ..processing.prompt import Prompt
-from .checks import check_language, expect, is_size
+from .checks import expect, is_size
 from .fastvithd import TOTAL_STRIDE, FastViTHD, VisionConfig, drop_layer_scales, fold
 from .language import Decoder
 from .layers import projector
 from .protocol import PROVIDES, ChatModel
+from .text_config import TEXT_FIELDS, read_text
+
+_FIXED = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "flat"}
+# Aspect ratios under which Apple's code crops pictures to squares, as CLIP does.
+_CROPPED = (None, "none", "square")
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Checked `config.json`; `text` is passed to mlx-lm's Qwen2 unchanged."""
+    """Checked `config.json`; `text` is passed to mlx-lm's Qwen2.
+
+    crops: whether pictures are cropped to squares, not padded. marks: texts around a
+    picture.
+    """
 
     text: dict
     vision: VisionConfig = field(default_factory=VisionConfig)
     mm_hidden_size: int = 3072
+    crops: bool = False
+    marks: tuple[str, str] = ("", "")
 
     @property
     def depth(self) -> int:
@@ -47,8 +58,7 @@ class ModelArgs:
 
         Raises `InputError` for sizes that are missing, impossible or inconsistent.
         """
-        text = dict(object_of(config, "text_config") or config)
-        check_language(text)
+        text = read_text(_text(config), "qwen2")
         fields = {f.name for f in dataclasses.fields(VisionConfig)}
         sizes = object_of(config, "vision_config")
         vision = VisionConfig(**{k: _tuple(v) for k, v in sizes.items() if k in fields})
@@ -59,8 +69,25 @@ class ModelArgs:
                 f"config.json says mm_hidden_size {features}, but the tower it "
                 f"describes has features of size {vision.output_dim}"
             )
-        text["model_type"] = "qwen2"
-        return cls(text, vision, features)
+        for name, only in _FIXED.items():
+            value, expected = config.get(name), f"{only!r}, the only supported value"
+            expect(value in (None, only), name, value, expected)
+        aspect = config.get("image_aspect_ratio")
+        expected = "'pad', 'square' or none; tiles (anyres) are not supported"
+        expect(aspect in ("pad", *_CROPPED), "image_aspect_ratio", aspect, expected)
+        name, marked = "mm_use_im_start_end", config.get("mm_use_im_start_end", False)
+        expect(isinstance(marked, bool), name, marked, "true or false")
+        marks = ("<im_start>", "<im_end>") if marked else ("", "")
+        return cls(text, vision, features, aspect in _CROPPED, marks)
+
+
+def _text(config: Mapping[str, Any]) -> dict:
+    """Return the text settings: Apple has them at the top, mlx-vlm in `text_config`."""
+    inner = object_of(config, "text_config")
+    for name in (name for name in TEXT_FIELDS if name in config and name in inner):
+        value, expected = inner[name], f"{config[name]!r}, as outside of text_config"
+        expect(value == config[name], f"text_config.{name}", value, expected)
+    return {**config, **inner}
 
 
 def _check_vision(vision: VisionConfig) -> None:

@@ -17,11 +17,12 @@ from ..features import Features
 from ..files import object_of
 from ..processing.actions import MOST_NUMBERS
 from ..processing.prompt import Prompt
-from .checks import check_language, check_token, expect, is_number, is_size
+from .checks import check_token, expect, is_number, is_size
 from .language import Decoder
 from .layers import gelu
 from .oft import ActionHead, OFTConfig, ProprioProjector
 from .protocol import POLICY_PROVIDES, ModelBase
+from .text_config import read_text
 from .vit import ViT, ViTConfig, tower_config
 
 TOWERS = ("featurizer", "fused_featurizer")
@@ -31,7 +32,7 @@ TOWERS = ("featurizer", "fused_featurizer")
 class ModelArgs:
     """Checked `config.json` of a Prismatic model or policy.
 
-    text: passed to mlx-lm's Llama unchanged. towers: one or two. means, stds: of the
+    text: passed to mlx-lm's Llama. towers: one or two. means, stds: of the
     pixels in [0, 1], per tower. bins: number of action bins. padding: unused rows at
     the end of the vocabulary.
     """
@@ -59,7 +60,7 @@ class ModelArgs:
         text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
         text.setdefault("rms_norm_eps", 1e-6)
         text.setdefault("tie_word_embeddings", False)
-        check_language(text)
+        text = read_text(text, model_type)
         towers = _towers(config)
         means, stds = _normalization(config, towers)
         vocabulary, stop = text["vocab_size"], text.setdefault("eos_token_id", 2)

@@ -17,9 +17,10 @@ from ..features import Features
 from ..files import object_of
 from ..processing.actions import RULES
 from ..processing.prompt import Prompt
-from .checks import check_language, expect, is_size, is_whole
+from .checks import expect, is_size, is_whole
 from .language import Decoder
 from .protocol import POLICY_PROVIDES, ModelBase
+from .text_config import read_text
 from .vit import ViT, ViTConfig, check_tower
 
 DIALECTS = ("lerobot", "openpi")
@@ -30,7 +31,7 @@ _MOST_CAMERAS = 16
 class ModelArgs:
     """Checked `config.json` of a policy.
 
-    text: passed to mlx-lm's Gemma unchanged. cameras: their names, in order. horizon:
+    text: passed to mlx-lm's Gemma. cameras: their names, in order. horizon:
     actions per chunk. action_dim: numbers per action. state_size: numbers of robot
     state. rules: scaling of "action" and "proprio". steps: most tokens of an answer.
     longest_prompt: most tokens of a prompt. skipped: number of tokens behind FAST's at
@@ -61,7 +62,7 @@ class ModelArgs:
         model_type = text.setdefault("model_type", "gemma")
         expect(model_type == "gemma", "text_config.model_type", model_type, "'gemma'")
         text.setdefault("rms_norm_eps", 1e-6)
-        check_language(text)
+        text = read_text(text, model_type)
         size = text.get("head_dim")
         expect(is_size(size) and size % 2 == 0, "head_dim", size, "an even number")
         policy = object_of(config, "policy")

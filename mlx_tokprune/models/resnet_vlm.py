@@ -17,11 +17,12 @@ import numpy as np
 from ..features import Features
 from ..files import object_of
 from ..processing.prompt import Prompt
-from .checks import check_language, expect, is_size
+from .checks import expect, is_size
 from .language import Decoder
 from .layers import projector
 from .protocol import PROVIDES, ChatModel
 from .resnet import CHANNELS, STAGES, STRIDE, ResNet50
+from .text_config import read_text
 
 _FREQUENCIES = 4  # of a token's position, along each side
 _SINES = 4 * _FREQUENCIES
@@ -29,10 +30,12 @@ _SINES = 4 * _FREQUENCIES
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Checked `config.json`; `text` is passed to mlx-lm's Llama unchanged."""
+    """Checked `config.json`; `text` is passed to mlx-lm's Llama."""
 
     text: dict
     image_size: int = 512
+    crops: ClassVar = False
+    marks: ClassVar = ("", "")
 
     @property
     def depth(self) -> int:
@@ -50,9 +53,7 @@ class ModelArgs:
 
         Raises `InputError` for sizes that are missing, impossible or inconsistent.
         """
-        text = dict(object_of(config, "text_config"))
-        check_language(text)
-        text["model_type"] = "llama"
+        text = read_text(object_of(config, "text_config"), "llama")
         size = object_of(config, "vision_config").get("image_size", cls.image_size)
         right = is_size(size) and size % STRIDE == 0
         expect(right, "image_size", size, f"a multiple of {STRIDE}")

@@ -235,6 +235,31 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(square, dtype=np.float32) / 255
 
 
+def preprocess_cropped(images: Sequence[Image.Image], size: int) -> np.ndarray:
+    """Return pictures as (B, size, size, 3) float32 in [0, 1], cropped to the middle.
+
+    As transformers' CLIPImageProcessor: the shorter side is resized to `size`.
+    """
+    return np.stack([_cropped(image, size) for image in images])
+
+
+def _cropped(image: Image.Image, size: int) -> np.ndarray:
+    if size * max(image.size) > _LONGEST * min(image.size):
+        image = middle_square(image)  # resized whole, a long picture would not fit
+    width, height = (size * side // min(image.size) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    square = image.crop((left, top, left + size, top + size))
+    return np.asarray(square, dtype=np.float32) / 255
+
+
+def middle_square(image: Image.Image) -> Image.Image:
+    """Return the square in the middle of a picture, as wide as its shorter side."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
 def preprocess_content(
     images: Sequence[Image.Image], size: int, stride: int
 ) -> np.ndarray:

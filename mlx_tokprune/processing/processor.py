@@ -11,7 +11,13 @@ from PIL import Image
 from ..errors import InputError
 from .actions import Bounds, bin_values, choose_statistics, read_bounds
 from .chunks import ChunkProcessor
-from .image import preprocess, preprocess_content, preprocess_naive
+from .image import (
+    middle_square,
+    preprocess,
+    preprocess_content,
+    preprocess_cropped,
+    preprocess_naive,
+)
 from .prompt import Prompt, action_prompt, place_pictures, tokenize
 
 PADDINGS = ("keep", "skip")
@@ -23,7 +29,8 @@ class Processor:
     """A converter of pictures and text to inputs; `tokenizer` is mlx-lm's wrapper.
 
     stride: pixels per side of a visual token. context: the most tokens that the model
-    reads. longest: characters of the longest token.
+    reads. longest: characters of the longest token. crops: whether pictures are
+    cropped to their middle square, not padded. marks: texts before and after a picture.
     """
 
     tokenizer: Any
@@ -35,6 +42,8 @@ class Processor:
     context: int
     padding: str = "keep"
     longest: int = 64
+    crops: bool = False
+    marks: tuple[str, str] = ("", "")
     pads = True
 
     def at(self, image_size: int, padding: str | None = None) -> "Processor":
@@ -47,6 +56,8 @@ class Processor:
         padding = padding or self.padding
         if padding not in PADDINGS:
             raise InputError(f"padding is {' or '.join(PADDINGS)}, not {padding!r}")
+        if padding == "skip" and self.crops:
+            raise InputError("this model crops pictures; expected padding keep")
         if image_size < self.stride or image_size % self.stride:
             near = max(self.stride, round(image_size / self.stride) * self.stride)
             raise InputError(
@@ -64,9 +75,15 @@ class Processor:
 
         With padding `skip`: (B, h, w, 3), with S pixels on the longer side.
         """
+        if self.crops:
+            return preprocess_cropped(images, self.image_size)
         if self.padding == "skip":
             return preprocess_content(images, self.image_size, self.stride)
         return preprocess(images, self.image_size)
+
+    def encoded(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Return the parts of the pictures that the model encodes."""
+        return [middle_square(i) for i in images] if self.crops else list(images)
 
     def check(self, text: str, pictures: int) -> str:
         """Return the text with a mark for each picture, without tokenizing it.
@@ -84,6 +101,7 @@ class Processor:
         """
         text = self.check(text, pictures)
         chat = f"{self.prefix}{text}{self.suffix}"
+        chat = chat.replace(self.image_token, self.image_token.join(self.marks))
         prompt = tokenize(chat, self.image_token, self._encode)
         length = sum(map(len, prompt.segments))
         if length > self.context:

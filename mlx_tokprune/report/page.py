@@ -251,7 +251,9 @@ def _overlay(
     model, plan = subject.model, plan_for(subject.model, pruners)
     scene = subject.scene([image], text)
     _, visual = run(model, scene, plan, positions=positions)
-    return draw_choices([image], visual, padded=subject.processor.pads)
+    processor = subject.processor
+    images = processor.encoded([image]) if model.answers == "text" else [image]
+    return draw_choices(images, visual, padded=processor.pads)
 
 
 def _mlx_vlm_overlay(
