@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from PIL import Image
 
 from ..errors import InputError
 from ..files import object_of, read_json
 from ..models.protocol import VisionModel
 from ..processing.chunks import ChunkProcessor
 from ..processing.fast import FastCode
+from ..processing.image import RESIZES
 from ..processing.processor import ActionProcessor, Processor
 from ..pruners.scorers import signs_of
 from ..runtime import end_streams_with_thread
@@ -43,6 +43,7 @@ def load(
     dtype: mx.Dtype | None = None,
     lazy: bool = False,
     adapter_path: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[VisionModel, AnyProcessor]:
     """Load a checkpoint in the MLX layout or in its original layout.
 
@@ -54,6 +55,8 @@ def load(
         lazy: keep most weights on disk until they are used.
         adapter_path: folder of a LoRA or DoRA adapter in mlx-lm's format for the
             language model.
+        settings: values that replace those of a policy's checkpoint, by the names of
+            `checkpoints.policy_settings.SETTINGS`, such as `crop`.
 
     Returns:
         The model in evaluation mode and its processor: a `Processor` for a model that
@@ -64,9 +67,9 @@ def load(
         InputError: the folder cannot be used, or (unless lazy) a weight is not finite.
     """
     end_streams_with_thread()
-    family, checkpoint, config = open_checkpoint(path_or_hf_repo)
+    family, checkpoint, config = open_checkpoint(path_or_hf_repo, settings=settings)
     for note in checkpoint.notes:
-        log.info(note)
+        log.warning(note)
     model = build(family, config, True)
     weights, dtype = family.to_mlx_layout(checkpoint.load()), dtype or default_dtype()
     if dtype is not None:  # before `sanitize` folds layers, which needs the precision
@@ -186,9 +189,10 @@ def _action_processor(
         args.longest_prompt,
         config["norm_stats"],
         args.rule,
-        args.crop,
-        Image.Resampling.LANCZOS if args.oft else Image.Resampling.BICUBIC,
+        args.images.crop,
+        RESIZES[args.images.resize],
         longest,
+        args.images.jpeg,
     )
 
 

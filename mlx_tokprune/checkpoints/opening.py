@@ -1,7 +1,8 @@
 """Open a checkpoint by name, check its tensors against its config, build its model."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ from ..pipeline.planning import plan_for
 from ..pruners import Pruners
 from .family import Family, identify
 from .hub import resolve
+from .policy_settings import check_settings
 from .shards import Checkpoint
 
 # Errors of MLX and Python while a model is built from an impossible config.
@@ -31,15 +33,19 @@ def open_checkpoint(
     path_or_hf_repo: str | Path,
     lora_adapter: str = "auto",
     base_model: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> ModelSource:
     """Find and check a checkpoint, from its headers alone.
 
     lora_adapter, base_model: options for an OpenVLA-OFT policy, as in `convert`.
+    settings: values that replace those of a policy's checkpoint.
     Raises `InputError` unless each expected tensor exists once, with its shape.
     """
     folder = resolve(path_or_hf_repo)
     base = resolve(base_model) if base_model is not None else None
     family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
+    checkpoint.settings = dict(settings or {})
+    check_settings(checkpoint.settings, family.settings, folder)
     shapes = family.shapes(checkpoint)
     config = family.complete(checkpoint, shapes)
     expected = expected_shapes(family, config, len(checkpoint.tensors))
