@@ -304,10 +304,8 @@ def _resized(levels: np.ndarray, size: int, resample: Image.Resampling) -> np.nd
     """
     if resample != Image.Resampling.LANCZOS:
         return np.asarray(Image.fromarray(levels).resize((size, size), resample))
-    channels = [
-        Image.fromarray(levels[..., i].astype(np.float32)).resize(
-            (size, size), resample
-        )
-        for i in range(3)
-    ]
+    channels = []
+    for i in range(3):
+        channel = Image.fromarray(levels[..., i].astype(np.float32))
+        channels.append(np.asarray(channel.resize((size, size), resample)))
     return np.clip(np.rint(np.stack(channels, axis=-1)), 0, 255).astype(np.uint8)
