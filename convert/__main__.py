@@ -1,6 +1,14 @@
 """Convert a Hugging Face checkpoint to MLX format."""
 
-from ..cli import Parser, add_option, add_prune, command, read_options, read_plans
+from ..cli import (
+    Parser,
+    add_option,
+    add_prune,
+    add_settings,
+    command,
+    read_options,
+    read_plans,
+)
 from ..errors import InputError
 from .converter import DTYPES, convert
 from .oft_adapter import CHOICES
@@ -42,11 +50,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("pruning")
     add_prune(group, "store a pruner in the checkpoint, such as trimvla or FOLDER:0.25")
     add_option(group)
-    add = parser.add_argument_group("OpenVLA-OFT policies").add_argument
-    help_ = "actions per forward pass (default: the robot's, else 8)"
-    add("--actions-per-chunk", type=int, metavar="N", help=help_)
-    help_ = "number of input images (default: the robot's, else 2)"
-    add("--pictures", type=int, metavar="N", help=help_)
+    add = add_settings(parser).add_argument
     help_ = "lora_adapter/: auto merges it unless the weights hold it (default: auto)"
     add("--lora-adapter", choices=CHOICES, default="auto", help=help_)
     help_ = "hub id or folder of the model that lora_adapter/ was trained on"

@@ -13,7 +13,7 @@ from ..checkpoints.carried import carry, read_carried
 from ..checkpoints.family import BITS, GROUPS, QUANTIZED, Family
 from ..checkpoints.hub import resolve
 from ..checkpoints.loading import check_finite, load_tokenizer, tokenizer_folder
-from ..checkpoints.opening import check_plan, expected_shapes, open_checkpoint
+from ..checkpoints.opening import check_plan, open_checkpoint
 from ..checkpoints.shards import (
     BYTES,
     FLOATS,
@@ -48,6 +48,10 @@ def convert(
     pruner: Pruners = None,
     lora_adapter: str = "auto",
     base_model: str | None = None,
+    crop: float | None = None,
+    resize: str | None = None,
+    jpeg: int | None = None,
+    norm: str | None = None,
 ) -> Path:
     """Write the checkpoint `hf_path` (hub id or folder) as an MLX checkpoint.
 
@@ -72,6 +76,12 @@ def convert(
             already, which is measured on the weights, as no file records it.
         base_model: hub id or folder of the model that `lora_adapter/` was trained on,
             for a source folder without weights.
+        crop: encoded share of a picture's area, around the middle (OpenVLA and OFT).
+        resize: filter that resizes pictures, `bicubic` or `lanczos` (likewise).
+        jpeg: quality of a round trip through JPEG before resizing, 0 for none
+            (likewise).
+        norm: scaling of actions and states, a key of `processing.actions.NORMS`
+            (OpenVLA-OFT and pi0-FAST).
 
     Returns:
         The new folder.
@@ -98,14 +108,20 @@ def convert(
             f"{target} is inside {source}, which is only read; choose a folder "
             "elsewhere"
         )
-    family, checkpoint, config = open_checkpoint(source, lora_adapter, base_model)
+    settings = {
+        **{"actions_per_chunk": actions_per_chunk, "pictures": pictures},
+        **{"crop": crop, "resize": resize, "jpeg": jpeg, "norm": norm},
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    family, checkpoint, config = open_checkpoint(
+        source, lora_adapter, base_model, settings
+    )
     for note in checkpoint.notes:
         log.warning(note)
     if pruner is None:
         pruner = read_carried(config, checkpoint.folder)
     if as_plan(pruner):
         check_plan(family, config, pruner)
-    _override_oft(config, actions_per_chunk, pictures)
     beside = family.beside(checkpoint)
     # Refuse a source without a usable tokenizer before the long work.
     load_tokenizer(tokenizer_folder(checkpoint, beside), config)
@@ -158,22 +174,6 @@ def _can_quantize(name: str, shape: tuple[int, ...], group_size: int) -> bool:
     """Return whether a tensor is a matrix of the language model, in whole groups."""
     matrix = name.startswith("language_model.") and len(shape) == 2
     return matrix and name.endswith(".weight") and shape[1] % group_size == 0
-
-
-def _override_oft(config: dict, chunk: int | None, pictures: int | None) -> None:
-    """Set actions per chunk and images of an OFT policy in `config`, in place."""
-    options = {"chunk": chunk, "pictures": pictures}
-    options = {name: value for name, value in options.items() if value is not None}
-    if options and not config.get("oft"):
-        raise InputError(
-            "actions per chunk and pictures are options for OpenVLA-OFT policies, and "
-            "this checkpoint is none; leave them out"
-        )
-    if any(value < 1 for value in options.values()):
-        raise InputError("actions per chunk and pictures are whole numbers from 1")
-    if options:
-        config["oft"] |= options
-        expected_shapes(OPENVLA, config)  # raises `InputError` for impossible values
 
 
 def _target_config(

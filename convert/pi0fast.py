@@ -19,7 +19,9 @@ from ..checkpoints.hub import fetch
 from ..checkpoints.shards import Checkpoint, load_tensors, read_header
 from ..errors import InputError
 from ..files import object_of, read_json
+from ..models.checks import expect
 from ..models.pi0fast import ModelArgs, Pi0Fast
+from ..processing.actions import NORMS
 
 _ROOT = r"^(?:model\.)?paligemma_with_expert\.paligemma\.(?:model\.)?"
 _BLOCK = _ROOT + r"vision_tower\.(?:vision_model\.)?encoder\.layers\.(\d+)\."
@@ -45,14 +47,7 @@ _TABLE = "language_model.model.embed_tokens.weight"
 _HEAD = "language_model.lm_head.weight"
 # Attention heads of SigLIP towers by width, which no checkpoint records.
 _HEADS = {1152: 16, 1024: 16, 768: 12}
-_RULES = {
-    "QUANTILES": "bounds_q99",
-    "QUANTILE10": "bounds_q90",
-    "MIN_MAX": "bounds",
-    "MEAN_STD": "mean_std",
-    "IDENTITY": "identity",
-}
-_CAMERAS = "observation.images."
+_RULES = {name.upper(): rule for name, rule in NORMS.items()}
 _OPENPI_CAMERAS = ["base_0_rgb", "base_1_rgb", "wrist_0_rgb"]
 
 
@@ -99,13 +94,20 @@ def _complete(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> dict:
     config["vision_config"] = _vision(shapes) | dict(vision)
     if "policy" in config:
         config["norm_stats"] = dict(object_of(config, "norm_stats"))
-        return config
-    openpi = config.get("type") != "pi0_fast"
-    stats, rules = (_assets if openpi else _processors)(checkpoint)
-    config["norm_stats"] = stats
-    config["policy"] = (_openpi if openpi else _lerobot)(config)
-    config["policy"]["rules"] = rules
-    config["policy"]["state_size"] = _state_size(config, stats)
+        config["policy"] = dict(object_of(config, "policy"))
+    elif config.get("type") is None:
+        config["norm_stats"], rules = _assets(checkpoint)
+        config["policy"] = _openpi(config) | {"rules": rules}
+    else:
+        _check_lerobot(config)
+        config["policy"] = _lerobot(config)
+        config["norm_stats"], changes = _processors(checkpoint)
+        config["policy"] |= changes
+    config["policy"].setdefault("state_size", _state_size(config))
+    if "norm" in checkpoint.settings:
+        norm = checkpoint.settings["norm"]
+        rules = dict.fromkeys(("action", "proprio"), NORMS.get(norm, norm))
+        config["policy"]["rules"] = rules
     return config
 
 
@@ -161,10 +163,10 @@ def _lerobot(config: Mapping) -> dict:
     `n_action_steps` in lerobot, is a setting of the caller, not of the checkpoint.
     """
     features = object_of(config, "input_features")
-    cameras = [n.removeprefix(_CAMERAS) for n in features if n.startswith(_CAMERAS)]
+    cameras = [n for n in features if object_of(features, n).get("type") == "VISUAL"]
     return {
         "dialect": "lerobot",
-        "cameras": cameras,
+        "cameras": [re.sub(r"^observation\.(images\.)?", "", n) for n in cameras],
         "horizon": config.get("chunk_size", 50),
         "action_dim": _feature(config, "output_features", "action"),
         "steps": config.get("max_decoding_steps", 256),
@@ -173,6 +175,17 @@ def _lerobot(config: Mapping) -> dict:
         "strict": config.get("validate_action_token_prefix", True),
         "relative": config.get("use_relative_actions", False),
     }
+
+
+def _check_lerobot(config: Mapping) -> None:
+    """Raise `InputError` for settings of lerobot's config that cannot be followed."""
+    expect(config["type"] == "pi0_fast", "type", config["type"], "'pi0_fast'")
+    side = config["vision_config"]["image_size"]
+    resolution = config.get("image_resolution", [side, side])
+    right = resolution == [side, side]
+    expect(right, "image_resolution", resolution, f"[{side}, {side}], the tower's")
+    temperature = config.get("temperature", 0)
+    expect(temperature == 0, "temperature", temperature, "0, for greedy tokens")
 
 
 def _openpi(config: Mapping) -> dict:
@@ -193,9 +206,9 @@ def _feature(config: Mapping, group: str, name: str) -> Any:
     return shape[0] if isinstance(shape, list) and len(shape) == 1 else None
 
 
-def _state_size(config: Mapping, stats: Mapping) -> int:
+def _state_size(config: Mapping) -> int:
     """Return the size of the robot state: from its statistics, else the config."""
-    for entry in stats.values():
+    for entry in config["norm_stats"].values():
         for name, values in object_of(entry, "proprio").items():
             if name in _STATISTICS and isinstance(values, list):
                 return len(values)
@@ -206,44 +219,97 @@ def _state_size(config: Mapping, stats: Mapping) -> int:
 
 _STATISTICS = ("q01", "q99", "q10", "q90", "min", "max", "mean", "std")
 _PARTS = {"action": ("action", "ACTION"), "observation.state": ("proprio", "STATE")}
+# Parts of the names of lerobot's steps that are followed, or need nothing here.
+_STEPS = ("rename", "batch", "unnormalizer", "normalizer", "prepare", "device")
+_STEPS += ("action_tokenizer", "actiontokenizer", "tokenizer", "relative", "absolute")
 
 
 def _processors(checkpoint: Checkpoint) -> tuple[dict, dict]:
-    """Return (statistics by data set, rules by part) of lerobot's saved processors."""
-    configured = object_of(checkpoint.config, "normalization_mapping")
-    mapping = {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"} | dict(configured)
-    stats: dict[str, dict] = {}
-    file = checkpoint.folder / "policy_preprocessor.json"
-    steps = read_json(file).get("steps") if file.is_file() else []
-    for step in steps if isinstance(steps, list) else []:
-        if not isinstance(step, dict) or "normalizer" not in _registered(step):
-            continue
-        mapping |= object_of(object_of(step, "config"), "norm_map")
-        stats = _statistics(checkpoint.folder, step.get("state_file"))
-    rules = {}
+    """Return statistics by data set, and the entries of `policy` from the processors.
+
+    lerobot's preprocessor normalises the state, its postprocessor the action.
+    """
+    config, folder = checkpoint.config, checkpoint.folder
+    before = _read_steps(folder / "policy_preprocessor.json")
+    after = _read_steps(folder / "policy_postprocessor.json")
+    modes = {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    modes |= object_of(config, "normalization_mapping")
+    normalizer = before.get("normalizer", {})
+    _mode(folder, normalizer, "VISUAL", modes)
+    stats, rules = {}, {}
+    scaling = {"proprio": normalizer, "action": after.get("unnormalizer", normalizer)}
     for part, kind in _PARTS.values():
-        rule = _RULES.get(str(mapping[kind]).upper())
-        if rule is None:
+        rules[part] = _mode(folder, scaling[part], kind, modes)
+        values = _statistics(folder, scaling[part].get("state_file"))
+        stats |= {name: values[name] for name in values if name == part}
+    if not _lists(object_of(normalizer, "config"), "observation.state"):
+        rules["proprio"] = "identity"
+    changes: dict[str, Any] = {"rules": rules}
+    tokenizer = object_of(before.get("tokenizer", {}), "config")
+    name = config.get("text_tokenizer_name", _NAMES["text"][2])
+    other = tokenizer.get("tokenizer_name", name)
+    expect(other == name, "text_tokenizer_name", name, f"{other!r}, as its processor")
+    if "max_length" in tokenizer:
+        changes["longest_prompt"] = tokenizer["max_length"]
+    return {"lerobot": stats} if stats else {}, changes
+
+
+def _read_steps(file: Path) -> dict[str, dict]:
+    """Return the steps of a processor's file by their part of `_STEPS`.
+
+    Raises `InputError` for steps that cannot be followed.
+    """
+    steps = read_json(file).get("steps") if file.is_file() else []
+    by_name = {}
+    for step in steps if isinstance(steps, list) else []:
+        step = step if isinstance(step, dict) else {}
+        whole = str(step.get("registry_name") or step.get("class"))
+        lower = whole.rpartition(".")[2].lower()
+        name = next((part for part in _STEPS if part in lower), None)
+        enabled = object_of(step, "config").get("enabled")
+        if name is None or (name in ("relative", "absolute") and enabled):
+            reason = "actions are relative to its state" if name else "it is unknown"
             raise InputError(
-                f"{checkpoint.folder} normalises {kind} by {mapping[kind]!r}; expected "
-                f"one of {', '.join(_RULES)}"
+                f"{file} has the step {whole}, which is not supported: {reason}; "
+                "expected a policy without it"
             )
-        rules[part] = rule
-    return {"lerobot": stats} if stats else {}, rules
+        by_name[name] = step
+    return by_name
 
 
-def _registered(step: Mapping) -> str:
-    """Return a processor step's name in lower case; empty for an unnormalizer."""
-    name = str(step.get("registry_name") or step.get("class") or "")
-    return "" if "unnormalizer" in name.lower() else name.lower()
+def _mode(folder: Path, step: Mapping, kind: str, modes: Mapping) -> str:
+    """Return the rule that a step has for features of a kind; pictures have none."""
+    settings = object_of(step, "config")
+    eps = settings.get("eps", 1e-8)
+    expect(eps == 1e-8, "eps of a normalizer", eps, "1e-08")
+    modes = object_of(settings, "norm_map") if "norm_map" in settings else modes
+    mode = str(modes.get(kind, "IDENTITY"))
+    expected = ("IDENTITY",) if kind == "VISUAL" else tuple(_RULES)
+    if mode.upper() not in expected:
+        raise InputError(
+            f"{folder} normalises {kind} by {mode!r}; expected one of "
+            f"{', '.join(expected)}"
+        )
+    return _RULES[mode.upper()]
+
+
+def _lists(settings: Mapping, feature: str) -> bool:
+    """Return whether a normalizer lists a feature; one without a list has all."""
+    features, keys = object_of(settings, "features"), "normalize_observation_keys"
+    chosen = settings.get(keys)
+    right = chosen is None or isinstance(chosen, list)
+    expect(right, keys, chosen, "a list of features")
+    return feature in (features or [feature]) and (chosen is None or feature in chosen)
 
 
 def _statistics(folder: Path, name: object) -> dict[str, dict]:
     """Return lists by part and statistic from a processor's safetensors file."""
+    if name is None:  # lerobot writes none for a policy without statistics
+        return {}
     if not isinstance(name, str) or Path(name).name != name:
         raise InputError(
-            f"policy_preprocessor.json of {folder} names the statistics {name!r}; "
-            "expected a file in the folder"
+            f"a processor of {folder} names the statistics {name!r}; expected a file "
+            "in the folder"
         )
     read_header(folder / name)  # raises `InputError` for a damaged file
     stats: dict[str, dict] = {}
@@ -258,14 +324,27 @@ def _statistics(folder: Path, name: object) -> dict[str, dict]:
 def _assets(checkpoint: Checkpoint) -> tuple[dict, dict]:
     """Return (statistics by data set, rules by part) of openpi's assets.
 
-    openpi writes them as `assets/<data set>/norm_stats.json`.
+    openpi writes `assets/<data set>/norm_stats.json`, where the name of a data set may
+    have slashes, and records no rule: its code decides by the training config.
     """
-    stats = {}
-    for file in sorted(checkpoint.folder.glob("assets/*/norm_stats.json")):
+    stats, assets = {}, checkpoint.folder / "assets"
+    for file in sorted(assets.rglob("norm_stats.json")):
         entry = object_of(read_json(file), "norm_stats")
         parts = {"action": entry.get("actions"), "proprio": entry.get("state")}
-        stats[file.parent.name] = {k: v for k, v in parts.items() if v}
-    return stats, {"action": "bounds_q99", "proprio": "bounds_q99"}
+        name = file.parent.relative_to(assets).as_posix()
+        stats[name] = {k: v for k, v in parts.items() if v}
+    parts = [part for entry in stats.values() for part in entry.values()]
+    quantiles = all(isinstance(p, dict) and p.get("q01") is not None for p in parts)
+    norm, reason = "quantiles", "openpi's default for pi0-FAST"
+    if not quantiles:
+        norm, reason = "mean_std", "the statistics have no quantiles"
+    if "norm" not in checkpoint.settings:
+        checkpoint.notes.append(
+            f"openpi records no normalisation; {norm} is used: {reason}; --norm sets "
+            "it (mean_std for pi0_fast_libero). Actions that openpi takes relative to "
+            "the state (extra_delta_transform) stay relative"
+        )
+    return stats, dict.fromkeys(("action", "proprio"), NORMS[norm])
 
 
 # Tokenizers ---------------------------------------------------------------------------
@@ -331,5 +410,6 @@ PI0FAST = register_family(
         axes=_axes,
         complete=_complete,
         beside=_beside,
+        settings=("norm",),
     )
 )

@@ -23,6 +23,8 @@ from PIL import Image
 from .errors import InputError, nearest, printable
 from .files import PICTURE, check_apart, check_output, write_picture
 from .pipeline import DEFAULT_POSITIONS, POSITIONS, VisualTokens
+from .processing.actions import NORMS
+from .processing.image import RESIZES
 from .processing.overlay import draw_overlay, stack
 from .pruners import Plan, Pruner, get_method, read_place, read_plan
 from .pruners.registry import Depths, Options, Place
@@ -193,6 +195,24 @@ def add_pruning(parser: Flags, default: str) -> None:
     help_ = f"{' or '.join(POSITIONS)} (default: {DEFAULT_POSITIONS})"
     choices = {"choices": POSITIONS, "metavar": "WHICH"}
     add("--positions", default=DEFAULT_POSITIONS, help=help_, **choices)
+
+
+def add_settings(parser: Flags) -> Flags:
+    """Add the flags of `checkpoints.policy_settings.SETTINGS`; return their group."""
+    group = parser.add_argument_group("robot policies (default: as trained)")
+    add = group.add_argument
+    help_ = "encoded share of the area (OpenVLA, OFT)"
+    add("--crop", type=float, metavar="SHARE", help=help_)
+    help_ = "filter of resizing (OpenVLA, OFT)"
+    add("--resize", choices=tuple(RESIZES), metavar="FILTER", help=help_)
+    help_ = "JPEG quality before resizing, 0: none (OpenVLA, OFT)"
+    add("--jpeg", type=int, metavar="N", help=help_)
+    help_ = "quantiles, min_max or mean_std (OFT, pi0-FAST)"
+    add("--norm", choices=tuple(NORMS), metavar="RULE", help=help_)
+    help_ = "actions per forward pass (OFT)"
+    add("--actions-per-chunk", type=int, metavar="N", help=help_)
+    add("--pictures", type=int, metavar="N", help="number of input images (OFT)")
+    return group
 
 
 def add_rows(parser: Flags, ratios: Sequence[float], budgets: bool = False) -> None:

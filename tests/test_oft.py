@@ -245,11 +245,16 @@ def test_converts_with_side_files(oft_folder, tmp_path, monkeypatch):
         return {k.removeprefix(f"{part}."): v for k, v in names.items()}
 
     monkeypatch.setattr(sidefiles, "_read", read)
-    target = convert(str(source), str(tmp_path / "mlx"), actions_per_chunk=3)
+    options = {"actions_per_chunk": 3, "jpeg": 0}
+    target = convert(str(source), str(tmp_path / "mlx"), **options)
     monkeypatch.undo()
     assert not list(target.glob("*.pt"))
     config = json.loads((target / "config.json").read_text())
-    assert config["oft"] == OFT | {"action_dim": 7, "proprio_dim": 5, "film": False}
+    sizes = {"action_dim": 7, "proprio_dim": 5, "film": False}
+    oft = {"chunk": 3, "pictures": 2, "rule": "bounds_q99"}
+    assert config["oft"] == oft | sizes
+    pictures = {"crop": 0.9, "resize": "lanczos", "jpeg": 0}
+    assert config["image_processing"] == pictures
     policy = load(target)
     ours = predict_action(*policy, PICTURES, INSTRUCTION, proprio=STATE)
     reference = predict_action(*load(oft_folder), PICTURES, INSTRUCTION, proprio=STATE)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checkpoints.embedded import POLICY_FRAME
 from ..checkpoints.loading import load
+from ..checkpoints.policy_settings import SETTINGS
 from ..cli import (
     Parser,
     add_adapter,
@@ -20,6 +21,7 @@ from ..cli import (
     add_output,
     add_pruning,
     add_seed,
+    add_settings,
     begin_logging,
     check_overlay,
     command,
@@ -64,6 +66,7 @@ def build_parser() -> Parser:
     add("--coverage", type=float, metavar="SHARE", help=help_)
     help_ = "share of tokens that is always kept (default: 0.1)"
     add("--min-keep-ratio", type=float, metavar="RATIO", help=help_)
+    add_settings(parser)
     group = parser.add_argument_group("control loop")
     add = group.add_argument
     help_ = "actions of a chunk to execute before the next image (default: all)"
@@ -103,6 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load(
         "demo-policy" if args.model is None else args.model,
         adapter_path=args.adapter_path,
+        settings={
+            n: getattr(args, n) for n in SETTINGS if getattr(args, n) is not None
+        },
     )
     if names:
         images = dict(zip(names, images, strict=True))

@@ -41,6 +41,7 @@ class Family:
         unreadable: description of an unsupported layout of this family, else `None`.
         optional: names of tensors that are copied but not used by the model.
         beside: files outside the checkpoint folder, by their names in the MLX layout.
+        settings: names of the `SETTINGS` that a caller can replace.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Family:
     unreadable: Callable[[Checkpoint], str | None] = lambda checkpoint: None
     optional: re.Pattern = re.compile(r"(?!)")
     beside: Callable[[Checkpoint], Mapping[str, Path]] = lambda checkpoint: {}
+    settings: tuple[str, ...] = ()
 
     def rename(self, name: str) -> str | None:
         """Return the MLX name of an original tensor; `None` when it is dropped."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from PIL import Image
 
 from ..errors import InputError
 from ..files import check_name, object_of, read_json
 from ..models.protocol import VisionModel
 from ..processing.chunks import ChunkProcessor
 from ..processing.fast import FastCode
+from ..processing.image import RESIZES
 from ..processing.processor import ActionProcessor, AnyProcessor, Processor
 from ..pruners.scorers import signs_of
 from ..runtime import end_streams_with_thread
@@ -50,6 +50,7 @@ def load(
     dtype: mx.Dtype | str | None = None,
     lazy: bool = False,
     adapter_path: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[VisionModel, AnyProcessor]:
     """Load a checkpoint in the MLX layout or in its original layout.
 
@@ -61,6 +62,8 @@ def load(
         lazy: keep most weights on disk until they are used.
         adapter_path: folder of a LoRA or DoRA adapter in mlx-lm's format for the
             language model.
+        settings: values that replace those of a policy's checkpoint, by the names of
+            `checkpoints.policy_settings.SETTINGS`, such as `crop`.
 
     Returns:
         The model in evaluation mode and its processor: a `Processor` for a model that
@@ -74,7 +77,7 @@ def load(
     dtype = _float_type(dtype) or default_dtype()
     if adapter_path is not None:
         check_name(adapter_path)
-    family, checkpoint, config = open_checkpoint(path_or_hf_repo)
+    family, checkpoint, config = open_checkpoint(path_or_hf_repo, settings=settings)
     for note in checkpoint.notes:
         log.warning(note)
     model = build(family, config, True)
@@ -204,9 +207,10 @@ def _action_processor(
         args.longest_prompt,
         config["norm_stats"],
         args.rule,
-        args.crop,
-        Image.Resampling.LANCZOS if args.oft else Image.Resampling.BICUBIC,
+        args.images.crop,
+        RESIZES[args.images.resize],
         longest,
+        args.images.jpeg,
     )
 
 

@@ -1,7 +1,8 @@
 """Open a checkpoint by name, check its tensors against its config, build its model."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -15,6 +16,7 @@ from ..pipeline.planning import plan_for
 from ..pruners import Pruners
 from .family import Family, identify
 from .hub import resolve
+from .policy_settings import check_settings
 from .shards import Checkpoint
 
 # Errors of MLX and Python while a model is built from an impossible config.
@@ -33,15 +35,19 @@ def open_checkpoint(
     path_or_hf_repo: str | Path,
     lora_adapter: str = "auto",
     base_model: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> ModelSource:
     """Find and check a checkpoint, from its headers alone.
 
     lora_adapter, base_model: options for an OpenVLA-OFT policy, as in `convert`.
+    settings: values that replace those of a policy's checkpoint.
     Raises `InputError` unless each expected tensor exists once, with its shape.
     """
     folder = resolve(path_or_hf_repo)
     base = resolve(base_model) if base_model is not None else None
     family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
+    checkpoint.settings = dict(settings or {})
+    check_settings(checkpoint.settings, family.settings, folder)
     shapes = family.shapes(checkpoint)
     parts = (checkpoint.config, object_of(checkpoint.config, "text_config"))
     untied = any(part.get("tie_word_embeddings") is False for part in parts)

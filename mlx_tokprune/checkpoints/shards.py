@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -58,6 +58,7 @@ class Checkpoint:
         base: folder of config and weights, when they are not in `folder`.
         finish: function applied to the weights by `load`, such as an adapter merge.
         notes: messages for the user about how the checkpoint was read.
+        settings: values that the caller sets in place of the checkpoint's.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Checkpoint:
         self.base = base
         self.finish: Callable[[Weights], Weights] | None = None
         self.notes: list[str] = []
+        self.settings: dict[str, Any] = {}
 
     @classmethod
     def open(cls, folder: str | Path, base: Path | None = None) -> "Checkpoint":

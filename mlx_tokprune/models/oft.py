@@ -20,7 +20,7 @@ class OFTConfig:
     chunk: actions per forward pass. action_dim: numbers per action. pictures: number
     per observation. proprio_dim: numbers of robot state, 0 for none. film: whether the
     towers are conditioned on the prompt. rule: scaling of the actions, `bounds_q99` or
-    `bounds`. crop: share of the picture's area that is encoded.
+    `bounds`.
     """
 
     chunk: int = 8
@@ -29,7 +29,6 @@ class OFTConfig:
     proprio_dim: int = 8
     film: bool = False
     rule: str = "bounds_q99"
-    crop: float = 0.9
 
     @classmethod
     def from_dict(cls, config: Mapping) -> "OFTConfig":
@@ -44,17 +43,14 @@ class OFTConfig:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or not least <= value < 1 << 12:
                 raise InputError(
-                    f"config.json says oft {name} {value!r}; expected a whole number "
-                    f"from {least}"
+                    f"the setting oft {name} {value!r} is impossible; expected a whole "
+                    f"number from {least} to 4095"
                 )
         if values.get("rule", "bounds") not in ("bounds", "bounds_q99"):
             raise InputError(
-                f"config.json says oft rule {values['rule']!r}; expected bounds or "
-                "bounds_q99"
+                f"OpenVLA-OFT has no norm {values['rule']!r}; expected quantiles "
+                "(bounds_q99) or min_max (bounds)"
             )
-        crop = values.get("crop", 1.0)
-        if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
-            raise InputError(f"config.json says oft crop {crop!r}; expected (0, 1]")
         return cls(**values)
 
     @property

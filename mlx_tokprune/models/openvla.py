@@ -6,7 +6,7 @@ it is an OpenVLA-OFT policy (`oft.py`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..features import Features
 from ..files import object_of
 from ..processing.actions import MOST_NUMBERS
+from ..processing.image import Preparation
 from ..processing.prompt import Prompt
 from .checks import check_token, expect, is_number, is_size
 from .language import Decoder
@@ -34,7 +35,7 @@ class ModelArgs:
 
     text: passed to mlx-lm's Llama. towers: one or two. means, stds: of the
     pixels in [0, 1], per tower. bins: number of action bins. padding: unused rows at
-    the end of the vocabulary.
+    the end of the vocabulary. images: preparation of the pictures before that.
     """
 
     text: dict
@@ -45,6 +46,7 @@ class ModelArgs:
     padding: int = 64
     empty_token_id: int = 29871
     oft: OFTConfig | None = None
+    images: Preparation = field(default_factory=Preparation)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
@@ -75,7 +77,8 @@ class ModelArgs:
         expect(right, "n_action_bins", bins, f"a whole number from 2 to {most}")
         oft = object_of(config, "oft")
         oft = OFTConfig.from_dict(oft) if oft else None
-        args = cls(text, towers, means, stds, bins, padding, empty, oft)
+        images = Preparation.from_dict(object_of(config, "image_processing"))
+        args = cls(text, towers, means, stds, bins, padding, empty, oft, images)
         if args.longest_prompt < 1:
             raise InputError(
                 f"config.json says max_position_embeddings {args.context}, which has "
@@ -103,11 +106,6 @@ class ModelArgs:
     def rule(self) -> str:
         """Scaling of actions: by quantiles (`bounds_q99`) or extremes (`bounds`)."""
         return self.oft.rule if self.oft else "bounds_q99"
-
-    @property
-    def crop(self) -> float:
-        """Share of a picture's area that is encoded."""
-        return self.oft.crop if self.oft else 1.0
 
     @property
     def visual_tokens(self) -> int:
@@ -201,11 +199,42 @@ def _normalization(config: Mapping, towers: Sequence[ViTConfig]) -> list[tuple]:
         expect(
             right, name, values, f"{only!r} for every tower, the only supported value"
         )
-    for source in (preprocessor, config):
-        strategy = source.get("image_resize_strategy", "resize-naive")
+    for source, default in ((preprocessor, "letterbox"), (config, "resize-naive")):
+        strategy = source.get("image_resize_strategy", default)
         right = strategy == "resize-naive"
         expect(right, "image_resize_strategy", strategy, "'resize-naive'")
+    _check_transforms(preprocessor, side, *statistics)
     return statistics
+
+
+def _check_transforms(
+    preprocessor: Mapping, side: int, means: Sequence, stds: Sequence
+) -> None:
+    """Raise `InputError` unless stored transforms (`tvf_*`) repeat the other fields.
+
+    The reference reads them in the place of those.
+    """
+    letterbox = preprocessor.get("tvf_do_letterbox", False)
+    expect(letterbox is False, "tvf_do_letterbox", letterbox, "false")
+    for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
+        for name, key, *choices in (
+            ("tvf_resize_params", "size", [side, side]),
+            ("tvf_resize_params", "interpolation", 3, "bicubic"),
+            ("tvf_crop_params", "output_size", [side, side]),
+            ("tvf_normalize_params", "mean", _rounded(mean)),
+            ("tvf_normalize_params", "std", _rounded(std)),
+        ):
+            stored = preprocessor.get(name)
+            stored = stored[i] if isinstance(stored, list) and len(stored) > i else {}
+            value = stored.get(key, choices[0]) if isinstance(stored, dict) else stored
+            right = _rounded(value) in choices
+            expect(right, f"{name} {key}", value, f"{choices[0]}, as in other fields")
+
+
+def _rounded(value: object) -> object:
+    """Return the numbers of a list to six digits: transforms are stored as float32."""
+    whole = isinstance(value, list | tuple) and all(map(is_number, value))
+    return [round(number, 6) for number in value] if whole else value
 
 
 def _is_color(value: object) -> bool:

@@ -87,6 +87,14 @@ RULES = {
     "bounds": ("min", "max"),
     "mean_std": ("mean", "std"),
 }
+# Rules by the names of lerobot's normalization modes, in lower case.
+NORMS = {
+    "quantiles": "bounds_q99",
+    "quantile10": "bounds_q90",
+    "min_max": "bounds",
+    "mean_std": "mean_std",
+    "identity": "identity",
+}
 
 
 def bin_values(ids: np.ndarray, vocabulary: int, bins: int = 256) -> np.ndarray:

@@ -14,7 +14,14 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from .actions import Bounds, Scale, choose_statistics, read_bounds, read_deviations
+from .actions import (
+    Bounds,
+    Deviations,
+    Scale,
+    choose_statistics,
+    read_bounds,
+    read_deviations,
+)
 from .fast import FastCode
 from .image import preprocess_fitted
 from .prompt import Prompt, state_prompt
@@ -90,7 +97,9 @@ class ChunkProcessor:
             return Bounds(np.zeros(size), np.zeros(size), np.zeros(size, bool))
         statistics = choose_statistics(self.norm_stats, unnorm_key)
         if rule == "mean_std":
-            return read_deviations(statistics, part)
+            scale = read_deviations(statistics, part)
+            more = 1e-6 if self.dialect == "openpi" else 0
+            return Deviations(scale.mean, scale.std + more)
         bounds = read_bounds(statistics, part, rule)
         if self.dialect == "openpi":
             return Bounds(bounds.low, bounds.high + 1e-6, bounds.mask)

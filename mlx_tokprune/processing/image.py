@@ -6,18 +6,59 @@ HEIC photographs need pillow-heif (the extra `heic`).
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, note
+from .jpeg import jpeg_round_trip
 
 _LONGEST = 8192  # pixels; longer pictures shrink before they are padded
 _HEIC = (".heic", ".heif", ".hif")
 _HEIC_BRANDS = (b"hei", b"hev", b"mif1", b"msf1")  # ISO/IEC 23008-12
 _NAMED = 5  # skipped files that a note names
+RESIZES = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Preparation of a policy's pictures, as `preprocess_naive` does it.
+
+    crop: encoded share of the area, around the middle. resize: filter of `RESIZES`.
+    jpeg: quality of a round trip through JPEG before resizing, 0 for none.
+    """
+
+    crop: float = 1.0
+    resize: str = "bicubic"
+    jpeg: int = 0
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "Preparation":
+        """Check settings, which may be incomplete.
+
+        Raises `InputError` for unknown names and impossible values.
+        """
+        checks = {
+            "crop": (
+                lambda v: type(v) in (int, float) and 0 < v <= 1,
+                "above 0, up to 1",
+            ),
+            "resize": (lambda v: v in list(RESIZES), " or ".join(RESIZES)),
+            "jpeg": (lambda v: type(v) is int and 0 <= v <= 100, "0 (none) to 100"),
+        }
+        for name, value in settings.items():
+            fits, expected = checks.get(
+                name, (lambda v: False, "crop, resize, jpeg only")
+            )
+            if not fits(value):
+                raise InputError(
+                    f"the {name} of pictures is {value!r}; expected {expected}"
+                )
+        return cls(**settings)
 
 
 def list_pictures(path: str | Path) -> list[str | Path]:
@@ -330,22 +371,26 @@ def preprocess_naive(
     size: int,
     crop: float = 1.0,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
+    jpeg: int = 0,
 ) -> np.ndarray:
     """Return pictures as (B, size, size, 3) float32 in [0, 1], stretched to a square.
 
-    crop: kept share of the area, around the middle, as OpenVLA-OFT trains; cropped
-    after resizing and resized again, bilinearly. resample: filter of the first
-    resizing; OFT uses Lanczos, after a round trip through JPEG that is left out here.
+    crop: kept share of the area, around the middle; cropped after resizing and resized
+    again, bilinearly. resample: filter of the first resizing. jpeg: quality of a round
+    trip through JPEG before it, 0 for none. As in OpenVLA-OFT's evaluation, a picture
+    that has the size already is taken as prepared: it is only cropped.
     """
-    return np.stack([_stretched(image, size, crop, resample) for image in images])
+    return np.stack([_stretched(image, size, crop, resample, jpeg) for image in images])
 
 
 def _stretched(
-    image: Image.Image, size: int, crop: float, resample: Image.Resampling
+    image: Image.Image, size: int, crop: float, resample: Image.Resampling, jpeg: int
 ) -> np.ndarray:
+    levels = np.asarray(image)
     if image.size != (size, size):
-        image = image.resize((size, size), resample)
-    pixels = np.asarray(image, dtype=np.float32) / 255
+        levels = jpeg_round_trip(levels, jpeg) if jpeg else levels
+        levels = _resized(levels, size, resample)
+    pixels = levels.astype(np.float32) / 255
     if crop == 1:
         return pixels
     # The corners of the crop map to the corners of the result, as in TensorFlow's
@@ -359,3 +404,18 @@ def _stretched(
     cropped = rows[:, low] + across * (rows[:, low + 1] - rows[:, low])
     # TensorFlow's conversion of [0, 1] to bytes.
     return np.floor(np.clip(cropped * 255.5, 0, 255)) / np.float32(255)
+
+
+def _resized(levels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
+    """Resize (H, W, 3) uint8 to a square.
+
+    Lanczos rounds once, at the end, as TensorFlow does. Pillow's rounds and clips
+    between both axes, too, which differs by up to 44 levels on noise.
+    """
+    if resample != Image.Resampling.LANCZOS:
+        return np.asarray(Image.fromarray(levels).resize((size, size), resample))
+    channels = []
+    for i in range(3):
+        channel = Image.fromarray(levels[..., i].astype(np.float32))
+        channels.append(np.asarray(channel.resize((size, size), resample)))
+    return np.clip(np.rint(np.stack(channels, axis=-1)), 0, 255).astype(np.uint8)

@@ -120,8 +120,8 @@ class ActionProcessor:
     """A converter of pictures and instructions to inputs, and of tokens to actions.
 
     limit: the most tokens of an instruction's prompt. norm_stats: statistics of each
-    data set, by unnorm key. crop: encoded share of the picture's area. resample: filter
-    of the resizing. longest: characters of the longest token.
+    data set, by unnorm key. crop, resample, jpeg: preparation of pictures, as in
+    `preprocess_naive`. longest: characters of the longest token.
     """
 
     tokenizer: Any
@@ -135,11 +135,13 @@ class ActionProcessor:
     crop: float = 1.0
     resample: Image.Resampling = Image.Resampling.BICUBIC
     longest: int = 64
+    jpeg: int = 0
     pads = False
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Return RGB pictures as (B, S, S, 3) float32 in [0, 1], without padding."""
-        return preprocess_naive(images, self.image_size, self.crop, self.resample)
+        options = (self.crop, self.resample, self.jpeg)
+        return preprocess_naive(images, self.image_size, *options)
 
     def prompt(self, instruction: str) -> Prompt:
         """Return the ids before and after the pictures.

@@ -64,6 +64,7 @@ CONFIG = {
         "pad_token_id": PAD,
     },
     "torch_dtype": "float16",
+    "image_processing": {"crop": 1.0, "resize": "bicubic", "jpeg": 0},
     "norm_stats": {
         "metaworld": {
             "action": {
