@@ -181,13 +181,13 @@ def add_pruning(parser: Flags, default: str) -> None:
     """
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
-    add_prune(group, "plan, such as norm:0.5, fastv:12@2; + joins places")
+    add_prune(group, "METHOD:SHARE or :TOKENS, @PLACE, such as norm:0.5+fastv:12@2")
     keep = group.add_mutually_exclusive_group()
-    help_ = "share of visual tokens to keep, in (0, 1]"
+    help_ = "share of visual tokens, in (0, 1] (default: 1)"
     keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)
-    help_ = "number of visual tokens to keep"
+    help_ = "visual tokens of each image; after layers, of all"
     keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
-    help_ = f"name or package.module:function (default: {default})"
+    help_ = f"name or module:function (with a budget: {default})"
     add("--method", help=help_)
     help_ = "tower, prompt, or N for after N layers"
     add("--at", metavar="PLACE", help=help_)

@@ -51,14 +51,14 @@ def build_parser() -> Parser:
         '    --instruction "open the drawer" --unnorm-key bridge_orig --keep-ratio 0.5',
     )
     add = parser.add_argument
-    help_ = "demo-policy, demo-pi0, folder or hub id (default: demo-policy)"
+    help_ = "folder, hub id or demo-pi0 (default: demo-policy)"
     add("--model", help=help_)
     add_adapter(parser)
     help_ = "image, or CAMERA=FILE; repeatable"
     add("--image", action="append", default=[], help=help_)
     add("--instruction", metavar="TEXT", help="task of the robot")
     add("--unnorm-key", metavar="NAME", help="data set whose action units are used")
-    help_ = "robot state in its own units, for policies that read it"
+    help_ = "robot state in its own units, if the policy reads it"
     add("--proprio", "--state", type=float, nargs="+", metavar="X", help=help_)
     add_pruning(parser, POLICY_METHOD)
     add = parser.add_argument_group("options of trimvla without a budget").add_argument

@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     _add_vision(parser.add_argument_group("images"))
     _add_sampling(parser.add_argument_group("generation (as in mlx-lm)"))
     add_answer_drafts(parser.add_argument_group("speculative decoding"))
-    overlay = "write a picture of the last kept tokens"
+    overlay = "draw what the last place kept; dropped tokens are dark"
     add_output(parser, overlay, "print a line of JSON after each answer")
     return parser
 
@@ -109,7 +109,7 @@ def _add_sampling(group: Flags) -> None:
     add("--seed", type=int, metavar="N", default=0, help=help_)
     help_ = f"prompt tokens read at once (default: {PREFILL_STEP})"
     add("--prefill-step-size", type=int, metavar="N", default=PREFILL_STEP, help=help_)
-    help_ = "bits of the cache, 4 or 8 (default: as stored)"
+    help_ = "bits of the cache, 4 or 8 (default: not quantized)"
     add("--kv-bits", type=int, metavar="BITS", help=help_)
     help_ = "group size of a quantized cache (default: 64)"
     add("--kv-group-size", type=int, metavar="N", default=64, help=help_)
