@@ -309,5 +309,5 @@ def test_a_wrong_command_is_an_error(text, error, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("folder")
 def test_a_wrong_block_is_an_error(monkeypatch, capsys):
-    step = Step("page", 1, "from mlx_tokprune import Prunner", python=True)
+    step = Step("page", 1, "from mlx_tokprune import " + "Prunner", python=True)
     assert "cannot import name 'Prunner'" in error_of(step, {}, monkeypatch, capsys)
