@@ -177,7 +177,8 @@ def _guess_pictures(
 def _oft(checkpoint: Checkpoint, config: dict, shapes: dict[str, Shape]) -> dict:
     """Return an OFT policy's settings: from the tensors, else its robot's defaults."""
     action_dim, settings = shapes[_HEAD][0], checkpoint.settings
-    stored = {_FLAGS.get(k, k): v for k, v in object_of(config, "oft").items()}
+    own: dict[str, Any] = object_of(config, "oft")
+    stored = {_FLAGS.get(key, key): value for key, value in own.items()}
     stored.pop("crop", None)  # of earlier versions; now in `image_processing`
     stored |= {name: settings[name] for name in _FLAGS.values() if name in settings}
     guess = {}

@@ -233,8 +233,9 @@ def _check_transforms(
 
 def _rounded(value: object) -> object:
     """Return the numbers of a list to six digits: transforms are stored as float32."""
-    whole = isinstance(value, list | tuple) and all(map(is_number, value))
-    return [round(number, 6) for number in value] if whole else value
+    if isinstance(value, list | tuple) and all(map(is_number, value)):
+        return [round(number, 6) for number in value]
+    return value
 
 
 def _is_color(value: object) -> bool:

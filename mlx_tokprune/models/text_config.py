@@ -133,7 +133,9 @@ def _scaling(section: Mapping, text: Mapping) -> dict:
     value = kind if len(kinds) < 2 else kinds
     expect(right, "rope type", value, f"one of {', '.join(_ROPES)}")
     rest = section.keys() - {"rope_type", "type", "rope_theta"}
-    numbers = {_SHARE: text.get(_SHARE)} | {n: section[n] for n in sorted(rest)}
+    numbers: dict[str, Any] = {_SHARE: text.get(_SHARE)} | {
+        n: section[n] for n in sorted(rest)
+    }
     required, optional = _ROPES[kind]
     if _ORIGINAL in required:  # transformers takes the first of these
         lengths = (text.get(_ORIGINAL), section.get(_ORIGINAL))

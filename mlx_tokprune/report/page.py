@@ -26,7 +26,7 @@ from ..files import SOFTWARE
 from ..measure.machine import format_versions
 from ..measure.mlx_vlm_subject import MlxVlmSubject
 from ..measure.results import Row
-from ..measure.subject import OwnSubject, subject_of
+from ..measure.subject import AnswerSubject, OwnSubject, subject_of
 from ..measure.tables import Table
 from ..pipeline import run
 from ..pipeline.planning import plan_for
@@ -251,9 +251,10 @@ def _overlay(
     model, plan = subject.model, plan_for(subject.model, pruners)
     scene = subject.scene([image], text)
     _, visual = run(model, scene, plan, positions=positions)
-    processor = subject.processor
-    images = processor.encoded([image]) if model.answers == "text" else [image]
-    return draw_choices(images, visual, padded=processor.pads)
+    images = [image]
+    if isinstance(subject, AnswerSubject):
+        images = subject.processor.encoded(images)
+    return draw_choices(images, visual, padded=subject.processor.pads)
 
 
 def _mlx_vlm_overlay(
