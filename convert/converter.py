@@ -23,7 +23,7 @@ from ..checkpoints.shards import (
     write_config,
     write_shards,
 )
-from ..errors import InputError
+from ..errors import InputError, note
 from ..files import check_name, new_folder
 from ..pruners import Pruners, as_plan
 from .openvla import OPENVLA
@@ -116,8 +116,8 @@ def convert(
     family, checkpoint, config = open_checkpoint(
         source, lora_adapter, base_model, settings
     )
-    for note in checkpoint.notes:
-        log.warning(note)
+    for text in checkpoint.notes:
+        note(text)
     if pruner is None:
         pruner = read_carried(config, checkpoint.folder)
     if as_plan(pruner):

@@ -183,7 +183,7 @@ def add_pruning(parser: Flags, default: str) -> None:
     add = group.add_argument
     add_prune(group, "METHOD:SHARE or :TOKENS, @PLACE, such as norm:0.5+fastv:12@2")
     keep = group.add_mutually_exclusive_group()
-    help_ = "share of visual tokens, in (0, 1] (default: 1)"
+    help_ = "share of visual tokens, in (0, 1] (default: all)"
     keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)
     help_ = "visual tokens of each image; after layers, of all"
     keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
@@ -379,9 +379,8 @@ def _pruner_of(args: argparse.Namespace, default: str, options: Options) -> Prun
         raise InputError(
             f"method {method!r} needs a budget: give --keep-ratio or --keep-tokens"
         )
-    make = functools.partial(Pruner, method, ratio, tokens)
-    make = functools.partial(make, seed=args.seed, options=options)
-    return make(at=read_place(at)) if at else make()
+    place: dict[str, Any] = {"at": read_place(at)} if at else {}
+    return Pruner(method, ratio, tokens, seed=args.seed, options=options, **place)
 
 
 # Text and overlays ------------------------------------------------------------------

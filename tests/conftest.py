@@ -14,6 +14,7 @@ import mlx_tokprune
 import mlx.core as mx  # isort: skip
 import pytest  # isort: skip
 
+from mlx_tokprune.errors import note
 from mlx_tokprune.pruners import registry
 
 # coremltools leaves temporary folders to be cleaned up by the garbage collector.
@@ -38,7 +39,8 @@ TINY_CHUNKS = DATA / "pi0fast-tiny"
 
 @pytest.fixture(autouse=True)
 def _same_methods():
-    """Restore the registry of methods after each test."""
+    """Restore the registry of methods after each test; print notes anew in each."""
+    note.cache_clear()
     before = [(known, dict(known)) for known in (registry._METHODS, registry._NAMES)]
     yield
     for known, names in before:

@@ -254,7 +254,7 @@ def test_a_policy_is_not_trained(tmp_path, capsys, how):
     with pytest.raises(SystemExit) as stopped:
         train([*how, *small, "--output", str(tmp_path / "out")])
     assert stopped.value.code == 2
-    assert "expected a model that answers in words" in capsys.readouterr().err
+    assert "expected a FastVLM checkpoint" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

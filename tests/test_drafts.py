@@ -241,7 +241,7 @@ def test_damaged_logits_are_no_tokens():
 def test_what_cannot_draft_is_refused(tiny, demo, demo_policy):
     with pytest.raises(InputError, match="tokenizer has other tokens"):
         answer(tiny, ModelDrafts(*demo))
-    with pytest.raises(InputError, match="a policy cannot draft words"):
+    with pytest.raises(InputError, match="answers in actions"):
         ModelDrafts(*demo_policy)
     for wrong in (0, -1, 1.5):
         with pytest.raises(InputError, match="the least is 1"):

@@ -107,4 +107,6 @@ def test_any_lines(tmp_path, lines):
     file = tmp_path / "lines.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8", errors="replace")
     harmless(read_questions, str(file), 1, None)
+    harmless(Journal, file, {"schema": "x"})
+    file.write_text("\n".join(['{"schema": "x"}', *lines]), errors="replace")
     Journal(file, {"schema": "x"})

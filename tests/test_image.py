@@ -211,7 +211,7 @@ def test_a_folder_of_a_mac(album, notes):
     assert names == ["a.png", "b.jfif", "c.AVIF", "e.ppm"]
     assert [file.name for file, _ in load_pictures(album)] == names
     assert len(notes.messages) == 1
-    assert notes.messages[0].endswith("as no pictures: ._a.png; d.png; notes.txt")
+    assert notes.messages[0].endswith("they are no pictures: ._a.png; d.png; notes.txt")
 
 
 def test_a_damaged_picture_of_a_folder_is_skipped(album, notes):

@@ -155,8 +155,10 @@ gather.end_with_launcher()
 pathlib.Path(sys.argv[1], f"up{{time.time_ns()}}").touch()
 time.sleep(600)
 """
+# A shell in the background starts its commands with SIGINT ignored.
 LAUNCH = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from mlx_tokprune.cli import command
 from mlx_tokprune.evaluate import gather
 gather._PATIENCE = 1

@@ -34,10 +34,11 @@ from ..cli import (
 from ..errors import InputError
 from ..pipeline.planning import given_or_carried
 from ..processing.image import center_crop, load_image
+from ..processing.processor import check_acts
 from ..pruners import POLICY_METHOD, Plan
 from ..runtime import device_name
 from .heads import head_of
-from .inputs import check_acts, check_images
+from .inputs import check_images
 from .policy import Policy
 from .predict import predict_action
 

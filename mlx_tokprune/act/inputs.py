@@ -12,20 +12,10 @@ from ..errors import InputError, nearest
 from ..models.protocol import VisionModel
 from ..pipeline import Scene
 from ..processing.image import load_image
-from ..processing.processor import AnyProcessor, PolicyProcessor
+from ..processing.processor import PolicyProcessor
 from ..processing.prompt import Prompt
 from ..pruners import Plan
 from .heads import Head
-
-
-def check_acts(processor: AnyProcessor) -> PolicyProcessor:
-    """Return the processor; raise `InputError` if its model answers in words."""
-    if not isinstance(processor, PolicyProcessor):
-        raise InputError(
-            "this model answers in words, not in actions; use mlx_tokprune.generate, "
-            "or give an OpenVLA checkpoint"
-        )
-    return processor
 
 
 def observe(

@@ -21,7 +21,7 @@ from ..pipeline import (
     prune_at_tower,
 )
 from ..pipeline.planning import plan_for
-from ..processing.processor import AnyProcessor
+from ..processing.processor import AnyProcessor, check_acts
 from ..processing.prompt import Prompt, check_text
 from ..pruners import Plan, Pruners, count_tokens
 from ..runtime import end_streams_with_thread
@@ -30,7 +30,6 @@ from .episode import EpisodeInputs, check_robots
 from .heads import Chunks, head_of
 from .inputs import (
     check_action,
-    check_acts,
     check_images,
     check_scorers,
     observe,

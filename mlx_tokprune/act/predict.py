@@ -15,12 +15,12 @@ from ..models.protocol import VisionModel
 from ..pipeline import DEFAULT_POSITIONS, VisualTokens, check_positions
 from ..pipeline.planning import plan_for
 from ..pipeline.timing import NO_CLOCK, Clock
-from ..processing.processor import AnyProcessor
+from ..processing.processor import AnyProcessor, check_acts
 from ..pruners import Pruners
 from ..runtime import end_streams_with_thread
 from .episode import first_inputs
 from .heads import head_of
-from .inputs import check_action, check_acts, check_images, check_scorers, observe, tell
+from .inputs import check_action, check_images, check_scorers, observe, tell
 
 log = logging.getLogger("mlx_tokprune")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import InputError
+from ..errors import InputError, note
 from ..files import check_name, object_of, read_json
 from ..models.protocol import VisionModel
 from ..processing.chunks import ChunkProcessor
@@ -78,8 +78,8 @@ def load(
     if adapter_path is not None:
         check_name(adapter_path)
     family, checkpoint, config = open_checkpoint(path_or_hf_repo, settings=settings)
-    for note in checkpoint.notes:
-        log.warning(note)
+    for text in checkpoint.notes:
+        note(text)
     model = build(family, config, True)
     weights = family.to_mlx_layout(checkpoint.load())
     if dtype is not None:  # before `sanitize` folds layers, which needs the precision

@@ -4,7 +4,6 @@ lmms-eval loads `manifest` from the entry-point group `lmms_eval.models`. Only
 `lmms_eval_model` imports classes of lmms-eval, so that this module works without it.
 """
 
-import functools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from ..checkpoints.loading import load
 from ..cli import RUNTIMES
 from ..errors import InputError
 from ..generate.memory import Memory
-from ..generate.stream import check_answers, decoded, stream_generate
+from ..generate.stream import decoded, stream_generate
 from ..pipeline import DEFAULT_POSITIONS, ask, check_positions, run
 from ..pipeline.planning import plan_for
+from ..processing.processor import check_answers
 from ..pruners import (
     DEFAULT_METHOD,
     Plan,
@@ -149,10 +149,9 @@ def read_pruners(
         raise InputError(
             f"method {name!r} needs a budget: give keep_ratio or keep_tokens"
         )
-    make = functools.partial(Pruner, name, **budget, seed=seed, options=options)
-    if at is None:
-        return (make(),)
-    return (make(at=read_place(at) if isinstance(at, str) else at),)
+    place: dict[str, Any] = {"at": read_place(at) if isinstance(at, str) else at}
+    place = {} if at is None else place
+    return (Pruner(name, **budget, seed=seed, options=options, **place),)
 
 
 def _check_options(options: Options, methods: Sequence[str]) -> None:

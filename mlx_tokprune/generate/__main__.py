@@ -35,7 +35,7 @@ from ..models.protocol import VisionModel
 from ..pipeline import VisualTokens
 from ..pipeline.planning import given_or_carried
 from ..processing.image import load_image, load_pictures
-from ..processing.processor import PADDINGS, Processor
+from ..processing.processor import PADDINGS, Processor, check_answers
 from ..pruners import DEFAULT_METHOD, Plan
 from ..runtime import device_name
 from .drafts import Drafts
@@ -43,7 +43,7 @@ from .flags import add_answer_drafts, make_drafts
 from .image_size import fit_image_size
 from .memory import Memory
 from .settings import Settings
-from .stream import Vision, check_answers, stream_generate
+from .stream import Vision, stream_generate
 from .temporal import Temporal
 
 

@@ -18,7 +18,7 @@ from ..models.protocol import VisionModel
 from ..models.speculative import Drafter, ModelDrafter, NgramDrafter, Sampling
 from ..pipeline import Scene, VisualTokens, ask, prune_at_prompt, run
 from ..pipeline.planning import plan_for
-from ..processing.processor import AnyProcessor, Processor
+from ..processing.processor import AnyProcessor, Processor, check_answers
 from ..processing.prompt import Prompt
 from ..pruners import Plan, Pruner, Pruners, as_plan
 from .settings import Settings
@@ -100,7 +100,7 @@ class ModelDrafts:
 
     def __post_init__(self):
         _check_tokens(self.tokens)
-        check_drafts(self.processor)
+        check_answers(self.processor)
         plan_for(self.model, self.pruner)
 
     def check(self, model: VisionModel, processor: AnyProcessor, plan: Plan) -> None:
@@ -190,13 +190,6 @@ def _rows(prompt: Prompt, cached: np.ndarray, kept: np.ndarray) -> list[int]:
         rows += range(start, start + len(text))
         start += len(text)
     return rows
-
-
-def check_drafts(processor: AnyProcessor) -> Processor:
-    """Return a drafting model's processor; raise `InputError` for that of a policy."""
-    if not isinstance(processor, Processor):
-        raise InputError("a policy cannot draft words; give a model that answers")
-    return processor
 
 
 def _check_tokens(tokens: int) -> None:

@@ -5,7 +5,8 @@ import argparse
 from ..checkpoints.loading import load
 from ..cli import Flags, add_drafts, draft_plan
 from ..errors import InputError
-from .drafts import Drafts, ModelDrafts, NgramDrafts, SelfDrafts, check_drafts
+from ..processing.processor import check_answers
+from .drafts import Drafts, ModelDrafts, NgramDrafts, SelfDrafts
 
 
 def add_answer_drafts(parser: Flags) -> None:
@@ -25,7 +26,7 @@ def make_drafts(args: argparse.Namespace) -> Drafts | None:
     options = {} if count is None else {"tokens": count}
     if args.draft_model:
         model, processor = load(args.draft_model)
-        return ModelDrafts(model, check_drafts(processor), pruner=plan, **options)
+        return ModelDrafts(model, check_answers(processor), pruner=plan, **options)
     if args.draft == "ngram":
         return NgramDrafts(**options)
     if args.draft == "self":

@@ -24,7 +24,7 @@ from ..pipeline.limits import check_memory
 from ..pipeline.planning import plan_for
 from ..pipeline.timing import NO_CLOCK, Clock, NoClock
 from ..processing.image import load_image
-from ..processing.processor import AnyProcessor, Processor
+from ..processing.processor import AnyProcessor, Processor, check_answers
 from ..pruners import Plan, Pruners, as_plan
 from ..runtime import end_streams_with_thread
 from .drafts import Drafts, PrefillResult
@@ -176,16 +176,6 @@ def decoded(images: Any) -> list[Image.Image]:
     if not images:
         raise InputError("no picture was given; expected at least one")
     return [load_image(image) for image in images]
-
-
-def check_answers(processor: AnyProcessor) -> Processor:
-    """Return the processor; raise `InputError` for that of a policy."""
-    if not isinstance(processor, Processor):
-        raise InputError(
-            "this model answers in actions, not in words; use mlx_tokprune.act, or "
-            "give a FastVLM checkpoint"
-        )
-    return processor
 
 
 def _stream(question: _Question) -> Iterator[Response]:

@@ -115,7 +115,7 @@ def _note_skipped(folder: str | Path, entries: Sequence[str]) -> None:
     if entries:
         shown = "; ".join(entries[:_NAMED])
         more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
-        note(f"skipped in {folder}, as no pictures: {shown}{more}")
+        note(f"skipped in {folder}, as they are no pictures: {shown}{more}")
 
 
 def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Image:
@@ -410,7 +410,7 @@ def _resized(levels: np.ndarray, size: int, resample: Image.Resampling) -> np.nd
     """Resize (H, W, 3) uint8 to a square.
 
     Lanczos rounds once, at the end, as TensorFlow does. Pillow's rounds and clips
-    between both axes, too, which differs by up to 44 levels on noise.
+    between both axes, too.
     """
     if resample != Image.Resampling.LANCZOS:
         return np.asarray(Image.fromarray(levels).resize((size, size), resample))

@@ -1,9 +1,9 @@
 """A round trip through JPEG in NumPy, bit for bit as TensorFlow's.
 
 Robot data sets store JPEG files, and TensorFlow decodes them with the fast inverse
-transform. Pillow offers only the accurate one, which differs by up to 18 of 255 levels
-on this package's pictures. The integer arithmetic is that of the libjpeg library, whose
-lossless coding is left out. https://github.com/libjpeg-turbo/libjpeg-turbo
+transform. Pillow offers only the accurate one, which gives other levels. The integer
+arithmetic is that of the libjpeg library, whose lossless coding is left out.
+https://github.com/libjpeg-turbo/libjpeg-turbo
 """
 
 import numpy as np

@@ -174,6 +174,26 @@ PolicyProcessor = ActionProcessor | ChunkProcessor
 AnyProcessor = Processor | PolicyProcessor
 
 
+def check_answers(processor: AnyProcessor) -> Processor:
+    """Return the processor; raise `InputError` if its model is a policy."""
+    if not isinstance(processor, Processor):
+        raise InputError(
+            "this model answers in actions, not in words; expected a FastVLM "
+            "checkpoint, such as 'demo' (mlx_tokprune act runs policies)"
+        )
+    return processor
+
+
+def check_acts(processor: AnyProcessor) -> PolicyProcessor:
+    """Return the processor; raise `InputError` if its model answers in words."""
+    if isinstance(processor, PolicyProcessor):
+        return processor
+    raise InputError(
+        "this model answers in words, not in actions; expected a policy, such as "
+        "'demo-policy' (mlx_tokprune generate runs models that answer)"
+    )
+
+
 def _check_length(text: str, limit: int, longest: int, name: str) -> None:
     """Raise `InputError` for a text that cannot fit, before it is tokenized."""
     if len(text) > limit * longest:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
 from ..features import Features
 from ..models.protocol import VisionModel
-from ..processing.processor import AnyProcessor, Processor
+from ..processing.processor import AnyProcessor, check_answers
 from .packing import Questions, padded
 from .samples import Sample
 
@@ -36,16 +35,6 @@ class Batch:
     prompt: mx.array
 
 
-def check_words(processor: AnyProcessor) -> Processor:
-    """Return the processor; raise `InputError` for that of a policy."""
-    if not isinstance(processor, Processor):
-        raise InputError(
-            "the model answers in actions; expected a model that answers in words, "
-            "such as 'demo'"
-        )
-    return processor
-
-
 class Batches:
     """Source of batches: draws samples by seed, and encodes each picture once.
 
@@ -60,7 +49,7 @@ class Batches:
         samples: Sequence[Sample],
         needs: tuple[str, ...] = (),
     ):
-        processor = check_words(processor)
+        processor = check_answers(processor)
         self._model, self._processor, self._needs = model, processor, needs
         self.samples = tuple(samples)
         # By picture, oldest first; dropped beyond `MOST_BYTES`.

@@ -26,10 +26,10 @@ from ..files import new_folder, write_arrays
 from ..models.protocol import VisionModel
 from ..pipeline import tower_needs
 from ..pipeline.planning import plan_for
-from ..processing.processor import AnyProcessor
+from ..processing.processor import AnyProcessor, check_answers
 from ..pruners import Pruner, Pruners
 from .answers import AnswerLoss, check_trainable
-from .batches import Batches, check_words
+from .batches import Batches
 from .loop import Loop, Schedule, draw_losses, recomputed
 from .samples import Samples, check_started
 
@@ -112,7 +112,7 @@ def train_adapter(
     the function of the model is unchanged. Raises `InputError` for a plan or a setting
     that cannot be trained.
     """
-    model, processor = loaded[0], check_words(loaded[1])
+    model, processor = loaded[0], check_answers(loaded[1])
     plan = plan_for(model, pruners)
     check_trainable(plan)
     if not 0 <= distill <= 1e6:

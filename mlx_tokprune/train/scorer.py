@@ -22,7 +22,7 @@ from ..errors import InputError, nearest
 from ..features import Features
 from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
-from ..processing.processor import AnyProcessor
+from ..processing.processor import AnyProcessor, check_answers
 from ..pruners import Pruner, count_kept
 from ..pruners.scorers import (
     SCORERS,
@@ -32,7 +32,7 @@ from ..pruners.scorers import (
     load_scorer,
     save_scorer,
 )
-from .batches import Batch, Batches, check_words
+from .batches import Batch, Batches
 from .gate import LEAKS, above_threshold, annealed, log_gate, straight_through, tamed
 from .loop import Loop, Schedule, draw_losses, recomputed
 from .packing import (
@@ -415,7 +415,7 @@ def train_scorer(
     further. folder: state of the training, from which it is resumed. checkpoint: see
     `recomputed`. Raises `InputError` where model, scorer and lesson do not fit.
     """
-    model, processor = loaded[0], check_words(loaded[1])
+    model, processor = loaded[0], check_answers(loaded[1])
     model.freeze()
     mx.random.seed(schedule.seed)
     scorer, order = scorer_for(model, kind), None
