@@ -201,11 +201,11 @@ def add_settings(parser: Flags) -> Flags:
     """Add the flags of `checkpoints.policy_settings.SETTINGS`; return their group."""
     group = parser.add_argument_group("robot policies (default: as trained)")
     add = group.add_argument
-    help_ = "encoded share of the area (OpenVLA, OFT)"
+    help_ = "share of the image area to encode (OpenVLA, OFT)"
     add("--crop", type=float, metavar="SHARE", help=help_)
-    help_ = "filter of resizing (OpenVLA, OFT)"
+    help_ = "bicubic or lanczos (OpenVLA, OFT)"
     add("--resize", choices=tuple(RESIZES), metavar="FILTER", help=help_)
-    help_ = "JPEG quality before resizing, 0: none (OpenVLA, OFT)"
+    help_ = "JPEG quality, 0: no JPEG (OpenVLA, OFT)"
     add("--jpeg", type=int, metavar="N", help=help_)
     help_ = "quantiles, min_max or mean_std (OFT, pi0-FAST)"
     add("--norm", choices=tuple(NORMS), metavar="RULE", help=help_)
