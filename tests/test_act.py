@@ -212,7 +212,7 @@ def test_generate_refuses_policies_but_runs_their_pruners(capsys):
     with pytest.raises(SystemExit) as stop:
         generate_main(["--model", str(TINY_POLICY), *asked])
     assert stop.value.code == 2
-    assert "mlx_tokprune.act" in capsys.readouterr().err
+    assert "mlx_tokprune act" in capsys.readouterr().err
     own = range(1, 64)
     for how, counts in ((["trimvla", "--keep-tokens", "9"], [9]), (["lightvla"], own)):
         generate_main(["--model", str(TINY), *asked, "--json", "--method", *how])
