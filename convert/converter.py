@@ -280,8 +280,9 @@ def _bytes_to_write(
     """Return the bytes that the converted tensors need on disk."""
     total, stored = 0.0, family.dtypes(checkpoint)
     for name, shape in family.shapes(checkpoint).items():
-        cast = dtype is not None and stored[name] in FLOATS
-        size = DTYPES[dtype].size if cast else BYTES[stored[name]]
+        size = BYTES[stored[name]]
+        if dtype is not None and stored[name] in FLOATS:
+            size = DTYPES[dtype].size
         format = plan.formats.get(name.removesuffix(".weight"))
         packed = format is not None and name.endswith(".weight")
         total += math.prod(shape) * (format.bytes_per_weight(size) if packed else size)

@@ -141,7 +141,8 @@ def _from_mlx_vlm(
             "lora or dora: all weights of a model belong in a folder for --model"
         )
     parameters = object_of(config, "lora_parameters") or config
-    rank, scale = parameters.get("rank"), parameters.get("scale")
+    rank: Any = parameters.get("rank")
+    scale: Any = parameters.get("scale")
     if "lora_parameters" not in config:  # by an older version
         alpha = config.get("alpha", 0.1)
         numbers = type(rank) is int and type(alpha) in (int, float)
@@ -182,7 +183,8 @@ def _from_mlx_vlm(
 def _check_base(base: Mapping, formats: Mapping[str, Format], folder: Path) -> None:
     """Raise `InputError` unless the adapter was trained on weights in these formats."""
     for path in base:
-        trained = Format(*(object_of(base, path).get(n) for n in Format._fields))
+        entry: Any = object_of(base, path)
+        trained = Format(*(entry.get(name) for name in Format._fields))
         if formats.get(path) != trained:
             own = formats.get(path, "floats")
             raise InputError(

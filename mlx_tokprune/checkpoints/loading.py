@@ -217,7 +217,7 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def _quantize_layers(model: VisionModel, quantization: Quantization) -> set[str]:
+def _quantize_layers(model: Any, quantization: Quantization) -> set[str]:
     """Quantize the language model's layers that are packed; return their paths.
 
     All other packed matrices are unpacked when they are loaded: they are small, and

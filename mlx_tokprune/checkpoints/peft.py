@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import InputError
 from ..files import read_json
@@ -80,16 +80,18 @@ def read_settings(folder: Path, more: tuple[str, ...] = ()) -> PeftSettings:
     start = settings.get("init_lora_weights")
     if not any(start is choice or start == choice for choice in _STARTS):
         refuse("init_lora_weights", "a start that leaves the base model unchanged")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
     if not _is_rank(rank):
         refuse("r", "a whole number from 1 to 65535")
     if not _is_alpha(alpha):
         refuse("lora_alpha", "a number between 1e-6 and 1e6")
-    flags = [settings.get(name) or False for name in ("use_rslora", "use_dora")]
+    flags: Any = [settings.get(name) or False for name in ("use_rslora", "use_dora")]
     for name, flag in zip(("use_rslora", "use_dora"), flags, strict=True):
         if type(flag) is not bool:
             refuse(name, "true or false")
-    tables, plain = [settings.get(name) or {} for name in PATTERNS], r"[\w.]+"
+    tables: Any = [settings.get(name) or {} for name in PATTERNS]
+    plain = r"[\w.]+"
     for name, table, check in zip(PATTERNS, tables, (_is_rank, _is_alpha), strict=True):
         named = isinstance(table, dict) and all(re.fullmatch(plain, n) for n in table)
         if not named or not all(map(check, table.values())):
@@ -101,7 +103,7 @@ def _is_rank(value: object) -> bool:
     return type(value) is int and 1 <= value < 1 << 16
 
 
-def _is_alpha(value: object) -> bool:
+def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and 1e-6 < value < 1e6
 
 

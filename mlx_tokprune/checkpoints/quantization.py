@@ -7,7 +7,7 @@ with scales, and under a layer's name the format of that layer.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
@@ -150,9 +150,9 @@ class QuantizationReader:
             return Quantization()
         if self.config.get("quantize_activations"):
             self._refuse("has quantize_activations in its config.json", "it unset")
-        sizes = [section.get(name) for name in ("group_size", "bits")]
+        sizes: Any = {name: section.get(name) for name in Format._fields[:2]}
         owner = f"{self.source} has quantized tensors, and its config.json gives"
-        default = Format(*sizes, section.get("mode", "affine")).check(owner)
+        default = Format(**sizes, mode=section.get("mode", "affine")).check(owner)
         layers, formats = self._layers(section), {}
         for path in sorted(paths):
             entry = layers.pop(path, True)
