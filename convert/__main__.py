@@ -1,5 +1,6 @@
 """Convert a Hugging Face checkpoint to MLX format."""
 
+from ..checkpoints.quantization import MODES
 from ..cli import (
     Parser,
     add_option,
@@ -10,7 +11,7 @@ from ..cli import (
     read_plans,
 )
 from ..errors import InputError
-from .converter import DTYPES, convert
+from .converter import DTYPES, RECIPES, convert
 from .oft_adapter import CHOICES
 
 
@@ -44,9 +45,14 @@ def build_parser() -> Parser:
     add = group.add_argument
     help_ = "quantize the language model; the vision tower stays float"
     add("-q", "--quantize", action="store_true", help=help_)
-    help_ = "bits per weight: 2, 3, 4, 5, 6 or 8 (default: 4)"
+    help_ = "bits per weight: 1, 2, 3, 4, 5, 6 or 8 (default: 4; mxfp8: 8)"
     add("--q-bits", type=int, metavar="BITS", help=help_)
-    add("--q-group-size", type=int, metavar="N", help="weights per scale (default: 64)")
+    help_ = "weights per scale: 32, 64, 128 (default: 64; mxfp4, mxfp8: 32; nvfp4: 16)"
+    add("--q-group-size", type=int, metavar="N", help=help_)
+    help_ = "number format of packed weights (default: affine)"
+    add("--q-mode", choices=list(MODES), help=help_)
+    help_ = "mlx-lm's recipe of mixed bits: more for v_proj, down_proj and lm_head"
+    add("--quant-predicate", choices=RECIPES, help=help_)
     group = parser.add_argument_group("pruning")
     add_prune(group, "store a pruner in the checkpoint, such as trimvla or FOLDER:0.25")
     add_option(group)
@@ -66,10 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     pruner = read_plans(plans, options) if plans else None
     if options and pruner is None:
         raise InputError("--option sets a parameter of --prune's method; add --prune")
-    sizes = {name: flags.pop(name) for name in ("q_bits", "q_group_size")}
+    names = ("q_bits", "q_group_size", "q_mode", "quant_predicate")
+    sizes = {name: flags.pop(name) for name in names}
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if sizes and not flags["quantize"]:
-        raise InputError("--q-bits and --q-group-size require -q")
+        raise InputError(
+            "--q-bits, --q-group-size, --q-mode and --quant-predicate require -q"
+        )
     target = convert(**flags, **sizes, pruner=pruner)
     print(f"wrote {target}")
 

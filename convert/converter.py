@@ -1,5 +1,7 @@
 """Conversion of a Hugging Face checkpoint to MLX format: `convert`."""
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -7,16 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from tqdm import tqdm
 
 from ..checkpoints.carried import carry, read_carried
-from ..checkpoints.family import BITS, GROUPS, QUANTIZED, Family
+from ..checkpoints.family import Family
 from ..checkpoints.hub import resolve
 from ..checkpoints.loading import check_finite, load_tokenizer, tokenizer_folder
-from ..checkpoints.opening import check_plan, open_checkpoint
+from ..checkpoints.opening import build, check_plan, open_checkpoint
+from ..checkpoints.quantization import (
+    FLOATS,
+    GROUPS,
+    MODES,
+    SECTIONS,
+    Format,
+    Quantization,
+)
 from ..checkpoints.shards import (
     BYTES,
-    FLOATS,
     Checkpoint,
     copy_beside,
     copy_companions,
@@ -34,6 +44,7 @@ INT8_WARNING = (
     "71.3 % without quantization and 71.9 % with 4 bits (arXiv 2406.09246)"
 )
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # of mlx-lm
 
 
 def convert(
@@ -41,8 +52,10 @@ def convert(
     mlx_path: str,
     dtype: str | None = None,
     quantize: bool = False,
-    q_bits: int = 4,
-    q_group_size: int = 64,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    quant_predicate: str | None = None,
     actions_per_chunk: int | None = None,
     pictures: int | None = None,
     pruner: Pruners = None,
@@ -63,8 +76,10 @@ def convert(
         mlx_path: folder to write; must not exist.
         dtype: type of float tensors; as stored when `None`.
         quantize: quantize the language model; the vision tower stays float.
-        q_bits: bits per weight.
-        q_group_size: weights per scale.
+        q_bits: bits per weight; the mode's default when `None`.
+        q_group_size: weights per scale; the mode's default when `None`.
+        q_mode: mode of `mx.quantize`: affine, mxfp4, nvfp4 or mxfp8.
+        quant_predicate: mlx-lm's recipe of mixed bits, such as mixed_4_6.
         actions_per_chunk: actions per forward pass of an OpenVLA-OFT policy (default:
             the robot's, else 8).
         pictures: number of input images of an OpenVLA-OFT policy (default: the
@@ -90,11 +105,7 @@ def convert(
         InputError: the source cannot be read, the target exists, or an option does not
             fit the checkpoint.
     """
-    if q_bits not in BITS or q_group_size not in GROUPS:
-        raise InputError(
-            f"cannot quantize to {q_bits} bits in groups of {q_group_size}; expected "
-            + QUANTIZED
-        )
+    default = _default_format(q_bits, q_group_size, q_mode, quant_predicate)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(
             f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}"
@@ -125,11 +136,13 @@ def convert(
     beside = family.beside(checkpoint)
     # Refuse a source without a usable tokenizer before the long work.
     load_tokenizer(tokenizer_folder(checkpoint, beside), config)
-    if quantize and q_bits == 8 and family is OPENVLA:
-        log.warning(INT8_WARNING)
-    if quantize and config.get("quantization"):
-        raise InputError(f"{checkpoint.folder} is already quantized; leave out -q")
-    quantization = (q_group_size, q_bits) if quantize else None
+    quantization = Quantization()
+    if quantize:
+        if checkpoint.quantization.formats:
+            raise InputError(f"{checkpoint.folder} is already quantized; leave out -q")
+        if default.bits == 8 and family is OPENVLA:
+            log.warning(INT8_WARNING)
+        quantization = _plan(family, config, default, quant_predicate)
     tensors = _stream(family, checkpoint, dtype, quantization)
     size = _bytes_to_write(family, checkpoint, dtype, quantization)
     with new_folder(target) as folder:
@@ -137,17 +150,77 @@ def convert(
             copy_companions(checkpoint.base, folder)
         copy_companions(checkpoint.folder, folder)
         copy_beside(beside, folder)
-        target_config = _target_config(config, dtype, quantize, q_bits, q_group_size)
+        target_config = _target_config(config, dtype, quantization)
         write_config(folder, carry(pruner, target_config, folder))
         write_shards(folder, tensors, size)
     return target
 
 
+def _default_format(
+    bits: int | None, group: int | None, mode: str, recipe: str | None
+) -> Format:
+    """Return the format of matrices that no recipe names.
+
+    Raises `InputError` for a format that MLX does not have, or a recipe with a format.
+    """
+    if recipe is not None and (recipe not in RECIPES or bits or mode != "affine"):
+        raise InputError(
+            f"the recipe {recipe!r} cannot be used with q_bits {bits} and mode "
+            f"{mode!r}; expected one of {', '.join(RECIPES)}, mode affine and no bits, "
+            "which the recipe sets"
+        )
+    sizes = MODES.get(mode, [(64, 4)])[0]
+    sizes = [a if b is None else b for a, b in zip(sizes, (group, bits), strict=True)]
+    return Format(*sizes, mode).check("the conversion has")
+
+
+def _plan(
+    family: Family, config: dict, default: Format, recipe: str | None
+) -> Quantization:
+    """Return the formats that mlx-lm gives to the matrices of the language model.
+
+    Logs a warning with the number of matrices whose width is not in whole groups, which
+    stay float. Raises `InputError` when none would be quantized.
+    """
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import quantize_model
+
+    model = build(family, config, False)
+    choose = model.quant_predicate
+    if recipe is not None:
+        language, group = model.language_model, default.group_size
+        mixed = mixed_quant_predicate_builder(recipe, language, group)
+        choose = lambda path, module: (  # noqa: E731
+            model.quant_predicate(path, module)
+            and mixed(path.removeprefix("language_model."), module)
+        )
+    paths = [p for p, m in model.named_modules() if model.quant_predicate(p, m)]
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints bits per weight
+        group, bits, mode = default
+        model, _ = quantize_model(model, {}, group, bits, mode, quant_predicate=choose)
+    formats = {
+        path: Format(module.group_size, module.bits, module.mode)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    }
+    floats = [path for path in paths if path not in formats]
+    if floats:
+        state = (
+            f"groups of {default.group_size} do not divide the width of {len(floats)} "
+            f"of {len(paths)} matrices of the language model, such as {floats[0]}"
+        )
+        if not formats:
+            fitting = [str(group) for group in GROUPS if group < default.group_size]
+            raise InputError(
+                f"{state}, so nothing would be quantized; expected "
+                f"{' or '.join(fitting) or 'mode nvfp4, with groups of 16'}"
+            )
+        log.warning("%s: these stay float", state)
+    return Quantization(formats, default)
+
+
 def _stream(
-    family: Family,
-    checkpoint: Checkpoint,
-    dtype: str | None,
-    quantization: tuple[int, int] | None,
+    family: Family, checkpoint: Checkpoint, dtype: str | None, plan: Quantization
 ) -> Iterator[tuple[str, mx.array]]:
     """Yield the MLX-layout tensors by name; release each once it is consumed."""
     weights = family.to_mlx_layout(checkpoint.load())
@@ -156,35 +229,37 @@ def _stream(
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
             check_finite({name: array})
-            array = array.astype(DTYPES[dtype]) if dtype else array
-        if quantization and _can_quantize(name, array.shape, quantization[0]):
-            path = name.removesuffix(".weight")
-            parts = mx.quantize(array, *quantization)
+            array = _cast(name, array, DTYPES[dtype]) if dtype else array
+        path = name.removesuffix(".weight")
+        if path != name and path in plan.formats:
+            parts = plan.formats[path].pack(path, array)
             mx.eval(parts)  # else the source stays in memory with the shard
-            yield from zip(
-                (name, f"{path}.scales", f"{path}.biases"), parts, strict=True
-            )
+            yield from parts.items()
             del parts
         else:
             yield name, array
         del array
 
 
-def _can_quantize(name: str, shape: tuple[int, ...], group_size: int) -> bool:
-    """Return whether a tensor is a matrix of the language model, in whole groups."""
-    matrix = name.startswith("language_model.") and len(shape) == 2
-    return matrix and name.endswith(".weight") and shape[1] % group_size == 0
+def _cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return a tensor in another type; raise `InputError` for a number beyond it."""
+    result = array.astype(dtype)
+    if not mx.all(mx.isfinite(result)).item():
+        kind, other = str(dtype).rpartition(".")[2], "bfloat16"
+        raise InputError(
+            f"tensor {name} has numbers up to {mx.max(mx.abs(array)).item():.3g}, and "
+            f"the largest of {kind} is {mx.finfo(dtype).max:.5g}; expected --dtype "
+            + ("float32" if kind == other else other)
+        )
+    return result
 
 
-def _target_config(
-    config: dict, dtype: str | None, quantize: bool, bits: int, group: int
-) -> dict:
+def _target_config(config: dict, dtype: str | None, plan: Quantization) -> dict:
     config = {k: v for k, v in config.items() if k != "auto_map"}
     if dtype:
         config = _typed(config, dtype) | {"torch_dtype": dtype}
-    if quantize:
-        config["quantization"] = {"group_size": group, "bits": bits, "mode": "affine"}
-        config["quantization_config"] = config["quantization"]
+    if plan.formats:
+        config |= dict.fromkeys(SECTIONS, plan.section)
     return config
 
 
@@ -200,19 +275,15 @@ def _typed(config: dict, dtype: str) -> dict:
 
 
 def _bytes_to_write(
-    family: Family,
-    checkpoint: Checkpoint,
-    dtype: str | None,
-    quantization: tuple[int, int] | None,
+    family: Family, checkpoint: Checkpoint, dtype: str | None, plan: Quantization
 ) -> int:
     """Return the bytes that the converted tensors need on disk."""
     total, stored = 0.0, family.dtypes(checkpoint)
     for name, shape in family.shapes(checkpoint).items():
-        size = float(BYTES[stored[name]])
+        size = BYTES[stored[name]]
         if dtype is not None and stored[name] in FLOATS:
-            size = float(DTYPES[dtype].size)
-        if quantization and _can_quantize(name, shape, quantization[0]):
-            group, bits = quantization
-            size = bits / 8 + 2 * size / group  # weights, and a scale and a bias each
-        total += math.prod(shape) * size
+            size = DTYPES[dtype].size
+        format = plan.formats.get(name.removesuffix(".weight"))
+        packed = format is not None and name.endswith(".weight")
+        total += math.prod(shape) * (format.bytes_per_weight(size) if packed else size)
     return int(total)

@@ -78,42 +78,16 @@ def _depths(sizes: Mapping) -> tuple[int, ...]:
 
 
 def _projector(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """Return the projector's tensors as floats.
-
-    Apple quantizes the projector with the language model; the MLX layout keeps floats.
-    """
-    names = [n for n in checkpoint.tensors if n.startswith(_PROJECTOR)]
+    """Return the projector's tensors, packed ones included, under MLX names."""
     weights, tensors = checkpoint.load(), {}
-    for layer, number in (("linear_0.", 0), ("linear_2.", 2)):
-        start = _PROJECTOR + layer
-        parts = {
-            n.removeprefix(start): weights[n] for n in names if n.startswith(start)
-        }
-        if "scales" in parts:
-            parts["weight"] = _dequantized(checkpoint, start, parts)
-            del parts["scales"], parts["biases"]
-        tensors |= {f"mm_projector.{number}.{part}": a for part, a in parts.items()}
-    for name, array in tensors.items():
+    for name in (n for n in checkpoint.tensors if n.startswith(_PROJECTOR)):
+        array = weights[name]
         if array.dtype not in TYPES:
             raise InputError(
                 f"tensor {name} of {checkpoint.folder} is no float; {_INSTEAD}"
             )
+        tensors[name.replace(f"{_PROJECTOR}linear_", "mm_projector.")] = array
     return tensors
-
-
-def _dequantized(checkpoint: Checkpoint, name: str, parts: Mapping) -> mx.array:
-    settings = object_of(checkpoint.config, "quantization")
-    try:
-        return mx.dequantize(
-            *(parts[part] for part in ("weight", "scales", "biases")),
-            group_size=settings["group_size"],
-            bits=settings["bits"],
-        )
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"the quantized {name}weight of {checkpoint.folder} does not fit the "
-            f"quantization in its config.json; {_INSTEAD}"
-        ) from None
 
 
 # The package -------------------------------------------------------------------------

@@ -64,6 +64,7 @@ _KEYS: tuple[tuple[str, str | None], ...] = (
     *_timm_keys(),
     (r"^model\.multi_modal_projector\.linear_1\.", "mm_projector.0."),
     (r"^model\.multi_modal_projector\.linear_2\.", "mm_projector.2."),
+    (r"^multi_modal_projector\.linear_([02])\.", r"mm_projector.\1."),
     (r"^model\.language_model\.", "language_model.model."),
     (
         r"^model\.vision_tower\.vision_tower\.model\.patch_embed\.",

@@ -11,44 +11,23 @@ caller must choose.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
 import mlx.core as mx
 
-from ..checkpoints.shards import (
-    ADAPTER,
-    FLOATS,
-    Checkpoint,
-    Shape,
-    Tensor,
-    load_tensors,
-    read_header,
-)
+from ..checkpoints.peft import FACTOR, pair, read_settings, read_tensors
+from ..checkpoints.quantization import FLOATS
+from ..checkpoints.shards import ADAPTER, Checkpoint, Shape, Tensor, load_tensors
 from ..errors import InputError
-from ..files import read_json
 from .sidefiles import plain
 
 CHOICES = ("auto", "merge", "ignore")
-_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _MEASURED = 16  # number of matrices to measure, those with the largest change
 _CLEAR = 0.25  # largest distance of a clear share from 0 or 1
 _SURE = 0.05  # largest standard error of a clear share
-# Settings that do not affect how factors are added; any other must be unset.
-_HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying"),
-    *("eva_config", "exclude_modules", "inference_mode", "layers_pattern"),
-    *("layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config"),
-    *("megatron_config", "megatron_core", "peft_version", "qalora_group_size"),
-    *("revision", "target_modules", "task_type"),
-}
-_READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora"}
-# Values of `init_lora_weights` that leave the base model's weights unchanged; others,
-# such as pissa, move a part of them into the factors before training.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -159,16 +138,9 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> Adapter:
 
     Raises `InputError` for a setting that is not supported, or factors that do not fit.
     """
-    rank, scale = _read_settings(folder)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        files = sorted(path.name for path in folder.glob("adapter_model*"))
-        raise InputError(
-            f"{folder} has {files[0] if files else 'no weights'}; expected "
-            "adapter_model.safetensors, as peft saves it"
-        )
-    header = read_header(file)
-    factors = _pair(_places(header, checkpoint, file), header, file)
+    settings = read_settings(folder)
+    file, header = read_tensors(folder)
+    factors = pair(_places(header, checkpoint, file), file)
     names = {plain(n): n for n in checkpoint.tensors if n not in checkpoint.extra}
     matched = {}
     for path, (down, up) in factors.items():
@@ -179,49 +151,18 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> Adapter:
                 f"{checkpoint.base or checkpoint.folder} has no weight; expected "
                 "its own adapter"
             )
-        _check_fit(name, checkpoint.tensors[name], header[down], header[up], rank)
+        _check_fit(
+            name, checkpoint.tensors[name], header[down], header[up], settings.rank
+        )
         matched[name] = (down, up)
     _check_finite(file)
-    return Adapter(file, scale, matched)
-
-
-def _read_settings(folder: Path) -> tuple[int, float]:
-    """Return the rank, and the scale of the factors' product."""
-    path = folder / "adapter_config.json"
-    if not path.exists():
-        raise InputError(f"{folder} has no adapter_config.json; expected peft's folder")
-    settings = read_json(path)
-
-    def refuse(name: str, expected: str) -> NoReturn:
-        raise InputError(
-            f"{path} says {name} {settings.get(name)!r}; expected {expected}"
-        )
-
-    if settings.get("peft_type") != "LORA":
-        refuse("peft_type", "'LORA'")
-    if settings.get("bias", "none") != "none":
-        refuse("bias", "'none', the only supported value")
-    for name in sorted(settings.keys() - _HARMLESS - _READ):
-        if settings[name]:
-            refuse(name, "it unset, as merging does not support it")
-    start = settings.get("init_lora_weights")
-    if not any(start is choice or start == choice for choice in _STARTS):
-        refuse("init_lora_weights", "a start that leaves the base model unchanged")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank < 1 << 16:
-        refuse("r", "a whole number from 1 to 65535")
-    if type(alpha) not in (int, float) or not 1e-6 < alpha < 1e6:
-        refuse("lora_alpha", "a number between 1e-6 and 1e6")
-    root = settings.get("use_rslora", False)
-    if type(root) is not bool:
-        refuse("use_rslora", "true or false")
-    return rank, alpha / (math.sqrt(rank) if root else rank)
+    return Adapter(file, settings.of("")[1], matched)
 
 
 def _places(
     header: Mapping[str, Tensor], checkpoint: Checkpoint, file: Path
 ) -> dict[tuple[str, str], str]:
-    """Return tensor names by (path, "A" or "B"), without towers from a side file.
+    """Return tensor names by path and part, without towers from a side file.
 
     OFT wraps the towers' blocks with FiLM after it adds the adapter, and saves them
     whole in the side file, with the factors.
@@ -229,8 +170,8 @@ def _places(
     has_side_tower = any(n.startswith("vision_backbone.") for n in checkpoint.extra)
     places = {}
     for name in header:
-        match = _NAME.fullmatch(name)
-        if match is None:
+        match = FACTOR.fullmatch(name)
+        if match is None or match[2] not in ("lora_A", "lora_B"):
             raise InputError(
                 f"{file} has the tensor {name}; expected only lora_A and lora_B of "
                 "linear layers and convolutions"
@@ -246,33 +187,9 @@ def _places(
         if tower and has_side_tower:
             continue
         if (path, match[2]) in places:
-            raise InputError(f"{file} has lora_{match[2]} of {path} twice")
+            raise InputError(f"{file} has {match[2]} of {path} twice")
         places[path, match[2]] = name
     return places
-
-
-def _pair(
-    places: Mapping[tuple[str, str], str], header: Mapping[str, Tensor], file: Path
-) -> dict[str, tuple[str, str]]:
-    """Return the names of the factors (A, B) by path; refuse one without the other."""
-    factors = {}
-    for path, part in places:
-        other = "B" if part == "A" else "A"
-        if (path, other) not in places:
-            raise InputError(
-                f"{file} has lora_{part} of {path} but no lora_{other}; expected both"
-            )
-        factors[path] = (places[path, "A"], places[path, "B"])
-    if not factors:
-        raise InputError(f"{file} has no factors; expected lora_A and lora_B tensors")
-    for names in factors.values():
-        for name in names:
-            if header[name].dtype not in FLOATS:
-                raise InputError(
-                    f"tensor {name} of {file} has type {header[name].dtype}; expected "
-                    f"{', '.join(FLOATS)}"
-                )
-    return factors
 
 
 def _check_fit(name: str, weight: Tensor, down: Tensor, up: Tensor, rank: int) -> None:

@@ -13,10 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import InputError
-from .shards import FLOATS, Checkpoint, Shape, check_shapes
-
-BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # supported by mx.quantize
-QUANTIZED = "2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128"
+from .quantization import FLOATS
+from .shards import Checkpoint, Shape, check_shapes
 
 
 @dataclass(frozen=True)
@@ -108,73 +106,34 @@ class Family:
         self,
         checkpoint: Checkpoint,
         shapes: Mapping[str, Shape],
-        config: dict,
         expected: dict[str, Shape],
     ) -> None:
         """Raise `InputError` unless each expected tensor exists once, with its shape.
 
         Args:
             checkpoint: checkpoint to check; also its dtypes are checked.
-            shapes: result of `shapes(checkpoint)`.
-            config: result of `complete`; changed in place: `quantization` is removed
-                when no tensor is quantized.
-            expected: shapes of the runtime model's tensors; changed in place to the
-                packed shapes of quantized tensors.
+            shapes: result of `shapes(checkpoint)`, unpacked.
+            expected: shapes of the runtime model's tensors.
         """
         shapes = {k: v for k, v in shapes.items() if not self.optional.match(k)}
-        quantized = _quantized_paths(shapes, expected)
-        if quantized:
-            bits, group = _quantization(checkpoint, config)
-            # MLX packs quantized weights into uint32; scales and biases are per group.
-            for path in quantized:
-                rows, columns = expected[f"{path}.weight"]
-                expected[f"{path}.weight"] = (rows, columns * bits // 32)
-                expected[f"{path}.scales"] = (rows, columns // group)
-                expected[f"{path}.biases"] = (rows, columns // group)
-        else:
-            config.pop("quantization", None)
-            config.pop("quantization_config", None)
         source = str(checkpoint.folder)
         if self.is_original(checkpoint):
             source += ", in the MLX layout,"
+        formats = checkpoint.quantization.formats
+        for path, format in formats.items():
+            name = f"{path}.weight"
+            if name in expected and name in shapes:
+                origin = f"{source}, unpacked from {format},"
+                check_shapes({name: shapes[name]}, {name: expected[name]}, origin)
         check_shapes(shapes, expected, source)
-        packed = {f"{path}.weight" for path in quantized}
         for name, dtype in self.dtypes(checkpoint).items():
-            types = ("U32",) if name in packed else FLOATS
-            if dtype not in types:
-                reason = ", as it is quantized" if name in packed else ""
+            path, _, part = name.rpartition(".")
+            packed = path in formats and part in ("weight", "scales", "biases")
+            if not packed and dtype not in FLOATS:
                 raise InputError(
                     f"tensor {name} of {checkpoint.folder} has type {dtype}; expected "
-                    f"{', '.join(types)}{reason}"
+                    f"{', '.join(FLOATS)}"
                 )
-
-
-def _quantized_paths(
-    shapes: Mapping[str, Shape], expected: Mapping[str, Shape]
-) -> list[str]:
-    """Return the paths of language model matrices that have scales."""
-    paths = (n.removesuffix(".scales") for n in shapes if n.endswith(".scales"))
-    return [
-        path
-        for path in paths
-        if path.startswith("language_model.")
-        and len(expected.get(f"{path}.weight", ())) == 2
-    ]
-
-
-def _quantization(checkpoint: Checkpoint, config: dict) -> tuple[int, int]:
-    """Return (bits, group size) of the language model from config.json."""
-    settings = config.get("quantization")
-    settings = settings if isinstance(settings, dict) else {}
-    bits, group = settings.get("bits"), settings.get("group_size")
-    is_affine = settings.get("mode", "affine") == "affine"
-    are_whole = type(bits) is int and type(group) is int
-    if not is_affine or not are_whole or bits not in BITS or group not in GROUPS:
-        raise InputError(
-            f"{checkpoint.folder} has quantized tensors, but its config.json gives "
-            f"{bits} bits and group_size {group}; expected {QUANTIZED}, mode affine"
-        )
-    return bits, group
 
 
 _FAMILIES: list[Family] = []

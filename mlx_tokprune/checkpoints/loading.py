@@ -1,7 +1,6 @@
 """Load a checkpoint of any supported layout as `(model, processor)`."""
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError, note
-from ..files import check_name, object_of, read_json
+from ..files import check_name, read_json
 from ..models.protocol import VisionModel
 from ..processing.chunks import ChunkProcessor
 from ..processing.fast import FastCode
@@ -18,15 +17,16 @@ from ..processing.image import RESIZES
 from ..processing.processor import ActionProcessor, AnyProcessor, Processor
 from ..pruners.scorers import signs_of
 from ..runtime import end_streams_with_thread
+from .adapter import add_adapter
 from .carried import read_carried
-from .opening import MISFITS, build, named_tensors, open_checkpoint
-from .shards import Checkpoint, Weights, check_shapes, load_tensors
+from .opening import build, named_tensors, open_checkpoint
+from .quantization import Quantization
+from .shards import Checkpoint
 
 if TYPE_CHECKING:  # imported late at run time: mlx-lm loads transformers
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 log = logging.getLogger(__name__)
-PROJECTOR = "projector.safetensors"  # optional file of an adapter
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -60,8 +60,8 @@ def load(
         path_or_hf_repo: `demo` or another embedded model, a folder, or a hub id.
         dtype: type of float weights, or its name; `default_dtype()` when `None`.
         lazy: keep most weights on disk until they are used.
-        adapter_path: folder of a LoRA or DoRA adapter in mlx-lm's format for the
-            language model.
+        adapter_path: folder of a LoRA or DoRA adapter for the language model, in the
+            format of mlx-lm, of mlx-vlm's trainer or of peft.
         settings: values that replace those of a policy's checkpoint, by the names of
             `checkpoints.policy_settings.SETTINGS`, such as `crop`.
 
@@ -84,18 +84,19 @@ def load(
     weights = family.to_mlx_layout(checkpoint.load())
     if dtype is not None:  # before `sanitize` folds layers, which needs the precision
         weights = {k: _cast(v, dtype) for k, v in weights.items()}
+    packed = _quantize_layers(model, checkpoint.quantization)
+    checkpoint.quantization.unpack(weights, packed, dtype)
     weights = model.sanitize(weights)
-    if config.get("quantization"):
-        _quantize_layers(cast(nn.Module, model), config["quantization"], weights)
     model.load_weights(list(weights.items()))
     model.signs = signs_of(model)
     if adapter_path is not None:
-        _add_adapter(model, Path(adapter_path))
+        formats = checkpoint.quantization.formats
+        add_adapter(model, Path(adapter_path), family.rename, formats)
     model.carried = read_carried(config, checkpoint.folder)
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
-        check_finite(named_tensors(model))
+        check_finite(named_tensors(model), dtype)
     beside = family.beside(checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint, beside), config)
     vocabulary = tokenizer.get_vocab()
@@ -114,57 +115,22 @@ def tokenizer_folder(checkpoint: Checkpoint, beside: Mapping[str, Path]) -> Path
     return checkpoint.folder if file is None else file.parent
 
 
-def _add_adapter(model: Any, folder: Path) -> None:
-    from mlx_lm.tuner.utils import load_adapters
+def check_finite(
+    tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None
+) -> None:
+    """Raise `InputError` with the name of a tensor that has NaN or infinity.
 
-    for name in ("adapter_config.json", "adapters.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(
-                f"{folder} has no {name}; expected an adapter of mlx_tokprune.train "
-                "lora, or of mlx_lm.lora"
-            )
-    config = read_json(folder / "adapter_config.json")
-    scale = object_of(config, "lora_parameters").get("scale", 1)
-    if type(scale) not in (int, float) or not math.isfinite(scale):
-        raise InputError(
-            f"the adapter {folder} has the scale {scale!r}; expected a number"
-        )
-    projector: Weights = {}
-    try:
-        load_adapters(model.language_model, str(folder))
-        if (folder / PROJECTOR).is_file():
-            projector = load_tensors(folder / PROJECTOR)
-    except (*MISFITS, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the adapter {folder} does not fit ({reason})") from None
-    if projector:
-        own = projector_of(model)
-        check_shapes(
-            {name: array.shape for name, array in projector.items()},
-            {name: array.shape for name, array in own.items()},
-            f"the projector of the adapter {folder}",
-        )
-        tensors = [(n, array.astype(own[n].dtype)) for n, array in projector.items()]
-        model.load_weights(tensors, strict=False)
-
-
-def projector_of(model: VisionModel) -> dict[str, mx.array]:
-    """Return the projector's tensors, by their names in a checkpoint."""
-    named = named_tensors(model).items()
-    return {n: array for n, array in named if n.startswith("mm_projector.")}
-
-
-def check_finite(tensors: Mapping[str, mx.array]) -> None:
-    """Raise `InputError` with the name of a tensor that has NaN or infinity."""
+    dtype: type that the caller chose, if any.
+    """
     floats = [(n, a) for n, a in tensors.items() if mx.issubdtype(a.dtype, mx.floating)]
     sums = [mx.all(mx.isfinite(mx.sum(mx.abs(a)))) for _, a in floats]
     for (name, array), finite in zip(floats, sums, strict=True):
         # The sum can overflow although all numbers are finite: then check each number.
         if not finite.item() and not mx.all(mx.isfinite(array)).item():
-            raise InputError(
-                f"tensor {name} has numbers that are not finite; the checkpoint is "
-                "damaged, or its training went wrong"
-            )
+            reason = "the checkpoint is damaged, or its training went wrong"
+            if dtype == mx.float16:
+                reason = "float16 ends at 65504: expected dtype bfloat16 or float32"
+            raise InputError(f"tensor {name} has numbers that are not finite; {reason}")
 
 
 def _processor(
@@ -251,19 +217,22 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def _quantize_layers(model: nn.Module, quantization: dict, weights: dict) -> None:
-    """Replace the layers that `weights` has scales for by quantized layers."""
+def _quantize_layers(model: Any, quantization: Quantization) -> set[str]:
+    """Quantize the language model's layers that are packed; return their paths.
 
-    def is_quantized(path: str, module: nn.Module) -> bool:
-        return model.quant_predicate(path, module) and f"{path}.scales" in weights
+    All other packed matrices are unpacked when they are loaded: they are small, and
+    pruners, training and Core ML read them as floats.
+    """
+    formats, packed = quantization.formats, set()
 
-    nn.quantize(
-        model,
-        group_size=quantization["group_size"],
-        bits=quantization["bits"],
-        mode=quantization.get("mode", "affine"),
-        class_predicate=is_quantized,
-    )
+    def format_of(path: str, module: nn.Module) -> dict | bool:
+        if path not in formats or not model.quant_predicate(path, module):
+            return False
+        packed.add(path)
+        return formats[path]._asdict()
+
+    nn.quantize(cast(nn.Module, model), class_predicate=format_of)
+    return packed
 
 
 def load_tokenizer(folder: Path, config: dict) -> "TokenizerWrapper":

@@ -17,6 +17,7 @@ from ..pruners import Pruners
 from .family import Family, identify
 from .hub import resolve
 from .policy_settings import check_settings
+from .quantization import SECTIONS, QuantizationReader
 from .shards import Checkpoint
 
 # Errors of MLX and Python while a model is built from an impossible config.
@@ -48,14 +49,22 @@ def open_checkpoint(
     family, checkpoint = identify(Checkpoint.open(folder, base), lora_adapter)
     checkpoint.settings = dict(settings or {})
     check_settings(checkpoint.settings, family.settings, folder)
-    shapes = family.shapes(checkpoint)
     parts = (checkpoint.config, object_of(checkpoint.config, "text_config"))
     untied = any(part.get("tie_word_embeddings") is False for part in parts)
     top, text = (flat_rope(part, checkpoint.notes) for part in parts)
     checkpoint.config = top if text == parts[1] else top | {"text_config": text}
+    stored = family.shapes(checkpoint)
+    dtypes, source = family.dtypes(checkpoint), str(folder)
+    headers = (checkpoint.config, stored, dtypes, family.rename, source)
+    quantization = checkpoint.quantization = QuantizationReader(*headers).read()
+    shapes = quantization.unpacked(stored)
     config = family.complete(checkpoint, shapes)
+    for name in SECTIONS:
+        config.pop(name, None)
+        if quantization.formats:
+            config[name] = quantization.section
     expected = expected_shapes(family, config, len(checkpoint.tensors))
-    family.check(checkpoint, shapes, config, expected)
+    family.check(checkpoint, shapes, expected)
     if untied and not any(name.endswith("lm_head.weight") for name in shapes):
         checkpoint.notes.append(
             "config.json says tie_word_embeddings false, but there is no lm_head; the "

@@ -21,6 +21,7 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import read_json, write_arrays
 from .hub import COMPANIONS
+from .quantization import Quantization, Shape
 
 ADAPTER = "lora_adapter"  # folder of OpenVLA-OFT, beside or instead of the weights
 INDEX = "model.safetensors.index.json"
@@ -28,14 +29,13 @@ SHARD_BYTES = 1 << 30
 _ORBAX = (".", "params", "default")  # folders that can hold Orbax's _METADATA
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _LARGEST_COMPANION = 256 << 20  # bytes
-FLOATS = ("F64", "F32", "F16", "BF16")
-Shape = tuple[int, ...]
 Weights = dict[str, mx.array]
 # Bytes of each safetensors type that MLX reads.
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
-# Safetensors types of the arrays that a conversion computes.
+# Safetensors types of the arrays that a conversion computes or passes on.
 TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+TYPES |= {mx.uint32: "U32", mx.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Checkpoint:
         finish: function applied to the weights by `load`, such as an adapter merge.
         notes: messages for the user about how the checkpoint was read.
         settings: values that the caller sets in place of the checkpoint's.
+        quantization: formats of the quantized matrices, read by `open_checkpoint`.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Checkpoint:
         self.finish: Callable[[Weights], Weights] | None = None
         self.notes: list[str] = []
         self.settings: dict[str, Any] = {}
+        self.quantization = Quantization()
 
     @classmethod
     def open(cls, folder: str | Path, base: Path | None = None) -> "Checkpoint":

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ..checkpoints.family import GROUPS
+from ..checkpoints.quantization import GROUPS
 from ..errors import InputError, as_number
 from ..models.language import PREFILL_STEP
 from ..models.protocol import VisionModel

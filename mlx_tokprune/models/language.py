@@ -133,7 +133,8 @@ class Decoder:
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """Return the embeddings (B, T, D) of token ids (B, T)."""
-        embedded = self._model.model.embed_tokens(token_ids)
+        model = self._model.model  # MLX unpacks modes without biases to bfloat16
+        embedded = model.embed_tokens(token_ids).astype(model.norm.weight.dtype)
         return embedded if self._scale == 1 else embedded * self._scale
 
     def logits(self, hidden: mx.array) -> mx.array:

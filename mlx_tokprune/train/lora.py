@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checkpoints.adapter import PROJECTOR, projector_of, trains_projector
 from ..checkpoints.carried import carry, read_carried
 from ..checkpoints.fingerprint import fingerprint
-from ..checkpoints.loading import PROJECTOR, load, projector_of
+from ..checkpoints.loading import load
 from ..checkpoints.opening import ModelSource, open_checkpoint
 from ..errors import InputError, nearest
 from ..files import new_folder, write_arrays
@@ -169,17 +170,16 @@ def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:
     merged = {}
     for tensors in fused_modules(model).values():
         merged |= tensors
-    if (Path(adapter) / PROJECTOR).is_file():
-        merged |= projector_of(model)
+    if trains_projector(Path(adapter)):
+        merged = projector_of(model) | merged
     write_fused(opened, merged, Path(output))
 
 
 def fused_modules(model: VisionModel) -> dict[str, dict[str, mx.array]]:
     """Return the tensors of each module with an adapter, merged, by module name."""
     fused = {}
-    for path, module in model.language_model.named_modules():
+    for path, module in cast(nn.Module, model).named_modules():
         if hasattr(module, "fuse"):
-            path = f"language_model.{path}"
             tensors = tree_flatten(module.fuse().parameters())
             fused[path] = {f"{path}.{name}": array for name, array in tensors}
     return fused
@@ -200,6 +200,11 @@ def write_fused(opened: ModelSource, merged: dict[str, mx.array], output: Path) 
             f"the checkpoint has no tensor {unknown[0]} to fuse into; expected an "
             f"adapter of this model.{nearest(unknown[0], weights)}"
         )
+
+    for path, format in checkpoint.quantization.formats.items():
+        array = merged.get(f"{path}.weight")
+        if array is not None and mx.issubdtype(array.dtype, mx.floating):
+            merged = merged | format.pack(path, array)
 
     def tensors() -> Iterator[tuple[str, mx.array]]:
         for name in sorted(weights):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from . import packed, trainers
 from .asks import PICTURES, POLICY, TINY, right
 from .case import MODULES, Place, module_of
 
@@ -40,6 +41,8 @@ def prepare(base: Path) -> None:
             argv = [*right("prune", place)[:-1], scorer, "--scorer", scorer]
             module_of("prune").main(argv)
         module_of("lora").main(right("lora", place))
+        packed.prepare(base)
+    trainers.prepare(base)
 
 
 def _write_questions(base: Path) -> None:
