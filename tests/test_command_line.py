@@ -168,7 +168,7 @@ def test_sampling_is_seeded(capsys):
         (["--image", __file__], "is not a picture that Pillow can read"),
         (["--model", "nowhere"], "nowhere does not exist; expected a checkpoint"),
         (["--model", str(TINY.parent)], "has no config.json"),
-        (["--max-tokens", "0"], "cannot generate 0 tokens"),
+        (["--max-tokens", "0"], "max_tokens 0 is out of range; expected one from 1"),
         (["--temp", "-1"], "out of range"),
         (["--overlay", "nowhere/kept.png"], "in an existing folder"),
         (["--overlay", str(TINY)], "no regular file"),
