@@ -230,7 +230,7 @@ def parsers() -> dict:
     """Return the parsers of all commands and subcommands by name."""
     found = {"mlx_tokprune": program.build_parser()}
     for name in program.commands():
-        module = importlib.import_module(f"mlx_tokprune.{name}.__main__")
+        module = importlib.import_module(program.module_of(name))
         found[name] = module.build_parser()
     for action in found["train"]._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -129,6 +129,20 @@ class Processor:
             )
         return prompt
 
+    def continued(self, text: str) -> list[int]:
+        """Return the token ids of the user's later text, from the end of an answer on.
+
+        Raises `InputError` for an empty or too long text, and for marks of pictures.
+        """
+        check_text(text, "the prompt")
+        if self.image_token in text:
+            raise InputError(
+                "pictures stand in the first question; leave out "
+                f"{self.image_token}, or begin another conversation"
+            )
+        text = self.check(text, 0)
+        return self._encode(f"{self.turn}{text}{self.suffix}")
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
