@@ -1,10 +1,12 @@
 """Convert a Hugging Face checkpoint to MLX format."""
 
+from ..checkpoints.upload import check_repo, upload
 from ..cli import (
     Parser,
     add_option,
     add_prune,
     add_settings,
+    add_upload,
     command,
     read_options,
     read_plans,
@@ -40,6 +42,7 @@ def build_parser() -> Parser:
         choices=list(DTYPES),
         help="type of float tensors (default: as stored)",
     )
+    add_upload(parser)
     group = parser.add_argument_group("quantization (as in mlx-lm)")
     add = group.add_argument
     help_ = "quantize the language model; the vision tower stays float"
@@ -70,8 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if sizes and not flags["quantize"]:
         raise InputError("--q-bits and --q-group-size require -q")
+    repo = flags.pop("upload_repo")
+    check_repo(repo)
     target = convert(**flags, **sizes, pruner=pruner)
     print(f"wrote {target}")
+    upload(repo, target, flags["hf_path"], "convert", argv)
 
 
 if __name__ == "__main__":

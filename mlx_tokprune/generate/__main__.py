@@ -81,7 +81,7 @@ def build_parser() -> Parser:
     help_ = "reuse the pictures' cache in FILE, or write it"
     group.add_argument("--prompt-cache-file", metavar="FILE", help=help_)
     add_answer_drafts(parser.add_argument_group("speculative decoding"))
-    overlay = "draw what the last place kept; dropped tokens are dark"
+    overlay = "draw what the last place kept; the rest is dark"
     add_output(parser, overlay, "print a line of JSON after each answer")
     return parser
 
