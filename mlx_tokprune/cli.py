@@ -98,9 +98,10 @@ class Parser(argparse.ArgumentParser):
         revision = vars(parsed).pop("revision", None)
         for dest in _MODELS & vars(parsed).keys() if revision is not None else ():
             value = getattr(parsed, dest)
-            names = value if isinstance(value, list) and value else [value]
-            names = [self._at_revision(name, revision) for name in names]
-            setattr(parsed, dest, names if isinstance(value, list) else names[0])
+            several = isinstance(value, list)
+            names: Any = (value or [None]) if several else [value]
+            names = [self._at_revision(name, str(revision)) for name in names]
+            setattr(parsed, dest, names if several else names[0])
         return parsed
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class Chat:
         text = "".join(piece.text for piece in pieces)
         return Answer(text, [piece.token for piece in pieces], pieces[-1])
 
-    def stream(self, question: str) -> Iterator[Response]:
+    def stream(self, question: str) -> Generator[Response]:
         """Stream the answer to a question.
 
         The conversation goes on behind what was streamed, also if that was stopped
@@ -116,7 +116,7 @@ class Chat:
         finally:
             self._is_answering = False
 
-    def _stream(self, text: str) -> Iterator[Response]:
+    def _stream(self, text: str) -> Generator[Response]:
         kept, ids, shown = self._kept, [], ""
         options = (self._pruner, None, None, self._draft, False, self._settings)
         first = text if kept is None else "-"  # later ones stand behind the answer
@@ -167,11 +167,11 @@ class Chat:
                 "question; begin another one, or ask a shorter question"
             )
         reused, step = kept.cache[0].inner.offset, question.settings.prefill_step_size
-        with question.clock.stage("prefill"):
-            for begin in range(0, len(ids), step):
-                part = mx.array([ids[begin : begin + step]], mx.int32)
-                hidden = model.decoder.follow(part, kept.cache)[:, -1:]
-                mx.eval(hidden)
+        hidden = mx.zeros(())
+        for begin in range(0, len(ids), step):
+            part = mx.array([ids[begin : begin + step]], mx.int32)
+            hidden = model.decoder.follow(part, kept.cache)[:, -1:]
+            mx.eval(hidden)
         self._lengths = _lengths(kept.cache)
         prefill = PrefillResult(
             *(model, question.images, prompt, ReadResult(hidden, kept.cache)),

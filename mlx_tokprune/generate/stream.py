@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -248,7 +248,7 @@ def open_answer(question: Question) -> AnswerStart:
 
 def stream(
     question: Question, opened: Callable[[Question], AnswerStart] = open_answer
-) -> Iterator[Response]:
+) -> Generator[Response]:
     """Stream the answer to a checked question. opened: reads the prompt."""
     from mlx_lm.generate import generation_stream, wired_limit
 

@@ -19,7 +19,7 @@ from .case import Outcome, Place
 ADDRESS_SPACE = 6 << 30
 GROUPS = {
     **{name: f"{name}:run" for name in ("checkpoints", "pictures", "flags", "data")},
-    "learned": "learned:run",
+    **{name: f"{name}:run" for name in ("learned", "urls", "chats")},
     **{name: f"{name}:run" for name in ("outputs", "kills", "threads")},
     "together": "kills:together",
 }
