@@ -96,6 +96,30 @@ def test_later_answers_are_those_of_the_whole_conversation(tiny, name, positions
         answers.append(last.token_ids)
 
 
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("stop", [(), ("e", "1")])
+def test_what_ends_an_answer_is_read_once(demo, positions, stop):
+    """An end token, and tokens of a stop text, are not in the cache twice."""
+    model, processor = demo
+    picture, pruner = PICTURES[1], Pruner("norm", 0.5)
+    options = {"pruner": pruner, "positions": positions, "stop": stop}
+    chat, image = Chat(*demo, [picture.path], **options), load_image(picture.path)
+    prompt, ends = None, processor.tokenizer.eos_token_ids
+    for number, turn in enumerate((picture.question, *QUESTIONS)):
+        *first, last = (prompt or processor.prompt(turn, 1)).segments
+        last = (*last, *(processor.continued(turn) if number else ()))
+        found = chat.ask(turn)
+        arguments = (model, processor, image, Prompt((*first, last)), as_plan(pruner))
+        ids = anew(*arguments, positions, len(found.token_ids))
+        assert found.token_ids == ids
+        assert stop or ids[-1] in ends
+        prompt = chat._kept.prompt
+        held = chat._kept.cache[0].inner.offset + len(chat._kept.pending)
+        assert held == len(prompt.ids()) + pruner.count(64)
+        whole = processor.tokenizer.decode(prompt.segments[1][len(last) :])
+        assert whole == found.text
+
+
 @pytest.mark.parametrize("kind", ["ngram", "self", "model"])
 def test_drafts_do_not_change_a_chat(tiny, kind):
     draft = {"ngram": NgramDrafts(), "self": SelfDrafts()}.get(kind)
