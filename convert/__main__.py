@@ -1,11 +1,13 @@
 """Convert a Hugging Face checkpoint to MLX format."""
 
 from ..checkpoints.quantization import MODES
+from ..checkpoints.upload import check_repo, upload
 from ..cli import (
     Parser,
     add_option,
     add_prune,
     add_settings,
+    add_upload,
     command,
     read_options,
     read_plans,
@@ -41,6 +43,7 @@ def build_parser() -> Parser:
         choices=list(DTYPES),
         help="type of float tensors (default: as stored)",
     )
+    add_upload(parser)
     group = parser.add_argument_group("quantization (as in mlx-lm)")
     add = group.add_argument
     help_ = "quantize the language model; the vision tower stays float"
@@ -79,8 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             "--q-bits, --q-group-size, --q-mode and --quant-predicate require -q"
         )
+    repo = flags.pop("upload_repo")
+    check_repo(repo)
     target = convert(**flags, **sizes, pruner=pruner)
     print(f"wrote {target}")
+    upload(repo, target, flags["hf_path"], "convert", argv)
 
 
 if __name__ == "__main__":

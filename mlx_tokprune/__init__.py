@@ -19,12 +19,13 @@ from .act import Policy, predict_action  # noqa: E402
 from .checkpoints.loading import load  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .features import Features, Selection  # noqa: E402
-from .generate import Memory, Temporal, generate, stream_generate  # noqa: E402
+from .generate import Chat, Memory, Temporal, generate, stream_generate  # noqa: E402
 from .pruners import Pruner, list_pruners, register  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "Features",
     "InputError",
     "Memory",

@@ -33,6 +33,8 @@ RUNTIMES = ("own", "mlx-vlm")
 # Flags whose values are no paths.
 _TEXTS = ("prompt", "system_prompt", "prefill_response", "instruction", "title")
 PLAN = "PLAN"  # METHOD[:BUDGET][@PLACE], places joined by +
+_MODELS = {"model", "hf_path"}  # flags of the model that a command works on
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Flags = argparse._ActionsContainer  # a parser or a group of one
 
 
@@ -66,13 +68,40 @@ class Parser(argparse.ArgumentParser):
             r"-(\d+\.?|\.\d)\d*(e[-+]?\d+)?$", re.I
         )
 
+    def add_argument(self, *args: Any, **options: Any) -> argparse.Action:
+        """Add an argument; a flag of a model gets `--revision` beside it."""
+        action = super().add_argument(*args, **options)
+        if action.dest in _MODELS:
+            help_ = "branch, tag or commit; or --model ID@REVISION"
+            help_ = help_.replace("--model", action.option_strings[0])
+            super().add_argument("--revision", metavar="REVISION", help=help_)
+        return action
+
+    def _at_revision(self, name: str | None, revision: str) -> str:
+        if not name or os.path.exists(name) or not _HUB_ID.fullmatch(name):
+            self.error(
+                "--revision is a branch, tag or commit of a hub id such as "
+                f"apple/FastVLM-0.5B, not of {name or 'the default model'}"
+            )
+        return f"{name}@{revision}"
+
     def parse_args(self, *args: Any, **options: Any) -> Any:
-        """Return the arguments; an unknown flag exits and names the nearest flag."""
+        """Return the arguments; an unknown flag exits and names the nearest flag.
+
+        A `--revision` becomes part of the model's name.
+        """
         parsed, unknown = self.parse_known_args(*args, **options)
         if unknown:
             flag = unknown[0].partition("=")[0]
             hint = nearest(flag, self._option_string_actions, 0.75)
             self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+        revision = vars(parsed).pop("revision", None)
+        for dest in _MODELS & vars(parsed).keys() if revision is not None else ():
+            value = getattr(parsed, dest)
+            several = isinstance(value, list)
+            names: Any = (value or [None]) if several else [value]
+            names = [self._at_revision(name, str(revision)) for name in names]
+            setattr(parsed, dest, names if several else names[0])
         return parsed
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
@@ -142,6 +171,12 @@ def add_verbose(parser: Flags) -> None:
     """Add `--verbose`."""
     help_ = "log places, counts and times to stderr"
     parser.add_argument("--verbose", action="store_true", help=help_)
+
+
+def add_upload(parser: Flags) -> None:
+    """Add `--upload-repo`, as in mlx-lm."""
+    help_ = "hub repository to upload the result to (default: none)"
+    parser.add_argument("--upload-repo", metavar="ORG/NAME", help=help_)
 
 
 def add_adapter(parser: Flags) -> None:

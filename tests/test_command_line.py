@@ -168,7 +168,7 @@ def test_sampling_is_seeded(capsys):
         (["--image", __file__], "is not a picture that Pillow can read"),
         (["--model", "nowhere"], "nowhere does not exist; expected a checkpoint"),
         (["--model", str(TINY.parent)], "has no config.json"),
-        (["--max-tokens", "0"], "cannot generate 0 tokens"),
+        (["--max-tokens", "0"], "max_tokens 0 is out of range; expected one from 1"),
         (["--temp", "-1"], "out of range"),
         (["--overlay", "nowhere/kept.png"], "in an existing folder"),
         (["--overlay", str(TINY)], "no regular file"),
@@ -230,7 +230,7 @@ def parsers() -> dict:
     """Return the parsers of all commands and subcommands by name."""
     found = {"mlx_tokprune": program.build_parser()}
     for name in program.commands():
-        module = importlib.import_module(f"mlx_tokprune.{name}.__main__")
+        module = importlib.import_module(program.module_of(name))
         found[name] = module.build_parser()
     for action in found["train"]._actions:
         if isinstance(action, argparse._SubParsersAction):

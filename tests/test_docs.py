@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_tokprune.__main__ import commands as known_commands
+from mlx_tokprune.__main__ import module_of
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
@@ -253,7 +254,7 @@ def parser_of(module: str):
     package, _, name = module.partition(".")
     if package == "mlx_tokprune":
         assert name in known_commands(), f"no command {name!r}"
-        return importlib.import_module(f"{module}.__main__").build_parser()
+        return importlib.import_module(module_of(name)).build_parser()
     run = source_of(module)[0]
     try:
         build = getattr(importlib.import_module(run), "build_parser", None)

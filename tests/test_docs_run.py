@@ -26,6 +26,7 @@ from test_docs import (
     CommandLine,
     lines_of,
     mistake,
+    module_of,
     shell_lines,
     text_of,
 )
@@ -38,6 +39,8 @@ NOT_RUN = {
     "make demo": "sets up an environment",
     "make test": "runs the tests",
     "mlx_tokprune demo": "tests/test_demo.py runs it",
+    "mlx_tokprune chat": "reads standard input; tests/test_chat.py runs it",
+    "mlx_tokprune generate --image https": "fetches; tests/test_sources.py does",
     "lmms-eval --model": "lmms-eval is not among the tests' packages",
     "python -m mlx_vlm.server": "serves until it is stopped",
     "python -m recipes.testbed": "downloads weights",
@@ -219,7 +222,7 @@ def run_command(step: Step, monkeypatch) -> None:
         if f"{line} ".startswith(f"{start} "):
             words += shlex.split(flags)
     if ours:
-        main = importlib.import_module(f"mlx_tokprune.{words[0]}.__main__").main
+        main = importlib.import_module(module_of(words[0])).main
         main(words[1:])
         return
     monkeypatch.setattr(sys, "argv", words)

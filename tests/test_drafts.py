@@ -94,19 +94,11 @@ def test_a_model_drafts_as_if_it_did_not_see_what_is_left_out(tiny):
     cache = model.decoder.make_cache()
     plan = (Pruner("norm", 0.5),)
     read, visual = run(model, scene, plan, cache=cache)
-    begun = PrefillResult(
-        model,
-        images,
-        "<image>What<image>is this?",
-        prompt,
-        read,
-        visual,
-        Settings(temp=1.0),
-    )
+    begun = PrefillResult(model, images, prompt, read, visual, Settings(temp=1.0))
     less = Pruner("norm", 0.25, at="prompt")
     draft = SelfDrafts(less).begin(begun)([7], 4)
     pruned = ModelDrafts(*tiny, pruner=Pruner("norm", 3 / 64)).begin(begun)
-    text = sum(map(len, processor.prompt(begun.text, 2).segments))
+    text = sum(map(len, prompt.segments))
     assert held(pruned) == text + 2 * 3
     assert held(ModelDrafts(*tiny).begin(begun)) == text + 2 * 64
     kept = np.array(prune_at_prompt(model, scene, (less,), visual).indices)

@@ -115,8 +115,11 @@ def test_a_quantized_cache(demo):
     [
         ({"kv_bits": 3}, "cannot quantize the cache to 3 bits"),
         ({"kv_group_size": 48}, "in groups of 48"),
-        ({"prefill_step_size": 0}, "a prefill step has at least 1 token"),
-        ({"quantized_kv_start": -1}, "from token 0 or later"),
+        (
+            {"prefill_step_size": 0},
+            "prefill_step_size 0 is out of range; expected one from 1",
+        ),
+        ({"quantized_kv_start": -1}, "quantized_kv_start -1 is out of range"),
     ],
 )
 def test_settings_out_of_range(tiny, settings, message):

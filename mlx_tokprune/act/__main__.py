@@ -72,7 +72,7 @@ def build_parser() -> Parser:
     add = group.add_argument
     help_ = "actions of a chunk to execute before the next image (default: all)"
     add("--first", type=int, metavar="N", help=help_)
-    help_ = "warm runs of a compiled policy, to print actions/s (default: 0)"
+    help_ = "warm runs, to print actions/s (default: 0)"
     add("--runs", type=int, metavar="N", default=0, help=help_)
     help_ = "draft from the previous action (last), its rest (shifted) or n-grams"
     add_drafts(group, ("last", "shifted", "ngram"), help_)

@@ -3,7 +3,16 @@
 import argparse
 import shlex
 
-from ..cli import Parser, add_option, add_prune, add_seed, command, plan_of
+from ..checkpoints.upload import check_repo, upload
+from ..cli import (
+    Parser,
+    add_option,
+    add_prune,
+    add_seed,
+    add_upload,
+    command,
+    plan_of,
+)
 from ..errors import InputError
 from ..pipeline import POSITIONS
 from ..pruners import DEFAULT_METHOD
@@ -27,6 +36,7 @@ def build_parser() -> Parser:
         metavar="FOLDER",
         help="folder to write; must not exist",
     )
+    add_upload(parser)
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
     add_prune(group, "plan, such as norm:0.5 or dart:0.5 (no layers)")
@@ -54,9 +64,11 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Write a model folder that prunes, from command line arguments."""
     args = build_parser().parse_args(argv)
+    check_repo(args.upload_repo)
     target = write_folder(args.model, args.mlx_path, _pruners(args), args.positions)
     generate = shlex.join(["python", "-m", "mlx_vlm.generate", "--model", str(target)])
     print(f"wrote {target}, which prunes: {generate}")
+    upload(args.upload_repo, target, args.model, "attach", argv)
 
 
 def _pruners(args: argparse.Namespace) -> list:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, nearest
 from ..files import DEMO, cache_folder, note_shadowed
@@ -53,6 +54,7 @@ EMBEDDED = {
 
 # Model written by `python -m recipes.testbed`: its name, and its folder in the cache.
 TESTBED, CHECKPOINT = "testbed", "checkpoint"
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # with a revision
 
 
 def is_local(name: str) -> bool:
@@ -63,6 +65,7 @@ def is_local(name: str) -> bool:
 def resolve(path_or_id: str | Path) -> Path:
     """Return the folder of an embedded model, `testbed`, a local path or a hub id.
 
+    A hub id may name a branch, tag or commit: `org/name@revision`.
     A hub id is downloaded, or taken from the Hugging Face cache. A folder with the name
     of an embedded model is noted, not used, except as a `Path`. Raises `InputError`
     when the name is none of these.
@@ -92,29 +95,33 @@ def resolve(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if os.path.exists(path):
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+    hub_id = HUB_ID.fullmatch(str(path_or_id))
+    if not hub_id:
         raise InputError(
             f"{path_or_id} does not exist; expected a checkpoint folder, a hub id such "
             f"as apple/FastVLM-0.5B, or {' or '.join(EMBEDDED)}."
             + nearest(str(path_or_id), EMBEDDED)
         )
-    return fetch(str(path_or_id), _PATTERNS)
+    return fetch(hub_id[1], _PATTERNS, hub_id[2])
 
 
-def fetch(hub_id: str, files: Sequence[str]) -> Path:
+def fetch(hub_id: str, files: Sequence[str], revision: str | None = None) -> Path:
     """Download the files of a hub id that match patterns; return the snapshot folder.
 
-    Raises `InputError` when the id does not exist or the hub cannot be reached.
+    revision: branch, tag or commit; `None` for the main one. Raises `InputError` when
+    the id does not exist or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    options: Any = {"allow_patterns": list(files), "revision": revision}
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
+        return Path(snapshot_download(hub_id, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (
             str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         )
         raise InputError(
-            f"{hub_id} is no local folder and cannot be fetched from the hub ({reason})"
+            f"{hub_id}{f' at revision {revision}' if revision else ''} is no local "
+            f"folder and cannot be fetched from the hub ({reason})"
         ) from None

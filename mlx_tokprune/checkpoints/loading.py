@@ -153,6 +153,8 @@ def _processor(
         longest=longest,
         crops=model.args.crops,
         marks=model.args.marks,
+        opening=model.prompt_opening,
+        turn=model.prompt_turn,
     )
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,26 @@ from ..cli import (
     write_overlay,
 )
 from ..errors import InputError
-from ..models.language import PREFILL_STEP
 from ..models.protocol import VisionModel
 from ..pipeline import VisualTokens
 from ..pipeline.planning import given_or_carried
-from ..processing.image import load_image, load_pictures
+from ..processing.image import load_pictures
 from ..processing.processor import PADDINGS, Processor, check_answers
+from ..processing.sources import named_image
 from ..pruners import DEFAULT_METHOD, Plan
 from ..runtime import device_name
 from .drafts import Drafts
-from .flags import add_answer_drafts, make_drafts
+from .flags import (
+    add_answer_drafts,
+    add_generation,
+    add_images,
+    add_system_prompt,
+    make_drafts,
+    settings_of,
+)
 from .image_size import fit_image_size
 from .memory import Memory
+from .prompt_cache import PromptCache
 from .settings import Settings
 from .stream import Vision, stream_generate
 from .temporal import Temporal
@@ -58,9 +66,10 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", help="demo, folder or hub id (default: demo)")
     add_adapter(parser)
-    many = {"action": "append", "default": []}
-    add("--image", help="image file or folder; repeatable", **many)
-    add("--prompt", help="question; <image> marks a place; repeatable", **many)
+    add_images(parser)
+    help_ = "question; - reads it from stdin; repeatable"
+    add("--prompt", "-p", action="append", default=[], metavar="TEXT", help=help_)
+    add_system_prompt(parser)
     add(
         "--each",
         action="store_true",
@@ -68,9 +77,11 @@ def build_parser() -> Parser:
     )
     add_pruning(parser, DEFAULT_METHOD)
     _add_vision(parser.add_argument_group("images"))
-    _add_sampling(parser.add_argument_group("generation (as in mlx-lm)"))
+    group = add_generation(parser)
+    help_ = "reuse the pictures' cache in FILE, or write it"
+    group.add_argument("--prompt-cache-file", metavar="FILE", help=help_)
     add_answer_drafts(parser.add_argument_group("speculative decoding"))
-    overlay = "draw what the last place kept; dropped tokens are dark"
+    overlay = "draw what the last place kept; the rest is dark"
     add_output(parser, overlay, "print a line of JSON after each answer")
     return parser
 
@@ -94,43 +105,27 @@ def _add_vision(group: Flags) -> None:
     size.add_argument("--vision-budget", type=float, **hidden)
 
 
-def _add_sampling(group: Flags) -> None:
-    """Add the flags of `Settings`."""
-    add = group.add_argument
-    names = ("--max-tokens", "-m")
-    add(
-        *names, type=int, metavar="N", default=256, help="tokens at most (default: 256)"
-    )
-    help_ = "sampling temperature (default: 0)"
-    add("--temp", type=float, default=0.0, metavar="T", help=help_)
-    help_ = "nucleus sampling threshold (default: off)"
-    add("--top-p", type=float, default=0.0, metavar="P", help=help_)
-    help_ = "seed of sampling and of random (default: 0)"
-    add("--seed", type=int, metavar="N", default=0, help=help_)
-    help_ = f"prompt tokens read at once (default: {PREFILL_STEP})"
-    add("--prefill-step-size", type=int, metavar="N", default=PREFILL_STEP, help=help_)
-    help_ = "bits of the cache, 4 or 8 (default: not quantized)"
-    add("--kv-bits", type=int, metavar="BITS", help=help_)
-    help_ = "group size of a quantized cache (default: 64)"
-    add("--kv-group-size", type=int, metavar="N", default=64, help=help_)
-    help_ = "first token to quantize at (default: 5000)"
-    add("--quantized-kv-start", type=int, metavar="N", default=5000, help=help_)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     """Run `mlx_tokprune generate`."""
     args = build_parser().parse_args(argv)
     begin_logging(args.verbose)
     pruners, vision = _pruners_and_vision(args)
-    names = [one.name for one in dataclasses.fields(Settings)]
-    settings = Settings(**{name: getattr(args, name) for name in names})
+    settings = settings_of(args)
     pictures, prompts = args.image, args.prompt
     if args.model is None:
         pictures = pictures or [PICTURES[0].path]
         prompts = prompts or [PICTURES[0].question]
     if not prompts:
         raise InputError("no prompt was given; say --prompt TEXT")
+    if "-" in prompts:
+        if [*pictures, *prompts].count("-") > 1:
+            raise InputError("standard input was named twice; give --prompt TEXT")
+        try:
+            text = sys.stdin.read().strip()
+        except UnicodeDecodeError:
+            raise InputError("standard input is no UTF-8 text") from None
+        prompts = args.prompt = [text if one == "-" else one for one in prompts]
     if not pictures:
         raise InputError("no picture was given; say --image FILE")
     target = args.latency_target
@@ -140,10 +135,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     each = args.each or any(os.path.isdir(picture) for picture in pictures)
     if each:
-        loaded = [pair for picture in pictures for pair in load_pictures(picture)]
+        loaded = [pair for picture in pictures for pair in _load(picture)]
         pictures, images = map(list, zip(*loaded, strict=True))
     else:
-        images = [load_image(picture) for picture in pictures]
+        images = [named_image(picture) for picture in pictures]
     check_overlay(args.overlay, pictures)
     model, processor = load(
         "demo" if args.model is None else args.model, adapter_path=args.adapter_path
@@ -154,7 +149,15 @@ def main(argv: list[str] | None = None) -> None:
     vision = Temporal(plan) if args.temporal else vision
     apart = each or args.temporal
     groups = [[image] for image in images] if apart else [images]
-    session = _Session(args, model, processor, plan, vision, settings, drafts)
+    memory = Memory() if len(prompts) > 1 else None
+    if args.prompt_cache_file:
+        if vision is not None or len(groups) > 1:
+            raise InputError(
+                "a prompt cache file holds the pictures of one prompt; leave out "
+                "--temporal, --vision and --each"
+            )
+        memory = PromptCache(args.prompt_cache_file)
+    session = _Session(args, model, processor, plan, vision, settings, drafts, memory)
     for prompt in prompts:  # refuse any before answering the first
         processor.check(prompt, len(groups[0]))
     session.fit(groups[0], prompts[0])
@@ -165,12 +168,19 @@ def main(argv: list[str] | None = None) -> None:
         record, visual = session.answer(group, prompt)
         last = (session.processor.encoded(group), visual)
         if name is not None:
-            record = {"image": str(name), **record}
+            record = {"image": str(name)[:200], **record}
         print(format_report(record), file=sys.stderr if args.json else sys.stdout)
         if args.json:
             print(json.dumps(record))
     if args.overlay and last:
         write_overlay(args.overlay, *last)
+
+
+def _load(picture: str | Path) -> list:
+    """Return the pictures of a folder with their files, or the one of another name."""
+    if os.path.isdir(picture):
+        return load_pictures(picture)
+    return [(picture, named_image(picture))]
 
 
 @dataclass
@@ -184,7 +194,7 @@ class _Session:
     vision: Vision | None
     settings: Settings
     drafts: Drafts | None
-    memory: Memory = field(default_factory=Memory)
+    memory: Memory | None
 
     def fit(self, images: list, prompt: str) -> None:
         """Choose the input size, by the latency target if there is one."""
@@ -214,7 +224,7 @@ class _Session:
             *(self.model, self.processor, images, prompt),
             pruner=None if self.vision else self.plan,
             vision=self.vision,
-            memory=self.memory if len(self.args.prompt) > 1 else None,
+            memory=self.memory,
             draft=self.drafts,
             stages=self.args.stages,
             **dataclasses.asdict(self.settings),

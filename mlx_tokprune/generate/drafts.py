@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..models.language import ReadResult
 from ..models.protocol import VisionModel
 from ..models.speculative import Drafter, ModelDrafter, NgramDrafter, Sampling
-from ..pipeline import Scene, VisualTokens, ask, prune_at_prompt, run
+from ..pipeline import Scene, VisualTokens, prune_at_prompt, run
 from ..pipeline.planning import plan_for
 from ..processing.processor import AnyProcessor, Processor, check_answers
 from ..processing.prompt import Prompt
@@ -30,7 +30,6 @@ class PrefillResult:
 
     model: VisionModel
     images: list[Image.Image]
-    text: str
     prompt: Prompt
     read: ReadResult
     visual: VisualTokens
@@ -80,8 +79,7 @@ class NgramDrafts:
 
     def begin(self, prefill: PrefillResult) -> Drafter:
         """Return the drafter of one answer."""
-        segments = prefill.prompt.segments
-        return NgramDrafter([int(token) for part in segments for token in part])
+        return NgramDrafter(prefill.prompt.ids())
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,10 @@ class ModelDrafts:
     def begin(self, prefill: PrefillResult) -> Drafter:
         """Read the prompt with the draft model and return the drafter of one answer."""
         model, settings = self.model, prefill.settings
+        pixels = mx.array(self.processor.pixels(prefill.images))
         read, _ = run(
             model,
-            ask(self.processor, prefill.images, prefill.text),
+            Scene(pixels, prefill.prompt),  # its ids are those of this model, too
             plan_for(model, self.pruner),
             positions=settings.positions,
             cache=model.decoder.make_cache(),

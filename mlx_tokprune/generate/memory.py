@@ -27,7 +27,7 @@ from ..pruners import Plan
 
 
 @dataclass
-class _Picture:
+class Picture:
     """A remembered image, or set of images.
 
     opening: the prompt up to the last image, and the positions. layers: keys and values
@@ -52,7 +52,7 @@ class Memory:
             raise InputError(f"cannot remember {size} pictures; the least is 1")
         self._size = size
         self._model = None
-        self._pictures: OrderedDict[Hashable, _Picture] = OrderedDict()
+        self._pictures: OrderedDict[Hashable, Picture] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -77,14 +77,13 @@ class Memory:
             self.clear()
             self._model = model
         early = tuple(
-            (pruner.key, _weights(pruner.scorer))
+            (pruner.key, weights_digest(pruner.scorer))
             for pruner in plan
             if pruner.place == "tower"
         )
-        key = _picture_key(
-            images, processor.image_size, processor.padding, early, vision
-        )
-        picture = self._pictures.get(key) or _Picture()
+        size, padding = processor.image_size, processor.padding
+        key = (images_digest(images), size, padding, early, vision)
+        picture = self._pictures.get(key) or Picture()
 
         def remember() -> None:
             self._pictures[key] = picture
@@ -105,7 +104,7 @@ class Recollection:
     """
 
     def __init__(
-        self, picture: _Picture, remember: Callable[[], None], keeps_cache: bool
+        self, picture: Picture, remember: Callable[[], None], keeps_cache: bool
     ):
         self._picture, self._remember = picture, remember
         self._keeps_cache = keeps_cache
@@ -162,7 +161,7 @@ def _copied(array: mx.array, length: int) -> mx.array:
     return mx.contiguous(array[..., :length, :]) + 0
 
 
-def _weights(scorer: nn.Module | None) -> str:
+def weights_digest(scorer: nn.Module | None) -> str:
     """Return a digest of a scorer's weights, because training changes its choice."""
     digest = hashlib.blake2b(digest_size=16)
     weights = dict(tree_flatten(scorer.parameters())) if scorer else {}
@@ -172,10 +171,10 @@ def _weights(scorer: nn.Module | None) -> str:
     return digest.hexdigest()
 
 
-def _picture_key(images: Sequence[Image.Image], *settings: Hashable) -> Hashable:
-    """Return the key of decoded RGB images and of the settings of their tokens."""
+def images_digest(images: Sequence[Image.Image]) -> str:
+    """Return a digest of decoded RGB images, as hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=32)
     for image in images:
         digest.update(repr(image.size).encode())
         digest.update(image.tobytes())
-    return (digest.hexdigest(), *settings)
+    return digest.hexdigest()

@@ -83,9 +83,9 @@ class ChatModel(ModelBase):
     """
 
     image_token = "<image>"
-    prompt_prefix = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    )
+    prompt_opening = "<|im_start|>system\n"
+    prompt_turn = "<|im_end|>\n<|im_start|>user\n"
+    prompt_prefix = f"{prompt_opening}You are a helpful assistant.{prompt_turn}"
     prompt_suffix = "<|im_end|>\n<|im_start|>assistant\n"
     answers = "text"
     pictures = None

@@ -5,11 +5,13 @@ HEIC photographs need pillow-heif (the extra `heic`).
 
 import functools
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -142,46 +144,57 @@ def load_image(source: str | os.PathLike | np.ndarray | Image.Image) -> Image.Im
             f"a picture is a file, an array or a PIL image, not {type(source).__name__}"
         )
     path = Path(source)
+    if re.match(r"https?://", str(source), re.I):
+        raise InputError(
+            f"picture {str(source)[:200]!r} is a URL, which is not fetched from here; "
+            "expected a file, or the URL in --image of generate or chat"
+        )
     if not os.path.isfile(path):
         raise InputError(
             f"picture {str(source)!r} does not exist or is not a file; expected a PNG, "
             "JPEG, WebP or similar file"
         )
+    return open_image(path, str(path))
+
+
+def open_image(file: Path | BinaryIO, name: str) -> Image.Image:
+    """Decode an existing file as `load_image` does. name: its name in errors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # a bad picture raises, so warnings add nothing
-            with _open(path) as image:
-                return _decode(image, f"picture {path}")
+            with _open(file, name) as image:
+                return _decode(image, f"picture {name}")
     except (InputError, PermissionError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large a picture ({error})") from None
+        raise InputError(f"{name} is too large a picture ({error})") from None
     except Exception:  # Pillow may raise anything for a damaged header
         raise InputError(
-            f"{path} is not a picture that Pillow can read; expected a PNG, JPEG, WebP "
+            f"{name} is not a picture that Pillow can read; expected a PNG, JPEG, WebP "
             "or similar file"
         ) from None
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: Path | BinaryIO, name: str) -> Image.Image:
     """Open a picture file; `InputError` for HEIC without pillow-heif."""
     try:
-        return Image.open(path)
+        return Image.open(file)
     except UnidentifiedImageError:
-        with path.open("rb") as file:
-            head = file.read(12)
+        with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
+            stream.seek(0)
+            head = stream.read(12)
         if head[4:8] != b"ftyp" or not head[8:].startswith(_HEIC_BRANDS):
             raise
     try:
         import pillow_heif
     except ImportError:
         raise InputError(
-            f"{path} is HEIC, which needs pillow-heif; pip install 'mlx-tokprune[heic]'"
+            f"{name} is HEIC, which needs pillow-heif; pip install 'mlx-tokprune[heic]'"
         ) from None
     pillow_heif.register_heif_opener()
-    return Image.open(path)
+    return Image.open(file)
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:

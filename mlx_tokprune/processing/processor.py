@@ -18,7 +18,7 @@ from .image import (
     preprocess_cropped,
     preprocess_naive,
 )
-from .prompt import Prompt, action_prompt, place_pictures, tokenize
+from .prompt import Prompt, action_prompt, check_text, place_pictures, tokenize
 
 PADDINGS = ("keep", "skip")
 _LARGEST = 4096  # px of an input, four times FastVLM's training size
@@ -28,6 +28,8 @@ _LARGEST = 4096  # px of an input, four times FastVLM's training size
 class Processor:
     """A converter of pictures and text to inputs; `tokenizer` is mlx-lm's wrapper.
 
+    prefix, suffix: chat template around the user's text. opening, turn: its text before
+    a system prompt, and between that or an answer and the user's text.
     stride: pixels per side of a visual token. context: the most tokens that the model
     reads. longest: characters of the longest token. crops: whether pictures are
     cropped to their middle square, not padded. marks: texts before and after a picture.
@@ -44,7 +46,23 @@ class Processor:
     longest: int = 64
     crops: bool = False
     marks: tuple[str, str] = ("", "")
+    opening: str = ""
+    turn: str = ""
     pads = True
+
+    def with_system(self, text: str) -> "Processor":
+        """Return a copy with another system prompt.
+
+        Raises `InputError` for a text that has a mark of a picture or is not Unicode.
+        """
+        check_text(text, "the system prompt")
+        if self.image_token in text:
+            raise InputError(
+                f"the system prompt cannot hold {self.image_token}; write it in the "
+                "question"
+            )
+        _check_length(text, self.context, self.longest, "the system prompt")
+        return dataclasses.replace(self, prefix=f"{self.opening}{text}{self.turn}")
 
     def at(self, image_size: int, padding: str | None = None) -> "Processor":
         """Return a copy for another input size or padding.
@@ -110,6 +128,20 @@ class Processor:
                 f"{self.context}"
             )
         return prompt
+
+    def continued(self, text: str) -> list[int]:
+        """Return the token ids of the user's later text, from the end of an answer on.
+
+        Raises `InputError` for an empty or too long text, and for marks of pictures.
+        """
+        check_text(text, "the prompt")
+        if self.image_token in text:
+            raise InputError(
+                "pictures stand in the first question; leave out "
+                f"{self.image_token}, or begin another conversation"
+            )
+        text = self.check(text, 0)
+        return self._encode(f"{self.turn}{text}{self.suffix}")
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -23,6 +23,10 @@ class Prompt:
         """Number of places for pictures."""
         return len(self.segments) - 1
 
+    def ids(self) -> list[int]:
+        """Return the token ids of all segments of one sample in one list."""
+        return [int(token) for segment in self.segments for token in segment]
+
     def arrays(self) -> list[mx.array]:
         """Return each segment as (1 or B, L) int32."""
         arrays = [mx.array(ids, mx.int32) for ids in self.segments]

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.upload import check_repo, upload
 from ..cli import (
     Parser,
     add_pruning,
+    add_upload,
     command,
     plan_of,
 )
@@ -56,6 +58,7 @@ def build_parser() -> Parser:
     fuse.add_argument(
         *names, dest="output", required=True, metavar="FOLDER", help=help_
     )
+    add_upload(fuse)
     return parser
 
 
@@ -109,6 +112,7 @@ def _add_training(parser: Parser, steps: int, rate: float) -> None:
     )
     help_ = "folder to write; must not exist"
     add(*names, dest="output", required=True, metavar="FOLDER", help=help_)
+    add_upload(parser)
     help_ = "state, to resume (default: OUTPUT.training)"
     add("--folder", metavar="FOLDER", help=help_)
     add = parser.add_argument_group("training").add_argument
@@ -173,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     if getattr(args, "data", "demo") == "demo" and args.command != "fuse":
         check_fonts()
     commands = {"prune": _prune, "lora": _lora, "fuse": _fuse}
+    check_repo(args.upload_repo)
     commands[args.command](args)
+    upload(args.upload_repo, args.output, args.model, "train", argv)
 
 
 def _prune(args: argparse.Namespace) -> None:

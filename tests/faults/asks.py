@@ -31,6 +31,7 @@ def right(command: str, place: Place, model: Path | None = None) -> list[str]:
     adapter = ["--adapter-path", str(place.base / "adapter")]
     return {
         "generate": [*about, "--prompt", "What?", "--max-tokens", "2"],
+        "chat": [*about, "--max-tokens", "2"],
         "act": [*about, "--instruction", "pick up the cup", "--json"],
         "convert": ["--hf-path", name, "--mlx-path", "made"],
         "evaluate": [*about[:2], "--data", lines, *few, *short[2:], *to, "e.json"],

@@ -31,6 +31,7 @@ FINE = ("refused", "succeeded", "skipped")
 MODULES = {
     "convert": "mlx_tokprune.convert.__main__",
     "generate": "mlx_tokprune.generate.__main__",
+    "chat": "mlx_tokprune.generate.chat_command",
     "act": "mlx_tokprune.act.__main__",
     "report": "mlx_tokprune.report.__main__",
     "bench": "mlx_tokprune.bench.__main__",

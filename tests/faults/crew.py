@@ -20,6 +20,7 @@ ADDRESS_SPACE = 6 << 30
 GROUPS = {
     **{name: f"{name}:run" for name in ("checkpoints", "pictures", "flags", "data")},
     **{name: f"{name}:run" for name in ("learned", "packed", "trainers")},
+    **{name: f"{name}:run" for name in ("urls", "chats")},
     **{name: f"{name}:run" for name in ("outputs", "kills", "threads")},
     "together": "kills:together",
 }
