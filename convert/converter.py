@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -189,7 +190,8 @@ def _plan(
     choose = model.quant_predicate
     if recipe is not None:
         language, group = model.language_model, default.group_size
-        mixed = mixed_quant_predicate_builder(recipe, language, group)
+        # mlx-lm calls it with two values, against its annotation.
+        mixed: Any = mixed_quant_predicate_builder(recipe, language, group)
         choose = lambda path, module: (  # noqa: E731
             model.quant_predicate(path, module)
             and mixed(path.removeprefix("language_model."), module)

@@ -274,7 +274,7 @@ def _attach(model: Any, factors: Mapping[str, Factors], folder: Path) -> None:
                 f"the adapter {folder} has numbers for {path} that are not finite; it "
                 "is damaged, or its training went wrong"
             )
-        kind = LoRALinear if m is None else DoRALinear
+        kind: Any = LoRALinear if m is None else DoRALinear
         adapted = kind.from_base(layer, r=rank, scale=scale)
         adapted.lora_a, adapted.lora_b = a, b
         if m is not None:

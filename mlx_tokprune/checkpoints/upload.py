@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..files import read_json, replacing
@@ -114,7 +115,7 @@ def _write_card(folder: Path, repo: str, base: str, command: str) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     path = folder / "README.md"
-    data = ModelCard.load(path).data if path.is_file() else ModelCardData()
+    data: Any = ModelCard.load(path).data if path.is_file() else ModelCardData()
     hub_id = HUB_ID.fullmatch(base) if not is_local(base) else None
     data.base_model = hub_id[1] if hub_id else data.base_model
     data.library_name = "mlx"

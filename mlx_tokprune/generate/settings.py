@@ -146,7 +146,7 @@ class Settings:
         names = [f"{name}_penalty" for name in _PENALTIES]
         names += [f"{name}_context_size" for name in _PENALTIES]
         options = {name: getattr(self, name) for name in ("logit_bias", *names)}
-        before = mx.array(prompt_ids, mx.int32)
+        before = mx.array(list(prompt_ids), mx.int32)
 
         def behind(process: LogitsProcessor) -> LogitsProcessor:
             return lambda ids, logits: process(mx.concatenate([before, ids]), logits)

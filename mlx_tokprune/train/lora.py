@@ -87,7 +87,7 @@ class Adapter:
             (made / "adapter_config.json").write_text(json.dumps(config, indent=2))
             write_arrays(made / "adapters.safetensors", weights)
             if self.projector:
-                write_arrays(made / PROJECTOR, projector_of(model))
+                write_arrays(made / PROJECTOR, projector_of(cast(nn.Module, model)))
 
 
 def train_adapter(
@@ -171,7 +171,7 @@ def fuse(source: str | Path, adapter: str | Path, output: str | Path) -> None:
     for tensors in fused_modules(model).values():
         merged |= tensors
     if trains_projector(Path(adapter)):
-        merged = projector_of(model) | merged
+        merged = projector_of(cast(nn.Module, model)) | merged
     write_fused(opened, merged, Path(output))
 
 
