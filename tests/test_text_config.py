@@ -275,7 +275,6 @@ def test_settings_in_two_places_are_one(checkpoint):
         {"rope_scaling": {"type": "yarn", **YARN}},
         {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
         {"id2label": [1]},
-        {"quantization_config": "none"},
         {"tokenizer_class": 7},
     ],
 )
