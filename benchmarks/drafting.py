@@ -1,7 +1,8 @@
 """Measure the calls and the time that drafting saves for answers about images.
 
     python -m recipes.testbed
-    python benchmarks/drafting.py --model testbed --data testbed --pictures 8
+    python -m recipes.testbed.questions --pictures 8 --output asked
+    python benchmarks/drafting.py --model testbed --data asked/questions.jsonl
     python benchmarks/drafting.py --model FOLDER --draft-model FOLDER --image FILE ...
 
 Every question is answered without a draft and with each draft, in turns. The first
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--draft-ratio", type=float, default=0.25)
     parser.add_argument("--prune", default="none", help="the model's own plan")
     parser.add_argument("--image", nargs="+", help="in the place of --data")
-    parser.add_argument("--data", default="testbed")
+    parser.add_argument("--data", default="demo")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--tokens", type=int, default=48)

@@ -15,7 +15,9 @@ words.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 
@@ -24,9 +26,13 @@ import numpy as np
 
 from mlx_tokprune.pruners.scorers import load_scorer
 from mlx_tokprune.train.batches import Batch, Batches
-from mlx_tokprune.train.packing import Questions, answer_logits, exact_matches
+from mlx_tokprune.train.packing import Questions, answer_logits
 from mlx_tokprune.train.samples import read_samples
 from mlx_tokprune.train.scorer import GRADIENT, Lesson, ScorerLoss, goal_of, score
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed
+
+from recipes.demo.packing import exact_matches
 
 KNOWN = 4096  # training images of the shipped scorers
 COUNTS = (16, 7, 3, 1)  # numbers of kept tokens

@@ -13,8 +13,10 @@ about the first `--checked` images, and the largest difference of any logit is p
 import argparse
 import copy
 import itertools
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 
@@ -29,7 +31,11 @@ from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.scenes.held_out import held_out
 from mlx_tokprune.train.lora import replace_quantized
-from mlx_tokprune.train.packing import Questions, answer_logits, exact_matches, pack
+from mlx_tokprune.train.packing import Questions, answer_logits
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed
+
+from recipes.demo.packing import exact_matches, pack
 
 PLANS = ("none", "norm:0.25")
 

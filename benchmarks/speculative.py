@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 
@@ -33,9 +34,12 @@ from mlx_tokprune import Policy, Pruner
 from mlx_tokprune.act.heads import head_of
 from mlx_tokprune.act.inputs import check_images, observe, tell
 from mlx_tokprune.pipeline import run
-from mlx_tokprune.scenes.worlds import HORIZON, TASKS, World
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed
+
 from recipes.policy.collecting import state_of
 from recipes.policy.success import TEST_SEEDS
+from recipes.policy.worlds import HORIZON, TASKS, World
 
 NAMES = {
     False: "no draft",

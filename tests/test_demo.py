@@ -21,7 +21,8 @@ from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import as_plan
 from mlx_tokprune.scenes.held_out import held_out
 from mlx_tokprune.scenes.questions import KINDS
-from mlx_tokprune.train.packing import IGNORE, answer_logits, pack
+from mlx_tokprune.train.packing import IGNORE, answer_logits
+from recipes.demo.packing import pack
 
 
 def test_the_demo_answers_and_draws(tmp_path, capsys):

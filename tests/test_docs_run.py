@@ -44,7 +44,8 @@ NOT_RUN = {
     "lmms-eval --model": "lmms-eval is not among the tests' packages",
     "python -m mlx_vlm.server": "serves until it is stopped",
     "python -m recipes.testbed": "downloads weights",
-    "mlx_tokprune evaluate --data testbed": "needs the downloaded weights",
+    "python -m recipes.testbed.questions": "needs the downloaded pictures",
+    "mlx_tokprune evaluate --model testbed": "needs the downloaded weights",
     "mlx_tokprune generate --vision": "Core ML runs on macOS only",
 }
 

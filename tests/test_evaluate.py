@@ -24,6 +24,8 @@ from mlx_tokprune.measure.results import Row, make_rows
 from mlx_tokprune.measure.subject import Request, StageCosts, subject_of
 from mlx_tokprune.pipeline import run
 from mlx_tokprune.pruners import Counts, Pruner, as_plan
+from recipes.policy import __main__ as policy_recipe
+from recipes.policy import worlds
 
 QUESTION = "What does the sign say?"
 
@@ -276,7 +278,6 @@ def test_actions_are_those_of_predict_action(tiny_policy, positions):
 @pytest.fixture
 def still_worlds(monkeypatch):
     """Replace the worlds by worlds that need no simulator."""
-    from mlx_tokprune.scenes import worlds
 
     class Still:
         def __init__(self, name):
@@ -295,19 +296,20 @@ def still_worlds(monkeypatch):
             return False
 
     monkeypatch.setattr(worlds, "World", Still)
-    monkeypatch.setattr(worlds, "import_simulator", lambda: None)
-    return worlds
+    monkeypatch.setattr(policy_recipe, "import_simulator", lambda: None)
 
 
 def test_policies_are_asked_about_meta_world(tmp_path, still_worlds, capsys):
-    output = tmp_path / "e.json"
-    options = ["--data", "metaworld", "--pictures", "10", "--keep-ratios", "0.5"]
-    main([*options, "--methods", "trimvla", "--output", str(output)])
+    output, frames = tmp_path / "e.json", tmp_path / "frames"
+    policy_recipe.main(["frames", "--pictures", "10", "--output", str(frames)])
+    options = ["--model", "demo-policy", "--data", str(frames / "questions.jsonl")]
+    options += ["--keep-ratios", "0.5", "--methods", "trimvla"]
+    main([*options, "--output", str(output)])
     assert "| trimvla 0.5 | 32 |" in capsys.readouterr().out
     result = read_result(output)
-    assert result["model"] == "demo-policy"
+    assert not result["skipped"]
     kinds = set(result["rows"][0]["accuracy"])
-    assert kinds == {"all", *still_worlds.TASKS}
+    assert kinds == {"all", *worlds.TASKS}
     assert result["answers"][9]["picture"] != result["answers"][0]["picture"]
 
 

@@ -25,7 +25,6 @@ from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.pruners.saliency import keep_highest
 from mlx_tokprune.pruners.scorers import ActionScorer, load_scorer, save_scorer
-from mlx_tokprune.scenes.worlds import SIZE
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.gate import log_gate
 from mlx_tokprune.train.loop import Schedule
@@ -33,6 +32,7 @@ from recipes.policy import __main__ as program
 from recipes.policy import demonstrations, scoring, student, success
 from recipes.policy.choosing import gate_of
 from recipes.policy.tuning import Tuner, Tuning
+from recipes.policy.worlds import SIZE
 
 TOLD = POLICY_FRAME.question
 

@@ -15,7 +15,6 @@ from mlx_tokprune.features import Selection
 from mlx_tokprune.pipeline import Scene, VisualTokens, prune_at_prompt, run
 from mlx_tokprune.processing.actions import Bounds
 from mlx_tokprune.processing.prompt import Prompt
-from mlx_tokprune.scenes.worlds import SIZE, TASKS
 from mlx_tokprune.train.loop import Schedule
 from recipes.policy import __main__ as program
 from recipes.policy import (
@@ -28,6 +27,7 @@ from recipes.policy import (
     table,
     tuning,
 )
+from recipes.policy.worlds import SIZE, TASKS
 
 BOUNDS = Bounds(-np.ones(4), np.ones(4), np.ones(4, bool))
 

@@ -13,9 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 from test_policy_training import Corridor
 
-from mlx_tokprune.scenes import worlds
-from mlx_tokprune.scenes.worlds import SIZE, TASKS
-from recipes.policy import student
+from recipes.policy import student, worlds
+from recipes.policy.worlds import SIZE, TASKS
 
 torch = pytest.importorskip("torch", reason="torch is in the parity extra")
 

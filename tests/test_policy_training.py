@@ -16,11 +16,18 @@ from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, prune_at_prompt
 from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import Pruner
 from mlx_tokprune.pruners.text import prompt_scores
-from mlx_tokprune.scenes import worlds
-from mlx_tokprune.scenes.worlds import SIZE, TASKS
 from recipes.policy import __main__ as program
-from recipes.policy import cloning, collecting, demonstrations, student, success, table
+from recipes.policy import (
+    cloning,
+    collecting,
+    demonstrations,
+    student,
+    success,
+    table,
+    worlds,
+)
 from recipes.policy.demonstrations import Episodes, demonstrate, join
+from recipes.policy.worlds import SIZE, TASKS
 
 PLAN = cloning.Cloning(
     demonstrations=2,

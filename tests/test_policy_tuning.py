@@ -13,11 +13,11 @@ from mlx_tokprune import InputError, Policy, Pruner, load
 from mlx_tokprune.features import Selection
 from mlx_tokprune.pipeline import Scene, VisualTokens, assemble, prune_at_prompt
 from mlx_tokprune.processing.prompt import Prompt
-from mlx_tokprune.scenes.worlds import SIZE, TASKS
 from mlx_tokprune.train.loop import Schedule
 from recipes.policy import __main__ as program
 from recipes.policy import choosing, collecting, demonstrations, student, tuning
 from recipes.policy.choosing import lightvla_gate, trimvla_gate
+from recipes.policy.worlds import SIZE, TASKS
 
 
 class Corridor:

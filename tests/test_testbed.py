@@ -19,11 +19,10 @@ from mlx_tokprune.models import resnet, resnet_vlm
 from mlx_tokprune.pipeline import Scene, prune_at_tower
 from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.processing.prompt import Prompt
-from mlx_tokprune.scenes import testbed as scenes
-from mlx_tokprune.scenes import things
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import Questions, answer_logits, answer_losses
-from recipes.testbed import assemble, prepare
+from recipes.testbed import assemble, prepare, scenes, things
+from recipes.testbed import questions as testbed_questions
 
 TEXT = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48},
@@ -217,6 +216,31 @@ def stocked(tmp_path, monkeypatch):
     things.stock.cache_clear()
 
 
+def questions_of(split, pictures, folder) -> str:
+    """Write questions of a split with the recipe; return the file of their lines."""
+    output = str(folder / f"{split}-{pictures}")
+    asked = ["--split", split, "--pictures", str(pictures), "--output", output]
+    testbed_questions.main(asked)
+    return f"{output}/questions.jsonl"
+
+
+def test_written_questions_are_those_of_the_scenes(stocked, tmp_path):
+    """Pictures and fields come back as drawn; splits have their own seeds."""
+    file = questions_of("test", 2, tmp_path)
+    items = data.read_questions(file, 1, None).items
+    rng = np.random.default_rng((12, 0))
+    scene = scenes.sample_scene(rng, "test")
+    drawn = scenes.ask(rng, scene)
+    first = [item for item in items if item.picture == items[0].picture]
+    assert [item.question for item in first] == [q.prompt for q in drawn]
+    assert [item.answers for item in first] == [(q.answer,) for q in drawn]
+    assert [item.needed for item in first] == [scenes.covered(q.needed) for q in drawn]
+    assert np.array_equal(items[0].load(), scene.draw())
+    train_file = questions_of("train", 2, tmp_path)
+    other = data.read_questions(train_file, 1, None).items
+    assert not np.array_equal(other[0].load(), items[0].load())
+
+
 @pytest.mark.parametrize(
     ("colour", "name"),
     [
@@ -322,7 +346,7 @@ def test_evaluate_says_what_is_kept_of_what_is_needed(
     """The reported share of needed tokens equals that of the pruner's choice."""
     monkeypatch.setattr(scenes, "covered", lambda placed: (0, 5, 15))
     file = tmp_path / "result.json"
-    asked = ["--model", str(folder), "--data", "testbed", "--pictures", "2"]
+    asked = ["--model", str(folder), "--data", questions_of("test", 2, tmp_path)]
     how = ["--methods", "uniform", "--keep-ratios", "0.5", "--max-tokens", "2"]
     evaluate([*asked, *how, "--output", str(file)])
     rows = {row["label"]: row for row in json.loads(file.read_text())["rows"]}
@@ -357,8 +381,8 @@ def test_blind_questions_have_black_pictures_and_the_same_answers(tmp_path, pict
     assert (blind.question, blind.answers) == (item.question, item.answers)
 
 
-def test_a_blind_run_does_not_go_on_from_one_that_sees(stocked, loaded):
-    items = data.read_questions("testbed", 1, None).items
+def test_a_blind_run_does_not_go_on_from_one_that_sees(loaded):
+    items = data.read_questions("demo", 1, None).items
     blind = data.blinded(data.Questions(items)).items
     seen, unseen = (describe_run(loaded[0], some, ()) for some in (items, blind))
     assert seen["questions"] != unseen["questions"]
@@ -376,26 +400,20 @@ def test_the_most_common_answer_of_each_kind():
 
 @pytest.mark.parametrize("scorer", ["adaptive", "asking"])
 def test_a_scorer_learns_from_pictures_of_the_training(
-    stocked, folder, tmp_path, monkeypatch, scorer
+    stocked, folder, tmp_path, scorer
 ):
-    """The command trains a scorer on scenes of the training split only."""
-    seen, draw = [], scenes.sample_scene
-
-    def noting(rng, split):
-        seen.append(split)
-        return draw(rng, split)
-
-    monkeypatch.setattr(scenes, "sample_scene", noting)
-    asked = ["prune", "--model", str(folder), "--data", "testbed", "--pictures", "2"]
+    """The command trains a scorer on the recipe's questions."""
+    data = questions_of("train", 2, tmp_path)
+    asked = ["prune", "--model", str(folder), "--data", data]
     asked += ["--scorer", scorer, "--imitate", "1", "--steps", "1", "--batch", "2"]
     train([*asked, "--questions", "2", "--output", str(tmp_path / "scorer")])
-    assert seen == ["train", "train"]
     assert Pruner(str(tmp_path / "scorer"), 0.25).scorer is not None
 
 
 def test_a_projector_is_trained_beside_the_adapter(stocked, folder, tmp_path):
     adapter, fused = tmp_path / "adapter", tmp_path / "fused"
-    asked = ["lora", "--model", str(folder), "--data", "testbed", "--pictures", "4"]
+    data = questions_of("train", 4, tmp_path)
+    asked = ["lora", "--model", str(folder), "--data", data]
     asked += ["--method", "none", "--keep-ratio", "1", "--projector", "--rank", "2"]
     asked += ["--steps", "3", "--batch", "2", "--questions", "2"]
     train([*asked, "--learning-rate", "0.01", "--output", str(adapter)])
@@ -413,7 +431,8 @@ def test_a_projector_is_trained_beside_the_adapter(stocked, folder, tmp_path):
 
 def test_a_projector_that_does_not_fit_is_refused(stocked, folder, tmp_path):
     adapter = tmp_path / "adapter"
-    asked = ["lora", "--model", str(folder), "--data", "testbed", "--pictures", "2"]
+    data = questions_of("train", 2, tmp_path)
+    asked = ["lora", "--model", str(folder), "--data", data]
     asked += ["--method", "none", "--keep-ratio", "1", "--projector", "--steps", "1"]
     train([*asked, "--batch", "1", "--questions", "1", "--output", str(adapter)])
     mx.save_safetensors(

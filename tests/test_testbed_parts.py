@@ -9,8 +9,7 @@ import pytest
 
 from mlx_tokprune import InputError
 from mlx_tokprune.checkpoints.hub import resolve
-from mlx_tokprune.scenes import things
-from recipes.testbed import parts
+from recipes.testbed import parts, things
 
 
 def _tar(files: dict[str, bytes]) -> bytes:

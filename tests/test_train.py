@@ -16,6 +16,7 @@ from mlx_tokprune.scenes.held_out import HELD_OUT, TRAINING
 from mlx_tokprune.train.loop import Loop
 from recipes.demo.batches import make_batch
 from recipes.demo.export import export
+from recipes.demo.labels import cell_labels, fine_labels
 from recipes.demo.recipe import STAGES, Trainer
 from recipes.demo.student import DEMO_CONFIG, Student
 
@@ -110,7 +111,7 @@ def test_labels_say_what_is_drawn():
         picture = scenes.render(rng, scene)
         assert picture.size == (scene.width, scene.height)
         assert max(picture.size) == scene.canvas
-        labels, fine = scenes.cell_labels(scene), scenes.fine_labels(scene)
+        labels, fine = cell_labels(scene), fine_labels(scene)
         assert (labels["shape"] > 0).sum() == len(scene.things) + bool(scene.sign)
         for thing in scene.things:
             cell = int(thing.y // 64) * 8 + int(thing.x // 64)

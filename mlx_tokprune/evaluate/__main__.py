@@ -52,12 +52,12 @@ def build_parser() -> Parser:
         "    --methods norm attention --keep-ratios 0.5 0.25 --recommend 0.02",
     )
     add = parser.add_argument
-    help_ = "folder, hub id, demo, testbed or demo-policy (default: demo, or by --data)"
-    add("--model", help=help_)
+    help_ = "folder, hub id, demo, testbed or demo-policy (default: demo)"
+    add("--model", default="demo", help=help_)
     add_adapter(parser)
-    help_ = "JSON lines, folder of images, demo, testbed or metaworld (default: demo)"
+    help_ = "JSON lines, folder of images, or demo (default: demo)"
     add("--data", default="demo", help=help_)
-    help_ = "images to generate, for data by name (default: 64)"
+    help_ = "images to generate for demo (default: 64)"
     add("--pictures", type=int, metavar="N", default=64, help=help_)
     help_ = f"question about the images of a folder (default: {DESCRIBE!r})"
     add("--prompt", help=help_)
@@ -104,24 +104,20 @@ def _run(args: argparse.Namespace, argv: list[str]) -> None:
     _check(args)
     questions = read_questions(args.data, args.pictures, args.prompt)
     questions = blinded(questions) if args.blind else questions
-    makers = {"metaworld": "demo-policy", "testbed": "testbed"}
-    name = args.model or makers.get(args.data, "demo")
     if args.workers > 1:
         if args.runtime != "own":
             raise InputError("mlx-vlm's runtime has one worker; leave out --workers")
-        open_checkpoint(name)
+        open_checkpoint(args.model)
         launch(argv, args.workers, args.output)
         return
     workers = Workers()
     with locked(_journal_file(args.output, workers.rank, workers.size)):
-        _evaluate(args, name, questions, workers)
+        _evaluate(args, questions, workers)
 
 
-def _evaluate(
-    args: argparse.Namespace, name: str, questions: Questions, workers: Workers
-) -> None:
+def _evaluate(args: argparse.Namespace, questions: Questions, workers: Workers) -> None:
     begin = _begin_mlx_vlm if args.runtime == "mlx-vlm" else _begin
-    evaluator, header, questions = begin(args, name, questions)
+    evaluator, header, questions = begin(args, questions)
     if workers.is_first:
         for number, reason in questions.skipped:
             print(f"skipped line {number}: {printable(reason)}")
@@ -133,7 +129,8 @@ def _evaluate(
     if workers.is_first:
         result = {
             **{"schema": SCHEMA, "machine": describe(), "run": header},
-            **{"model": name, "image_size": header["image_size"], "data": args.data},
+            **{"model": args.model, "image_size": header["image_size"]},
+            "data": args.data,
             "questions": len(questions.items),
             "skipped": [list(line) for line in questions.skipped],
             "rows": summarize(questions.items, records),
@@ -149,9 +146,10 @@ def _evaluate(
         _report(args, result)
 
 
-def _begin(args: argparse.Namespace, name: str, questions: Questions) -> Start:
+def _begin(args: argparse.Namespace, questions: Questions) -> Start:
     """Return the evaluator of a model in our runtime, its run and its questions."""
-    subject = subject_of(name, *load(name, adapter_path=args.adapter_path))
+    loaded = load(args.model, adapter_path=args.adapter_path)
+    subject = subject_of(args.model, *loaded)
     subject = _resize(subject, args)
     rows, settings = _rows(args, subject, questions), _settings(args)
     header = describe_run(
@@ -175,17 +173,15 @@ def _resize(subject: OwnSubject, args: argparse.Namespace) -> OwnSubject:
     return subject.at(size, args.padding)
 
 
-def _begin_mlx_vlm(args: argparse.Namespace, name: str, questions: Questions) -> Start:
+def _begin_mlx_vlm(args: argparse.Namespace, questions: Questions) -> Start:
     """Return the evaluator of a model in mlx-vlm's runtime, its run and questions."""
     from ..measure.mlx_vlm_subject import MlxVlmSubject, check_mlx_vlm
     from .mlx_vlm_runtime import MlxVlmRuntime, readable
 
     names = ("plans", "prune", "image_size", "adapter_path", "kv_bits", "eval_budgets")
     check_mlx_vlm(**{name: getattr(args, name) for name in names})
-    if args.data == "metaworld":
-        raise InputError("metaworld has questions for policies; choose other --data")
     check_mlx_vlm(recommend=args.recommend is not None, padding=args.padding == "skip")
-    subject = MlxVlmSubject(name, args.positions)
+    subject = MlxVlmSubject(args.model, args.positions)
     methods = subject.default_methods() if args.methods is None else args.methods
     rows = subject.rows(methods, args.keep_ratios, options_of(methods, args))
     questions = readable(subject, rows, questions)

@@ -12,8 +12,6 @@ from ..files import note_shadowed, read_lines
 from ..processing.image import list_pictures, load_image
 
 DESCRIBE = "Describe the image."
-_TESTBED_SEED = 12
-FRAME_SEEDS = 80_000_000  # first seed of Meta-World's frames
 
 
 @dataclass(frozen=True)
@@ -58,24 +56,23 @@ class Questions:
 
 
 def read_questions(source: str, pictures: int, prompt: str | None) -> Questions:
-    """Read `demo`, `metaworld`, `testbed`, a JSONL file, or a folder of pictures.
+    """Read `demo`, a JSONL file, or a folder of pictures.
 
-    pictures: number of pictures of the first three. prompt: question about each picture
-    of a folder. Raises `InputError` for an unknown source or one without questions.
+    pictures: number of pictures of `demo`. prompt: question about each picture of a
+    folder. Raises `InputError` for an unknown source or one without questions.
     """
-    path, makers = Path(source), {"demo": _demo, "metaworld": _tasks}
-    makers["testbed"] = _testbed
-    if source in makers:
+    path = Path(source)
+    if source == "demo":
         note_shadowed(source)
-        questions = Questions(tuple(makers[source](pictures)))
+        questions = Questions(tuple(_demo(pictures)))
     elif path.is_dir():
         questions = _folder(path, prompt or DESCRIBE)
     elif path.is_file():
         questions = _lines(path)
     else:
         raise InputError(
-            f"{source!r} does not exist; expected `demo`, `metaworld`, `testbed`, a "
-            "folder of pictures, or a file with a line of JSON for each question"
+            f"{source!r} does not exist; expected `demo`, a folder of pictures, or a "
+            "file with a line of JSON for each question"
         )
     if not questions.items:
         skipped = questions.skipped[:3]
@@ -185,48 +182,3 @@ def _demo(pictures: int) -> Iterator[Item]:
                 question.kind,
                 image,
             )
-
-
-def _testbed(pictures: int) -> Iterator[Item]:
-    """Yield scenes whose things and backgrounds are not in the test bed's training."""
-    import numpy as np
-
-    from ..scenes import testbed as scenes
-
-    for number in range(pictures):
-        rng = np.random.default_rng((_TESTBED_SEED, number))
-        scene = scenes.sample_scene(rng, "test")
-        for question in scenes.ask(rng, scene):
-            yield Item(
-                f"testbed {number}",
-                question.prompt,
-                (question.answer,),
-                question.kind,
-                needed=scenes.covered(question.needed),
-                draw=scene.draw,
-            )
-
-
-def _tasks(pictures: int) -> Iterator[Item]:
-    """Yield frames of Meta-World's experts on held-out seeds, with their actions.
-
-    One frame of each episode, the tasks in turn.
-    """
-    import numpy as np
-
-    from ..scenes.worlds import HORIZON, TASKS, World, import_simulator
-
-    import_simulator()
-    worlds: dict[str, World] = {}
-    for number in range(pictures):
-        task = list(TASKS.values())[number % len(TASKS)]
-        world = worlds.setdefault(task.name, World(task.name))
-        world.reset(FRAME_SEEDS + number)
-        steps = int(np.random.default_rng(number).integers(HORIZON // 3))
-        for _ in range(steps):
-            if world.step(world.expert()):
-                world.reset(FRAME_SEEDS + number)
-        answer = " ".join(f"{value:.4f}" for value in world.expert())
-        image = Image.fromarray(world.frame())
-        name = f"metaworld {number}"
-        yield Item(name, task.instruction, (answer,), task.name, image)

@@ -2,8 +2,7 @@
 
 A scene holds a few coloured shapes and, most of the time, a sign with a short word or
 number. One `numpy.random.Generator` draws everything, so a seed defines a data set.
-`questions.py` generates the questions. Labels for the helper losses are here, too;
-models and losses are in `recipes/demo`.
+`questions.py` generates the questions. The demo's training is in `recipes/demo`.
 """
 
 import functools
@@ -32,7 +31,6 @@ WORDS: Sequence[str] = (
 ).split()
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CELL = 64  # pixels a visual token covers: the total stride of the tower
-FINE = 16  # pixels of a cell of the fine labels
 CANVAS = 512
 
 _COLOR_NAMES = tuple(COLORS)
@@ -142,7 +140,8 @@ def font_files() -> tuple[str | None, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _font(index: int, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(index: int, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return the font of a sign. index: in `font_files()`. size: in pixels."""
     path = font_files()[index]
     if path is None:
         return ImageFont.load_default(size)
@@ -186,12 +185,12 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill: _Color) -> None:
 def _draw_sign(
     draw: ImageDraw.ImageDraw, sign: Sign, ink: _Color, plate: _Color
 ) -> None:
-    font = _font(sign.face, sign.size)
+    letters = font(sign.face, sign.size)
     left, top, right, bottom = sign.box
     m = sign.margin
     draw.rectangle((left - m, top - m, right + m, bottom + m), fill=plate)
     dx, dy, *_ = _ink_box(sign.face, sign.size, sign.text)
-    draw.text((left - dx, top - dy), sign.text, font=font, fill=ink)
+    draw.text((left - dx, top - dy), sign.text, font=letters, fill=ink)
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -219,13 +218,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Image.Imag
 
 @functools.lru_cache(maxsize=8192)
 def _ink_box(face: int, size: int, text: str) -> tuple[float, float, float, float]:
-    return _font(face, size).getbbox(text)
-
-
-@functools.lru_cache(maxsize=8192)
-def _letter_edges(face: int, size: int, text: str) -> tuple[float, ...]:
-    font = _font(face, size)
-    return tuple(font.getlength(text[:i]) for i in range(len(text) + 1))
+    return font(face, size).getbbox(text)
 
 
 def _sample_text(rng: np.random.Generator) -> str:
@@ -315,63 +308,3 @@ def _add_noise(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
     noise = (np.float32(rng.uniform(2, 12)) * coarse).astype(np.int16)
     pixels += np.repeat(np.repeat(noise, 2, 0), 2, 1)[:height, :width, None]
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-# Labels for the helper losses -------------------------------------------------------
-
-
-def cell_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """Return the labels of each visual token: arrays `(cells,)` int64, -1 where unset.
-
-    `shape` and `color` are 0 for empty cells; a sign is shape `len(SHAPES) + 1`. `x`,
-    `y`: centre in the square, in units of 8 px. `word`, `tens`, `units`: text of the
-    sign, a word or two digits.
-    """
-    side = scene.canvas // CELL
-    n = side * side
-    labels = {k: np.full(n, -1, np.int64) for k in ("x", "y", "word", "tens", "units")}
-    labels |= {k: np.zeros(n, np.int64) for k in ("shape", "color")}
-
-    def cell(x: float, y: float) -> int:
-        at = int(y // CELL) * side + int(x // CELL)
-        labels["x"][at], labels["y"][at] = int(x // 8), int(y // 8)
-        return at
-
-    for thing in scene.things:
-        at = cell(thing.x, thing.y)
-        labels["shape"][at] = 1 + SHAPES.index(thing.shape)
-        labels["color"][at] = 1 + _COLOR_NAMES.index(thing.color)
-    if scene.sign is not None:
-        at = cell(*scene.sign.center)
-        labels["shape"][at] = len(SHAPES) + 1
-        text = scene.sign.text
-        if text.isdigit():
-            labels["tens"][at], labels["units"][at] = int(text[0]), int(text[1])
-        else:
-            labels["word"][at] = WORDS.index(text)
-    return labels
-
-
-def fine_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """Return `shape`, `color` and `char` labels at stride 16.
-
-    Arrays `(canvas / 16, canvas / 16)` int64, 0 where empty.
-    """
-    side = scene.canvas // FINE
-    centers = (np.arange(side) + 0.5) * FINE
-    labels = {k: np.zeros((side, side), np.int64) for k in ("shape", "color", "char")}
-    for thing in scene.things:
-        far = np.hypot(centers[None] - thing.x, centers[:, None] - thing.y)
-        inside = far < thing.radius
-        labels["shape"][inside] = 1 + SHAPES.index(thing.shape)
-        labels["color"][inside] = 1 + _COLOR_NAMES.index(thing.color)
-    if scene.sign is not None:
-        _, top, _, bottom = scene.sign.box
-        rows = (centers > top - 4) & (centers < bottom + 4)
-        sign = scene.sign
-        edges = sign.box[0] + np.array(_letter_edges(sign.face, sign.size, sign.text))
-        for letter, left, right in zip(sign.text, edges, edges[1:], strict=False):
-            columns = (centers >= left) & (centers < right)
-            here = rows[:, None] & columns[None]
-            labels["char"][here] = 1 + CHARACTERS.index(letter)
-    return labels

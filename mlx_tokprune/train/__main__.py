@@ -101,7 +101,7 @@ def _add_training(parser: Parser, steps: int, rate: float) -> None:
     """Add the options of every training, with mlx-lm's names first."""
     add = parser.add_argument
     add("--model", default="demo", help="demo, folder or hub id (default: demo)")
-    help_ = "JSONL, LLaVA JSON, demo, testbed (default: demo)"
+    help_ = "JSONL, LLaVA JSON or demo (default: demo)"
     add("--data", default="demo", help=help_)
     help_ = "number of images that are generated (default: 2048)"
     add("--pictures", type=int, metavar="N", default=2048, help=help_)

@@ -3,11 +3,9 @@
 The module does not need MLX: the PyTorch forms of the recipes import it, too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-
-from ..scenes.questions import Question
 
 IGNORE = -100  # target of a token without a loss
 # Token ids of a question, and of its answer.
@@ -35,27 +33,6 @@ def padded_arrays(
                 prompts[i, j, : len(prompt)] = True
                 targets[i, j, len(prompt) - 1 : len(tokens) - 1] = answer
     return ids, targets, prompts
-
-
-def pairs_of(
-    rows: Sequence[Sequence[Question | None]],
-    encode: Callable[[str], Sequence[int]],
-    suffix: str,
-    end: int,
-) -> list[list[Pair | None]]:
-    """Return the token ids of questions with their answers; `None` leaves a gap.
-
-    encode: text -> token ids. suffix: text between question and answer. end: token id
-    after the answer.
-    """
-
-    def pair(question: Question | None) -> Pair | None:
-        if question is None:
-            return None
-        ids = encode(f"\n{question.prompt}{suffix}")
-        return ids, [*encode(question.answer), end]
-
-    return [[pair(question) for question in row] for row in rows]
 
 
 def question_mask(

@@ -5,7 +5,7 @@ question. Its positions begin where the picture ends. So the answers are those o
 separate prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,8 +13,7 @@ import mlx.nn as nn
 
 from ..models.language import TokenSequence
 from ..models.protocol import VisionModel
-from ..scenes.questions import Question
-from .layout import IGNORE, Pair, padded_arrays, pairs_of, question_mask
+from .layout import IGNORE, Pair, padded_arrays, question_mask
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,6 @@ def padded(rows: Sequence[Sequence[Pair | None]]) -> tuple[Questions, mx.array]:
     """
     ids, targets, prompts = map(mx.array, padded_arrays(rows))
     return Questions(ids, targets), prompts
-
-
-def pack(
-    rows: Sequence[Sequence[Question | None]],
-    encode: Callable[[str], Sequence[int]],
-    suffix: str,
-    end: int,
-) -> Questions:
-    """Return `Questions` of a row for each picture; `None` leaves a gap.
-
-    Parameters are those of `pairs_of`.
-    """
-    return padded(pairs_of(rows, encode, suffix, end))[0]
 
 
 def answer_logits(
@@ -145,20 +131,3 @@ def divergence(whole: mx.array, logits: mx.array) -> mx.array:
     target = whole - mx.logsumexp(whole, axis=-1, keepdims=True)
     predicted = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return mx.sum(mx.exp(target) * (target - predicted), axis=-1)
-
-
-def answer_loss(logits: mx.array, questions: Questions) -> mx.array:
-    """Return the mean cross entropy of the answers' tokens, in nats."""
-    losses, used = answer_losses(logits, questions)
-    return mx.sum(losses * used) / mx.maximum(mx.sum(used), 1)
-
-
-def exact_matches(logits: mx.array, questions: Questions) -> tuple[mx.array, mx.array]:
-    """Return two (B, Q) masks: the greedy answer is correct; there is an answer.
-
-    Greedy decoding gives the correct answer exactly when each of its tokens is the most
-    likely one after the correct tokens before it.
-    """
-    used = questions.targets != IGNORE
-    correct = (mx.argmax(logits, axis=-1) == questions.targets) | ~used
-    return mx.all(correct, axis=-1), mx.any(used, axis=-1)

@@ -17,7 +17,6 @@ from ..errors import InputError
 from ..features import HasParameters
 from ..files import note_shadowed, read_lines
 from ..processing.image import load_image
-from ..scenes import testbed
 from ..scenes.held_out import TRAINING
 from ..scenes.pictures import CANVAS, Scene, render, sample_scene
 from ..scenes.questions import ask_many
@@ -88,22 +87,21 @@ def check_started(
 
 
 def read_samples(source: str, pictures: int) -> Samples:
-    """Read JSON lines or LLaVA's JSON, or generate `demo` or `testbed` samples.
+    """Read JSON lines or LLaVA's JSON, or generate `demo` samples.
 
     Lines are objects with `image`, `question` and `answer`; LLaVA's file is a list of
     objects with `image` and `conversations`, each turn of which is one pair. Paths are
     relative to the file. pictures: number of generated pictures. A bad line is skipped
     and named in `skipped`. Raises `InputError` where no sample is left.
     """
-    if source in ("demo", "testbed"):
+    if source == "demo":
         note_shadowed(source)
-        make = _demo if source == "demo" else _testbed
-        return Samples(tuple(make(pictures)))
+        return Samples(tuple(_demo(pictures)))
     path = Path(source)
     if not path.is_file():
         raise InputError(
-            f"{source!r} does not exist; expected `demo`, `testbed`, JSON lines of "
-            "image, question and answer, or a JSON list of LLaVA's conversations"
+            f"{source!r} does not exist; expected `demo`, JSON lines of image, "
+            "question and answer, or a JSON list of LLaVA's conversations"
         )
     by_picture: dict[str, list[tuple[str, str]]] = {}
     skipped = []
@@ -184,19 +182,6 @@ def _demo(pictures: int) -> Iterator[Sample]:
         questions = ask_many(rng, scene, _DEMO_QUESTIONS)
         pairs = tuple((question.prompt, question.answer) for question in questions)
         yield Sample(("demo", number), pairs, functools.partial(_draw, number, scene))
-
-
-def _testbed(pictures: int) -> Iterator[Sample]:
-    """Yield scenes of the training split; their pictures are drawn at `load`."""
-    testbed.stock("train")
-    for number in range(pictures):
-        rng = np.random.default_rng((*_DEMO_SEED, number, 2))
-        scene = testbed.sample_scene(rng, "train")
-        questions = [*testbed.ask(rng, scene), *testbed.ask(rng, scene)]
-        pairs = tuple(
-            dict.fromkeys((question.prompt, question.answer) for question in questions)
-        )
-        yield Sample(("testbed", number), pairs, scene.draw)
 
 
 def _draw(number: int, scene: Scene) -> Image.Image:

@@ -31,7 +31,9 @@ from torch import Tensor
 
 from mlx_tokprune.scenes.pictures import CANVAS
 from mlx_tokprune.scenes.questions import KINDS, ask
+from mlx_tokprune.train.layout import padded_arrays
 from recipes.demo import stages as recipe
+from recipes.demo.pairs import pairs_of
 from recipes.demo.stages import STAGES, Stage
 
 from .. import torch_vlm
@@ -78,7 +80,7 @@ class Steps(torch.utils.data.Dataset):
 
     def questions(self, rows) -> dict[str, np.ndarray]:
         about = self.encode, self.told["suffix"], self.told["end"]
-        ids, targets, _ = recipe.padded_arrays(recipe.pairs_of(rows, *about))
+        ids, targets, _ = padded_arrays(pairs_of(rows, *about))
         return {"ids": ids, "targets": targets}
 
     def judged(self, pictures: int, canvas: int, most: int) -> tuple[dict, list[list]]:

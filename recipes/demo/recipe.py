@@ -19,9 +19,10 @@ import numpy as np
 from mlx_tokprune.scenes.held_out import TRAINING
 from mlx_tokprune.scenes.pictures import CANVAS, CELL
 from mlx_tokprune.train.loop import Loop, LossOf, Schedule, check_same, warm_cosine
-from mlx_tokprune.train.packing import answer_logits, answer_loss, pack
+from mlx_tokprune.train.packing import answer_logits
 
 from .batches import SceneBatch, as_batch
+from .packing import answer_loss, pack
 from .stages import KEPT, STAGES, Stage, choices_of, draw_step
 from .student import Student
 from .tokens import build_tokenizer, encoder

@@ -13,12 +13,12 @@ from mlx_tokprune.scenes.held_out import TRAINING
 from mlx_tokprune.scenes.pictures import (
     CANVAS,
     Scene,
-    cell_labels,
-    fine_labels,
     render,
     sample_scene,
 )
 from mlx_tokprune.scenes.questions import KINDS, SIDE, Question, ask_many
+
+from .labels import cell_labels, fine_labels
 
 QUESTIONS = 8  # about each picture
 KEPT = (8, 8, 16, 16, 32, 64)  # numbers of oracle tokens; a step draws one

@@ -7,13 +7,14 @@ from pathlib import Path
 from mlx_tokprune.cli import Parser, command
 from mlx_tokprune.errors import InputError, import_matplotlib, nearest
 from mlx_tokprune.files import PICTURE, check_output
-from mlx_tokprune.scenes.worlds import TASKS, import_simulator
+
+from .worlds import TASKS, import_simulator
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="recipes.policy",
-        usage="%(prog)s {run,success,chunks,tune,score,table} [options]",
+        usage="%(prog)s {run,success,chunks,tune,score,frames,table} [options]",
         description=__doc__,
     )
     kinds = {"dest": "command", "required": True, "metavar": "COMMAND"}
@@ -29,6 +30,11 @@ def build_parser() -> Parser:
     _add_tune(commands.add_parser("tune", help=help_))
     help_ = "train a scorer that reads the instruction and the last action"
     _add_score(commands.add_parser("score", help=help_))
+    frames = commands.add_parser("frames", help="write frames with their actions")
+    help_ = "number of frames (default: 64)"
+    frames.add_argument("--pictures", type=int, default=64, metavar="N", help=help_)
+    help_ = "folder to write; must not exist"
+    frames.add_argument("--output", required=True, metavar="FOLDER", help=help_)
     _add_table(commands.add_parser("table", help="print the table of one or more logs"))
     return parser
 
@@ -158,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command != "chunks":  # needs it only where episodes are missing
         import_simulator()
     commands = {"run": _train, "tune": _tune, "chunks": _chunk, "success": _measure}
-    commands["score"] = _score
+    commands |= {"score": _score, "frames": _write_frames}
     commands[args.command](args)
 
 
@@ -198,6 +204,15 @@ def _tune(args) -> None:
     tuner = Tuner(args.model, tuning, schedule, Path(args.folder))
     tuner.run(Path(args.output), tuple(args.snapshots))
     print(f"wrote {args.output}")
+
+
+def _write_frames(args) -> None:
+    from ..questions import write_questions
+    from .frames import draw_frames
+
+    if args.pictures < 1:
+        raise InputError("pictures is a whole number from 1")
+    print(f"wrote {write_questions(draw_frames(args.pictures), args.output)}")
 
 
 def _score(args) -> None:

@@ -21,7 +21,6 @@ from mlx_tokprune.files import write_text
 from mlx_tokprune.processing.actions import Bounds
 from mlx_tokprune.processing.fast import FastCode
 from mlx_tokprune.pruners import Pruner
-from mlx_tokprune.scenes.worlds import TASKS
 from mlx_tokprune.train.loop import Loop, Schedule, draw_losses
 
 from .collecting import Collector
@@ -42,6 +41,7 @@ from .pi0fast import (
     write_checkpoint,
 )
 from .tuning import check_started, load_as_demo, open_policy
+from .worlds import TASKS
 
 FIRST = HORIZON // 2  # actions that are done before looking again
 _KEEP = (64, 40, 24, 16, 8)  # visual tokens that stay in a batch

@@ -41,7 +41,7 @@ class Run:
         import torch
 
         from mlx_tokprune.processing.fast import FastCode
-        from mlx_tokprune.scenes.worlds import TASKS
+        from recipes.policy.worlds import TASKS
 
         self.begin, self.args, self.tasks = time.time(), args, list(TASKS)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,9 +292,9 @@ def prepare(args) -> None:
     from mlx.utils import tree_flatten
 
     from mlx_tokprune.processing.actions import Bounds
-    from mlx_tokprune.scenes.worlds import TASKS
     from recipes.policy import pi0fast
     from recipes.policy.tuning import open_policy
+    from recipes.policy.worlds import TASKS
 
     state, folder = args.state, args.folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_tokprune.act.policy import Policy
-from mlx_tokprune.scenes.worlds import SIZE, TASKS, World
 
 from .demonstrations import (
     CORRECTION_SEEDS,
@@ -23,6 +22,7 @@ from .demonstrations import (
     record,
 )
 from .student import PAD, Labelled, action_classes, prompt_ids
+from .worlds import SIZE, TASKS, World
 
 _SHIFT = 3  # pixels by which a frame is moved at most
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.scenes.worlds import ACTION_DIM, HORIZON, TASKS, World
+
+from .worlds import ACTION_DIM, HORIZON, TASKS, World
 
 DEMONSTRATION_SEEDS = 1_000_000  # first seed of the demonstrations
 CORRECTION_SEEDS = 2_000_000  # first seed of the corrections

@@ -397,9 +397,9 @@ def prepare(args) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_tokprune.scenes.worlds import TASKS
     from recipes.policy import student
     from recipes.policy.cloning import Cloning
+    from recipes.policy.worlds import TASKS
 
     mx.random.seed(0)
     weights = dict(tree_flatten(student.build_policy().parameters()))

@@ -27,10 +27,10 @@ from mlx_tokprune.processing.actions import Bounds
 from mlx_tokprune.processing.chunks import ChunkProcessor
 from mlx_tokprune.processing.fast import FastCode, code_text
 from mlx_tokprune.processing.prompt import state_prompt
-from mlx_tokprune.scenes.worlds import ACTION_DIM, SIZE, STATE_DIM, TASKS
 
 from .student import trimvla_scores
 from .student import vocabulary as teacher_vocabulary
+from .worlds import ACTION_DIM, SIZE, STATE_DIM, TASKS
 
 HORIZON = 8  # actions of a chunk
 STEPS = 40  # tokens of an answer at most

@@ -21,7 +21,6 @@ from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.pruners import Pruner, count_kept
 from mlx_tokprune.pruners.saliency import keep_highest
 from mlx_tokprune.pruners.scorers import SCORERS, save_scorer
-from mlx_tokprune.scenes.worlds import ACTION_DIM
 from mlx_tokprune.train.gate import annealed, log_gate, tamed
 from mlx_tokprune.train.loop import Loop, Schedule, draw_losses
 from mlx_tokprune.train.shares import check_shares, draw_count
@@ -37,6 +36,7 @@ from .student import (
     trimvla_scores,
 )
 from .tuning import act, check_started, open_policy
+from .worlds import ACTION_DIM
 
 KINDS = ("acting", "asking")
 BUDGETS = (0.1, 0.05)  # at which choices are compared on held-out frames

@@ -23,7 +23,8 @@ from mlx_tokprune.models.openvla import ModelArgs, OpenVLA
 from mlx_tokprune.processing.processor import ActionProcessor
 from mlx_tokprune.processing.prompt import action_prompt
 from mlx_tokprune.pruners.text import parameter_free_norm
-from mlx_tokprune.scenes.worlds import ACTION_DIM, SIZE, TASKS
+
+from .worlds import ACTION_DIM, SIZE, TASKS
 
 BINS = 256
 TEXT_TOKENS = 64  # words and specials; the action bins follow

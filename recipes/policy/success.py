@@ -18,10 +18,10 @@ from mlx_tokprune.errors import InputError, nearest
 from mlx_tokprune.pipeline import DEFAULT_POSITIONS
 from mlx_tokprune.processing.chunks import ChunkProcessor
 from mlx_tokprune.pruners import Pruner, get_method, list_pruners
-from mlx_tokprune.scenes.worlds import ACTION_DIM, HORIZON, TASKS, World
 
 from .collecting import state_of
 from .table import read_log
+from .worlds import ACTION_DIM, HORIZON, TASKS, World
 
 TEST_SEEDS = 90_000_000  # first seed of the held-out episodes
 BUDGETS = (0.75, 0.5, 0.25, 0.1, 0.05)

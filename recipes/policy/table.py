@@ -10,7 +10,8 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.files import write_picture
 from mlx_tokprune.measure.intervals import wilson
 from mlx_tokprune.measure.tables import Table
-from mlx_tokprune.scenes.worlds import TASKS
+
+from .worlds import TASKS
 
 _KEYS = {"row", "task", "success", "kept"}
 _AT_BUDGET = re.compile(r"(\S+) ([\d.]+)")  # the label of a method's row

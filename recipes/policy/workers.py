@@ -25,9 +25,10 @@ def work(connection, task: str, horizon: int, first: int) -> None:
 
 
 def _work(connection, task: str, horizon: int, first: int) -> None:
-    from mlx_tokprune.scenes.worlds import HORIZON as STEPS
-    from mlx_tokprune.scenes.worlds import TASKS, World
     from recipes.policy.demonstrations import demonstrate, join
+
+    from .worlds import HORIZON as STEPS
+    from .worlds import TASKS, World
 
     worlds, index = [World(task)], list(TASKS).index(task)
     worlds[0].reset(0)

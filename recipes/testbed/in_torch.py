@@ -3,7 +3,7 @@
     python -m recipes.testbed --untrained
     python -m recipes.testbed.in_torch --minutes 4 --output weights
 
-The MLX form is `mlx_tokprune train lora --projector --data testbed --method none`.
+The MLX form is `mlx_tokprune train lora --projector --method none`.
 `tests/test_testbed.py` compares their losses: the language model's loss on the answers,
 with several questions behind one picture and every visual token kept. Needs the extra
 `parity`. Features of pictures are kept on the device, and a picture is drawn several
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlx_tokprune.files import cache_folder
-from mlx_tokprune.scenes import testbed as scenes
+from recipes.testbed import scenes
 
 IGNORE = -100
 ASKED = 10  # questions stored for a picture; a step draws some of them

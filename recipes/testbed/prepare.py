@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from mlx_tokprune.files import new_folder
-from mlx_tokprune.scenes.things import SPLITS
 
 from .parts import BACKGROUNDS, THINGS, fetch, members
+from .things import SPLITS
 
 _STAMPS = "./usr/share/tuxpaint/stamps/"
 _DRAWN = {"cartoon", "toys", "plastic", "symbols"}  # folders of drawings

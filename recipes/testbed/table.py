@@ -1,8 +1,8 @@
 """Table and plot of several results of `mlx_tokprune.evaluate`.
 
-    mlx_tokprune.evaluate --data testbed --pictures 32 --methods M... \
+    mlx_tokprune evaluate --model testbed --data a/questions.jsonl --methods M... \
         --keep-ratios 0.25 0.11 --max-tokens 5 --output a.json
-    mlx_tokprune.evaluate --data testbed --pictures 16 --methods M... \
+    mlx_tokprune evaluate --model testbed --data b/questions.jsonl --methods M... \
         --keep-ratios 0.5 0.05 --max-tokens 5 --output b.json
     python -m recipes.testbed.table a.json b.json --plot recipes/testbed/testbed.png
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
-from ..files import cache_folder
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.files import cache_folder
 
 SPLITS = ("train", "test")
 FOLDER = "pictures"

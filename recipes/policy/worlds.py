@@ -1,8 +1,8 @@
 """Meta-World tasks that differ in picture and instruction only.
 
 The module has the tasks, their instructions and their opposites, and a `World` for each
-task that renders, queries the scripted expert and steps. Policies are in `robot` and in
-`recipes/policy`.
+task that renders, queries the scripted expert and steps. Policies are
+beside this module.
 
 Tasks and experts are Meta-World's (Yu et al., 2019, arXiv:1910.10897; McLean et
 al., 2025, arXiv:2505.11289). Needs the extra `sim` and a software renderer
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import InputError
+from mlx_tokprune.errors import InputError
 
 if TYPE_CHECKING:
     import mujoco
