@@ -18,31 +18,21 @@ from .oft_adapter import CHOICES
 
 
 def build_parser() -> Parser:
-    """Return the parser of `mlx_tokprune.convert`."""
+    """Return the parser of `mlx_tokprune convert`."""
     parser = Parser(
-        prog="mlx_tokprune.convert",
+        prog="mlx_tokprune convert",
+        usage="--hf-path MODEL --mlx-path FOLDER [options]",
         description=__doc__,
         example="mlx_tokprune convert --hf-path apple/FastVLM-0.5B \\\n"
         "    --mlx-path FastVLM-0.5B-mlx",
     )
     add = parser.add_argument
-    add(
-        "--hf-path",
-        required=True,
-        metavar="MODEL",
-        help="hub id, folder or demo to convert",
-    )
-    add(
-        "--mlx-path",
-        required=True,
-        metavar="FOLDER",
-        help="folder to write; must not exist",
-    )
-    add(
-        "--dtype",
-        choices=list(DTYPES),
-        help="type of float tensors (default: as stored)",
-    )
+    help_ = "hub id, folder or demo to convert"
+    add("--hf-path", required=True, metavar="MODEL", help=help_)
+    help_ = "folder to write; must not exist"
+    add("--mlx-path", required=True, metavar="FOLDER", help=help_)
+    help_ = "type of float tensors (default: as stored)"
+    add("--dtype", choices=list(DTYPES), help=help_)
     add_upload(parser)
     group = parser.add_argument_group("quantization (as in mlx-lm)")
     add = group.add_argument

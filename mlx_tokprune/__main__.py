@@ -43,7 +43,7 @@ def build_parser() -> Parser:
     lines = "\n".join(f"  {name:{width}}  {text}" for name, text in commands().items())
     parser = Parser(
         prog="mlx_tokprune",
-        usage="%(prog)s COMMAND [options]",
+        usage="COMMAND [options]",
         description="Prune the visual tokens of vision-language models, in MLX.",
         epilog=f"commands:\n{lines}\n\n`mlx_tokprune COMMAND --help` describes each.",
     )

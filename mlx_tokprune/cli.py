@@ -50,13 +50,16 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 class Parser(argparse.ArgumentParser):
     """Argument parser whose errors are one sentence and exit code 2.
 
+    usage: what follows the command in its usage line, with every required argument.
     example: a command line, shown at the end of `--help`. A mistyped flag names the
     nearest one. Numbers such as -1e-3 are values, not flags, as in argparse since
     Python 3.14.
     """
 
-    def __init__(self, *args: Any, example: str = "", **options: Any):
-        options.setdefault("usage", "%(prog)s [options]")
+    def __init__(
+        self, *args: Any, usage: str = "[options]", example: str = "", **options: Any
+    ):
+        options["usage"] = f"%(prog)s {usage}"
         options.setdefault("formatter_class", _formatter)
         if example:
             options["epilog"] = f"example:\n  {example}"
@@ -72,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         """Add an argument; a flag of a model gets `--revision` beside it."""
         action = super().add_argument(*args, **options)
         if action.dest in _MODELS:
-            help_ = "branch, tag or commit; or --model ID@REVISION"
+            help_ = "branch, tag or commit; also --model ID@REVISION"
             help_ = help_.replace("--model", action.option_strings[0])
             super().add_argument("--revision", metavar="REVISION", help=help_)
         return action
@@ -259,7 +262,7 @@ def add_rows(parser: Flags, ratios: Sequence[float], budgets: bool = False) -> N
     add = group.add_argument
     add_prune(group, "row of the table, such as norm:0.5@tower; repeatable")
     add("--plans", nargs="+", default=[], metavar="PLAN", help="same as --prune")
-    help_ = "methods at every ratio (default: all; none with --prune)"
+    help_ = "methods at every ratio (default: all; with --prune: none)"
     add("--methods", nargs="+", metavar="METHOD", help=help_)
     keep = group.add_mutually_exclusive_group()
     help_ = f"keep ratios (default: {' '.join(f'{ratio:g}' for ratio in ratios)})"
@@ -295,7 +298,7 @@ def add_output(parser: Flags, overlay: str, line: str) -> None:
     add = group.add_argument
     add("--overlay", metavar="PNG", help=overlay)
     add("--json", action="store_true", help=line)
-    help_ = "time each stage, which slows the run a little"
+    help_ = "time the stages one by one, a little slower"
     add("--stages", action="store_true", help=help_)
     add_verbose(group)
 

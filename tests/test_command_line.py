@@ -1,9 +1,10 @@
-"""The command `mlx_tokprune.generate`: report, JSON, and one-line refusals."""
+"""The command `mlx_tokprune generate`: report, JSON, and one-line refusals."""
 
 import argparse
 import importlib
 import json
 import logging
+import re
 import shlex
 import shutil
 
@@ -61,7 +62,7 @@ def test_json_has_what_is_promised(capsys):
     assert all(ms > 0 for ms in record["stages_ms"].values())
     assert record["ttft_ms"] > 0
     assert record["peak_memory_mb"] > 0
-    # Unless asked for, nothing is fenced.
+    # Without --stages, no stage waits for the one before.
     plain = run_json(capsys, "--keep-ratio", "0.25")
     assert plain.keys() == FIELDS
     assert plain["stages_ms"] is None
@@ -73,12 +74,14 @@ def test_report_for_people(capsys):
     main([*asked, "--stages"])
     out = capsys.readouterr().out
     assert "kept 10 (attention, original positions)" in out
-    for word in ("preprocess", "vision", "prune", "project", "prefill", "ms (fenced)"):
+    stages = ("preprocess", "vision", "prune", "project", "prefill")
+    for word in (*stages, "ms (one by one)", "slowed by --stages"):
         assert word in out
     main(asked)
     out = capsys.readouterr().out
     assert "prefill" not in out
-    for word in ("TTFT", "ms (not fenced)", "tokens/s", "MB"):
+    assert "fenced" not in out
+    for word in ("TTFT", " ms", "tokens/s", "MB"):
         assert word in out
 
 
@@ -249,7 +252,12 @@ def test_help_is_short_grouped_and_ends_with_an_example(name, monkeypatch):
     lines = parser.format_help().rstrip().splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 80
-    assert lines[0].startswith("usage: mlx_tokprune")
+    command = "mlx_tokprune" if name == "mlx_tokprune" else f"mlx_tokprune {name}"
+    assert lines[0].startswith(f"usage: {command} ")
+    usage = parser.format_usage()
+    for action in parser._actions:
+        named = [action.metavar, *action.option_strings, *(action.choices or ())]
+        assert not action.required or any(one in usage for one in named if one)
     if name != "mlx_tokprune":
         assert "example:" in lines[-4:]
         assert lines[lines.index("example:") + 1].startswith("  mlx_tokprune ")
@@ -269,6 +277,15 @@ def test_examples_are_commands_that_parse(name):
     _, *words = shlex.split(text)
     assert words[: len(name.split())] == name.split()
     parser.parse_args(words[len(name.split()) :])
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "act"])
+def test_usage_has_what_a_first_command_needs(name):
+    """Images and prompts are not required by the parser: the demo has its own."""
+    parser = parsers()[name]
+    example = parser.epilog.partition("example:")[2]
+    for flag in ("--model", "--image", "--prompt", "--instruction"):
+        assert (flag in parser.format_usage()) == (flag in example), flag
 
 
 @pytest.mark.parametrize("name", [*parsers()])
@@ -292,6 +309,11 @@ def test_one_command_line_runs_every_command(capsys):
     assert {row["method"] for row in rows} == set(list_pruners())
     (attention,) = (row for row in rows if row["method"] == "fastv")
     assert (attention["place"], attention["source"]) == ("layer 2", "arXiv 2403.06764")
+    program.main(["methods"])
+    table, _, legend = capsys.readouterr().out.partition("\n\n")
+    needs = {need for row in rows for need in row["needs"].split(", ") if need}
+    for word in (*table.splitlines()[0].split()[1:], *needs):
+        assert re.search(rf"\b{word}\b", legend), word
     with pytest.raises(SystemExit):
         program.main(["generat"])
     assert "generat" in capsys.readouterr().err

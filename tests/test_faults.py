@@ -60,7 +60,7 @@ class Fake:
     ("err", "kind"),
     [
         ("error: no such file\n", "refused"),
-        ("mlx_tokprune.act: error: unknown flag (see --help)\n", "refused"),
+        ("mlx_tokprune act: error: unknown flag (see --help)\n", "refused"),
         ("note: skipped a.txt\nerror: no picture\n", "refused"),
         ("error: a\nerror: b\n", "badly"),
         ("error: \x1b[2J\n", "badly"),

@@ -463,7 +463,7 @@ def test_a_folder_looks_at_pixels(drawn, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*stock, *wrong])
     assert "nothing would be pruned" in capsys.readouterr().err
-    main([*stock, "--temporal", "0.05", "--max-age", "2", "--drop-repeats", "0"])
+    main([*stock, "--drop-unchanged", "0.05", "--max-age", "2", "--drop-repeats", "0"])
     settings = json.loads((target / "tokprune.json").read_text())
     assert settings["pixels"] == {
         "temporal": {"threshold": 0.05, "max_age": 2},

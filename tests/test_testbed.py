@@ -356,7 +356,7 @@ def test_evaluate_says_what_is_kept_of_what_is_needed(
     kept = set(np.array(Pruner("uniform", 0.5)(features).indices)[0].tolist())
     expected = len(kept & {0, 5, 15}) / 3
     assert rows["uniform 0.5"]["needed"]["all"]["value"] == pytest.approx(expected)
-    assert "needed kept" in capsys.readouterr().out
+    assert "needed tokens kept, %" in capsys.readouterr().out
 
 
 def test_lines_of_json_can_say_what_is_needed(tmp_path, picture):

@@ -46,7 +46,8 @@ from .predict import predict_action
 def build_parser() -> Parser:
     """Return the parser of `mlx_tokprune act`."""
     parser = Parser(
-        prog="mlx_tokprune.act",
+        prog="mlx_tokprune act",
+        usage="--model MODEL --image IMAGE --instruction TEXT [options]",
         description=__doc__,
         example="mlx_tokprune act --model openvla-7b-mlx --image frame.png \\\n"
         '    --instruction "open the drawer" --unnorm-key bridge_orig --keep-ratio 0.5',
@@ -72,9 +73,9 @@ def build_parser() -> Parser:
     add = group.add_argument
     help_ = "actions of a chunk to execute before the next image (default: all)"
     add("--first", type=int, metavar="N", help=help_)
-    help_ = "warm runs, to print actions/s (default: 0)"
+    help_ = "warm runs that time actions/s (default: 0)"
     add("--runs", type=int, metavar="N", default=0, help=help_)
-    help_ = "draft from the previous action (last), its rest (shifted) or n-grams"
+    help_ = "guess from the last action, its rest (shifted) or n-grams"
     add_drafts(group, ("last", "shifted", "ngram"), help_)
     add_seed(group)
     overlay = "write a picture of the kept tokens"
@@ -229,10 +230,10 @@ def format_report(record: dict) -> str:
     stages = record["stages_ms"]
     if stages:
         times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
-        lines.append(f"stages          {times} ms (fenced)")
+        lines.append(f"stages          {times} ms (one by one)")
     lines.append(
         f"TTFT            {record['ttft_ms']:.1f} ms, whole action "
-        f"{record['total_ms']:.1f} ms (cold, {'' if stages else 'not '}fenced)"
+        f"{record['total_ms']:.1f} ms (cold{', slowed by --stages' * bool(stages)})"
     )
     if record["actions_per_second"]:
         rate = record["actions_per_second"]

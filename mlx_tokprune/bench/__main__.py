@@ -38,9 +38,9 @@ RATIOS = (1.0, 0.5, 0.25, 0.11)
 
 
 def build_parser() -> Parser:
-    """Return the parser of `mlx_tokprune.bench`."""
+    """Return the parser of `mlx_tokprune bench`."""
     parser = Parser(
-        prog="mlx_tokprune.bench",
+        prog="mlx_tokprune bench",
         description=__doc__,
         example="mlx_tokprune bench --model FastVLM-0.5B-mlx --image photo.jpg \\\n"
         "    --methods norm attention --keep-ratios 0.5 0.25 --plots plots",

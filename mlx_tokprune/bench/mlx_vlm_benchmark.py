@@ -140,7 +140,8 @@ def tabulate(result: dict) -> Table:
         f"{printable(result['model'])} in mlx-vlm, {result['positions']} positions; "
         f"{machine['device']}, {versions}; n={runs}, interleaved."
     )
-    columns = ("method", "kept", "prompt", "TTFT ms", "saved", "ceiling", "tok/s", "MB")
+    columns = ("method", "visual tokens kept", "prompt tokens", "TTFT ms")
+    columns += ("saved", "ceiling", "tok/s", "MB")
     rows = [_cells(row, _base(row, result["rows"]) or row) for row in result["rows"]]
     return Table(columns, rows, [summary], [_NOTE])
 

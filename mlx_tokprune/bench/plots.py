@@ -66,7 +66,7 @@ def _name(row: dict, rows: list[dict]) -> str:
 
 
 def _draw_stages(figure: "Figure", result: dict) -> None:
-    """Draw the fenced stages of each row, stacked, beside the unfenced TTFT."""
+    """Draw the stages of each row, timed one by one and stacked, and the TTFT."""
     rows = result["rows"]
     figure.set_figheight(1.6 + 0.25 * len(rows))
     axes = figure.subplots()
@@ -78,7 +78,7 @@ def _draw_stages(figure: "Figure", result: dict) -> None:
         axes.barh(where, values, left=left, label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
     ttft = [statistics.median(row["samples"]["ttft_ms"]) for row in rows]
-    axes.plot(ttft, where, "k|", ms=10, mew=2, label="TTFT, unfenced")
+    axes.plot(ttft, where, "k|", ms=10, mew=2, label="TTFT")
     axes.set_yticks(where, [_name(row, rows) for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("ms")
@@ -112,7 +112,7 @@ def _draw_tokens(figure: "Figure", result: dict) -> None:
             curve = [row for row in rows if row["method"] in (method, "none")]
             if method != "none" or len(rows) == 1:
                 _draw_line(axes, curve, method)
-        axes.set(xlabel="visual tokens kept", ylabel="TTFT (ms)")
+        axes.set(xlabel="visual tokens kept after the last place", ylabel="TTFT (ms)")
         axes.set_title(name, fontsize=8)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

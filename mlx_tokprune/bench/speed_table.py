@@ -10,19 +10,21 @@ from .benchmark import is_base, median
 _NOISE = "~"  # before a saving above its ceiling
 
 _COLUMNS = (
-    *("model", "px", "method", "kept", "TTFT ms", "saved", "ceiling", "faster"),
-    *("limit", "x limit", "pre", "vision", "prune", "project", "prefill"),
-    *("no vision*", "tok/s", "calls", "tok/call", "total ms", "MB", "cache MB"),
+    *("model", "px", "method", "tokens kept (layer mean)", "TTFT ms", "saved"),
+    *("ceiling", "faster", "limit", "x limit", "pre", "vision", "prune", "project"),
+    *("prefill", "no vision*", "tok/s", "calls", "tok/call", "total ms", "MB"),
+    "cache MB",
 )
 _STAGES = ("preprocess", "vision", "prune", "project", "prefill")
 NOTE = (
-    "TTFT: from decoded picture and prompt to the first token id, unfenced; median "
+    "TTFT: from decoded picture and prompt to the first token id; median "
     "(least-most). Saved: of the unpruned TTFT of the same model, picture, size and "
     "prompt, median of the rounds; ceiling: the same in FLOPs, and a saving above it "
-    f"is marked {_NOISE}, as noise; faster: unpruned TTFT over this one. Kept: visual "
-    "tokens, mean over the language model's layers. Limit: FLOPs over the measured "
-    "matmul rate or weights over the measured bandwidth, whichever is larger, ms. "
-    "Stages are fenced, ms. Calls: of this language model, without a drafting "
+    f"is marked {_NOISE}, as noise; faster: unpruned TTFT over this one. Limit: "
+    "FLOPs over the measured matmul rate or weights over the measured bandwidth, "
+    "whichever is larger, ms. "
+    "Stages, ms: of a run of its own that waits for the device after each stage, so "
+    "that their sum exceeds TTFT. Calls: of this language model, without a drafting "
     "model's, the prompt's included; tokens per call after the prompt's. Cache: keys "
     "and values of the prompt. "
     "* Project and prefill alone; some published tables call it TTFT; not a TTFT."

@@ -29,21 +29,18 @@ _NO_BUDGET = (
 
 
 def build_parser() -> Parser:
-    """Return the parser of `mlx_tokprune.coreml`."""
+    """Return the parser of `mlx_tokprune coreml`."""
     parser = Parser(
-        prog="mlx_tokprune.coreml",
+        prog="mlx_tokprune coreml",
+        usage="--model MODEL --output MLPACKAGE [options]",
         description=__doc__,
         example="mlx_tokprune coreml --model FastVLM-0.5B-mlx --prune norm:0.5 \\\n"
         "    --output fastvlm-half.mlpackage",
     )
     add = parser.add_argument
     add("--model", help="demo, folder or hub id (default: demo)")
-    add(
-        "--output",
-        required=True,
-        metavar="MLPACKAGE",
-        help="package to write; must not exist",
-    )
+    help_ = "package to write; must not exist"
+    add("--output", required=True, metavar="MLPACKAGE", help=help_)
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
     add_prune(group, "prune at the tower; several become functions that share weights")

@@ -32,9 +32,9 @@ next:
 
 
 def build_parser() -> Parser:
-    """Return the parser of `mlx_tokprune.demo`."""
+    """Return the parser of `mlx_tokprune demo`."""
     parser = Parser(
-        prog="mlx_tokprune.demo",
+        prog="mlx_tokprune demo",
         description=__doc__,
         example="mlx_tokprune demo --method attention",
     )

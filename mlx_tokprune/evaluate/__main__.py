@@ -44,9 +44,9 @@ Start = tuple[Evaluator, dict, Questions]  # with the description of the run
 
 
 def build_parser() -> Parser:
-    """Return the parser of `mlx_tokprune.evaluate`."""
+    """Return the parser of `mlx_tokprune evaluate`."""
     parser = Parser(
-        prog="mlx_tokprune.evaluate",
+        prog="mlx_tokprune evaluate",
         description=__doc__,
         example="mlx_tokprune evaluate --model FastVLM-0.5B-mlx --data q.jsonl \\\n"
         "    --methods norm attention --keep-ratios 0.5 0.25 --recommend 0.02",

@@ -88,8 +88,9 @@ def tabulate(rows: list[dict]) -> Table:
     kinds = [kind for kind in rows[0]["accuracy"] if kind != "all"]
     accuracy = ["accuracy"] if rows[0]["accuracy"] else []
     needed = ["needed"] if rows[0]["needed"] else []
-    columns = ["method", "kept", "GFLOP", *accuracy, "agreement", "KL, nats"]
-    columns += [*(f"{name} kept" for name in needed), *map(printable, kinds)]
+    columns = ["method", "tokens kept (layer mean)", "GFLOP", *accuracy]
+    columns += ["agreement", "KL, nats"]
+    columns += [*("needed tokens kept, %" for _ in needed), *map(printable, kinds)]
 
     def cells(row: dict) -> list[str]:
         return [

@@ -58,7 +58,8 @@ from .temporal import Temporal
 def build_parser() -> Parser:
     """Return the parser of `mlx_tokprune generate`."""
     parser = Parser(
-        prog="mlx_tokprune.generate",
+        prog="mlx_tokprune generate",
+        usage="--model MODEL --image FILE --prompt TEXT [options]",
         description=__doc__,
         example="mlx_tokprune generate --model FastVLM-0.5B-mlx --image photo.jpg \\\n"
         '    --prompt "What is this?" --keep-ratio 0.5 --overlay kept.png',
@@ -78,7 +79,7 @@ def build_parser() -> Parser:
     add_pruning(parser, DEFAULT_METHOD)
     _add_vision(parser.add_argument_group("images"))
     group = add_generation(parser)
-    help_ = "reuse the pictures' cache in FILE, or write it"
+    help_ = "read the pruned images' cache, or write it"
     group.add_argument("--prompt-cache-file", metavar="FILE", help=help_)
     add_answer_drafts(parser.add_argument_group("speculative decoding"))
     overlay = "draw what the last place kept; the rest is dark"
@@ -91,7 +92,7 @@ def _add_vision(group: Flags) -> None:
     add = group.add_argument
     help_ = "Core ML package in place of the tower (macOS)"
     add("--vision", metavar="MLPACKAGE", help=help_)
-    help_ = "images are video frames; encode what changed"
+    help_ = "images are video frames; encode changes only"
     add("--temporal", action="store_true", help=help_)
     help_ = "black border of padded images (default: keep)"
     add("--padding", choices=PADDINGS, default="keep", help=help_)
@@ -293,9 +294,9 @@ def format_report(record: dict) -> str:
     )
     if stages:
         times = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
-        lines.append(f"stages          {times} ms (fenced)")
+        lines.append(f"stages          {times} ms (one by one)")
     ttft = f"TTFT            {record['ttft_ms']:.1f} ms"
-    ttft += " (fenced)" if stages else " (not fenced)"
+    ttft += " (slowed by --stages)" if stages else ""
     ttft += f", {reused} prompt tokens reused" if reused else ""
     ttft += "" if encoded is None else f", {100 * encoded:.0f} % of the frame encoded"
     return "\n".join(

@@ -44,7 +44,8 @@ _NAMES = {"/exit": "q", "/clear": "r", "/help": "h"}
 def build_parser() -> Parser:
     """Return the parser of `mlx_tokprune chat`."""
     parser = Parser(
-        prog="mlx_tokprune.chat",
+        prog="mlx_tokprune chat",
+        usage="--model MODEL --image FILE [options]",
         description=__doc__,
         example="mlx_tokprune chat --model FastVLM-0.5B-mlx --image photo.jpg \\\n"
         "    --keep-ratio 0.5",

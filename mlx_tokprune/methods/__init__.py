@@ -8,6 +8,14 @@ from ..pruners import get_method, list_pruners
 from ..pruners.registry import Depths, Method, Place
 
 COLUMNS = ("method", "place", "needs", "source", "options")
+LEGEND = """\
+place: where the method prunes without --at: at the tower (before the projector), at the
+prompt (input of the language model), or after layers of the language model.
+needs: what the model must provide there. grid: tokens on the grid of one picture; text:
+the prompt's embeddings; attention: what each token receives; text_attention: the same
+by word of the prompt; keys, queries, text_keys: of attention layers; own count: the
+method chooses how many tokens to keep (budget or own count: unless there is a budget).
+[NAME=DEFAULT]: options, set by --option NAME=VALUE. source: the paper."""
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 
 

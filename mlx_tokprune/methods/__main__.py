@@ -4,13 +4,13 @@ import json
 
 from ..cli import Parser, command
 from ..pruners import get_method
-from . import COLUMNS, method_rows
+from . import COLUMNS, LEGEND, method_rows
 
 
 def build_parser() -> Parser:
-    """Return the parser of `mlx_tokprune.methods`."""
+    """Return the parser of `mlx_tokprune methods`."""
     parser = Parser(
-        prog="mlx_tokprune.methods",
+        prog="mlx_tokprune methods",
         description=__doc__,
         example="mlx_tokprune methods",
     )
@@ -33,13 +33,14 @@ def main(argv: list[str] | None = None) -> None:
             entry["summary"] = summaries[entry["method"]]
         print(json.dumps(entries, indent=1))
         return
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    for row in (COLUMNS, *rows):
+    table = [row[:-1] for row in (COLUMNS, *rows)]  # options: in the sentences
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
         cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
-    print()
-    for name, summary in summaries.items():
-        print(f"{name}: {summary}")
+    print(f"\n{LEGEND}\n")
+    for name, *_, options in rows:
+        print(f"{name}: {summaries[name]}{options and f' [{options}]'}")
 
 
 if __name__ == "__main__":

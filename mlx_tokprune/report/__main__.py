@@ -20,26 +20,19 @@ from .page import (
 
 
 def build_parser() -> Parser:
-    """Return the parser of `mlx_tokprune.report`."""
+    """Return the parser of `mlx_tokprune report`."""
     parser = Parser(
-        prog="mlx_tokprune.report",
+        prog="mlx_tokprune report",
+        usage="JSON [JSON ...] [options]",
         description=__doc__,
         example="mlx_tokprune report bench.json evaluate.json --output report.html",
     )
     add = parser.add_argument
     add("results", nargs="+", metavar="JSON", help="results of bench and evaluate")
-    add(
-        "--output",
-        metavar="HTML",
-        default="report.html",
-        help="HTML file (default: report.html)",
-    )
-    add(
-        "--title",
-        metavar="TEXT",
-        default="Visual tokens, pruned",
-        help="title of the page",
-    )
+    help_ = "HTML file (default: report.html)"
+    add("--output", metavar="HTML", default="report.html", help=help_)
+    help_, title = "title of the page", "Visual tokens, pruned"
+    add("--title", metavar="TEXT", default=title, help=help_)
     help_ = "number of questions to show with their pictures (default: 4)"
     add("--pictures", type=int, metavar="N", default=4, help=help_)
     help_ = "custom method of the results to import, as package.module:function"

@@ -30,9 +30,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 def build_parser() -> Parser:
     """Return the parser of `mlx_tokprune train`."""
     parser = Parser(
-        prog="mlx_tokprune.train",
+        prog="mlx_tokprune train",
         description=__doc__,
-        usage="%(prog)s {prune,lora,fuse} [options]",
+        usage="{prune,lora,fuse} [options]",
         example="mlx_tokprune train prune --data questions.jsonl --output scorer",
     )
     kinds = {"dest": "command", "required": True, "prog": parser.prog}
@@ -43,21 +43,16 @@ def build_parser() -> Parser:
     help_ = "write a checkpoint with its adapter merged"
     fuse = commands.add_parser(
         "fuse",
+        usage="--adapter-path FOLDER --save-path FOLDER\n  [options]",
         help=help_,
         description=f"{help_[0].upper()}{help_[1:]}.",
         example="mlx_tokprune train fuse --adapter-path adapter --save-path fused",
     )
-    fuse.add_argument(
-        "--model", default="demo", help="demo, folder or hub id (default: demo)"
-    )
-    fuse.add_argument(
-        "--adapter-path", required=True, metavar="FOLDER", help="adapter to merge"
-    )
-    names = ("--save-path", "--output")
+    add, folder = fuse.add_argument, {"required": True, "metavar": "FOLDER"}
+    add("--model", default="demo", help="demo, folder or hub id (default: demo)")
+    add("--adapter-path", help="folder of the adapter to merge", **folder)
     help_ = "folder to write; must not exist"
-    fuse.add_argument(
-        *names, dest="output", required=True, metavar="FOLDER", help=help_
-    )
+    add("--save-path", "--output", dest="output", help=help_, **folder)
     add_upload(fuse)
     return parser
 
@@ -66,6 +61,7 @@ def _add_lora(commands: argparse._SubParsersAction) -> None:
     help_ = "fine-tune the language model under pruning (LoRA or DoRA)"
     parser = commands.add_parser(
         "lora",
+        usage="--data DATA --adapter-path FOLDER [options]",
         help=help_,
         description=f"{help_[0].upper()}{help_[1:]}.",
         example="mlx_tokprune train lora --data questions.jsonl --keep-ratio 0.25 \\\n"
@@ -74,16 +70,11 @@ def _add_lora(commands: argparse._SubParsersAction) -> None:
     _add_training(parser, steps=300, rate=3e-4)
     add_pruning(parser, "norm at 0.25")
     add = parser.add_argument_group("adapter").add_argument
-    add(
-        "--rank",
-        type=int,
-        metavar="N",
-        default=8,
-        help="rank of the adapter (default: 8)",
-    )
+    help_ = "rank of the adapter (default: 8)"
+    add("--rank", type=int, metavar="N", default=8, help=help_)
     help_ = "factor of the adapter (default: 20)"
     add("--scale", type=float, metavar="X", default=20.0, help=help_)
-    help_ = "last layers that are adapted (default: all)"
+    help_ = "number of last layers to adapt (default: all)"
     add("--num-layers", "--layers", dest="layers", type=int, metavar="N", help=help_)
     add("--dora", action="store_true", help="DoRA in place of LoRA")
     add("--projector", action="store_true", help="train the projector as well")
@@ -103,7 +94,7 @@ def _add_training(parser: Parser, steps: int, rate: float) -> None:
     add("--model", default="demo", help="demo, folder or hub id (default: demo)")
     help_ = "JSONL, LLaVA JSON or demo (default: demo)"
     add("--data", default="demo", help=help_)
-    help_ = "number of images that are generated (default: 2048)"
+    help_ = "images to generate, for demo (default: 2048)"
     add("--pictures", type=int, metavar="N", default=2048, help=help_)
     names = (
         ("--adapter-path", "--output")
@@ -113,27 +104,22 @@ def _add_training(parser: Parser, steps: int, rate: float) -> None:
     help_ = "folder to write; must not exist"
     add(*names, dest="output", required=True, metavar="FOLDER", help=help_)
     add_upload(parser)
-    help_ = "state, to resume (default: OUTPUT.training)"
+    help_ = "state to resume from (default: OUTPUT.training)"
     add("--folder", metavar="FOLDER", help=help_)
     add = parser.add_argument_group("training").add_argument
     names, help_ = ("--iters", "--steps"), f"number of steps (default: {steps})"
     add(*names, dest="steps", type=int, metavar="N", default=steps, help=help_)
-    names, help_ = ("--batch-size", "--batch"), "images of a batch (default: 32)"
+    names, help_ = ("--batch-size", "--batch"), "images in each batch (default: 32)"
     add(*names, dest="batch", type=int, metavar="N", default=32, help=help_)
     help_ = f"questions about each image (default: {_QUESTIONS})"
     add("--questions", type=int, metavar="N", help=help_)
     help_ = f"learning rate (default: {rate:g})"
     add("--learning-rate", type=float, metavar="X", default=rate, help=help_)
     names = ("--grad-accumulation-steps", "--accumulate")
-    help_ = "batches of a step (default: 1)"
+    help_ = "batches in each step (default: 1)"
     add(*names, dest="accumulate", type=int, metavar="N", default=1, help=help_)
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        default=0,
-        help="seed of the batches (default: 0)",
-    )
+    help_ = "seed of the batches (default: 0)"
+    add("--seed", type=int, metavar="N", default=0, help=help_)
     help_ = "type of frozen weights (default: as stored)"
     add("--dtype", choices=DTYPES, help=help_)
     help_ = "recompute layers in the backward pass (less memory)"
@@ -144,6 +130,7 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
     help_ = "train a scorer of visual tokens; the model stays as it is"
     parser = commands.add_parser(
         "prune",
+        usage="--data DATA --output FOLDER [options]",
         help=help_,
         description=f"{help_[0].upper()}{help_[1:]}.",
         example="mlx_tokprune train prune --data questions.jsonl --output scorer",
@@ -152,20 +139,20 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument_group("scorer").add_argument
     help_ = f"{', '.join(SCORERS)} or folder (default: adaptive)"
     add("--scorer", default="adaptive", help=help_)
-    help_ = "range that each batch draws from (default: 0.05 0.25)"
+    help_ = "keep ratios that batches are drawn from (default: 0.05 0.25)"
     ratios = {"nargs": 2, "type": float}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
-    help_ = "fraction of training in which the ratio falls"
+    help_ = "share of the steps in which the least ratio falls from 1 (default: 0)"
     add("--curriculum", type=float, metavar="SHARE", default=0.0, help=help_)
-    help_ = "imitate gradients or attention, not answers"
+    help_ = "learn gradients, or attention in these layers, in place of answers"
     add("--imitate", metavar="gradient|LAYER", nargs="+", default=[], help=help_)
-    help_ = "largest budget to imitate single tokens at (default: 0)"
+    help_ = "up to this budget, imitate tokens kept alone (default: 0)"
     add("--alone", type=int, default=0, metavar="TOKENS", help=help_)
     help_ = "power of the imitated scores (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
-    help_ = "learn the count, too: penalty of a kept token"
+    help_ = "learn how many tokens to keep; penalty of each"
     add("--sparsity", type=float, metavar="PENALTY", help=help_)
-    help_ = "learn the count that keeps the KL below NATS"
+    help_ = "learn the fewest tokens whose answer stays within this KL"
     add("--within", type=float, metavar="NATS", help=help_)
     _add_distill(add)
 

@@ -41,7 +41,7 @@ MODULES = {
     # Subcommands of `mlx_tokprune.train`.
     **dict.fromkeys(("prune", "lora", "fuse"), "mlx_tokprune.train.__main__"),
 }
-_SAID = re.compile(r"(?:mlx_tokprune\.\w+(?: \w+)?: )?error: .*\S.*\n")
+_SAID = re.compile(r"(?:mlx_tokprune(?: \w+)*: )?error: .*\S.*\n")
 _NO_MEMORY = re.compile(r"allocate|bad_alloc|Cannot create thread", re.I)
 
 
