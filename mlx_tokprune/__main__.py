@@ -45,7 +45,7 @@ def build_parser() -> Parser:
         prog="mlx_tokprune",
         usage="COMMAND [options]",
         description="Prune the visual tokens of vision-language models, in MLX.",
-        epilog=f"commands:\n{lines}\n\n`mlx_tokprune COMMAND --help` describes each.",
+        epilog=f"commands:\n{lines}\n\n`mlx_tokprune COMMAND --help` describes one.",
     )
     help_ = "name of a command, as listed below"
     parser.add_argument("command", choices=commands(), metavar="COMMAND", help=help_)

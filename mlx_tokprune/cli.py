@@ -219,13 +219,14 @@ def add_pruning(parser: Flags, default: str) -> None:
     """
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
-    add_prune(group, "METHOD:SHARE or :TOKENS, @PLACE, such as norm:0.5+fastv:12@2")
+    help_ = "METHOD:SHARE or METHOD:N, then @PLACE; + joins: norm:0.5+fastv:12@2"
+    add_prune(group, help_)
     keep = group.add_mutually_exclusive_group()
-    help_ = "share of visual tokens, in (0, 1] (default: all)"
+    help_ = "share of tokens to keep, in (0, 1] (default: all)"
     keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)
-    help_ = "visual tokens of each image; after layers, of all"
+    help_ = "tokens to keep of each image; after layers, in all"
     keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
-    help_ = f"name or module:function (with a budget: {default})"
+    help_ = f"name or module:function (default: {default})"
     add("--method", help=help_)
     help_ = "tower, prompt, or N for after N layers"
     add("--at", metavar="PLACE", help=help_)
@@ -261,7 +262,7 @@ def add_rows(parser: Flags, ratios: Sequence[float], budgets: bool = False) -> N
     group = parser.add_argument_group("rows (methods: mlx_tokprune methods)")
     add = group.add_argument
     add_prune(group, "row of the table, such as norm:0.5@tower; repeatable")
-    add("--plans", nargs="+", default=[], metavar="PLAN", help="same as --prune")
+    add("--plans", nargs="+", default=[], metavar="PLAN", help="older name of --prune")
     help_ = "methods at every ratio (default: all; with --prune: none)"
     add("--methods", nargs="+", metavar="METHOD", help=help_)
     keep = group.add_mutually_exclusive_group()
@@ -269,10 +270,10 @@ def add_rows(parser: Flags, ratios: Sequence[float], budgets: bool = False) -> N
     many: dict[str, Any] = {"nargs": "+", "help": help_}
     keep.add_argument("--keep-ratios", type=float, default=ratios, metavar="R", **many)
     if budgets:
-        many = {"nargs": "+", "default": [], "help": "visual tokens instead of ratios"}
+        many = {"nargs": "+", "default": [], "help": "tokens to keep, not ratios"}
         keep.add_argument("--eval-budgets", type=int, metavar="K", **many)
     add_option(group)
-    help_ = "positions of kept tokens (default: original; mlx-vlm: its own)"
+    help_ = "positions of kept tokens (default: original, or what mlx-vlm has)"
     add("--positions", choices=POSITIONS, help=help_)
 
 

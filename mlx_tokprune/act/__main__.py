@@ -75,7 +75,7 @@ def build_parser() -> Parser:
     add("--first", type=int, metavar="N", help=help_)
     help_ = "warm runs that time actions/s (default: 0)"
     add("--runs", type=int, metavar="N", default=0, help=help_)
-    help_ = "guess from the last action, its rest (shifted) or n-grams"
+    help_ = "propose the last action, its unexecuted rest (shifted), or n-grams of it"
     add_drafts(group, ("last", "shifted", "ngram"), help_)
     add_seed(group)
     overlay = "write a picture of the kept tokens"

@@ -52,15 +52,15 @@ def build_parser() -> Parser:
     add_adapter(parser)
     add(
         "--image",
-        help="image or folder, each timed alone; repeatable (default: demo's)",
+        help="image or folder, each timed alone; repeatable (default: the demo's)",
         **many,
     )
     add("--prompt", help="question; repeatable (default: the demo's)", **many)
     add_rows(parser, RATIOS)
     add = parser.add_argument_group("measuring").add_argument
-    help_ = "more input sizes to prune at (FastVLM)"
+    help_ = "input sizes to measure, too (FastVLM)"
     add("--image-sizes", nargs="+", type=int, default=[], metavar="PX", help=help_)
-    help_ = "own runtime, or mlx-vlm for any model that it loads"
+    help_ = "this library (own), or mlx-vlm and its models (default: own)"
     add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
     help_ = "tokens generated in each run (default: 16)"
     add("--tokens", type=int, metavar="N", default=16, help=help_)

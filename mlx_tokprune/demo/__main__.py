@@ -41,7 +41,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     help_ = "folder for the overlays (default: demo-output)"
     add("--output", metavar="FOLDER", default="demo-output", help=help_)
-    help_ = f"method of the questions (default: {DEFAULT_METHOD})"
+    help_ = f"pruning method of the questions (default: {DEFAULT_METHOD})"
     add("--method", default=DEFAULT_METHOD, help=help_)
     return parser
 

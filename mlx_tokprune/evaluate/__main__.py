@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     help_ = "show black images, to measure accuracy without vision"
     add("--blind", action="store_true", help=help_)
     add = parser.add_argument_group("generation").add_argument
-    help_ = "own runtime, or mlx-vlm for any model that it loads"
+    help_ = "this library (own), or mlx-vlm and its models (default: own)"
     add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)
     help_ = "tokens of an answer at most (default: 32)"
     add("--max-tokens", "-m", type=int, metavar="N", default=32, help=help_)

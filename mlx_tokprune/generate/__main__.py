@@ -94,7 +94,7 @@ def _add_vision(group: Flags) -> None:
     add("--vision", metavar="MLPACKAGE", help=help_)
     help_ = "images are video frames; encode changes only"
     add("--temporal", action="store_true", help=help_)
-    help_ = "black border of padded images (default: keep)"
+    help_ = "encode or skip black padding (default: keep)"
     add("--padding", choices=PADDINGS, default="keep", help=help_)
     size = group.add_mutually_exclusive_group()
     help_ = "longer side of the input (default: as trained)"

@@ -58,7 +58,7 @@ def build_parser() -> Parser:
     add_verbose(parser)
     add_pruning(parser, DEFAULT_METHOD)
     add = parser.add_argument_group("images").add_argument
-    help_ = "black border of padded images (default: keep)"
+    help_ = "encode or skip black padding (default: keep)"
     add("--padding", choices=PADDINGS, default="keep", help=help_)
     help_ = "longer side of the input (default: as trained)"
     add("--image-size", type=int, metavar="PX", help=help_)

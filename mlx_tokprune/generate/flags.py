@@ -16,7 +16,7 @@ from .settings import Settings
 _SHARED = """\
 --temp T, --seed N, --top-p P, --top-k N, --min-p P    (default: 0)
 --min-tokens-to-keep N, --xtc-probability P, --xtc-threshold P
---repetition-penalty X, --repetition-context-size N (also presence, frequency)
+--repetition-penalty X, --repetition-context-size N; presence-*, frequency-*
 --logit-bias ID=BIAS: added to the logit of a token; repeatable
 --kv-bits 4|8, --kv-group-size N, --quantized-kv-start N: quantized cache"""
 
@@ -89,7 +89,7 @@ def add_answer_drafts(parser: Flags) -> None:
     """Add the draft flags, with `--num-draft-tokens` named as in mlx-lm."""
     help_ = "draft by n-grams or by the pruned model itself"
     add_drafts(parser, ("ngram", "self"), help_)
-    help_ = "tokens drafted at once (default: 8, a model: 3)"
+    help_ = "tokens drafted at once (default: 8; by a model: 3)"
     parser.add_argument("--num-draft-tokens", type=int, metavar="N", help=help_)
 
 

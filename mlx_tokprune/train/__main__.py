@@ -139,7 +139,7 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument_group("scorer").add_argument
     help_ = f"{', '.join(SCORERS)} or folder (default: adaptive)"
     add("--scorer", default="adaptive", help=help_)
-    help_ = "keep ratios that batches are drawn from (default: 0.05 0.25)"
+    help_ = "range of keep ratios, one drawn per batch (default: 0.05 0.25)"
     ratios = {"nargs": 2, "type": float}
     add("--keep-ratios", metavar=("LEAST", "MOST"), help=help_, **ratios)
     help_ = "share of the steps in which the least ratio falls from 1 (default: 0)"
