@@ -129,7 +129,7 @@ def _decide(adapter: Adapter, checkpoint: Checkpoint, mode: str) -> tuple[str, b
     raise InputError(
         f"the weights of {checkpoint.folder} hold {share:.2f} (+- {error:.2f}) of its "
         f"{ADAPTER}, which does not tell whether they were merged; choose with "
-        "mlx_tokprune.convert --lora-adapter merge or --lora-adapter ignore"
+        "mlx_tokprune convert --lora-adapter merge or --lora-adapter ignore"
     )
 
 

@@ -25,7 +25,7 @@ from vlm.loaded import (  # noqa: E402
 
 from mlx_tokprune import InputError, Pruner  # noqa: E402
 from mlx_tokprune.attach import hooks  # noqa: E402
-from mlx_tokprune.attach.__main__ import main  # noqa: E402
+from mlx_tokprune.attach.__main__ import build_parser, main  # noqa: E402
 from mlx_tokprune.attach.mlx_vlm import attach  # noqa: E402
 from mlx_tokprune.attach.pixels import RepeatPruner, TemporalPruner  # noqa: E402
 
@@ -463,6 +463,8 @@ def test_a_folder_looks_at_pixels(drawn, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*stock, *wrong])
     assert "nothing would be pruned" in capsys.readouterr().err
+    old = build_parser().parse_args([*stock, "--temporal", "0.05"])
+    assert old.drop_unchanged == 0.05
     main([*stock, "--drop-unchanged", "0.05", "--max-age", "2", "--drop-repeats", "0"])
     settings = json.loads((target / "tokprune.json").read_text())
     assert settings["pixels"] == {

@@ -205,7 +205,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _accuracy(files: list[str]) -> Accuracy:
-    """Return the accuracies in results of `mlx_tokprune.evaluate`."""
+    """Return the accuracies in results of `mlx_tokprune evaluate`."""
     merged: Accuracy = {}
     for file in files:
         merged |= accuracies(read_result(Path(file)))

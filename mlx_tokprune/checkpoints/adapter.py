@@ -22,7 +22,7 @@ from .shards import check_shapes, load_tensors, read_header
 
 PROJECTOR = "projector.safetensors"  # optional file of an adapter
 _TRAINERS = (
-    "an adapter of mlx_tokprune.train lora, mlx_lm.lora, mlx-vlm's trainer or peft"
+    "an adapter of mlx_tokprune train lora, mlx_lm.lora, mlx-vlm's trainer or peft"
 )
 _PLACES = ("language_model.", "mm_projector.")  # layers that an adapter can change
 # Ends of mlx-vlm's tensor names, those of its older versions included.

@@ -141,7 +141,7 @@ class QuantizationReader:
             if dtype not in FLOATS and (lone or method is not None):
                 problem = f"has {name} of type {dtype}"
                 problem += " without scales" if method is None else f", from {method!r}"
-                self._refuse(problem, "floats, or what mlx_tokprune.convert -q writes")
+                self._refuse(problem, "floats, or what mlx_tokprune convert -q writes")
         scales = [n for n in self.shapes if n.endswith(".scales")]
         # Scales beside a vector are no quantization, but a tensor that no model has.
         paths = [n.removesuffix(".scales") for n in scales]

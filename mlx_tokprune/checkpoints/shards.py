@@ -95,7 +95,7 @@ class Checkpoint:
             raise InputError(
                 f"{folder} has {ADAPTER} but no weights, as OpenVLA-OFT saves a policy "
                 "that is to be merged later; expected its base model, as in "
-                "mlx_tokprune.convert --base-model openvla/openvla-7b"
+                "mlx_tokprune convert --base-model openvla/openvla-7b"
             )
         config = read_json((base or folder) / "config.json")
         tensors: dict[str, Tensor] = {}

@@ -107,7 +107,7 @@ def open_vision(path: str | Path, keep_ratio: float | None = None) -> CoreMLVisi
     if not (Path(path) / "Manifest.json").is_file():
         raise InputError(
             f"{path} is no Core ML package; expected a .mlpackage that "
-            "mlx_tokprune.coreml wrote"
+            "mlx_tokprune coreml wrote"
         )
     check_manifest(Path(path))
     try:

@@ -302,7 +302,8 @@ def _report(args: argparse.Namespace, result: dict) -> None:
     print(
         f"{result['questions']} questions of {printable(result['data'])}, "
         f"{result['run']['positions']} "
-        f"positions, padding {args.padding}, {machine['device']}, MLX {mlx}"
+        f"positions, padding {args.padding}, {machine['device']}, MLX {mlx}; shares in "
+        "percent (95 % interval)"
     )
     print(tabulate(result["rows"]).markdown())
     if result["most_common"] is not None:

@@ -127,7 +127,7 @@ def read_any(file: str | Path) -> dict:
     if not isinstance(result, dict):
         raise InputError(
             f"{file} is no JSON file that can be read; expected a result of "
-            "mlx_tokprune.bench or mlx_tokprune.evaluate"
+            "mlx_tokprune bench or mlx_tokprune evaluate"
         )
     return result
 

@@ -39,7 +39,7 @@ class Pruner:
     every token is kept, or the method's own rule decides the count.
 
     method: a registered name or alias, `package.module:function`, or the folder of a
-        scorer that `mlx_tokprune.train prune` wrote, which is then also `folder`.
+        scorer that `mlx_tokprune train prune` wrote, which is then also `folder`.
     at: "tower" (before the projector), "prompt" (at the language model's input) or k
         (after k of its layers: FastV is `Pruner("attention", 0.5, at=2)`). Default: the
         method's place. Several places are shares of the depth, with the budget at each.
