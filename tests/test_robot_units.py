@@ -56,10 +56,12 @@ def test_openpi_s_mean_and_deviation(tiny_chunks):
 
 
 def test_lerobot_s_quantiles(tiny_chunks):
-    """lerobot divides by 1e-8 where the range is zero, and leaves others as they are."""
+    """lerobot divides by 1e-8 where the range is zero, and by the range elsewhere."""
     action, state = scales(tiny_chunks, "lerobot", "bounds_q99")
     expected = (NORMALIZED + 1) / 2 * (HIGH - LOW) + LOW
-    np.testing.assert_allclose(action.to_units(NORMALIZED), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        action.to_units(NORMALIZED), expected, rtol=0, atol=1e-12
+    )
     width = np.array([4.0, 1e-6, 1e-8])
     expected = 2 * (STATES.astype(np.float32) - LOW) / width - 1
     found = state.from_units_unclipped(STATES)
@@ -71,7 +73,9 @@ def test_lerobot_s_mean_and_deviation(tiny_chunks):
     """lerobot adds 1e-8 to the deviation of states, and nothing to that of actions."""
     action, state = scales(tiny_chunks, "lerobot", "mean_std")
     expected = NORMALIZED * STD + MEAN
-    np.testing.assert_allclose(action.to_units(NORMALIZED), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        action.to_units(NORMALIZED), expected, rtol=0, atol=1e-12
+    )
     expected = (STATES.astype(np.float32) - MEAN) / (STD + 1e-8)
     found = state.from_units_unclipped(STATES)
     np.testing.assert_allclose(found, expected, rtol=1e-3)

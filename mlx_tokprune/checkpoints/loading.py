@@ -128,7 +128,7 @@ def check_finite(
         # The sum can overflow although all numbers are finite: then check each number.
         if not finite.item() and not mx.all(mx.isfinite(array)).item():
             reason = "the checkpoint is damaged, or its training went wrong"
-            if dtype == mx.float16:
+            if dtype is not None and dtype == mx.float16:
                 reason = "float16 ends at 65504: expected dtype bfloat16 or float32"
             raise InputError(f"tensor {name} has numbers that are not finite; {reason}")
 

@@ -80,7 +80,8 @@ class Deviations:
         """Normalise (..., A) from robot units, float32, not clipped, as lerobot."""
         mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
         with np.errstate(over="ignore"):
-            return (np.asarray(values, np.float32) - mean) / (std + np.float32(self.eps))
+            centred = np.asarray(values, np.float32) - mean
+            return centred / (std + np.float32(self.eps))
 
 
 Scale = Bounds | Deviations
