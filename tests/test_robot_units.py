@@ -5,7 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mlx_tokprune.processing.actions import Bounds, read_bounds, read_deviations
+from mlx_tokprune.errors import InputError
+from mlx_tokprune.processing.actions import (
+    Bounds,
+    bin_values,
+    choose_statistics,
+    read_bounds,
+    read_deviations,
+)
 
 # A wide dimension, one of width 1e-6, and one without any.
 LOW, HIGH = np.array([-1.0, 0.0, 0.25]), np.array([3.0, 1e-6, 0.25])
@@ -107,3 +114,58 @@ def test_deviations_as_bounds():
     assert scale.low.tolist() == pytest.approx([-1, -1e-6, 0.25])
     assert scale.high.tolist() == pytest.approx([3, 1e-6, 0.25])
     assert scale.from_units(STATES)[2].tolist() == [1, -1, 1]
+
+
+def test_bins_are_the_last_tokens_in_reverse():
+    """Of 5 edges from -1 to 1, the 4 bins are centred at -0.75 to 0.75."""
+    ids = np.array([[102, 99, 98], [97, 96, 95]])
+    expected = [[-0.75, -0.75, -0.25], [0.25, 0.75, 0.75]]
+    assert bin_values(ids, 100, bins=5).tolist() == expected
+    assert bin_values(ids[:, 1], 100)[0] == pytest.approx(-1 + 1 / 255)
+    assert bin_values(np.array([0]), 100_000)[0] == pytest.approx(1 - 1 / 255)
+
+
+@pytest.mark.parametrize("key", ["robot_1x", 1, 1.5, b"robot_01"])
+@pytest.mark.parametrize(("sets", "ending"), [(20, "'robot_19'"), (23, " and 3 more")])
+def test_an_unknown_data_set_is_refused_with_20_names(key, sets, ending):
+    stats = {f"robot_{number:02}": {} for number in range(sets)}
+    with pytest.raises(InputError) as refused:
+        choose_statistics(stats, key)
+    names = str(refused.value).partition("the keys are ")[2].partition(".")[0]
+    assert names.count("robot_") == 20
+    assert names.startswith("'robot_00', ")
+    assert names.endswith(ending)
+    with pytest.raises(InputError, match=f"knows {sets} data sets"):
+        choose_statistics(stats, None)
+    assert choose_statistics(stats | {"mine": {"action": 1}}, "mine") == {"action": 1}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"q99": [1.0]}, "no q01 and q99 of action; expected both"),
+        ({"q01": [0.0] * 65, "q99": [1.0] * 65}, "a list of 1 to 64 finite numbers"),
+        ({"q01": [], "q99": []}, "a list of 1 to 64 finite numbers"),
+        ({"q01": [True], "q99": [2]}, r"q01 of action \[True\]; expected"),
+        ({"q01": [-1e12], "q99": [2]}, r"q01 of action \[-1000000000000.0\]; e"),
+        ({"q01": [0], "q99": [1e12]}, r"q99 of action \[1000000000000.0\]; e"),
+        ({"q01": [0], "q99": [1, 2]}, "q01 has 1 numbers, q99 2 and mask 1"),
+        ({"q01": [0], "q99": [1], "mask": [True] * 2}, "q99 1 and mask 2"),
+        ({"q01": [0], "q99": [1], "mask": [1]}, r"mask \[1\] of action; expected bool"),
+        ({"q01": [0], "q99": [1], "mask": True}, "mask True of action; expected bool"),
+        ({"q01": [2], "q99": [1]}, "have q01 above q99"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(entry, message):
+    with pytest.raises(InputError, match=message):
+        read_bounds({"action": entry}, "action")
+
+
+def test_a_deviation_below_zero_is_refused():
+    with pytest.raises(InputError, match="of action have a std below 0"):
+        read_deviations({"action": {"mean": [0, 0], "std": [0, -1e-9]}}, "action")
+
+
+def test_64_numbers_of_any_size_fit():
+    entry = {"q01": [-9e11] * 64, "q99": [-9e11] * 63 + [9e11]}
+    assert read_bounds({"action": entry}, "action").low.shape == (64,)
