@@ -89,7 +89,9 @@ def is_replaced(path: str | Path, kind: str | None) -> bool:
     """
     check_name(path)
     parent = Path(path).absolute().parent
-    if not parent.is_dir() or not Path(path).name:
+    if not Path(path).name:
+        raise InputError(f"{str(path)!r} names no file; expected the name of a file")
+    if not parent.is_dir():
         raise InputError(
             f"{path} is in {parent}, which does not exist; expected the name of a file "
             "in an existing folder"

@@ -169,6 +169,7 @@ def test_sampling_is_seeded(capsys):
         (["--image", PICTURE, "--prompt", "<image>?"], "but there are 2 pictures"),
         (["--image", "nowhere.png"], "'nowhere.png' does not exist"),
         (["--image", __file__], "is not a picture that Pillow can read"),
+        (["--model", "./demo"], "./demo does not exist; expected a checkpoint"),
         (["--model", "nowhere"], "nowhere does not exist; expected a checkpoint"),
         (["--model", str(TINY.parent)], "has no config.json"),
         (["--max-tokens", "0"], "max_tokens 0 is out of range; expected one from 1"),

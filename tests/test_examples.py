@@ -5,10 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 import mlx_tokprune
@@ -166,3 +170,21 @@ def test_the_citation_is_of_this_version():
     text = (ROOT / "CITATION.cff").read_text()
     version = re.search(r"^version: (\S+)$", text, re.M)[1]
     assert version == mlx_tokprune.__version__
+
+
+def test_the_least_python_is_one_and_every_dependency_has_it():
+    """Each page, tool and example names the Python that the package requires."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    least = project["project"]["requires-python"].removeprefix(">=")
+    assert project["tool"]["pyright"]["pythonVersion"] == least
+    for name in ("README.md", "CONTRIBUTING.md", "docs/index.md"):
+        assert f"Python {least} or newer" in (ROOT / name).read_text(), name
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    assert f'python: ["{least}"' in workflow
+    example = tomllib.loads((OWN / "pyproject.toml").read_text())
+    assert example["project"]["requires-python"] == f">={least}"
+    for line in project["project"]["dependencies"]:
+        needed = Requirement(line)
+        if needed.marker is None or needed.marker.evaluate():
+            pythons = metadata.metadata(needed.name)["Requires-Python"]
+            assert f"{least}.0" in SpecifierSet(pythons or ""), needed.name

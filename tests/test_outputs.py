@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import re
 import resource
 import shutil
 
@@ -165,6 +166,12 @@ def test_an_overlay_that_is_read_is_kept(home, capsys):
             main_of("generate")(argv)
         assert "would overwrite" in capsys.readouterr().err
     assert contents(home) == before
+
+
+@pytest.mark.parametrize("target", ["", "/", "."])
+def test_a_target_needs_a_name(home, target):
+    with pytest.raises(InputError, match=f"'{re.escape(target)}' names no file"):
+        is_replaced(target, PICTURE)
 
 
 def test_what_is_ours(tmp_path):

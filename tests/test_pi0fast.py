@@ -18,7 +18,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.models.positions import LayerCache
 from mlx_tokprune.pipeline import planning
-from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.processing.image import center_crop, load_image
 from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.pruners import get_method, list_pruners
 
@@ -376,6 +376,7 @@ def test_overlay_shows_pictures_on_their_square(tiny_chunks):
     image = load_image(TINY_CHUNKS / "image_1.png")  # 80 x 60
     pixels = processor.pixels([image])[0]
     assert processor.pads
+    assert np.array_equal(center_crop(image, processor.crop), image)
     assert not pixels[:7].any()
     assert not pixels[-7:].any()
     assert pixels[7:-7].min(axis=(1, 2)).max() > 0

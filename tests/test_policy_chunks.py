@@ -71,6 +71,14 @@ def batch_of(processor, keep: int, scored: bool) -> pi0fast.Batch:
     )
 
 
+def test_answers_of_a_policy_in_training_begin_with_action(learned):
+    _, _, processor = learned
+    ids = processor.answer(draw_chunks(1)[0])
+    assert processor.actions(ids)[1] is None
+    with pytest.raises(InputError, match="does not begin with 'Action:'"):
+        processor.actions(ids[1:])
+
+
 @pytest.mark.parametrize(("keep", "scored"), [(64, False), (16, False), (16, True)])
 def test_training_sees_what_acting_sees(learned, keep, scored):
     """The loss of a padded batch equals the loss of the package's own forward."""

@@ -90,3 +90,22 @@ def test_intervals_of_means():
     assert (low, high) == pytest.approx((1.5 - half, 1.5 + half), abs=0.03)
     grouped = bootstrap(values, np.arange(200) % 4)
     assert grouped[1] - grouped[0] > 3 * (high - low)
+
+
+def test_a_bootstrap_s_interval_leaves_50_of_2000_means_on_each_side():
+    values, random = np.arange(40) ** 0.5, np.random.default_rng(0)
+    means = sorted(values[random.integers(40, size=40)].mean() for _ in range(2000))
+    low, high = bootstrap(values, range(40))
+    assert means[49] < low < means[50]
+    assert means[1949] < high < means[1950]
+
+
+def test_a_bootstrap_draws_whole_groups():
+    """Nine values of one picture weigh nine times as much as the other's one."""
+    assert bootstrap([1.0] * 9 + [0.0], [0] * 9 + [1]) == (0, 1)
+    random = np.random.default_rng(0)
+    draws = [random.integers(3, size=3) for _ in range(2000)]
+    sums, counts = np.array([9.0, 0, 1]), np.array([9, 1, 2])
+    means = [sums[draw].sum() / counts[draw].sum() for draw in draws]
+    found = bootstrap([1.0] * 9 + [0.0, 0.0, 1.0], [*"aaaaaaaaa", *"bcc"])
+    assert found == pytest.approx(np.percentile(means, (2.5, 97.5)))

@@ -208,6 +208,7 @@ def test_both_spellings_of_the_frequency_are_one(fixture, section, request, tmp_
             "attention_factor of the rope type yarn 0.7; expected none",
         ),
         ("qwen2", {"rope_parameters": {"rope_theta": -1}}, "rope_theta -1; expected"),
+        ("qwen2", {"rope_theta": True}, "rope_theta True; expected a positive"),
         ("qwen2", {"rope_parameters": 5}, "rope_parameters 5; expected an object"),
     ],
 )

@@ -54,7 +54,7 @@ EMBEDDED = {
 
 # Model written by `python -m recipes.testbed`: its name, and its folder in the cache.
 TESTBED, CHECKPOINT = "testbed", "checkpoint"
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # with a revision
+HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")  # with a revision
 
 
 def is_local(name: str) -> bool:

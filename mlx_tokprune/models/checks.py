@@ -58,7 +58,7 @@ def check_language(text: Mapping[str, Any]) -> None:
         expect(is_size(text[name]), name, text[name], "a positive whole number")
     for name in ("rms_norm_eps", "rope_theta"):
         value = text.get(name, 1.0)
-        right = isinstance(value, (int, float)) and 0 < value < math.inf
+        right = type(value) in (int, float) and 0 < value < math.inf
         expect(right, name, value, "a positive number")
     length = text.get("max_position_embeddings", 1)
     expect(is_size(length), "max_position_embeddings", length, "a positive number")

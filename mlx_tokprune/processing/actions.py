@@ -40,8 +40,8 @@ class Bounds:
 
     def from_units_unclipped(self, values: np.ndarray) -> np.ndarray:
         """Normalise (..., A) from robot units, float32, not clipped, as lerobot."""
-        low, high = self.low.astype(np.float32), self.high.astype(np.float32)
-        width, values = high - low, np.asarray(values, np.float32)
+        low, width = self.low.astype(np.float32), self.high - self.low
+        width, values = width.astype(np.float32), np.asarray(values, np.float32)
         width = np.where(width == 0, np.float32(1e-8), width)
         with np.errstate(over="ignore"):
             return np.where(self.mask, 2 * (values - low) / width - 1, values)
@@ -49,10 +49,14 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Deviations:
-    """Mean and standard deviation of each dimension in robot units, (A,) float64."""
+    """Mean and standard deviation of each dimension in robot units, (A,) float64.
+
+    eps: added to the deviation where values are normalised.
+    """
 
     mean: np.ndarray
     std: np.ndarray
+    eps: float = 1e-8
 
     @property
     def low(self) -> np.ndarray:
@@ -76,7 +80,8 @@ class Deviations:
         """Normalise (..., A) from robot units, float32, not clipped, as lerobot."""
         mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
         with np.errstate(over="ignore"):
-            return (np.asarray(values, np.float32) - mean) / (std + np.float32(1e-8))
+            centred = np.asarray(values, np.float32) - mean
+            return centred / (std + np.float32(self.eps))
 
 
 Scale = Bounds | Deviations

@@ -98,8 +98,9 @@ class ChunkProcessor:
         statistics = choose_statistics(self.norm_stats, unnorm_key)
         if rule == "mean_std":
             scale = read_deviations(statistics, part)
-            more = 1e-6 if self.dialect == "openpi" else 0
-            return Deviations(scale.mean, scale.std + more)
+            if self.dialect == "openpi":
+                return Deviations(scale.mean, scale.std + 1e-6, eps=0)
+            return scale
         bounds = read_bounds(statistics, part, rule)
         if self.dialect == "openpi":
             return Bounds(bounds.low, bounds.high + 1e-6, bounds.mask)
