@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import types
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from mlx_tokprune.errors import InputError
 from mlx_tokprune.features import Selection
 from mlx_tokprune.generate import stream
 from mlx_tokprune.measure.results import read_result
-from mlx_tokprune.measure.subject import Request, subject_of
+from mlx_tokprune.measure.subject import AnswerSubject, Request, subject_of
 from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.pipeline import timing
 from mlx_tokprune.processing.image import load_image
@@ -105,6 +106,14 @@ def test_the_same_for_actions(slowed, monkeypatch, stage):
     action = predict_action(*asked, pruner=pruner)
     assert action.ttft_ms == pytest.approx(sum(stages.values()), abs=1e-6)
     assert action.stages_ms is None
+
+
+def test_the_whole_time_is_that_of_the_answer(tiny):
+    subject = AnswerSubject("tiny", *tiny)
+    images, start = [load_image(TINY / "image_0.png")], time.perf_counter()
+    times = subject.run(Request(images, "Hi", (), "original"), 2)
+    assert times["ttft_ms"] <= times["total_ms"]
+    assert times["total_ms"] <= (time.perf_counter() - start) * 1e3
 
 
 # Measuring --------------------------------------------------------------------------

@@ -43,6 +43,11 @@ def test_a_draft_is_what_followed_in_the_last_answer(said, expected):
     assert continued([1, 2, 3, 4, 1, 2, 5], said) == expected
 
 
+def test_every_token_of_a_match_is_compared():
+    """Three equal tokens far away beat one, with a gap behind it, at the same place."""
+    assert continued([7, 5, 3, 8, 7, 2, 3, 9], [7, 2, 3]) == [9]
+
+
 class Case:
     """Scene of two images, its answer, and answers with drafts."""
 

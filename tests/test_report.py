@@ -17,6 +17,7 @@ from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.errors import InputError
 from mlx_tokprune.evaluate import accuracy_table as evaluation_table
 from mlx_tokprune.evaluate.__main__ import main as evaluate
+from mlx_tokprune.measure import results as reading
 from mlx_tokprune.measure.accuracy import accuracies
 from mlx_tokprune.measure.tables import Table
 from mlx_tokprune.report import __main__ as report
@@ -235,3 +236,14 @@ def test_accuracy_is_of_the_weights_that_were_timed(results, tmp_path):
     assert [path.name for path in drawn] == ["ttft_by_stage.png", "ttft_by_tokens.png"]
     assert len(plots.draw_all(speeds, tmp_path, known)) == 3
     assert set(plots._accurate_points(speeds, known)) == {"none", "norm", "similarity"}
+
+
+def test_a_result_has_a_largest_size(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    file.write_text('{"a": 1}')
+    monkeypatch.setattr(reading, "MOST_BYTES", 8)
+    assert reading.read_any(file) == {"a": 1}
+    monkeypatch.setattr(reading, "MOST_BYTES", 7)
+    for target in (file, tmp_path):
+        with pytest.raises(InputError, match="is no JSON file that can be read"):
+            reading.read_any(target)

@@ -7,9 +7,12 @@ import pytest
 
 import mlx.core as mx  # isort: skip
 
+from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.features import Features
-from mlx_tokprune.pruners import Pruner
+from mlx_tokprune.features import Features, Selection
+from mlx_tokprune.pipeline import Scene, run
+from mlx_tokprune.processing.image import load_image
+from mlx_tokprune.pruners import Pruner, register
 from mlx_tokprune.pruners.text import prompt_scores
 
 
@@ -170,3 +173,23 @@ def test_wrong_options_are_refused(arguments, message):
 def test_coverage_out_of_range_is_refused(coverage):
     with pytest.raises(InputError, match=r"outside \(0, 1\]"):
         Pruner("trimvla", options={"coverage": coverage})(drawn())
+
+
+def test_the_prompt_s_text_is_that_after_the_last_picture(demo):
+    model, processor = demo
+    lengths = []
+
+    @register("words", needs=("text",), at="prompt")
+    def words(features: Features, *, keep: int) -> Selection:
+        """Keep the first tokens."""
+        lengths.append(features.extras["text"].shape[1])
+        shape = (len(features.tokens), keep)
+        return Selection(mx.broadcast_to(mx.arange(keep), shape))
+
+    image = load_image(PICTURES[0].path)
+    prompt = processor.prompt("<image>What is in the <image>centre?", 2)
+    scene = Scene(mx.array(processor.pixels([image] * 2)), prompt)
+    run(model, scene, (Pruner("words", keep_tokens=3),))
+    _, between, after = map(len, prompt.segments)
+    assert between != after
+    assert set(lengths) == {after}
