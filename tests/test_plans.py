@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY_POLICY
@@ -12,9 +13,10 @@ from mlx_tokprune.act.__main__ import main as act
 from mlx_tokprune.bench.__main__ import main as bench
 from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
 from mlx_tokprune.evaluate.__main__ import main as evaluate
+from mlx_tokprune.features import Selection
 from mlx_tokprune.generate.__main__ import main as generate
 from mlx_tokprune.measure.subject import Request, subject_of
-from mlx_tokprune.pipeline import run
+from mlx_tokprune.pipeline import VisualTokens, run
 from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.processing.image import load_image
 from mlx_tokprune.pruners import as_plan, count_tokens, read_plan, registry
@@ -377,3 +379,16 @@ def test_a_policy_is_evaluated_and_timed_under_plans(tmp_path, capsys):
         with open(file) as stream:
             means.append(json.load(stream)["rows"][-1][name])
     assert means == [(16 * 3 + 8) / 4] * 2
+
+
+def test_padding_is_no_kept_token():
+    """Padding of the last pruner is left out; choices of other shapes have none."""
+    indices, mask = mx.array([[0, 2, 0], [1, 3, 5]]), mx.array([[1, 1, 0], [1, 1, 1]])
+    selection, before = Selection(indices), mx.array([[0, 1, 2, 3], [1, 3, 4, 5]])
+    embeddings = mx.zeros((2, 3, 4))
+    visual = VisualTokens(embeddings, indices, selection, (2, 3), mask=mask == 1)
+    assert visual.left() == [[0, 2], [1, 3, 5]]
+    chosen = dataclasses.replace(visual, choices=(("tower", before),))
+    assert chosen.left() == [[0, 1, 2, 3], [1, 3, 4, 5]]
+    assert chosen.chosen_at("prompt").left() == [[0, 2], [1, 3, 5]]
+    assert dataclasses.replace(visual, mask=None).left() == [[0, 2, 0], [1, 3, 5]]
