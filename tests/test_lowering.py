@@ -68,6 +68,7 @@ CASES = {
             + mx.take_along_axis(x, mx.zeros((1, 3, 4), mx.int32) + i[..., None], 1)
             + mx.take_along_axis(x, i[:, :1, None] // 2, 2)[:, :3]
             + mx.take_along_axis(x > 0, i[..., None], 1).astype(mx.float32)
+            + mx.take_along_axis(x, (x[:, :3] > 0).astype(mx.int32) + 2, 1)
         ),
         random(1, 6, 4),
         ints(1, 3),
