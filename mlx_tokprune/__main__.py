@@ -11,7 +11,7 @@ from pathlib import Path
 from .cli import Parser, command
 
 # Commands without a subpackage of their own, by module.
-_INSIDE = {"chat": "generate.chat_command"}
+_INSIDE = {"chat": "generate.chat_command", "serve": "attach.serve_command"}
 
 
 def module_of(name: str) -> str:

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..features import Features
 from ..pruners import Pruner
 from .attention import Watch
+from .budgets import REQUEST, Budget, Group, share_out, with_budget
 from .families import Family, media_of
 from .look import PixelScan
 from .original_positions import Positions
@@ -33,7 +34,6 @@ from .prompts import (
 )
 
 _REMEMBERED = 64  # prompts whose full ids are kept for `rope_index`
-Group = tuple[int, tuple[int, int] | None]  # tokens, and their grid
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class Hooks:
     @property
     def described(self) -> str:
         """Text that tells the caches of this pruner from those of other pruners."""
-        pixels = self.scan and self.scan.pixels
-        return f"mlx_tokprune {self.pruner.described()} {pixels} {self.kind}"
+        pixels, request = self.scan and self.scan.pixels, REQUEST.get()
+        budgets = request.budgets if request else ""
+        return f"mlx_tokprune {self.pruner.described()} {budgets}{pixels} {self.kind}"
 
     # Ids
 
@@ -100,14 +101,25 @@ class Hooks:
         text = getattr(self.config, "text_config", self.config)
         return int(getattr(text, "vocab_size", 0) or self.config.vocab_size)
 
-    def groups(self, inputs: Mapping, totals: Sequence[int]) -> list[list[Group]]:
+    def groups(
+        self,
+        inputs: Mapping,
+        totals: Sequence[int],
+        runs: Sequence[Sequence[int]],
+        budgets: Sequence[Budget],
+    ) -> list[list[Group]]:
         """Return, for each prompt, the groups of visual tokens that share a budget.
 
         A method that needs grids prunes each picture apart; others prune all tokens of
-        a prompt together. Raises `InputError` where grids and `totals` do not match.
+        a prompt together. runs: of each prompt. budgets: those of a request, one for
+        each picture if there are several. Raises `InputError` where grids and `totals`
+        do not match.
         """
+        pruners = [with_budget(self.pruner, b) for b in budgets] or [self.pruner]
         if "grid" not in self.pruner.needs or self.family.grids is None:
-            return [[(total, None)] if total else [] for total in totals]
+            wholes = [[total] if total else [] for total in totals]
+            sizes = runs if len(pruners) > 1 else wholes
+            return [share_out([(n, None) for n in row], pruners) for row in sizes]
         grids = self.family.grids(inputs, self.config)
         ends = np.cumsum([0, *(height * width for height, width in grids)]).tolist()
         prompts = np.cumsum([0, *totals]).tolist()
@@ -117,15 +129,16 @@ class Hooks:
                 f"placeholders of {len(totals)} prompts; choose a method other than "
                 f"{self.pruner.method!r}"
             )
-        every: list[Group] = [(h * w, (h, w)) for h, w in grids]
+        every = [(h * w, (h, w)) for h, w in grids]
         bounds = [ends.index(end) for end in prompts]
-        return [every[first:last] for first, last in itertools.pairwise(bounds)]
+        pairs = itertools.pairwise(bounds)
+        return [share_out(every[first:last], pruners) for first, last in pairs]
 
-    def count(self, total: int, grid: tuple[int, int] | None) -> int:
+    def count(self, total: int, grid: tuple[int, int] | None, pruner: Pruner) -> int:
         """Return K of a group; a budget above `total` keeps all tokens."""
-        if self.pruner.keeps_all or total <= (self.pruner.keep_tokens or 0):
+        if pruner.keeps_all or total <= (pruner.keep_tokens or 0):
             return total
-        return self.pruner.count(total) if grid is None else self.pruner.count_on(grid)
+        return pruner.count(total) if grid is None else pruner.count_on(grid)
 
     def shortened(self, inputs: Mapping) -> Mapping:
         """Return a processor's output with fewer placeholders.
@@ -143,12 +156,21 @@ class Hooks:
             )
         each = self.family.each(inputs) if self.family.each else 1
 
-        def counts(totals: Sequence[int]) -> list[int]:
-            prompts = self.groups(inputs, totals)
-            return [sum(self.count(*group) for group in groups) for groups in prompts]
+        request = REQUEST.get()
+        budgets = request.budgets if request else ()
+
+        def counts(totals: Sequence[int], rows: Sequence[Row]) -> list[int]:
+            runs = [[run * each for run in row.runs] for row in rows]
+            prompts = self.groups(inputs, totals, runs, budgets)
+            keeps = [sum(self.count(*group) for group in groups) for groups in prompts]
+            if request:
+                request.total = sum(row.total * each for row in rows)
+                request.keep = sum(keeps)
+            return keeps
 
         scan = functools.partial(self.scan, inputs) if self.scan else None
         options = {"each": each, "scan": scan, "salt": self.described}
+        options |= {"budgets": budgets}
         prompts = shorten(inputs, self.is_media, counts, self.vocabulary, **options)
         if prompts is None:
             return inputs
@@ -312,7 +334,8 @@ class Hooks:
         by_pixels = [np.arange(row.total) for row in rows]
         if sent.selection:
             by_pixels = [np.array(kept, int) for kept in sent.selection.kept]
-        groups = self.groups(inputs, [len(kept) for kept in by_pixels])
+        runs, counts = [row.runs for row in rows], [len(kept) for kept in by_pixels]
+        groups = self.groups(inputs, counts, runs, sent.budgets)
         chosen, embeddings = [], []
         each = zip(rows, full_embeddings, groups, extras, by_pixels, strict=True)
         for row, array, shares, extra, left in each:
@@ -349,17 +372,17 @@ class Hooks:
         behind = row.text[row.text > row.visual[-1]] if row.total else row.text
         text = embeddings[mx.array(behind if len(behind) else row.text)][None]
         indices, kept, start = [np.zeros(0, int)], [tokens[0, :0]], 0
-        for size, grid in groups:
+        for size, grid, pruner in groups:
             part = tokens[:, start : start + size]
-            kept_indices = np.arange(size)
-            if self.count(size, grid) < size:
+            kept_indices, keep = np.arange(size), self.count(size, grid, pruner)
+            if keep < size:
                 named = {"text": text} if "text" in self.pruner.needs else {}
                 of_part = mx.array(by_pixels[start : start + size])
                 named |= {name: array[of_part][None] for name, array in extras.items()}
-                selection = self.pruner(Features(part, grid, extras=named))
+                selection = pruner(Features(part, grid, extras=named))
                 part = selection.apply(part)
                 kept_indices = np.array(selection.indices[0])
-                self._check_chosen(kept_indices, self.count(size, grid))
+                self._check_chosen(kept_indices, keep)
             indices.append(start + kept_indices)
             kept.append(part[0])
             start += size

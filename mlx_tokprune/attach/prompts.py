@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .budgets import Budget
 from .pixels import PixelSelection
 
 SENT = "tokprune_sent"  # holds a list: mlx-vlm converts every other type
@@ -69,6 +70,7 @@ class OriginalPrompts:
     full, mask: (B, T) ids, and 1 where they are read. aligned: other inputs with a
     value for each id, by name. each: embeddings of a placeholder. keeps: K of each
     prompt. selection: tokens that pixel pruners keep, if there are such pruners.
+    budgets: those of a request, in place of the attached pruner's.
     """
 
     full: np.ndarray
@@ -77,21 +79,22 @@ class OriginalPrompts:
     each: int
     keeps: list[int]
     selection: PixelSelection | None = None
+    budgets: Sequence[Budget] = ()
 
     def write(self) -> list:
         """Return the fields as nested lists, which mlx-vlm passes on unconverted."""
         aligned = {name: array.tolist() for name, array in self.aligned.items()}
         arrays = self.full.tolist(), self.mask.tolist()
         selection = self.selection and dataclasses.asdict(self.selection)
-        return [*arrays, aligned, self.each, self.keeps, selection]
+        return [*arrays, aligned, self.each, self.keeps, selection, [*self.budgets]]
 
     @classmethod
     def read(cls, fields: list) -> "OriginalPrompts":
         """Return the prompts that `write` turned into nested lists."""
-        full, mask, aligned, each, keeps, selection = fields
+        full, mask, aligned, *rest, selection, budgets = fields
         arrays = {name: np.array(array) for name, array in aligned.items()}
         selection = selection and PixelSelection(**selection)
-        return cls(np.array(full), np.array(mask), arrays, each, keeps, selection)
+        return cls(np.array(full), np.array(mask), arrays, *rest, selection, budgets)
 
 
 @dataclass(frozen=True)
@@ -111,17 +114,18 @@ class ShortPrompts:
 def shorten(
     inputs: Mapping,
     is_media: Callable,
-    counts: Callable[[Sequence[int]], list[int]],
+    counts: Callable[[Sequence[int], Sequence[Row]], list[int]],
     vocabulary: int,
     each: int = 1,
     scan: Callable[[np.ndarray, list[Row]], PixelSelection] | None = None,
     salt: str = "",
+    budgets: Sequence[Budget] = (),
 ) -> ShortPrompts | None:
     """Shorten a processor's inputs to `counts` of the visual tokens of each prompt.
 
     Returns `None` if no token would be left out. vocabulary: number of ids. scan:
     selects tokens by their pixels; `counts` gets the number of those. salt: tells
-    prompts with equal pixels apart.
+    prompts with equal pixels apart. budgets: those of a request, for `embed`.
     """
     full = _array(inputs["input_ids"])
     attention_mask = inputs.get("attention_mask")
@@ -132,7 +136,7 @@ def shorten(
     if selection is not None:
         pairs = zip(rows, selection.kept, strict=True)
         open_ = [row.visual[kept] for row, kept in pairs]
-    keeps = counts([len(visual) * each for visual in open_])
+    keeps = counts([len(visual) * each for visual in open_], rows)
     if all(keep == row.total * each for keep, row in zip(keeps, rows, strict=True)):
         return None
     picked = [_pick_columns(*row) for row in zip(rows, open_, keeps, strict=True)]
@@ -147,7 +151,7 @@ def shorten(
     marks = _marks(inputs, salt) % vocabulary
     for number, (row, keep) in enumerate(zip(rows, keeps, strict=True)):
         _mark(ids[number], np.isin(columns[number], row.visual), keep, marks)
-    original = OriginalPrompts(full, mask, aligned, each, keeps, selection)
+    original = OriginalPrompts(full, mask, aligned, each, keeps, selection, budgets)
     shorter = dict(inputs)
     shorter["input_ids"] = mx.array(ids)
     shorter["attention_mask"] = mx.array(take_columns(mask, columns, 0))
