@@ -91,10 +91,11 @@ class OriginalPrompts:
     @classmethod
     def read(cls, fields: list) -> "OriginalPrompts":
         """Return the prompts that `write` turned into nested lists."""
-        full, mask, aligned, *rest, selection, budgets = fields
+        full, mask, aligned, each, keeps, selection, budgets = fields
         arrays = {name: np.array(array) for name, array in aligned.items()}
         selection = selection and PixelSelection(**selection)
-        return cls(np.array(full), np.array(mask), arrays, *rest, selection, budgets)
+        ids, read = np.array(full), np.array(mask)
+        return cls(ids, read, arrays, each, keeps, selection, budgets)
 
 
 @dataclass(frozen=True)

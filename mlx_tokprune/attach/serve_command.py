@@ -87,13 +87,13 @@ def _pruner(args: argparse.Namespace) -> Pruner:
         budget = short[1:]
         method = args.method or DEFAULT_METHOD
         return Pruner(method, *budget, seed=args.seed, options=options)
-    plan = read_plans(args.prune, options, args.seed)
-    if len(plan) > 1 or short != (None, None, None):
+    pruner, *others = read_plans(args.prune, options, args.seed)
+    if others or short != (None, None, None):
         raise InputError(
             "--prune is one METHOD:BUDGET in the server; leave out other places, "
             "--method, --keep-ratio and --keep-tokens"
         )
-    return plan[0]
+    return pruner
 
 
 if __name__ == "__main__":

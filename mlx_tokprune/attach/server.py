@@ -10,7 +10,8 @@ import inspect
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, printable
@@ -19,14 +20,14 @@ from .budgets import REQUEST, PromptRequest, with_budget
 from .mlx_vlm import attach
 from .server_settings import HELP, Settings, details_of
 
-Message = MutableMapping[str, Any]
+Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 _ANSWERS = ("/chat/completions", "/responses", "/messages")
 _PATHS = (*_ANSWERS, "/responses/input_tokens", "/responses/compact")
 _PATHS += ("/messages/count_tokens",)
 _USAGE = re.compile(rb'"usage":\s*\{')
-_OPENING = re.compile(rb"^event: response\.(created|in_progress)\n")
+_OPENING = re.compile(rb"event: response\.(created|in_progress)\n")
 _REMEMBERED = 1024  # responses whose pictures a later request goes on from
 _ALL = 1 << 31  # tokens; a budget that keeps all, of a pruner that could prune
 
@@ -36,109 +37,85 @@ class VisualBudgets:
 
     def __init__(self, app: Callable, settings: Settings):
         self.app, self.settings = app, settings
-        self.total = self.kept = 0
-        self._details: OrderedDict[str, list[str]] = OrderedDict()
+        self.total = self.keep = 0
+        self.details: OrderedDict[str, list[str]] = OrderedDict()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        path = str(scope.get("path")).removeprefix("/v1")
-        method = scope.get("method")
+        path, method = str(scope.get("path")).removeprefix("/v1"), scope.get("method")
         call: Callable = self.app
         if method == "POST" and path in _PATHS:
             call = functools.partial(self._answer, path)
         elif path == "/settings" and method in ("GET", "PATCH"):
             call = self._change
         elif path == "/metrics" and method == "GET":
-            call = self._metrics
+            call = self._report
         await call(scope, receive, send)
-
-    # Requests that answer
 
     async def _answer(
         self, path: str, scope: Message, receive: Receive, send: Send
     ) -> None:
-        """Answer a request with a prompt, under its budget."""
+        """Answer a request that has a prompt, under its budget."""
         content = await _read(receive)
-        if content is None:
-            return
         try:
-            body = _as_object(content)
+            body = json.loads(content)
+            if not isinstance(body, dict):
+                raise ValueError
             previous = str(body.get("previous_response_id"))
-            details = [*self._details.get(previous, []), *details_of(body)]
+            details = [*self.details.get(previous, []), *details_of(body)]
             request = PromptRequest(self.settings.budgets(body, details))
         except InputError as error:
-            await _refuse(send, path, str(error))
-            return
+            return await _refuse(send, path, str(error))
+        except (ValueError, RecursionError):
+            reason = "the body of the request is no JSON; expected an object"
+            return await _refuse(send, path, reason)
         REQUEST.set(request)
         reply = _Reply(self, send, path, request, details)
         await self.app(scope, _replay(content, receive), reply.send)
 
-    def note(self, path: str, request: PromptRequest) -> None:
-        """Count the visual tokens of an answered prompt."""
-        if path in _ANSWERS:
-            self.total += request.total
-            self.kept += request.keep
-
-    def remember(self, payload: Message, details: list[str]) -> None:
-        """Remember the details of a response's pictures, for requests behind it."""
-        if payload.get("object") == "response" and details:
-            self._details[str(payload.get("id"))] = details
-            while len(self._details) > _REMEMBERED:
-                self._details.popitem(last=False)
-
-    # Settings and metrics
-
     async def _change(self, scope: Message, receive: Receive, send: Send) -> None:
         """Show or change mlx-vlm's settings together with ours."""
-        content = await _read(receive) if scope["method"] == "PATCH" else b""
-        if content is None:
-            return
-        changes, replace = {}, False
+        content, changes, replace = await _read(receive), {}, False
         try:
-            body = _as_object(content) if content else {}
-            replace = body.get("op") == "replace"
-            nested = "op" in body or "values" in body
-            values = body.get("values") if nested else body
-            if isinstance(values, dict):
-                changes = {n: values.pop(n) for n in HELP if n in values}
-                content = json.dumps(body).encode()
-        except InputError:
+            body = json.loads(content)
+            values = body.get("values") if {"op", "values"} & {*body} else body
+            changes = {name: values.pop(name) for name in HELP if name in values}
+            replace, content = body.get("op") == "replace", json.dumps(body).encode()
+        except (ValueError, TypeError, AttributeError):
             pass  # mlx-vlm refuses it
-        start, answer = await self._call(scope, _replay(content, receive))
-        if start["status"] == 200:
-            payload = json.loads(answer)
-            if scope["method"] == "PATCH":
-                applied, rejected = self.settings.change(changes, replace)
-                payload["applied"] |= applied
-                payload["rejected"] += rejected
-            else:
-                payload["schema"] += self.settings.schema()
+        start, payload = await self._call(scope, _replay(content, receive))
+        if "applied" in payload:
+            applied, rejected = self.settings.change(changes, replace)
+            payload["applied"] |= applied
+            payload["rejected"] += rejected
+        if "schema" in payload:
+            payload["schema"] += self.settings.schema()
+        if "current" in payload:
             payload["current"] |= self.settings.current()
-            answer = json.dumps(payload).encode()
-        await _reply(send, start, answer)
+        await _send(send, start, json.dumps(payload).encode())
 
-    async def _metrics(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _report(self, scope: Message, receive: Receive, send: Send) -> None:
         """Add the counters to mlx-vlm's metrics; Prometheus gets them as text."""
-        start, answer = await self._call(scope, receive)
-        dropped = self.total - self.kept
-        counts = {"total": self.total, "kept": self.kept, "dropped": dropped}
+        start, payload = await self._call(scope, receive)
+        counts = {"seen": self.total, "kept": self.keep}
+        counts["dropped"] = self.total - self.keep
+        content = json.dumps(payload | {"visual_tokens": counts}).encode()
         accepted = dict(scope["headers"]).get(b"accept", b"")
-        if start["status"] == 200 and re.search(rb"text/plain|openmetrics", accepted):
-            names = {name: f"mlx_tokprune_visual_tokens_{name}" for name in counts}
-            names["total"] = "mlx_tokprune_visual_tokens"
-            answer = "".join(
-                f"# HELP {names[n]}_total Visual tokens of answered prompts"
-                f"{'' if n == 'total' else ', ' + n}.\n"
-                f"# TYPE {names[n]}_total counter\n{names[n]}_total {count}\n"
-                for n, count in counts.items()
-            ).encode()
+        if start["status"] != 200:
+            content = json.dumps(payload).encode()
+        elif b"text/plain" in accepted or b"openmetrics" in accepted:
+            name = "mlx_tokprune_visual_tokens_{}_total"
+            lines = (
+                f"# HELP {name} Visual tokens of answered prompts: {{}}.\n"
+                f"# TYPE {name} counter\n{name} {count}\n".format(*[kind] * 4)
+                for kind, count in counts.items()
+            )
+            content = "".join(lines).encode()
             start["headers"] = [(b"content-type", b"text/plain; version=0.0.4")]
-        elif start["status"] == 200:
-            answer = json.dumps(json.loads(answer) | {"visual_tokens": counts}).encode()
-        await _reply(send, start, answer)
+        await _send(send, start, content)
 
-    async def _call(self, scope: Message, receive: Receive) -> tuple[Message, bytes]:
-        """Return the start and the whole body of mlx-vlm's answer."""
+    async def _call(self, scope: Message, receive: Receive) -> tuple[Message, dict]:
+        """Return the start of mlx-vlm's answer, and its JSON."""
         messages: list[Message] = []
 
         async def collect(message: Message) -> None:
@@ -146,124 +123,98 @@ class VisualBudgets:
 
         await self.app(scope, receive, collect)
         start, *parts = messages
-        return start, b"".join(part.get("body", b"") for part in parts)
+        return start, json.loads(b"".join(part.get("body", b"") for part in parts))
 
 
+@dataclass
 class _Reply:
     """Answer of mlx-vlm on its way back, to which the counts are added.
 
-    It begins once the prompt was prepared: a prompt that could not be is then an error
-    of status 400, in a stream too.
+    It begins once the prompt was prepared: one that could not be prepared is then an
+    error of status 400, in a stream too.
     """
 
-    def __init__(
-        self,
-        layer: VisualBudgets,
-        send: Send,
-        path: str,
-        request: PromptRequest,
-        details: list[str],
-    ):
-        self._layer, self._send, self._path = layer, send, path
-        self._request, self._details = request, details
-        self._start: Message | None = None
-        self._begun = self._ended = False
-        self._held = b""
+    layer: VisualBudgets
+    target: Send
+    path: str
+    request: PromptRequest
+    details: list[str]
+    start: Message | None = None
+    held: bytes = b""
+    state: str = "waiting"
 
     async def send(self, message: Message) -> None:
         """Pass on one message of mlx-vlm's answer."""
-        if self._ended:
-            return
         if message["type"] == "http.response.start":
-            self._start = message
+            self.start = message
             return
-        self._held += message.get("body", b"")
+        if self.state == "refused" or self.start is None:
+            return
+        self.held += message.get("body", b"")
         last = not message.get("more_body", False)
-        kind = dict(self._start["headers"]).get(b"content-type", b"")
-        if not kind.startswith(b"text/event-stream"):
-            if last:
-                await self._whole()
-            return
-        *events, self._held = self._held.split(b"\n\n")
-        if last and self._held:
-            events, self._held = [*events, self._held], b""
-        if not self._begun and not last and all(map(_OPENING.match, events)):
-            self._held = b"".join(e + b"\n\n" for e in events) + self._held
-            return
-        if not self._begun and self._request.error is not None:
-            await self._fail()
-            return
-        if not self._begun:
-            await self._begin()
-        content = b"".join(self._event(event) + b"\n\n" for event in events)
+        kind, status = dict(self.start["headers"]), self.start["status"]
+        stream = kind.get(b"content-type", b"").startswith(b"text/event-stream")
+        events = self.held.split(b"\n\n") if stream else [self.held]
+        if self.state == "waiting":
+            if not last and all(map(_OPENING.match, filter(None, events[:-1]))):
+                return
+            if self.request.error is not None and (stream or status >= 500):
+                self.state = "refused"
+                return await _refuse(self.target, self.path, self.request.error)
+        content = b"".join(self._annotated(e) + b"\n\n" for e in events[:-1])
+        content += self._annotated(events[-1]) if last else b""
+        self.held = b"" if last else events[-1]
+        if self.state == "waiting":
+            self.state = "begun"
+            self._begin(None if stream else len(content))
+            await self.target(self.start)
         body = {"type": "http.response.body", "body": content, "more_body": not last}
-        await self._send(body)
+        await self.target(body)
 
-    async def _fail(self) -> None:
-        self._ended = True
-        await _refuse(self._send, self._path, str(self._request.error))
+    def _begin(self, length: int | None) -> None:
+        """Count the visual tokens, and write them into the headers."""
+        headers = [h for h in self.start["headers"] if h[0] != b"content-length"]
+        headers += [] if length is None else [(b"content-length", b"%d" % length)]
+        if self.start["status"] == 200 and self.path in _ANSWERS:
+            self.layer.total += self.request.total
+            self.layer.keep += self.request.keep
+            for name, count in self._counts().items():
+                key = b"x-" + name.replace("_", "-").encode()
+                headers.append((key, b"%d" % count))
+        self.start["headers"] = headers
 
-    async def _begin(self) -> None:
-        """Send the status and headers, which have the counts too."""
-        self._begun = True
-        request = self._request
-        if self._start["status"] == 200:
-            self._layer.note(self._path, request)
-            counts = {b"total": request.total, b"kept": request.keep}
-            for name, count in counts.items():
-                header = (b"x-visual-tokens-" + name, b"%d" % count)
-                self._start["headers"] = [*self._start["headers"], header]
-        await self._send(self._start)
+    def _counts(self) -> dict[str, int]:
+        request = self.request
+        return {"visual_tokens": request.total, "visual_tokens_kept": request.keep}
 
-    async def _whole(self) -> None:
-        """Send an answer that is no stream."""
-        status, content = self._start["status"], self._held
-        if status >= 500 and self._request.error is not None:
-            await self._fail()
-            return
-        if status == 200 and self._path in _ANSWERS:
-            content = self._annotated(content)
-        headers = [h for h in self._start["headers"] if h[0] != b"content-length"]
-        length = (b"content-length", b"%d" % len(content))
-        self._start["headers"] = [*headers, length]
-        await self._begin()
-        await self._send({"type": "http.response.body", "body": content})
-
-    def _event(self, event: bytes) -> bytes:
-        """Return an event of a stream with the counts in its usage."""
-        if not _USAGE.search(event):
+    def _annotated(self, event: bytes) -> bytes:
+        """Return JSON, or an event of a stream, with the counts in its usage."""
+        if not _USAGE.search(event) or self.path not in _ANSWERS:
             return event
-        before, data, text = event.partition(b"data: ")
-        return before + data + self._annotated(text)
-
-    def _annotated(self, content: bytes) -> bytes:
-        """Return JSON with the counts in its usage."""
-        payload = json.loads(content)
+        before, text = event[: event.index(b"{")], event[event.index(b"{") :]
+        payload = json.loads(text)
         holder = payload.get("response") or payload.get("message") or payload
-        usage = holder.get("usage")
-        if not isinstance(usage, dict):
-            return content
-        self._layer.remember(holder, self._details)
+        usage = holder["usage"]
         names = ("prompt_tokens_details", "input_tokens_details")
-        counts = next((usage[n] for n in names if usage.get(n) is not None), usage)
-        counts["visual_tokens"] = self._request.total
-        counts["visual_tokens_kept"] = self._request.keep
-        return json.dumps(payload, ensure_ascii=False).encode()
+        next((usage[n] for n in names if n in usage), usage).update(self._counts())
+        if holder.get("object") == "response":
+            self.layer.details[holder["id"]] = self.details
+            while len(self.layer.details) > _REMEMBERED:
+                self.layer.details.popitem(last=False)
+        return before + json.dumps(payload, ensure_ascii=False).encode()
 
 
 # Messages of ASGI -------------------------------------------------------------------
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """Return the body of a request; `None` if the client went away."""
-    parts, more = [], True
+async def _read(receive: Receive) -> bytes:
+    """Return the body of a request, as much as a client sent before it went away."""
+    content, more = b"", True
     while more:
         message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
+        content += message.get("body", b"")
         more = message.get("more_body", False)
-    return b"".join(parts)
+    return content
 
 
 def _replay(content: bytes, receive: Receive) -> Receive:
@@ -276,30 +227,18 @@ def _replay(content: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _as_object(content: bytes) -> dict[str, Any]:
-    """Return the JSON object of a body; raise `InputError` for anything else."""
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise InputError("the body of the request is not JSON; expected an object")
-    return body
-
-
 async def _refuse(send: Send, path: str, reason: str) -> None:
     """Send status 400 with one sentence, in the form of the API of `path`."""
     error = {"type": "invalid_request_error", "message": printable(reason)}
-    payload: dict[str, Any] = {"detail": error["message"], "error": error}
-    if path.startswith("/messages"):
-        payload = {"type": "error", "error": error}
-    start = {"type": "http.response.start", "status": 400}
-    start["headers"] = [(b"content-type", b"application/json")]
-    await _reply(send, start, json.dumps(payload).encode())
+    payload: dict[str, Any] = {"detail": error["message"]}
+    payload = {"type": "error"} if path.startswith("/messages") else payload
+    headers = [(b"content-type", b"application/json")]
+    start = {"type": "http.response.start", "status": 400, "headers": headers}
+    await _send(send, start, json.dumps(payload | {"error": error}).encode())
 
 
-async def _reply(send: Send, start: Message, content: bytes) -> None:
-    """Send a whole answer of the length of `content`."""
+async def _send(send: Send, start: Message, content: bytes) -> None:
+    """Send a whole answer, of the length of `content`."""
     headers = [h for h in start["headers"] if h[0] != b"content-length"]
     start["headers"] = [*headers, (b"content-length", b"%d" % len(content))]
     await send(start)
@@ -316,10 +255,10 @@ def install(settings: Settings) -> None:
     """
     from fastapi import HTTPException
     from mlx_vlm.server import app, generation
+    from starlette.middleware import Middleware
 
     _check_seams(app, generation)
-    pruner = attached(settings.pruner)
-    load = generation.load_model_resources
+    pruner, load = attached(settings.pruner), generation.load_model_resources
     prepare = generation.ResponseGenerator._cpu_preprocess
 
     def load_and_attach(model_path: str, adapter_path: str | None) -> tuple:
@@ -332,13 +271,13 @@ def install(settings: Settings) -> None:
 
     def cpu_preprocess(self: Any, *args: Any, **named: Any) -> dict:
         request = REQUEST.get()
-        if request is None:
-            raise InputError("this prompt is prepared outside of its request")
+        if request is None:  # another version may prepare prompts elsewhere
+            raise InputError("a prompt was prepared outside of its request")
         try:
             inputs = prepare(self, *args, **named)
         except MemoryError:
             raise
-        except Exception as error:  # a picture or prompt that cannot be read
+        except Exception as error:  # a picture or a prompt that cannot be read
             request.error = " ".join(str(error).split()) or type(error).__name__
             raise
         request.error = None
@@ -346,7 +285,8 @@ def install(settings: Settings) -> None:
 
     generation.load_model_resources = load_and_attach
     generation.ResponseGenerator._cpu_preprocess = cpu_preprocess
-    app.add_middleware(VisualBudgets, settings=settings)
+    # Innermost: mlx-vlm's own layers add their headers to refusals too.
+    app.user_middleware.append(Middleware(VisualBudgets, settings=settings))
 
 
 def attached(pruner: Pruner) -> Pruner:
@@ -358,14 +298,12 @@ def _check_seams(app: Any, generation: Any) -> None:
     """Raise `InputError` unless the server's seams are those of mlx-vlm 0.7.10."""
     from mlx_vlm.version import __version__
 
-    load = getattr(generation, "load_model_resources", None)
-    worker = getattr(generation, "ResponseGenerator", None)
     paths = {path.removeprefix("/v1") for path in app.openapi()["paths"]}
     missing = [path for path in (*_PATHS, "/settings", "/metrics") if path not in paths]
-    if not callable(load) or [*inspect.signature(load).parameters] != [
-        *("model_path", "adapter_path"),
-    ]:
+    load = getattr(generation, "load_model_resources", len)
+    if [*inspect.signature(load).parameters] != ["model_path", "adapter_path"]:
         missing.append("load_model_resources(model_path, adapter_path)")
+    worker = getattr(generation, "ResponseGenerator", None)
     if not hasattr(worker, "_cpu_preprocess"):
         missing.append("ResponseGenerator._cpu_preprocess")
     if missing:

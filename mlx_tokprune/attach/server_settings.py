@@ -25,7 +25,7 @@ def read_budget(pruner: Pruner, number: Any) -> Budget:
     """
     whole = isinstance(number, float) and number.is_integer()
     real = isinstance(number, (int, float)) and not isinstance(number, bool)
-    budget = (None, int(number) if whole else number)
+    budget: Any = (None, int(number) if whole else number)
     if not real or number <= 1 or number != number:
         budget = (number, None)
     with_budget(pruner, budget)
