@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import uvicorn
-from mlx_vlm.server import app, generation
+from mlx_vlm.server import app, generation, unload_model_sync
 
 from mlx_tokprune.attach.server import install
 from mlx_tokprune.attach.server_settings import Settings
@@ -51,10 +51,8 @@ class Server:
 @contextlib.contextmanager
 def served(pruner, model: str, **details):
     """Serve in a thread, with what `install` hooks restored at the end."""
-    load = generation.load_model_resources
-    prepare = generation.ResponseGenerator._cpu_preprocess
-    layers, stack = list(app.user_middleware), app.middleware_stack
-    app.middleware_stack = None
+    before = _hooks()
+    _set_hooks(*_STOCK)
     install(Settings(pruner, **details))
     config = uvicorn.Config(app, port=0, log_level="error")
     server = uvicorn.Server(config)
@@ -69,16 +67,24 @@ def served(pruner, model: str, **details):
     finally:
         server.should_exit = True
         thread.join()
-        generation.load_model_resources = load
-        generation.ResponseGenerator._cpu_preprocess = prepare
-        app.user_middleware, app.middleware_stack = layers, stack
-        unload()
+        unload_model_sync()
+        _set_hooks(*before)
 
 
-def unload() -> None:
-    from mlx_vlm.server import unload_model_sync
+def _hooks() -> tuple:
+    """Return what `install` replaces or adds to."""
+    worker = generation.ResponseGenerator
+    own = (generation.load_model_resources, worker._cpu_preprocess)
+    return (*own, list(app.user_middleware), app.middleware_stack)
 
-    unload_model_sync()
+
+def _set_hooks(load, prepare, layers, stack) -> None:
+    generation.load_model_resources = load
+    generation.ResponseGenerator._cpu_preprocess = prepare
+    app.user_middleware, app.middleware_stack = list(layers), stack
+
+
+_STOCK = _hooks()
 
 
 def data_url(file: str) -> str:
@@ -87,13 +93,60 @@ def data_url(file: str) -> str:
     return f"data:image/png;base64,{content}"
 
 
-def chat(text: str, *files: str, detail=None, **fields) -> dict:
-    """Return the body of a chat completion about pictures."""
+API = {
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+}
+
+
+def request(api: str, text: str, *files: str, detail=None, **fields) -> dict:
+    """Return the body of a request about pictures; `detail`: one, or one for each."""
     details = detail if isinstance(detail, list) else [detail] * len(files)
-    parts = []
-    for file, level in zip(files, details, strict=True):
-        url = {"url": file} | ({"detail": level} if level else {})
-        parts.append({"type": "image_url", "image_url": url})
-    parts.append({"type": "text", "text": text})
-    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
-    return body | {"temperature": 0} | fields
+    parts = [
+        picture_part(api, file, {"detail": level} if level else {})
+        for file, level in zip(files, details, strict=True)
+    ]
+    words = {"type": "input_text" if api == "responses" else "text", "text": text}
+    turns = [{"role": "user", "content": [*parts, words]}]
+    if api == "responses":
+        return {"input": turns, "max_output_tokens": 8, "temperature": 0} | fields
+    return {"messages": turns, "max_tokens": 8, "temperature": 0} | fields
+
+
+def picture_part(api: str, file: str, level: dict) -> dict:
+    if api == "chat":
+        return {"type": "image_url", "image_url": {"url": file} | level}
+    if api == "responses":
+        return {"type": "input_image", "image_url": file} | level
+    data = data_url(file).partition(",")[2]
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    return {"type": "image", "source": source}
+
+
+def text_of(payload: dict) -> str:
+    """Return the answer in a reply of any of the APIs."""
+    if "choices" in payload:
+        return payload["choices"][0]["message"]["content"] or ""
+    if "output_text" in payload:
+        return payload["output_text"]
+    return "".join(part["text"] for part in payload["content"])
+
+
+def counts_of(payload: dict) -> tuple[int, int]:
+    """Return the visual tokens before and after, from the usage of a reply."""
+    usage = payload["usage"]
+    names = ("prompt_tokens_details", "input_tokens_details")
+    counts = next((usage[name] for name in names if name in usage), usage)
+    return counts["visual_tokens"], counts["visual_tokens_kept"]
+
+
+def streamed_text(api: str, events: list[dict]) -> str:
+    """Return the answer in the events of a stream."""
+    if api == "chat":
+        deltas = (e["choices"][0]["delta"] for e in events if e.get("choices"))
+        return "".join(delta.get("content") or "" for delta in deltas)
+    if api == "responses":
+        return text_of(events[-1]["response"])
+    deltas = (e["delta"] for e in events if e["type"] == "content_block_delta")
+    return "".join(delta["text"] for delta in deltas)

@@ -41,8 +41,10 @@ def share_out(
     pruners: one for all, or one for each picture. Equal budgets of pictures are pooled
     where a picture is not one group; raises `InputError` for unequal ones there.
     """
-    if len(pruners) == len(groups):
-        return [(*group, pruner) for group, pruner in zip(groups, pruners, strict=True)]
+    if len(groups) in (0, len(pruners)):
+        return [
+            (*group, pruner) for group, pruner in zip(groups, pruners, strict=False)
+        ]
     first, *others = pruners
     whole = any(grid for _, grid in groups)  # pooled tokens have no grid
     if any(pruner != first or whole for pruner in others):
@@ -54,5 +56,4 @@ def share_out(
         return [(*group, first) for group in groups]
     if first.keep_tokens is not None:
         first = replace(first, keep_tokens=first.keep_tokens * len(pruners))
-    total = sum(size for size, _ in groups)
-    return [(total, None, first)] if total else []
+    return [(sum(size for size, _ in groups), None, first)]

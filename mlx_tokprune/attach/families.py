@@ -91,7 +91,8 @@ FAMILIES: Mapping[str, Family] = {
     "smolvlm": Family(tower=attending.IDEFICS),
     "internvl_chat": Family(tower=attending.INTERN),
     "gemma3": Family(
-        _square(lambda config: config.mm_tokens_per_image), tower=attending.GEMMA3
+        _square(lambda config: config.text_config.mm_tokens_per_image),
+        tower=attending.GEMMA3,
     ),
     "gemma3n": Family(cold=_LAYERED),
     "gemma4": Family(cold=_LAYERED, tower=attending.GEMMA4),
