@@ -88,7 +88,9 @@ _STOCK = _hooks()
 
 
 def data_url(file: str) -> str:
-    """Return a picture as a `data:` URL."""
+    """Return a picture, or the `data:` URL that it is, as one."""
+    if file.startswith("data:"):
+        return file
     content = base64.b64encode(Path(file).read_bytes()).decode()
     return f"data:image/png;base64,{content}"
 
