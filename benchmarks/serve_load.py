@@ -57,13 +57,12 @@ class Job:
     key: str = ""
 
 
-def write_files(folder: Path, size: tuple[int, int]) -> dict[str, str]:
+def write_files(folder: Path, good: str, size: tuple[int, int]) -> dict[str, str]:
     """Write a video, and pictures that cannot be read; return their paths by name."""
     from PIL import Image
 
     paths = {name: str(folder / f"{name}.png") for name in ("damaged", "huge")}
-    good = folder / "0.png"
-    Path(paths["damaged"]).write_bytes(good.read_bytes()[:-40])
+    Path(paths["damaged"]).write_bytes(Path(good).read_bytes()[:-40])
     Image.new("1", (20_000, 20_000)).save(paths["huge"])  # Pillow refuses to unpack it
     with contextlib.suppress(ImportError):
         import cv2
@@ -234,7 +233,7 @@ def main() -> None:
         files = [str(folder / f"{seed}.png") for seed in range(3)]
         for seed, file in enumerate(files):
             picture(family, seed).save(file)
-        paths = write_files(folder, family.size)
+        paths = write_files(folder, files[0], family.size)
         files[2] = data_url(files[2])
         source = jobs_of(files, paths)
         jobs = [next(source) for _ in range(args.requests)]

@@ -43,6 +43,8 @@ NOT_RUN = {
     "mlx_tokprune generate --image https": "fetches; tests/test_sources.py does",
     "lmms-eval --model": "lmms-eval is not among the tests' packages",
     "python -m mlx_vlm.server": "serves until it is stopped",
+    "mlx_tokprune serve": "serves until it is stopped; tests/test_serve.py runs it",
+    "curl": "asks a running server; tests/test_serve.py does",
     "python -m recipes.testbed": "downloads weights",
     "python -m recipes.testbed.questions": "needs the downloaded pictures",
     "mlx_tokprune evaluate --model testbed": "needs the downloaded weights",

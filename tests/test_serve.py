@@ -310,8 +310,8 @@ def test_settings_are_live(server, qwen, settings):
         body = request("chat", QUESTION, qwen.files[0], **fields)
         return counts_of(server.ask(CHAT, body)[1])[1]
 
-    loaded = json.loads(server.call("GET", "/health")[2])["loaded_model"]
     assert kept() == 15
+    kept_model = generation.runtime.response_generator
     reply = settings(keep_ratio=0.2, detail_low=0.5)
     assert reply["applied"] == {"keep_ratio": 0.2, "detail_low": 0.5}
     assert (reply["rejected"], reply["reload_kinds"]) == ([], [])
@@ -338,7 +338,7 @@ def test_settings_are_live(server, qwen, settings):
     assert server.call("PATCH", "/v1/settings", b"[]")[0] == 400
     settings(op="replace", values={"detail_high": 0.5})
     assert (kept(), kept(detail="low"), kept(detail="high")) == (15, LOW, 15)
-    assert json.loads(server.call("GET", "/health")[2])["loaded_model"] == loaded
+    assert generation.runtime.response_generator is kept_model
 
 
 def test_counters(server, qwen):
@@ -388,6 +388,18 @@ def test_runs_and_pictures():
     with pytest.raises(InputError, match="expected one budget"):
         share_out([(4, (2, 2))] * 4, [low, low])
     assert share_out([], [low, high]) == []
+
+
+def test_a_short_load(server, qwen, tmp_path):
+    """`benchmarks/serve_load.py`, shortened: all kinds of requests, four clients."""
+    from benchmarks.serve_load import in_flight, jobs_of, run, write_files
+
+    paths = write_files(tmp_path, qwen.files[0], qwen.family.size)
+    source = jobs_of(qwen.files, paths, seed=1)
+    result = run(server, [next(source) for _ in range(18)], clients=4)
+    assert not result["failures"]
+    assert {kind for kind, _ in result["outcome"]} >= {"leaves", "damaged", "wrong"}
+    assert in_flight(server) == 0
 
 
 @pytest.mark.parametrize("name", ["idefics3", "fastvlm", "gemma3"])
@@ -459,13 +471,13 @@ def begun(monkeypatch):
 
 def test_the_command_passes_flags_on(qwen, begun, capsys):
     main(["--model", str(qwen.folder), "--port", "1", "--max-tokens=5"])
-    argv = ["--host", "127.0.0.1", "--model", str(qwen.folder)]
-    assert begun["argv"][1:] == [*argv, "--port", "1", "--max-tokens=5"]
+    argv = ["--host", "127.0.0.1", "--port", "1", "--model", str(qwen.folder)]
+    assert begun["argv"][1:] == [*argv, "--max-tokens=5"]
     current = begun["settings"].current()
     assert (current["keep_ratio"], current["visual_tokens"]) == (1.0, None)
     assert (current["detail_low"], current["detail_high"]) == (85, 1)
     main(["--host", "0.0.0.0", "--prune", "dart:64", "--detail-low", "0.25"])
-    assert begun["argv"][1:] == ["--host", "0.0.0.0"]
+    assert begun["argv"][1:] == ["--host", "0.0.0.0", "--port", "8080"]
     current = begun["settings"].current()
     assert (current["keep_ratio"], current["visual_tokens"]) == (None, 64)
     assert current["detail_low"] == 0.25
@@ -479,8 +491,8 @@ def test_the_command_passes_flags_on(qwen, begun, capsys):
         (["--keep-ratio", "2"], "keep ratio 2 is outside (0, 1]"),
         (["--detail-low", "0"], "keep ratio 0 is outside (0, 1]"),
         (["--detail-high", "2.5"], "cannot keep 2.5 visual tokens"),
-        (["--prune", "norm:0.5+dart:0.5"], "--prune is one METHOD:BUDGET"),
-        (["--prune", "norm:0.5", "--keep-ratio", "0.5"], "leave out other places"),
+        (["--prune", "norm:0.5+dart:0.5"], "expected one METHOD:BUDGET"),
+        (["--prune", "norm:0.5", "--keep-ratio", "0.5"], "leave out --method"),
         (["--model", "nowhere"], "nowhere does not exist"),
         (["--model", "MODEL", "--method", "trimvla"], "needs queries"),
         (["--model", "MODEL", "--method", "fastv"], "pruning is at 'prompt'"),

@@ -10,8 +10,7 @@ from ..cli import (
     add_prune,
     add_seed,
     command,
-    read_options,
-    read_plans,
+    plan_of,
 )
 from ..errors import InputError, note
 from ..files import read_json
@@ -35,6 +34,7 @@ def build_parser() -> Parser:
     add("--model", dest="checkpoint", metavar="MODEL", help=help_)
     help_ = "address to listen on (default: 127.0.0.1, this machine alone)"
     add("--host", default="127.0.0.1", help=help_)
+    add("--port", default="8080", metavar="N", help="port (default: 8080)")
     group = parser.add_argument_group("pruning (methods: mlx_tokprune methods)")
     add = group.add_argument
     add_prune(group, "method and default budget, such as norm:0.5")
@@ -75,24 +75,20 @@ def main(argv: list[str] | None = None) -> None:
 
     values = ", ".join(f"{n} {v}" for n, v in settings.current().items() if v)
     note(f"budgets of {pruner.method!r}: {values}; see /v1/settings")
-    sys.argv = ["mlx_tokprune.serve", "--host", args.host, *rest]
+    address = ["--host", args.host, "--port", args.port]
+    sys.argv = ["mlx_tokprune.serve", *address, *rest]
     serve()
 
 
 def _pruner(args: argparse.Namespace) -> Pruner:
     """Return the pruner of the flags, whose budget is the default of requests."""
-    options = read_options(args.option)
-    short = (args.method, args.keep_ratio, args.keep_tokens)
     if not args.prune:
-        budget = short[1:]
-        method = args.method or DEFAULT_METHOD
-        return Pruner(method, *budget, seed=args.seed, options=options)
-    pruner, *others = read_plans(args.prune, options, args.seed)
-    if others or short != (None, None, None):
-        raise InputError(
-            "--prune is one METHOD:BUDGET in the server; leave out other places, "
-            "--method, --keep-ratio and --keep-tokens"
-        )
+        args.method = args.method or DEFAULT_METHOD
+        if args.keep_ratio is None and args.keep_tokens is None:
+            args.keep_ratio = 1.0
+    pruner, *others = [*(plan_of(args, DEFAULT_METHOD) or ())]
+    if others:
+        raise InputError("the server prunes at one place; expected one METHOD:BUDGET")
     return pruner
 
 

@@ -5,13 +5,11 @@ reads them, and their budget travels in a context variable to the thread that pr
 the prompt; usage, settings and metrics get their fields on the way back.
 """
 
-import functools
 import inspect
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ..errors import InputError, printable
@@ -20,9 +18,6 @@ from .budgets import REQUEST, PromptRequest, with_budget
 from .mlx_vlm import attach
 from .server_settings import HELP, Settings, details_of
 
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 _ANSWERS = ("/chat/completions", "/responses", "/messages")
 _PATHS = (*_ANSWERS, "/responses/input_tokens", "/responses/compact")
 _PATHS += ("/messages/count_tokens",)
@@ -30,219 +25,156 @@ _USAGE = re.compile(rb'"usage":\s*\{')
 _OPENING = re.compile(rb"event: response\.(created|in_progress)\n")
 _REMEMBERED = 1024  # responses whose pictures a later request goes on from
 _ALL = 1 << 31  # tokens; a budget that keeps all, of a pruner that could prune
+_METRIC = """\
+# HELP mlx_tokprune_visual_tokens_{0}_total Visual tokens of answered prompts: {0}.
+# TYPE mlx_tokprune_visual_tokens_{0}_total counter
+mlx_tokprune_visual_tokens_{0}_total {1}
+"""
 
 
 class VisualBudgets:
-    """ASGI layer that gives each request its budget, and reports what was kept."""
+    """Layer that gives each request its budget, and reports what was kept.
 
-    def __init__(self, app: Callable, settings: Settings):
-        self.app, self.settings = app, settings
-        self.total = self.keep = 0
-        self.details: OrderedDict[str, list[str]] = OrderedDict()
+    Requests and replies are Starlette's.
+    """
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        path, method = str(scope.get("path")).removeprefix("/v1"), scope.get("method")
-        call: Callable = self.app
-        if method == "POST" and path in _PATHS:
-            call = functools.partial(self._answer, path)
-        elif path == "/settings" and method in ("GET", "PATCH"):
-            call = self._change
-        elif path == "/metrics" and method == "GET":
-            call = self._report
-        await call(scope, receive, send)
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._counts = {"seen": 0, "kept": 0, "dropped": 0}
+        self._details: OrderedDict[str, list[str]] = OrderedDict()
 
-    async def _answer(
-        self, path: str, scope: Message, receive: Receive, send: Send
-    ) -> None:
-        """Answer a request that has a prompt, under its budget."""
-        content = await _read(receive)
+    async def dispatch(self, request: Any, go_on: Callable) -> Any:
+        """Return the reply to a request; `go_on` returns mlx-vlm's."""
+        path = request.url.path.removeprefix("/v1")
+        if request.method == "POST" and path in _PATHS:
+            return await self._answer(request, go_on, path)
+        if path == "/settings":
+            await request.body()  # kept for `_change` too
+        reply = await go_on(request)
+        if reply.status_code != 200 or path not in ("/settings", "/metrics"):
+            return reply
+        if path == "/metrics":
+            return await self._report(request, reply)
+        return await self._change(request, reply)
+
+    async def _answer(self, request: Any, go_on: Callable, path: str) -> Any:
+        """Return the reply to a request that has a prompt, under its budget.
+
+        It begins once the prompt was prepared: one that could not be prepared is then
+        an error of status 400, in a stream too.
+        """
         try:
-            body = json.loads(content)
+            body = await request.json()
             if not isinstance(body, dict):
                 raise ValueError
             previous = str(body.get("previous_response_id"))
-            details = [*self.details.get(previous, []), *details_of(body)]
-            request = PromptRequest(self.settings.budgets(body, details))
+            details = [*self._details.get(previous, []), *details_of(body)]
+            prompt = PromptRequest(self._settings.budgets(body, details))
         except InputError as error:
-            return await _refuse(send, path, str(error))
+            return _refusal(path, str(error))
         except (ValueError, RecursionError):
-            reason = "the body of the request is no JSON; expected an object"
-            return await _refuse(send, path, reason)
-        REQUEST.set(request)
-        reply = _Reply(self, send, path, request, details)
-        await self.app(scope, _replay(content, receive), reply.send)
+            sentence = "the body of the request is no JSON; expected an object"
+            return _refusal(path, sentence)
+        REQUEST.set(prompt)
+        reply = await go_on(request)
+        chunks, start = reply.body_iterator, b""
+        stream = reply.headers.get("content-type", "").startswith("text/event-stream")
+        async for chunk in chunks:
+            start += chunk
+            if stream and not all(map(_OPENING.match, start.split(b"\n\n")[:-1])):
+                break
+        if prompt.error and (stream or reply.status_code >= 500):
+            return _refusal(path, prompt.error)
+        if reply.status_code != 200 or path not in _ANSWERS:
+            return _with_content(reply, start)
+        self._counts["seen"] += prompt.total
+        self._counts["kept"] += prompt.keep
+        self._counts["dropped"] += prompt.total - prompt.keep
+        counts = {"visual_tokens": prompt.total, "visual_tokens_kept": prompt.keep}
+        for name, count in counts.items():
+            reply.headers[f"x-{name.replace('_', '-')}"] = str(count)
+        if not stream:
+            return _with_content(reply, self._annotated(start, counts, details))
+        reply.body_iterator = self._events(start, chunks, counts, details)
+        return reply
 
-    async def _change(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Show or change mlx-vlm's settings together with ours."""
-        content, changes, replace = await _read(receive), {}, False
-        try:
-            body = json.loads(content)
-            values = body.get("values") if {"op", "values"} & {*body} else body
-            changes = {name: values.pop(name) for name in HELP if name in values}
-            replace, content = body.get("op") == "replace", json.dumps(body).encode()
-        except (ValueError, TypeError, AttributeError):
-            pass  # mlx-vlm refuses it
-        start, payload = await self._call(scope, _replay(content, receive))
-        if "applied" in payload:
-            applied, rejected = self.settings.change(changes, replace)
-            payload["applied"] |= applied
-            payload["rejected"] += rejected
-        if "schema" in payload:
-            payload["schema"] += self.settings.schema()
-        if "current" in payload:
-            payload["current"] |= self.settings.current()
-        await _send(send, start, json.dumps(payload).encode())
+    async def _events(
+        self, start: bytes, chunks: AsyncIterator[bytes], *fields: Any
+    ) -> AsyncIterator[bytes]:
+        """Yield the events of a stream that has begun with `start`."""
+        held: bytes | None = start
+        rest = b""
+        while held is not None:
+            *events, rest = (rest + held).split(b"\n\n")
+            for event in events:
+                yield self._annotated(event, *fields) + b"\n\n"
+            held = await anext(chunks, None)
+        yield rest
 
-    async def _report(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Add the counters to mlx-vlm's metrics; Prometheus gets them as text."""
-        start, payload = await self._call(scope, receive)
-        counts = {"seen": self.total, "kept": self.keep}
-        counts["dropped"] = self.total - self.keep
-        content = json.dumps(payload | {"visual_tokens": counts}).encode()
-        accepted = dict(scope["headers"]).get(b"accept", b"")
-        if start["status"] != 200:
-            content = json.dumps(payload).encode()
-        elif b"text/plain" in accepted or b"openmetrics" in accepted:
-            name = "mlx_tokprune_visual_tokens_{}_total"
-            lines = (
-                f"# HELP {name} Visual tokens of answered prompts: {{}}.\n"
-                f"# TYPE {name} counter\n{name} {count}\n".format(*[kind] * 4)
-                for kind, count in counts.items()
-            )
-            content = "".join(lines).encode()
-            start["headers"] = [(b"content-type", b"text/plain; version=0.0.4")]
-        await _send(send, start, content)
-
-    async def _call(self, scope: Message, receive: Receive) -> tuple[Message, dict]:
-        """Return the start of mlx-vlm's answer, and its JSON."""
-        messages: list[Message] = []
-
-        async def collect(message: Message) -> None:
-            messages.append(message)
-
-        await self.app(scope, receive, collect)
-        start, *parts = messages
-        return start, json.loads(b"".join(part.get("body", b"") for part in parts))
-
-
-@dataclass
-class _Reply:
-    """Answer of mlx-vlm on its way back, to which the counts are added.
-
-    It begins once the prompt was prepared: one that could not be prepared is then an
-    error of status 400, in a stream too.
-    """
-
-    layer: VisualBudgets
-    target: Send
-    path: str
-    request: PromptRequest
-    details: list[str]
-    start: Message | None = None
-    held: bytes = b""
-    state: str = "waiting"
-
-    async def send(self, message: Message) -> None:
-        """Pass on one message of mlx-vlm's answer."""
-        if message["type"] == "http.response.start":
-            self.start = message
-            return
-        if self.state == "refused" or self.start is None:
-            return
-        self.held += message.get("body", b"")
-        last = not message.get("more_body", False)
-        kind, status = dict(self.start["headers"]), self.start["status"]
-        stream = kind.get(b"content-type", b"").startswith(b"text/event-stream")
-        events = self.held.split(b"\n\n") if stream else [self.held]
-        if self.state == "waiting":
-            if not last and all(map(_OPENING.match, filter(None, events[:-1]))):
-                return
-            if self.request.error is not None and (stream or status >= 500):
-                self.state = "refused"
-                return await _refuse(self.target, self.path, self.request.error)
-        content = b"".join(self._annotated(e) + b"\n\n" for e in events[:-1])
-        content += self._annotated(events[-1]) if last else b""
-        self.held = b"" if last else events[-1]
-        if self.state == "waiting":
-            self.state = "begun"
-            self._begin(None if stream else len(content))
-            await self.target(self.start)
-        body = {"type": "http.response.body", "body": content, "more_body": not last}
-        await self.target(body)
-
-    def _begin(self, length: int | None) -> None:
-        """Count the visual tokens, and write them into the headers."""
-        headers = [h for h in self.start["headers"] if h[0] != b"content-length"]
-        headers += [] if length is None else [(b"content-length", b"%d" % length)]
-        if self.start["status"] == 200 and self.path in _ANSWERS:
-            self.layer.total += self.request.total
-            self.layer.keep += self.request.keep
-            for name, count in self._counts().items():
-                key = b"x-" + name.replace("_", "-").encode()
-                headers.append((key, b"%d" % count))
-        self.start["headers"] = headers
-
-    def _counts(self) -> dict[str, int]:
-        request = self.request
-        return {"visual_tokens": request.total, "visual_tokens_kept": request.keep}
-
-    def _annotated(self, event: bytes) -> bytes:
+    def _annotated(self, event: bytes, counts: dict, details: list[str]) -> bytes:
         """Return JSON, or an event of a stream, with the counts in its usage."""
-        if not _USAGE.search(event) or self.path not in _ANSWERS:
+        if not _USAGE.search(event):
             return event
         before, text = event[: event.index(b"{")], event[event.index(b"{") :]
         payload = json.loads(text)
         holder = payload.get("response") or payload.get("message") or payload
-        usage = holder["usage"]
+        usage = holder.get("usage")
+        if not isinstance(usage, dict):
+            return event
         names = ("prompt_tokens_details", "input_tokens_details")
-        next((usage[n] for n in names if n in usage), usage).update(self._counts())
+        next((usage[name] for name in names if name in usage), usage).update(counts)
         if holder.get("object") == "response":
-            self.layer.details[holder["id"]] = self.details
-            while len(self.layer.details) > _REMEMBERED:
-                self.layer.details.popitem(last=False)
+            self._details[holder["id"]] = details
+            while len(self._details) > _REMEMBERED:
+                self._details.popitem(last=False)
         return before + json.dumps(payload, ensure_ascii=False).encode()
 
+    async def _change(self, request: Any, reply: Any) -> Any:
+        """Return mlx-vlm's settings together with ours, which a PATCH changes."""
+        payload = json.loads(await _content(reply))
+        if request.method == "PATCH":
+            body = await request.json()
+            values = body["values"] if "values" in body else body
+            replace = body.get("op") == "replace"
+            applied, rejected = self._settings.change(values, replace)
+            others = [row for row in payload["rejected"] if row["name"] not in HELP]
+            payload["applied"] |= applied
+            payload["rejected"] = others + rejected
+        else:
+            payload["schema"] += self._settings.schema()
+        payload["current"] |= self._settings.current()
+        return _with_content(reply, json.dumps(payload).encode())
 
-# Messages of ASGI -------------------------------------------------------------------
+    async def _report(self, request: Any, reply: Any) -> Any:
+        """Return mlx-vlm's metrics with our counters; for Prometheus these, as text."""
+        payload = json.loads(await _content(reply))
+        content = json.dumps(payload | {"visual_tokens": self._counts})
+        if re.search("text/plain|openmetrics", request.headers.get("accept", "")):
+            content = "".join(_METRIC.format(*pair) for pair in self._counts.items())
+            reply.headers["content-type"] = "text/plain; version=0.0.4"
+        return _with_content(reply, content.encode())
 
 
-async def _read(receive: Receive) -> bytes:
-    """Return the body of a request, as much as a client sent before it went away."""
-    content, more = b"", True
-    while more:
-        message = await receive()
-        content += message.get("body", b"")
-        more = message.get("more_body", False)
-    return content
+async def _content(reply: Any) -> bytes:
+    return b"".join([chunk async for chunk in reply.body_iterator])
 
 
-def _replay(content: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that has the body whole, and then what follows it."""
-    messages = [{"type": "http.request", "body": content, "more_body": False}]
+def _with_content(reply: Any, content: bytes) -> Any:
+    """Return a whole reply with the status and headers of another."""
+    from starlette.responses import Response
 
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
+    reply.headers["content-length"] = str(len(content))
+    return Response(content, reply.status_code, dict(reply.headers))
 
 
-async def _refuse(send: Send, path: str, reason: str) -> None:
-    """Send status 400 with one sentence, in the form of the API of `path`."""
-    error = {"type": "invalid_request_error", "message": printable(reason)}
+def _refusal(path: str, sentence: str) -> Any:
+    """Return status 400 with one sentence, in the form of the API of `path`."""
+    from starlette.responses import JSONResponse
+
+    error = {"type": "invalid_request_error", "message": printable(sentence)}
     payload: dict[str, Any] = {"detail": error["message"]}
     payload = {"type": "error"} if path.startswith("/messages") else payload
-    headers = [(b"content-type", b"application/json")]
-    start = {"type": "http.response.start", "status": 400, "headers": headers}
-    await _send(send, start, json.dumps(payload | {"error": error}).encode())
-
-
-async def _send(send: Send, start: Message, content: bytes) -> None:
-    """Send a whole answer, of the length of `content`."""
-    headers = [h for h in start["headers"] if h[0] != b"content-length"]
-    start["headers"] = [*headers, (b"content-length", b"%d" % len(content))]
-    await send(start)
-    await send({"type": "http.response.body", "body": content})
+    return JSONResponse(payload | {"error": error}, 400)
 
 
 # mlx-vlm ----------------------------------------------------------------------------
@@ -256,6 +188,7 @@ def install(settings: Settings) -> None:
     from fastapi import HTTPException
     from mlx_vlm.server import app, generation
     from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
 
     _check_seams(app, generation)
     pruner, load = attached(settings.pruner), generation.load_model_resources
@@ -286,7 +219,8 @@ def install(settings: Settings) -> None:
     generation.load_model_resources = load_and_attach
     generation.ResponseGenerator._cpu_preprocess = cpu_preprocess
     # Innermost: mlx-vlm's own layers add their headers to refusals too.
-    app.user_middleware.append(Middleware(VisualBudgets, settings=settings))
+    dispatch = VisualBudgets(settings).dispatch
+    app.user_middleware.append(Middleware(BaseHTTPMiddleware, dispatch=dispatch))
 
 
 def attached(pruner: Pruner) -> Pruner:

@@ -1,6 +1,5 @@
 """Budgets of a server: its live settings, and what the body of a request asks for."""
 
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,8 +7,12 @@ from ..errors import InputError
 from ..pruners import Pruner
 from .budgets import Budget, with_budget
 
-LOW, HIGH = 85, 1  # OpenAI's low detail is as many tokens; all tokens
-_DETAILS = ("low", "high", "auto")
+LOW, HIGH = 85, 1  # as many tokens as OpenAI's low detail; all tokens
+_NAMES = {  # settings of each detail
+    "low": ("detail_low",),
+    "high": ("detail_high",),
+    "auto": ("keep_ratio", "visual_tokens"),
+}
 HELP = {
     "keep_ratio": "Share of a prompt's visual tokens to keep, in (0, 1].",
     "visual_tokens": "Visual tokens of a prompt to keep, in place of keep_ratio.",
@@ -18,16 +21,17 @@ HELP = {
 }
 
 
-def read_budget(pruner: Pruner, number: Any) -> Budget:
+def read_budget(pruner: Pruner, number: Any) -> Any:
     """Return the budget of a number: up to 1 a keep ratio, above it a count.
 
     Raises `InputError` for anything that is neither.
     """
-    whole = isinstance(number, float) and number.is_integer()
     real = isinstance(number, (int, float)) and not isinstance(number, bool)
-    budget: Any = (None, int(number) if whole else number)
-    if not real or number <= 1 or number != number:
-        budget = (number, None)
+    count = real and number > 1
+    whole = count and number == number // 1  # 85.0, as command lines have it
+    budget: Any = (number, None)
+    if count:
+        budget = (None, int(number) if whole else number)
     with_budget(pruner, budget)
     return budget
 
@@ -40,12 +44,10 @@ class Settings:
     """
 
     def __init__(self, pruner: Pruner, low: float = LOW, high: float = HIGH):
-        self.pruner, self._lock = pruner, threading.Lock()
-        ratio, tokens = pruner.keep_ratio, pruner.keep_tokens
-        ratio = 1.0 if ratio is None and tokens is None else ratio
-        details = {"detail_low": read_budget(pruner, low)}
-        details |= {"detail_high": read_budget(pruner, high)}
-        self._start = {"default": (ratio, tokens)} | details
+        self.pruner = pruner
+        budget = self._read([pruner.keep_ratio, pruner.keep_tokens])
+        details = {"low": read_budget(pruner, low), "high": read_budget(pruner, high)}
+        self._start: dict[str, Budget] = {"auto": budget} | details
         self._budgets = self._start
 
     def current(self) -> dict[str, float | None]:
@@ -57,8 +59,7 @@ class Settings:
         row = {"type": "float_or_none", "reload_kinds": [], "allowed": None}
         default = _values(self._start)
         return [
-            {"name": name, "help": help_, "default": default[name], **row}
-            for name, help_ in HELP.items()
+            {"name": n, "help": HELP[n], "default": default[n], **row} for n in HELP
         ]
 
     def change(
@@ -69,27 +70,26 @@ class Settings:
         replace: return all others to the values that the server was started with.
         """
         applied, rejected = {}, []
-        pair = {n: values[n] for n in ("keep_ratio", "visual_tokens") if n in values}
-        with self._lock:
-            budgets = dict(self._start if replace else self._budgets)
-            for name in ("default", "detail_low", "detail_high"):
-                names = pair if name == "default" else {name} & values.keys()
-                if not names:
-                    continue
-                try:
-                    if name == "default":
-                        budget = (pair.get("keep_ratio"), pair.get("visual_tokens"))
-                        budget = (1.0, None) if budget == (None, None) else budget
-                        with_budget(self.pruner, budget)
-                    else:
-                        budget = read_budget(self.pruner, values[name])
-                except InputError as error:
-                    rejected += [{"name": n, "reason": str(error)} for n in names]
-                    continue
-                budgets[name] = budget
-                applied |= {n: values[n] for n in names}
-            self._budgets = budgets
+        budgets = dict(self._start if replace else self._budgets)
+        for detail, names in _NAMES.items():
+            changes = {name: values[name] for name in names if name in values}
+            try:
+                if changes:
+                    budgets[detail] = self._read([changes.get(name) for name in names])
+                applied |= changes
+            except InputError as error:
+                rejected += [{"name": name, "reason": str(error)} for name in changes]
+        self._budgets = budgets
         return applied, rejected
+
+    def _read(self, values: list[Any]) -> Budget:
+        """Return the budget of a setting, or of `keep_ratio` and `visual_tokens`."""
+        if all(value is None for value in values):
+            return (1.0, None)
+        if len(values) == 1:
+            return read_budget(self.pruner, values[0])
+        with_budget(self.pruner, budget := (values[0], values[1]))
+        return budget
 
     def budgets(self, body: Mapping[str, Any], details: list[str]) -> tuple:
         """Return the budgets of a request: one, or one for each picture.
@@ -97,31 +97,25 @@ class Settings:
         body: the request's JSON. details: those of its pictures. Raises `InputError`
         for budgets that are out of range or exclude each other.
         """
-        budgets = self._budgets
-        pair = (body.get("keep_ratio"), body.get("visual_tokens"))
+        values = [body.get(name) for name in _NAMES["auto"]]
         levels = [detail for detail in details if detail != "auto"]
-        if pair == (None, None):
-            by_detail = {"auto": budgets["default"]}
-            by_detail |= {name: budgets[f"detail_{name}"] for name in ("low", "high")}
-            return tuple(by_detail[d] for d in details if levels) or (
-                by_detail["auto"],
-            )
+        if values == [None, None]:
+            return tuple(self._budgets[d] for d in (details if levels else ["auto"]))
         if levels:
-            name = "visual_tokens" if pair[0] is None else "keep_ratio"
+            name = _NAMES["auto"][values[0] is None]
             raise InputError(
                 f"{name} and detail {levels[0]!r} both set a budget; expected one"
             )
-        with_budget(self.pruner, pair)
-        return (pair,)
+        return (self._read(values),)
 
 
 def _values(budgets: Mapping[str, Budget]) -> dict[str, float | None]:
     """Return budgets as the values of the settings, by name."""
-    ratio, tokens = budgets["default"]
+    ratio, tokens = budgets["auto"]
     values: dict[str, float | None] = {"keep_ratio": ratio, "visual_tokens": tokens}
-    for name in ("detail_low", "detail_high"):
-        ratio, tokens = budgets[name]
-        values[name] = tokens if ratio is None else ratio
+    for detail in ("low", "high"):
+        ratio, tokens = budgets[detail]
+        values[f"detail_{detail}"] = tokens if ratio is None else ratio
     return values
 
 
@@ -139,9 +133,8 @@ def details_of(body: Mapping[str, Any]) -> Iterator[str]:
             continue
         parts = entry.get("content") or entry.get("output")
         for part in parts if isinstance(parts, list) else ():
-            if isinstance(part, dict) and part.get("type") in (
-                *("image_url", "input_image", "image"),
-            ):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in ("image_url", "input_image"):
                 yield _detail(part)
 
 
@@ -150,7 +143,7 @@ def _detail(part: Mapping[str, Any]) -> str:
     inner = part.get("image_url")
     detail = inner.get("detail") if isinstance(inner, dict) else None
     detail = part.get("detail") if detail is None else detail
-    if detail is not None and detail not in _DETAILS:
+    if detail is not None and detail not in [*_NAMES]:
         raise InputError(
             f"detail {detail!r:.40} is none of a picture's; expected low, high or auto"
         )
