@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import http.client
 import json
 import threading
@@ -58,6 +59,7 @@ def served(pruner, model: str, **details):
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
+    gc.freeze()  # mlx-vlm collects garbage behind each answer
     try:
         while not server.started:
             assert thread.is_alive()
@@ -67,6 +69,7 @@ def served(pruner, model: str, **details):
     finally:
         server.should_exit = True
         thread.join()
+        gc.unfreeze()
         unload_model_sync()
         _set_hooks(*before)
 
