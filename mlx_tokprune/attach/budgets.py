@@ -8,6 +8,7 @@ from ..errors import InputError
 from ..pruners import Pruner
 
 Budget = tuple[float | None, int | None]  # keep ratio, or number of tokens
+KEEP_ALL: Budget = (None, 1 << 31)  # of a pruner that could prune, unlike (1.0, None)
 Group = tuple[int, tuple[int, int] | None, Pruner]  # tokens, their grid, their budget
 
 

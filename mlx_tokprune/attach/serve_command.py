@@ -1,4 +1,4 @@
-"""Serve a model by mlx-vlm's server, with a pruning budget for each request."""
+"""Serve a model in mlx-vlm, each request with a pruning budget."""
 
 import argparse
 import sys
@@ -15,8 +15,9 @@ from ..cli import (
 from ..errors import InputError, note
 from ..files import read_json
 from ..pruners import DEFAULT_METHOD, Pruner
+from .budgets import KEEP_ALL, with_budget
 from .mlx_vlm import check_known, import_mlx_vlm
-from .server import attached, install
+from .server import install
 from .server_settings import HIGH, LOW, Settings
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         from mlx_vlm.utils import get_model_type
 
         config = read_json(resolve(args.checkpoint) / "config.json")
-        check_known(str(get_model_type(config)), attached(pruner))
+        check_known(str(get_model_type(config)), with_budget(pruner, KEEP_ALL))
         rest = ["--model", args.checkpoint, *rest]
     install(settings)
     from mlx_vlm.server.cli import main as serve

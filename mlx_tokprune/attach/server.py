@@ -8,13 +8,11 @@ the prompt; usage, settings and metrics get their fields on the way back.
 import inspect
 import json
 import re
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ..errors import InputError, printable
-from ..pruners import Pruner
-from .budgets import REQUEST, PromptRequest, with_budget
+from .budgets import KEEP_ALL, REQUEST, PromptRequest, with_budget
 from .mlx_vlm import attach
 from .server_settings import HELP, Settings, details_of
 
@@ -24,7 +22,6 @@ _PATHS += ("/messages/count_tokens",)
 _USAGE = re.compile(rb'"usage":\s*\{')
 _OPENING = re.compile(rb"event: response\.(created|in_progress)\n")
 _REMEMBERED = 1024  # responses whose pictures a later request goes on from
-_ALL = 1 << 31  # tokens; a budget that keeps all, of a pruner that could prune
 _METRIC = """\
 # HELP mlx_tokprune_visual_tokens_{0}_total Visual tokens of answered prompts: {0}.
 # TYPE mlx_tokprune_visual_tokens_{0}_total counter
@@ -41,7 +38,7 @@ class VisualBudgets:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._counts = {"seen": 0, "kept": 0, "dropped": 0}
-        self._details: OrderedDict[str, list[str]] = OrderedDict()
+        self._details: dict[str, list[str]] = {}
 
     async def dispatch(self, request: Any, go_on: Callable) -> Any:
         """Return the reply to a request; `go_on` returns mlx-vlm's."""
@@ -51,11 +48,8 @@ class VisualBudgets:
         if path == "/settings":
             await request.body()  # kept for `_change` too
         reply = await go_on(request)
-        if reply.status_code != 200 or path not in ("/settings", "/metrics"):
-            return reply
-        if path == "/metrics":
-            return await self._report(request, reply)
-        return await self._change(request, reply)
+        add = {"/settings": self._change, "/metrics": self._report}.get(path)
+        return await add(request, reply) if add and reply.status_code == 200 else reply
 
     async def _answer(self, request: Any, go_on: Callable, path: str) -> Any:
         """Return the reply to a request that has a prompt, under its budget.
@@ -102,14 +96,13 @@ class VisualBudgets:
         self, start: bytes, chunks: AsyncIterator[bytes], *fields: Any
     ) -> AsyncIterator[bytes]:
         """Yield the events of a stream that has begun with `start`."""
-        held: bytes | None = start
-        rest = b""
-        while held is not None:
-            *events, rest = (rest + held).split(b"\n\n")
+        chunk: bytes | None = b""
+        while chunk is not None:
+            *events, start = (start + chunk).split(b"\n\n")
             for event in events:
                 yield self._annotated(event, *fields) + b"\n\n"
-            held = await anext(chunks, None)
-        yield rest
+            chunk = await anext(chunks, None)
+        yield start
 
     def _annotated(self, event: bytes, counts: dict, details: list[str]) -> bytes:
         """Return JSON, or an event of a stream, with the counts in its usage."""
@@ -126,7 +119,7 @@ class VisualBudgets:
         if holder.get("object") == "response":
             self._details[holder["id"]] = details
             while len(self._details) > _REMEMBERED:
-                self._details.popitem(last=False)
+                del self._details[next(iter(self._details))]
         return before + json.dumps(payload, ensure_ascii=False).encode()
 
     async def _change(self, request: Any, reply: Any) -> Any:
@@ -172,9 +165,10 @@ def _refusal(path: str, sentence: str) -> Any:
     from starlette.responses import JSONResponse
 
     error = {"type": "invalid_request_error", "message": printable(sentence)}
-    payload: dict[str, Any] = {"detail": error["message"]}
-    payload = {"type": "error"} if path.startswith("/messages") else payload
-    return JSONResponse(payload | {"error": error}, 400)
+    payload = {"detail": error["message"], "error": error}
+    if path.startswith("/messages"):
+        payload = {"type": "error", "error": error}
+    return JSONResponse(payload, 400)
 
 
 # mlx-vlm ----------------------------------------------------------------------------
@@ -191,7 +185,8 @@ def install(settings: Settings) -> None:
     from starlette.middleware.base import BaseHTTPMiddleware
 
     _check_seams(app, generation)
-    pruner, load = attached(settings.pruner), generation.load_model_resources
+    pruner = with_budget(settings.pruner, KEEP_ALL)  # outside of requests
+    load = generation.load_model_resources
     prepare = generation.ResponseGenerator._cpu_preprocess
 
     def load_and_attach(model_path: str, adapter_path: str | None) -> tuple:
@@ -206,26 +201,19 @@ def install(settings: Settings) -> None:
         request = REQUEST.get()
         if request is None:  # another version may prepare prompts elsewhere
             raise InputError("a prompt was prepared outside of its request")
-        try:
-            inputs = prepare(self, *args, **named)
-        except MemoryError:
-            raise
-        except Exception as error:  # a picture or a prompt that cannot be read
-            request.error = " ".join(str(error).split()) or type(error).__name__
-            raise
         request.error = None
-        return inputs
+        try:
+            return prepare(self, *args, **named)
+        except Exception as error:  # a picture or a prompt that cannot be read
+            if not isinstance(error, MemoryError):
+                request.error = " ".join(str(error).split()) or type(error).__name__
+            raise
 
     generation.load_model_resources = load_and_attach
     generation.ResponseGenerator._cpu_preprocess = cpu_preprocess
     # Innermost: mlx-vlm's own layers add their headers to refusals too.
     dispatch = VisualBudgets(settings).dispatch
     app.user_middleware.append(Middleware(BaseHTTPMiddleware, dispatch=dispatch))
-
-
-def attached(pruner: Pruner) -> Pruner:
-    """Return the pruner to attach, which keeps all tokens outside of requests."""
-    return with_budget(pruner, (None, _ALL))
 
 
 def _check_seams(app: Any, generation: Any) -> None:

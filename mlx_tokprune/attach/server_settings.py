@@ -26,12 +26,9 @@ def read_budget(pruner: Pruner, number: Any) -> Any:
 
     Raises `InputError` for anything that is neither.
     """
-    real = isinstance(number, (int, float)) and not isinstance(number, bool)
-    count = real and number > 1
+    count = isinstance(number, (int, float)) and number > 1
     whole = count and number == number // 1  # 85.0, as command lines have it
-    budget: Any = (number, None)
-    if count:
-        budget = (None, int(number) if whole else number)
+    budget: Any = (None, int(number) if whole else number) if count else (number, None)
     with_budget(pruner, budget)
     return budget
 
@@ -112,11 +109,9 @@ class Settings:
 def _values(budgets: Mapping[str, Budget]) -> dict[str, float | None]:
     """Return budgets as the values of the settings, by name."""
     ratio, tokens = budgets["auto"]
-    values: dict[str, float | None] = {"keep_ratio": ratio, "visual_tokens": tokens}
-    for detail in ("low", "high"):
-        ratio, tokens = budgets[detail]
-        values[f"detail_{detail}"] = tokens if ratio is None else ratio
-    return values
+    details = {f"detail_{name}": budgets[name] for name in ("low", "high")}
+    values = {name: budget[1] or budget[0] for name, budget in details.items()}
+    return {"keep_ratio": ratio, "visual_tokens": tokens, **values}
 
 
 def details_of(body: Mapping[str, Any]) -> Iterator[str]:
@@ -134,17 +129,14 @@ def details_of(body: Mapping[str, Any]) -> Iterator[str]:
         parts = entry.get("content") or entry.get("output")
         for part in parts if isinstance(parts, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image_url", "input_image"):
-                yield _detail(part)
-
-
-def _detail(part: Mapping[str, Any]) -> str:
-    """Return `detail` of a picture, in its part or in `image_url`, as OpenAI has it."""
-    inner = part.get("image_url")
-    detail = inner.get("detail") if isinstance(inner, dict) else None
-    detail = part.get("detail") if detail is None else detail
-    if detail is not None and detail not in [*_NAMES]:
-        raise InputError(
-            f"detail {detail!r:.40} is none of a picture's; expected low, high or auto"
-        )
-    return detail or "auto"
+            if kind not in ("image_url", "input_image"):
+                continue
+            inner = part.get("image_url")  # OpenAI's chat completions have it here
+            place = inner if isinstance(inner, dict) else part
+            detail = place.get("detail") or "auto"
+            if detail not in [*_NAMES]:
+                raise InputError(
+                    f"detail {detail!r:.40} is none of a picture's; expected low, high "
+                    "or auto"
+                )
+            yield detail
