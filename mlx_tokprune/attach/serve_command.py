@@ -24,7 +24,7 @@ from .server_settings import HIGH, LOW, Settings
 def build_parser() -> Parser:
     """Return the parser of `mlx_tokprune serve`."""
     parser = Parser(
-        prog="mlx_tokprune.serve",
+        prog="mlx_tokprune serve",
         allow_abbrev=False,
         description=f"{__doc__}\nOther flags go to mlx_vlm.server.",
         example="mlx_tokprune serve --model Qwen2.5-VL-3B-Instruct-4bit \\\n"
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     values = ", ".join(f"{n} {v}" for n, v in settings.current().items() if v)
     note(f"budgets of {pruner.method!r}: {values}; see /v1/settings")
     address = ["--host", args.host, "--port", args.port]
-    sys.argv = ["mlx_tokprune.serve", *address, *rest]
+    sys.argv = ["mlx_tokprune serve", *address, *rest]
     serve()
 
 
@@ -91,7 +91,3 @@ def _pruner(args: argparse.Namespace) -> Pruner:
     if others:
         raise InputError("the server prunes at one place; expected one METHOD:BUDGET")
     return pruner
-
-
-if __name__ == "__main__":
-    main()

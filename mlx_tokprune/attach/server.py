@@ -49,7 +49,10 @@ class VisualBudgets:
             await request.body()  # kept for `_change` too
         reply = await go_on(request)
         add = {"/settings": self._change, "/metrics": self._report}.get(path)
-        return await add(request, reply) if add and reply.status_code == 200 else reply
+        if add is None or reply.status_code != 200:
+            return reply
+        content = b"".join([chunk async for chunk in reply.body_iterator])
+        return _with_content(reply, await add(request, reply, json.loads(content)))
 
     async def _answer(self, request: Any, go_on: Callable, path: str) -> Any:
         """Return the reply to a request that has a prompt, under its budget.
@@ -122,9 +125,8 @@ class VisualBudgets:
                 del self._details[next(iter(self._details))]
         return before + json.dumps(payload, ensure_ascii=False).encode()
 
-    async def _change(self, request: Any, reply: Any) -> Any:
+    async def _change(self, request: Any, _: Any, payload: dict) -> bytes:
         """Return mlx-vlm's settings together with ours, which a PATCH changes."""
-        payload = json.loads(await _content(reply))
         if request.method == "PATCH":
             body = await request.json()
             values = body["values"] if "values" in body else body
@@ -136,20 +138,15 @@ class VisualBudgets:
         else:
             payload["schema"] += self._settings.schema()
         payload["current"] |= self._settings.current()
-        return _with_content(reply, json.dumps(payload).encode())
+        return json.dumps(payload).encode()
 
-    async def _report(self, request: Any, reply: Any) -> Any:
+    async def _report(self, request: Any, reply: Any, payload: dict) -> bytes:
         """Return mlx-vlm's metrics with our counters; for Prometheus these, as text."""
-        payload = json.loads(await _content(reply))
         content = json.dumps(payload | {"visual_tokens": self._counts})
         if re.search("text/plain|openmetrics", request.headers.get("accept", "")):
             content = "".join(_METRIC.format(*pair) for pair in self._counts.items())
             reply.headers["content-type"] = "text/plain; version=0.0.4"
-        return _with_content(reply, content.encode())
-
-
-async def _content(reply: Any) -> bytes:
-    return b"".join([chunk async for chunk in reply.body_iterator])
+        return content.encode()
 
 
 def _with_content(reply: Any, content: bytes) -> Any:
