@@ -14,7 +14,9 @@ image. A call of the language model reads its weights once, for any number of to
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import mlx_tokprune  # isort: skip  (loads the BLAS before MLX)
 
@@ -23,6 +25,10 @@ from mlx_tokprune.evaluate.items import read_questions
 from mlx_tokprune.generate.drafts import ModelDrafts, NgramDrafts, SelfDrafts
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.runtime import device_name
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed
+
+from recipes.testbed import family  # noqa: F401  (the model `testbed`)
 
 PROMPTS = ("Describe the picture in detail.", "What can be done with the things here?")
 

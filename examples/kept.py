@@ -24,7 +24,7 @@ _SIDE, _LINE, _GAP = 280, 22, 10  # px of a picture, of a line of text, and betw
 def build_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default="demo", help="demo, testbed, a folder or hub id")
+    add("--model", default="demo", help="demo, a folder or hub id")
     add("--image", default=str(PICTURES[0].path), help="default: one of the demo's")
     add("--prompt", default=PICTURES[0].question)
     add("--methods", nargs="+", default=["norm", "divprune", "fastv", "random"])

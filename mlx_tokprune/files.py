@@ -29,15 +29,6 @@ _STARTS = {
 }
 
 
-def cache_folder(name: str) -> Path:
-    """Return the folder for files `name` that are made from downloads.
-
-    `~/.cache/mlx_tokprune/NAME`, or NAME in the folder of `MLX_TOKPRUNE_CACHE`.
-    """
-    root = os.environ.get("MLX_TOKPRUNE_CACHE") or "~/.cache/mlx_tokprune"
-    return Path(root).expanduser() / name
-
-
 @contextlib.contextmanager
 def replacing(path: str | Path, kind: str | None = None) -> Iterator[BinaryIO]:
     """Yield a file beside `path` that replaces it if the block raises nothing.

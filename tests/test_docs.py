@@ -223,7 +223,7 @@ def split(command: CommandLine) -> tuple[str, list[str]]:
     words = shlex.split(re.split(r" [|>;&]", text)[0].rstrip(";"))
     if re.fullmatch(PYTHON, words[0]):
         words = words[words.index("-m") + 1 :]
-    if words[0] == "mlx_tokprune":
+    if words[0] in ("mlx_tokprune", "recipes.testbed.run"):  # the same commands
         return f"mlx_tokprune.{words[1]}", words[2:]
     return words[0], words[1:]
 

@@ -47,7 +47,7 @@ NOT_RUN = {
     "curl": "asks a running server; tests/test_serve.py does",
     "python -m recipes.testbed": "downloads weights",
     "python -m recipes.testbed.questions": "needs the downloaded pictures",
-    "mlx_tokprune evaluate --model testbed": "needs the downloaded weights",
+    "python -m recipes.testbed.run": "needs the downloaded weights",
     "mlx_tokprune generate --vision": "Core ML runs on macOS only",
 }
 

@@ -15,13 +15,20 @@ from mlx_tokprune.evaluate import items as data
 from mlx_tokprune.evaluate.__main__ import main as evaluate
 from mlx_tokprune.evaluate.accuracy_table import most_common
 from mlx_tokprune.evaluate.evaluator import describe_run
-from mlx_tokprune.models import resnet, resnet_vlm
 from mlx_tokprune.pipeline import Scene, prune_at_tower
 from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.processing.prompt import Prompt
 from mlx_tokprune.train.__main__ import main as train
 from mlx_tokprune.train.packing import Questions, answer_logits, answer_losses
-from recipes.testbed import assemble, prepare, scenes, things
+from recipes.testbed import (
+    assemble,
+    family,  # noqa: F401  (registers the family)
+    prepare,
+    resnet,
+    resnet_vlm,
+    scenes,
+    things,
+)
 from recipes.testbed import questions as testbed_questions
 
 TEXT = {

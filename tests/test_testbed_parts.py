@@ -8,8 +8,7 @@ import zipfile
 import pytest
 
 from mlx_tokprune import InputError
-from mlx_tokprune.checkpoints.hub import resolve
-from recipes.testbed import parts, things
+from recipes.testbed import parts, run, things
 
 
 def _tar(files: dict[str, bytes]) -> bytes:
@@ -68,6 +67,14 @@ def test_a_package_that_cannot_be_had_is_said(tmp_path, monkeypatch):
 def test_the_test_bed_says_how_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_TOKPRUNE_CACHE", str(tmp_path))
     things.stock.cache_clear()
-    for ask in (lambda: resolve("testbed"), lambda: things.stock("test")):
-        with pytest.raises(InputError, match=r"python -m recipes\.testbed"):
-            ask()
+    with pytest.raises(InputError, match=r"python -m recipes\.testbed"):
+        things.stock("test")
+
+
+def test_commands_run_on_the_test_bed_when_it_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "BUILT", tmp_path / "none")
+    with pytest.raises(SystemExit):
+        run.main(["generate", "--model", "testbed"])
+    assert "python -m recipes.testbed" in capsys.readouterr().err
+    run.main(["methods"])
+    assert "norm" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from ..files import DEMO, cache_folder, note_shadowed
+from ..files import DEMO, note_shadowed
 
 # Files copied with the weights: tokenizer, licence and model card.
 COMPANIONS = (
@@ -51,19 +51,16 @@ EMBEDDED = {
     "demo-pi0": DEMO / "pi0",
 }
 
-
-# Model written by `python -m recipes.testbed`: its name, and its folder in the cache.
-TESTBED, CHECKPOINT = "testbed", "checkpoint"
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")  # with a revision
 
 
 def is_local(name: str) -> bool:
     """Return whether `resolve` finds the model without the hub."""
-    return name in (*EMBEDDED, TESTBED) or os.path.exists(name)
+    return name in EMBEDDED or os.path.exists(name)
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """Return the folder of an embedded model, `testbed`, a local path or a hub id.
+    """Return the folder of an embedded model, a local path or a hub id.
 
     A hub id may name a branch, tag or commit: `org/name@revision`.
     A hub id is downloaded, or taken from the Hugging Face cache. A folder with the name
@@ -74,7 +71,7 @@ def resolve(path_or_id: str | Path) -> Path:
         raise InputError(f"a model is a name or a folder, not {path_or_id!r:.40}")
     if isinstance(path_or_id, Path) and path_or_id.exists():
         return path_or_id
-    if path_or_id in (*EMBEDDED, TESTBED):
+    if path_or_id in EMBEDDED:
         note_shadowed(str(path_or_id))
     embedded = EMBEDDED.get(str(path_or_id))
     if embedded is not None and not embedded.is_dir():
@@ -84,14 +81,6 @@ def resolve(path_or_id: str | Path) -> Path:
         )
     if embedded is not None:
         return embedded
-    if str(path_or_id) == TESTBED:
-        built = cache_folder(TESTBED) / CHECKPOINT
-        if not built.is_dir():
-            raise InputError(
-                f"the test bed is not in {built}; make it from a clone, with "
-                "`python -m recipes.testbed`"
-            )
-        return built
     path = Path(path_or_id)
     if os.path.exists(path):
         return path

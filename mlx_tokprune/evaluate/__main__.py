@@ -52,7 +52,7 @@ def build_parser() -> Parser:
         "    --methods norm attention --keep-ratios 0.5 0.25 --recommend 0.02",
     )
     add = parser.add_argument
-    help_ = "folder, hub id, demo, testbed or demo-policy (default: demo)"
+    help_ = "folder, hub id, demo or demo-policy (default: demo)"
     add("--model", default="demo", help=help_)
     add_adapter(parser)
     help_ = "JSON lines, folder of images, or demo (default: demo)"

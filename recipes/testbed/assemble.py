@@ -1,4 +1,4 @@
-"""Checkpoint of published parts in the layout of `models/resnet_vlm.py`.
+"""Checkpoint of published parts in the layout of `resnet_vlm.py`.
 
 Its projector has random weights: training starts from this checkpoint.
 """
@@ -12,10 +12,10 @@ import numpy as np
 
 from mlx_tokprune.checkpoints.shards import write_config, write_shards
 from mlx_tokprune.files import new_folder
-from mlx_tokprune.models.resnet import STAGES
-from mlx_tokprune.models.resnet_vlm import ResNetVLM
 
 from .parts import LANGUAGE, TOWER, fetch, members
+from .resnet import STAGES
+from .resnet_vlm import ResNetVLM
 
 IMAGE_SIZE = 512
 _EPSILON = 1e-3  # of Keras's batch normalisation

@@ -3,7 +3,7 @@
     python -m recipes.testbed --untrained
     python -m recipes.testbed.in_torch --minutes 4 --output weights
 
-The MLX form is `mlx_tokprune train lora --projector --method none`.
+The MLX form is `recipes.testbed.run train lora --projector --method none`.
 `tests/test_testbed.py` compares their losses: the language model's loss on the answers,
 with several questions behind one picture and every visual token kept. Needs the extra
 `parity`. Features of pictures are kept on the device, and a picture is drawn several
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mlx_tokprune.files import cache_folder
 from recipes.testbed import scenes
+from recipes.testbed.cache import cache_folder
 
 IGNORE = -100
 ASKED = 10  # questions stored for a picture; a step draws some of them

@@ -1,8 +1,9 @@
 """Table and plot of several results of `mlx_tokprune.evaluate`.
 
-    mlx_tokprune evaluate --model testbed --data a/questions.jsonl --methods M... \
+    evaluate="python -m recipes.testbed.run evaluate --model testbed"
+    $evaluate --data a/questions.jsonl --methods M... \
         --keep-ratios 0.25 0.11 --max-tokens 5 --output a.json
-    mlx_tokprune evaluate --model testbed --data b/questions.jsonl --methods M... \
+    $evaluate --data b/questions.jsonl --methods M... \
         --keep-ratios 0.5 0.05 --max-tokens 5 --output b.json
     python -m recipes.testbed.table a.json b.json --plot recipes/testbed/testbed.png
 

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mlx_tokprune.errors import InputError
-from mlx_tokprune.files import cache_folder
+
+from .cache import cache_folder
 
 SPLITS = ("train", "test")
 FOLDER = "pictures"

@@ -1,6 +1,6 @@
 """ResNet-VLM: ResNet-50, a two-layer projector, and a Llama-like language model.
 
-The family of the test bed, which joins published weights (see `testbed/`). Its tower is
+The family of the test bed, which joins published weights. Its tower is
 convolutional, without attention. It has as many tokens as FastVLM at twice the image
 size.
 """
@@ -14,15 +14,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..features import Features
-from ..files import object_of
-from ..processing.prompt import Prompt
-from .checks import expect, is_size
-from .language import Decoder
-from .layers import projector
-from .protocol import PROVIDES, ChatModel
+from mlx_tokprune.features import Features
+from mlx_tokprune.files import object_of
+from mlx_tokprune.models.checks import expect, is_size
+from mlx_tokprune.models.language import Decoder
+from mlx_tokprune.models.layers import projector
+from mlx_tokprune.models.protocol import PROVIDES, ChatModel
+from mlx_tokprune.models.text_config import read_text
+from mlx_tokprune.processing.prompt import Prompt
+
 from .resnet import CHANNELS, STAGES, STRIDE, ResNet50
-from .text_config import read_text
 
 _FREQUENCIES = 4  # of a token's position, along each side
 _SINES = 4 * _FREQUENCIES
