@@ -84,6 +84,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "qwen3_5": _QWEN,
     "llava": Family(_square(_patches), tower=attending.LLAVA),
     "llava_onevision": Family(tower=attending.ONEVISION),

@@ -3,10 +3,10 @@
 import numpy as np
 from PIL import Image
 
-from . import gemma, llava, mistral, phi, qwen, tiled
+from . import gemma, kin, llava, mistral, phi, qwen, tiled
 from .family import Family
 
-MODULES = (qwen, llava, tiled, gemma, mistral, phi)
+MODULES = (qwen, llava, tiled, gemma, mistral, phi, kin)
 FAMILIES = {family.name: family for part in MODULES for family in part.FAMILIES}
 NOT_HERE = {
     "mllama": "pictures reach the layers by cross attention, not as tokens",
