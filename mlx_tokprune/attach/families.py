@@ -14,7 +14,10 @@ from ..errors import InputError
 from . import attending
 from .attention import Tower
 
-_MEDIA = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_MEDIA = (
+    *("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
+    *("image_patch_id", "im_patch_token", "img_context_token_id"),
+)
 Grids = list[tuple[int, int]]
 
 
@@ -26,7 +29,8 @@ class Family:
     picture or frame, if tokens form grids. each: embeddings of a placeholder. signs:
     whether negative ids are the placeholders. cold: reason why a chat reads its whole
     prompt again, if it does. why: reason why the family is refused, if it is. turns:
-    whether positions have three dimensions (M-RoPE), and stay original. pixels: whether
+    whether positions have three dimensions (M-RoPE), and stay original. slices:
+    whether mlx-vlm leaves it to us to slice those by chunks. pixels: whether
     each token has its own group of patches, as `look` and `towers` require. tower:
     attention of the tower.
     """
@@ -37,6 +41,7 @@ class Family:
     cold: str | None = None
     why: str | None = None
     turns: bool = False
+    slices: bool = False
     pixels: bool = False
     tower: Tower | None = None
 
@@ -79,6 +84,7 @@ def _cells(inputs: Mapping) -> int:
 
 _QWEN = Family(_by_grid, turns=True, pixels=True, tower=attending.QWEN)
 # Appears in mlx-vlm's log, before ", so the whole chat is read again".
+_GLM = Family(_by_grid, turns=True, slices=True)
 _LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,
@@ -104,6 +110,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "pixtral": Family(tower=attending.PIXTRAL),
     "mistral3": Family(tower=attending.MISTRAL3),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"), _GLM),
+    **dict.fromkeys(("dots_ocr", "mage_vl", "minimax_m3_vl", "muse_glimmer"), Family(_by_grid)),
+    **dict.fromkeys(("internvl", "lfm2_vl", "kimi_vl", "muse_spark", "molmo2", "aya_vision", "idefics2", "gemma4_unified", "step3p7", "inkling", "llama4", "granite_vision", "got", "llmjpvl", "locateanything", "mimo_v2", "youtu_vl", "kimi_k25"), Family()),
     "phi3_v": Family(
         signs=True, cold="mlx-vlm does not recognize its negative placeholders"
     ),

@@ -221,6 +221,8 @@ class Hooks:
     ) -> None:
         """Raise `InputError` where mlx-vlm must read a prompt anew."""
         if prompts is not None:
+            if self.family.cold:
+                raise InputError(self.family.cold)
             if 1 in prompts.original.keeps:
                 raise InputError("a single visual token does not tell pictures apart")
             return
@@ -353,7 +355,20 @@ class Hooks:
         )
         kept = _columns(rows, chosen, sent.mask)
         self.positions.set(kept)
-        return _take_features(features, embeddings, kept, rows, chosen, sent)
+        language, state = self.model.language_model, None
+        if self.turns and features.position_ids is None:
+            # Some families keep positions in the language model, and slice them wrong.
+            state = getattr(language, "_position_ids", None)
+        if state is not None and state.shape[-1] == full_embeddings.shape[1]:
+            deltas = language._rope_deltas
+            features = dataclasses.replace(
+                features, position_ids=state, rope_deltas=deltas
+            )
+        features = _take_features(features, embeddings, kept, rows, chosen, sent)
+        if state is not None:
+            language._position_ids = features.position_ids
+            language._rope_deltas = features.rope_deltas
+        return features
 
     def _choose(
         self,

@@ -373,6 +373,14 @@ def _hook_model(model: Any, hooks: Hooks, undos: list) -> None:
             return hooks.rope_index(base, self, *args, **named)
 
         _swap(language, undos, get_rope_index=get_rope_index)
+        if hooks.family.slices:
+
+            @functools.wraps(language_kind.__call__)
+            def call(self: nn.Module, inputs: mx.array, *args: Any, **named: Any) -> Any:
+                named |= _sliced(inputs.shape[1], named)
+                return language_kind.__call__(self, inputs, *args, **named)
+
+            _swap(language, undos, __call__=call)
     elif hooks.family.cold:
         # Where `get_rope_index` raises, mlx-vlm drops the chat's cache, reads the whole
         # prompt, and logs the reason.
@@ -380,6 +388,15 @@ def _hook_model(model: Any, hooks: Hooks, undos: list) -> None:
             raise InputError(f"{hooks.family.cold}, so the whole chat is read again")
 
         _swap(language, undos, get_rope_index=refuse, _position_ids=None)
+
+
+def _sliced(length: int, named: Mapping) -> dict[str, mx.array]:
+    """Return the positions of the `length` tokens behind a cache, if there are more."""
+    positions, cache = named.get("position_ids"), named.get("cache")
+    if positions is None or positions.shape[-1] <= length:
+        return {}
+    start = int(cache[0].offset) if cache and cache[0] is not None else 0
+    return {"position_ids": positions[..., start : start + length]}
 
 
 def _swap(instance: nn.Module, undos: list, **named: Any) -> None:

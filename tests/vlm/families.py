@@ -3,10 +3,10 @@
 import numpy as np
 from PIL import Image
 
-from . import gemma, kin, llava, mistral, phi, qwen, tiled
+from . import gemma, glm, kin, llava, mistral, muse, phi, qwen, tiled
 from .family import Family
 
-MODULES = (qwen, llava, tiled, gemma, mistral, phi, kin)
+MODULES = (qwen, llava, tiled, gemma, mistral, phi, kin, glm, muse)
 FAMILIES = {family.name: family for part in MODULES for family in part.FAMILIES}
 NOT_HERE = {
     "mllama": "pictures reach the layers by cross attention, not as tokens",

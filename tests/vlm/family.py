@@ -47,8 +47,10 @@ class Family:
         }
         config = common | self.config
         if "text_config" in config:
-            sizes = {"vocab_size": size, "vocab_size_per_layer_input": size}
-            config["text_config"] = sizes | config["text_config"]
+            text = {"vocab_size": size} | config["text_config"]
+            if "hidden_size_per_layer_input" in text:
+                text["vocab_size_per_layer_input"] = size
+            config["text_config"] = text
         if self.code is not None:
             config["model_file"] = "model.py"
             (folder / "model.py").write_text(self.code)

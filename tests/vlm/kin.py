@@ -11,7 +11,10 @@ from mlx_vlm.models.base import install_auto_processor_patch
 from mlx_vlm.models.{kind} import *
 from mlx_vlm.models.{processor} import {name}
 
+from mlx_vlm.prompt_utils import MODEL_CONFIG
+
 install_auto_processor_patch("{kind}", {name})
+MODEL_CONFIG["{kind}"] = MODEL_CONFIG["mistral3"]
 """
 EXPERTS = {
     "num_experts": 4,
@@ -47,6 +50,7 @@ QWEN4 = kin(
         "ple_layer_ids": [1],
         "ple_embed_dim": 64,
         "heads_per_ngram": 4,
+        "eos_token_id": 3,
         "ngram_vocab_size_base": 50,
         "make_ngram_vocab_size_divisible_by": 8,
         "split_ngram_parts": 2,
@@ -90,9 +94,24 @@ LARGE3 = kin(
     config={"image_token_id": mistral.MISTRAL3.image_token_id},
     code=BORROWED.format(kind="mistral_large3", processor="mistral3.processing_mistral3", name="Mistral3Processor"),
 )
+SOFT = {
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "model_patch_size": 8,
+    "max_soft_tokens": 30,
+}
 UNIFIED = kin(
     gemma.GEMMA4_LARGE,
     "gemma4_unified",
     {"model_type": "gemma4_unified_text", "attention_k_eq_v": False},
+    {
+        "model_type": "gemma4_unified_vision",
+        "model_patch_size": 8,
+        "mm_embed_dim": 64,
+        "mm_posemb_size": 64,
+        "output_proj_dims": 64,
+        "num_soft_tokens": 30,
+    },
+    files={"processor_config.json": {"image_processor": SOFT, "video_processor": SOFT}},
 )
-FAMILIES = (MOE3_5, MOE3, QWEN4, INDIC, PRISM, LARGE3)
+FAMILIES = (MOE3_5, MOE3, QWEN4, INDIC, PRISM, LARGE3, UNIFIED)

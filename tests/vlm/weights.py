@@ -49,7 +49,7 @@ def draw(
 
 def _scaled(name: str, value: mx.array) -> mx.array:
     if value.dtype == mx.uint32:  # packed
-        return mx.random.bits(value.shape)
+        return mx.random.randint(0, 2**31 - 1, value.shape).astype(mx.uint32)
     if value.size > 1 and mx.all(value == value.reshape(-1)[0]).item():
         value = value + NOISE * mx.random.normal(value.shape)
         value *= SHARP if name.endswith(("q_norm.weight", "k_norm.weight")) else 1
