@@ -33,14 +33,29 @@ from mlx_tokprune.features import Features  # noqa: E402
 pytestmark = pytest.mark.usefixtures("not_compiled")
 PRUNED = [name for name in FAMILIES if name != "llava_next"]
 # A state that has read a token cannot be told to have not.
-RECURRENT = {"qwen3_5", "qwen3_5_moe", "qwen4_exp", "indic_ocr", "prism_hadamard_qwen35"}
+RECURRENT = {
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp",
+    "indic_ocr",
+    "prism_hadamard_qwen35",
+}
 # Stock mlx-vlm is wrong here, or raises (docs/notes/upstream.md).
 NO_BATCHES = {"qwen3_vl", "qwen3_vl_moe", "gemma3n", "gemma3", "paligemma"}
 # Pictures of a batch have as many tiles (docs/notes/upstream.md); or all pictures have.
-TILED = {"idefics3", "smolvlm"}
-ONE_SIZE = {"llava", "fastvlm", "phi3_v", *TILED}
+TILED = {"idefics2", "idefics3", "smolvlm"}
+ONE_SIZE = {"llava", "molmo2", "fastvlm", "phi3_v", *TILED}
 VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision"}
-VIDEOS |= {"qwen3_5_moe", "qwen3_vl_moe", "indic_ocr", "prism_hadamard_qwen35", "qwen4_exp", "smolvlm", "gemma4", "gemma4_large"}
+VIDEOS |= {
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+    "indic_ocr",
+    "prism_hadamard_qwen35",
+    "qwen4_exp",
+    "smolvlm",
+    "gemma4",
+    "gemma4_large",
+}
 
 
 @pytest.fixture(scope="module", params=PRUNED)

@@ -4,6 +4,7 @@ A family is listed once its greedy answers equal those of the full prompt with t
 dropped columns masked (`tests/test_mlx_vlm.py`).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,8 @@ class Family:
     whether negative ids are the placeholders. cold: reason why a chat reads its whole
     prompt again, if it does. why: reason why the family is refused, if it is. turns:
     whether positions have three dimensions (M-RoPE), and stay original. slices:
-    whether mlx-vlm leaves it to us to slice those by chunks. pixels: whether
+    whether mlx-vlm leaves it to us to slice those by chunks. reads_ids: whether layers
+    read ids, which then cannot tell pictures apart. pixels: whether
     each token has its own group of patches, as `look` and `towers` require. tower:
     attention of the tower.
     """
@@ -42,6 +44,7 @@ class Family:
     why: str | None = None
     turns: bool = False
     slices: bool = False
+    reads_ids: bool = False
     pixels: bool = False
     tower: Tower | None = None
 
@@ -83,15 +86,54 @@ def _cells(inputs: Mapping) -> int:
 
 
 _QWEN = Family(_by_grid, turns=True, pixels=True, tower=attending.QWEN)
+_GLM = Family(_by_grid, turns=True, slices=True, tower=attending.QWEN)
+_GLM_OCR = dataclasses.replace(_GLM, tower=None)
 # Appears in mlx-vlm's log, before ", so the whole chat is read again".
-_GLM = Family(_by_grid, turns=True, slices=True)
 _LAYERED = "mlx-vlm takes inputs of its layers from wrong rows behind a cache"
+_UNKNOWN = "mlx-vlm does not recognize its placeholders"
+_REFUSED = {  # names of families, by the reason
+    "its pictures reach the layers by cross attention": "mllama",
+    "its pictures reach a decoder by cross attention": "florence2 nemotron_parse",
+    "its language model in mlx-vlm reads ids alone, so that it never sees pictures": (
+        "mistral_large3"
+    ),
+    "it decides at places in a prompt, which pruning would move": "clef d1 d1_omni",
+    "it makes embeddings of pictures, and answers no prompts": (
+        "colidefics3 colqwen2_5 qwen3_vl_embedding"
+    ),
+    "it answers by diffusion, which reads a prompt in another way": "diffusion_gemma",
+    "its layers attend by places in a picture and a mask of the whole prompt": (
+        "falcon_ocr falcon_perception"
+    ),
+    "its layers choose experts by ids, and it has several placeholders for a picture": (
+        "deepseek_v4 deepseek_v41"
+    ),
+    "its config names no placeholder, by which its visual tokens could be found": (
+        "minicpmo minicpmv4_6 molmo"
+    ),
+    "one id stands for all rows of a picture, as many as the tower will make": (
+        "moondream2 moondream3 phi4_siglip phi4mm"
+    ),
+    "nobody has checked that its pruned answers are those of a masked prompt": (
+        "aya_vision cohere_compass deepseek_vl_v2 deepseekocr deepseekocr_2 "
+        "ernie4_5_moe_vl glm5_next got granite4_vision granite_vision hunyuan_vl "
+        "inkling jina_vlm kimi_k3 llama4 llava_bunny llmjpvl locateanything "
+        "mage_vl mimo_v2 minicpmv4_7 minimax_m3_vl molmo_point multi_modality "
+        "nemotron_h_nano_omni plamo2vl qwen3_omni_moe step3p7 unlimited_ocr "
+        "youtu_vl zaya1_vl"
+    ),
+}
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "qwen3_5": _QWEN,
+    "qwen4_exp": dataclasses.replace(
+        _QWEN,
+        reads_ids=True,
+        cold="its layers read ids, which are those of any picture",
+    ),
     "llava": Family(_square(_patches), tower=attending.LLAVA),
     "llava_onevision": Family(tower=attending.ONEVISION),
     "idefics3": Family(tower=attending.IDEFICS),
@@ -110,19 +152,26 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "pixtral": Family(tower=attending.PIXTRAL),
     "mistral3": Family(tower=attending.MISTRAL3),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"), _GLM),
-    **dict.fromkeys(("dots_ocr", "mage_vl", "minimax_m3_vl", "muse_glimmer"), Family(_by_grid)),
-    **dict.fromkeys(("internvl", "lfm2_vl", "kimi_vl", "muse_spark", "molmo2", "aya_vision", "idefics2", "gemma4_unified", "step3p7", "inkling", "llama4", "granite_vision", "got", "llmjpvl", "locateanything", "mimo_v2", "youtu_vl", "kimi_k25"), Family()),
-    "phi3_v": Family(
-        signs=True, cold="mlx-vlm does not recognize its negative placeholders"
+    **dict.fromkeys(("glm4v", "glm4v_moe"), _GLM),
+    **dict.fromkeys(("glm_ocr", "paddleocr_vl"), _GLM_OCR),
+    **dict.fromkeys(("dots_ocr", "muse_glimmer"), Family(_by_grid)),
+    **dict.fromkeys(
+        ("internvl", "lfm2_vl", "kimi_vl", "kimi_k25", "muse_spark", "idefics2"),
+        Family(),
     ),
+    "gemma4_unified": Family(cold=_LAYERED),
+    "molmo2": Family(cold=_UNKNOWN),
+    "phi3_v": Family(signs=True, cold=_UNKNOWN),
     "fastvlm": Family(each=_cells, tower=attending.FASTVLM),
     "llava_next": Family(
         why="mlx-vlm gives it a newline for each visual token and more rows than ids, "
         "so it is not defined which row is which"
     ),
-    "mllama": Family(why="its pictures reach the layers by cross attention"),
-    "florence2": Family(why="its pictures reach a decoder by cross attention"),
+    **{
+        name: Family(why=why)
+        for why, names in _REFUSED.items()
+        for name in names.split()
+    },
 }
 
 

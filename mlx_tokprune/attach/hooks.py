@@ -169,8 +169,8 @@ class Hooks:
             return keeps
 
         scan = functools.partial(self.scan, inputs) if self.scan else None
-        options = {"each": each, "scan": scan, "salt": self.described}
-        options |= {"budgets": budgets}
+        salt = None if self.family.reads_ids else self.described
+        options = {"each": each, "scan": scan, "salt": salt, "budgets": budgets}
         prompts = shorten(inputs, self.is_media, counts, self.vocabulary, **options)
         if prompts is None:
             return inputs
@@ -222,7 +222,7 @@ class Hooks:
         """Raise `InputError` where mlx-vlm must read a prompt anew."""
         if prompts is not None:
             if self.family.cold:
-                raise InputError(self.family.cold)
+                raise InputError(f"{self.family.cold}, so the whole chat is read again")
             if 1 in prompts.original.keeps:
                 raise InputError("a single visual token does not tell pictures apart")
             return

@@ -107,7 +107,7 @@ def attach(
             "a pruner is attached to this model or its processor; detach it first, and "
             "give each model a processor of its own"
         )
-    family, chosen, pixels = check_known(_name_of(model), pruner, positions)
+    family, chosen, pixels = check_known(name_of(type(model)), pruner, positions)
     _check_seams(model)
     scan = PixelScan(pixels, model.config, scales(processor)) if pixels else None
     tower_extras, watch = _of_tower(chosen), None
@@ -207,15 +207,18 @@ def check_known(
     return family, chosen, pixels
 
 
-def _name_of(model: nn.Module) -> str:
-    """Return the family of a model, by the first base class that is mlx-vlm's."""
+def name_of(model_class: type) -> str:
+    """Return the family of a model, by the first base class that is one of mlx-vlm's.
+
+    So a subclass is of the family of its base, if it is not one itself.
+    """
     names = [
         kind.__module__.split(".")[2]
-        for kind in type(model).__mro__
+        for kind in model_class.__mro__
         if kind.__module__.startswith("mlx_vlm.models.")
     ]
     families = (name for name in names if name in FAMILIES)
-    return next(families, names[0] if names else type(model).__module__)
+    return next(families, names[0] if names else model_class.__module__)
 
 
 def _at_prompt(pruner: Pruner, family: Family) -> Pruner:
@@ -376,7 +379,9 @@ def _hook_model(model: Any, hooks: Hooks, undos: list) -> None:
         if hooks.family.slices:
 
             @functools.wraps(language_kind.__call__)
-            def call(self: nn.Module, inputs: mx.array, *args: Any, **named: Any) -> Any:
+            def call(
+                self: nn.Module, inputs: mx.array, *args: Any, **named: Any
+            ) -> Any:
                 named |= _sliced(inputs.shape[1], named)
                 return language_kind.__call__(self, inputs, *args, **named)
 

@@ -19,7 +19,7 @@ from ..checkpoints.carried import carry, read_carried
 from ..checkpoints.hub import is_local, resolve
 from ..errors import InputError
 from ..files import new_folder, read_json
-from .mlx_vlm import Attachable, attach, check_known, import_mlx_vlm
+from .mlx_vlm import Attachable, attach, check_known, import_mlx_vlm, name_of
 from .pixels import Pixels, split
 
 MODEL_FILE, SETTINGS = "tokprune_model.py", "tokprune.json"
@@ -43,7 +43,7 @@ def write_folder(
     checkpoint or a pruner that `attach` does not support.
     """
     import_mlx_vlm()
-    from mlx_vlm.utils import get_model_type
+    from mlx_vlm.utils import get_model_and_args, get_model_type
 
     folder = resolve(source)
     config = read_json(folder / "config.json")
@@ -60,7 +60,11 @@ def write_folder(
             f"{source} brings custom code ({own}), which is not run from the hub; "
             "expected a folder on this machine"
         )
-    check_known(str(get_model_type(config)), pruner, positions)
+    try:
+        name = name_of(get_model_and_args(config)[0].Model)
+    except (AttributeError, KeyError, ValueError):  # not a model of mlx-vlm
+        name = str(get_model_type(config))
+    check_known(name, pruner, positions)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no weights; expected *.safetensors")
     with new_folder(target) as made:

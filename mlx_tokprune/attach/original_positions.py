@@ -4,6 +4,7 @@ mlx-vlm's layers count positions by their caches, which hold the kept tokens alo
 """
 
 import functools
+import sys
 from typing import cast
 
 import mlx.core as mx
@@ -100,6 +101,8 @@ class Positions:
             for path, module in language.named_modules()
             for name in _NAMES
             if isinstance(module.get(name), nn.Module)
+            # Muse Spark's kernel takes the base of a rotary embedding and rotates.
+            and not hasattr(sys.modules[type(module).__module__], "qk_norm_rope")
         ]
         if not owners:
             raise InputError(

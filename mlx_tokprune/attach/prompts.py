@@ -119,14 +119,15 @@ def shorten(
     vocabulary: int,
     each: int = 1,
     scan: Callable[[np.ndarray, list[Row]], PixelSelection] | None = None,
-    salt: str = "",
+    salt: str | None = "",
     budgets: Sequence[Budget] = (),
 ) -> ShortPrompts | None:
     """Shorten a processor's inputs to `counts` of the visual tokens of each prompt.
 
     Returns `None` if no token would be left out. vocabulary: number of ids. scan:
     selects tokens by their pixels; `counts` gets the number of those. salt: tells
-    prompts with equal pixels apart. budgets: those of a request, for `embed`.
+    prompts with equal pixels apart; with `None`, no id tells any pictures apart.
+    budgets: those of a request, for `embed`.
     """
     full = _array(inputs["input_ids"])
     attention_mask = inputs.get("attention_mask")
@@ -209,13 +210,13 @@ def _mark(ids: np.ndarray, visual: np.ndarray, keep: int, marks: np.ndarray) -> 
         ids[np.flatnonzero(visual)[:count]] = marks[:count]
 
 
-def _marks(inputs: Mapping, salt: str) -> np.ndarray:
+def _marks(inputs: Mapping, salt: str | None) -> np.ndarray:
     """Return two ids from a hash of the pixels, or none if there are no pixels."""
-    digest = hashlib.blake2b(salt.encode(), digest_size=8)
+    digest = hashlib.blake2b((salt or "").encode(), digest_size=8)
     pixels = [inputs.get(name) for name in ("pixel_values", "pixel_values_videos")]
     for array in (p for p in pixels if p is not None):
         digest.update(np.ascontiguousarray(floats(array)).tobytes())
-    if all(p is None for p in pixels):
+    if salt is None or all(p is None for p in pixels):
         return np.zeros(0, int)
     return np.frombuffer(digest.digest(), np.uint32)[:_MARKS].astype(np.int64)
 

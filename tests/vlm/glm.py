@@ -1,7 +1,7 @@
 """GLM-4V, GLM-OCR, PaddleOCR-VL and dots.ocr: towers that take grids, as Qwen's."""
 
 from .family import Family, special
-from .qwen import MERGE, PATCH, ROPE, SIDE, TEXT
+from .qwen import MERGE, PATCH, SIDE, TEXT
 from .tokens import chat_template
 
 PICTURE, FILM, START, STOP = SPECIALS = (
@@ -86,12 +86,12 @@ OCR = _family(
     "glm_ocr",
     {
         "head_dim": 16,
-        "rope_parameters": SECTIONS
-        | {"partial_rotary_factor": 1.0, "rope_theta": 1e4},
+        "rope_parameters": SECTIONS | {"partial_rotary_factor": 1.0, "rope_theta": 1e4},
     },
     mrope=True,
 )
 PADDLE_TEXT = TEXT | {
+    "hidden_size": 1024,  # which the projector has, whatever the config says
     "head_dim": 16,
     "use_bias": False,
     "rope_theta": 1e4,
@@ -114,18 +114,19 @@ PADDLE = _family(
     mrope=True,
 )
 OWN_IDS = """\
-from mlx_vlm.models.base import install_auto_processor_patch
-from mlx_vlm.models.dots_ocr import *
+from mlx_vlm.models.dots_ocr.dots_ocr import *
 from mlx_vlm.models.dots_ocr.config import ModelConfig, TextConfig, VisionConfig
-from mlx_vlm.models.dots_ocr.dots_ocr import Model
 from mlx_vlm.models.dots_ocr.processing_dots_ocr import DotsVLProcessor
+from mlx_vlm.models.base import install_auto_processor_patch
 
 
 class Processor(DotsVLProcessor):
-    def __init__(self, *args, **named):
-        super().__init__(*args, **named)
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = self.tokenizer.convert_tokens_to_ids(self.video_token)
+    @classmethod
+    def from_pretrained(cls, *args, **named):
+        made = super().from_pretrained(*args, **named)
+        made.image_token_id = made.tokenizer.convert_tokens_to_ids(made.image_token)
+        made.image_ids = [made.image_token_id]
+        return made
 
 
 install_auto_processor_patch("dots_ocr", Processor)

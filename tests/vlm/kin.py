@@ -2,20 +2,9 @@
 
 import dataclasses
 
-from . import gemma, mistral, qwen
+from . import gemma, muse, qwen
 from .family import Family
 
-# mlx-vlm finds processors by `model_type`; this one it leaves to transformers.
-BORROWED = """\
-from mlx_vlm.models.base import install_auto_processor_patch
-from mlx_vlm.models.{kind} import *
-from mlx_vlm.models.{processor} import {name}
-
-from mlx_vlm.prompt_utils import MODEL_CONFIG
-
-install_auto_processor_patch("{kind}", {name})
-MODEL_CONFIG["{kind}"] = MODEL_CONFIG["mistral3"]
-"""
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -61,6 +50,8 @@ QWEN4 = kin(
         "indexer_budget": 512,
     },
     {"model_type": "qwen4_exp"},
+    boosts={"self_attn.o_proj": 6, "ple.value_proj": 0.1, "merger": 2},
+    note="the first layer reads n-grams of ids",
 )
 INDIC = kin(qwen.QWEN3_5, "indic_ocr", {})
 PACKED = "model.layers.0.mlp.down_proj"
@@ -74,25 +65,6 @@ PRISM = kin(
             {"path": PACKED, "embedding": False, "dtype": "float16", "block": 0}
         ],
     },
-)
-LARGE3 = kin(
-    mistral.MISTRAL3,
-    "mistral_large3",
-    {
-        "model_type": "mistral_large3",
-        "moe_intermediate_size": 48,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-    },
-    config={"image_token_id": mistral.MISTRAL3.image_token_id},
-    code=BORROWED.format(kind="mistral_large3", processor="mistral3.processing_mistral3", name="Mistral3Processor"),
 )
 SOFT = {
     "patch_size": 4,
@@ -112,6 +84,30 @@ UNIFIED = kin(
         "output_proj_dims": 64,
         "num_soft_tokens": 30,
     },
-    files={"processor_config.json": {"image_processor": SOFT, "video_processor": SOFT}},
+    files={
+        "processor_config.json": {
+            "image_processor": SOFT,
+            "video_processor": SOFT | {"max_soft_tokens": 70},
+            "feature_extractor": {"feature_size": 32},
+        }
+    },
+    code=muse.OWN_SIZES.format(kind="gemma4_unified"),
 )
-FAMILIES = (MOE3_5, MOE3, QWEN4, INDIC, PRISM, LARGE3, UNIFIED)
+K25 = kin(
+    muse.KIMI,
+    "kimi_k25",
+    {},
+    {
+        "patch_size": 4,
+        "init_pos_emb_time": 1,
+        "text_hidden_size": 64,
+        "vt_hidden_size": 32,
+        "vt_num_hidden_layers": 2,
+        "vt_num_attention_heads": 2,
+        "vt_intermediate_size": 48,
+    },
+    files={"preprocessor_config.json": {"media_proc_cfg": {"patch_size": 4}}},
+    rows=qwen.QWEN2.rows,
+    size=(48, 40),
+)
+FAMILIES = (MOE3_5, MOE3, QWEN4, INDIC, PRISM, UNIFIED, K25)

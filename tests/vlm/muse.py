@@ -8,6 +8,13 @@ from .qwen import MERGE, PATCH, SIDE
 from .tiled import INTERN
 from .tokens import chat_template
 
+# mlx-vlm makes an image processor of fixed size where a family exports one.
+OWN_SIZES = """\
+from mlx_vlm.models import {kind} as stock
+
+vars(stock).pop("ImageProcessor", None)
+globals().update({{k: v for k, v in vars(stock).items() if k[:2] != "__"}})
+"""
 HEADS = {"head_dim": 16, "max_position_embeddings": 4096}
 INTERNVL = dataclasses.replace(
     INTERN,
@@ -105,6 +112,32 @@ GLIMMER = _any_size(
         "projector_hidden_size": 64,
     },
 )
+# Muse Spark's layers are Metal kernels: here those of Muse Glimmer read the prompt.
+NO_METAL = """\
+from mlx_vlm.models import muse_spark
+from mlx_vlm.models.muse_spark import *
+from mlx_vlm.models.muse_glimmer import LanguageModel
+from mlx_vlm.models.muse_glimmer import TextConfig as Glimmer
+from mlx_vlm.models.muse_spark.config import (
+    AudioConfig, ModelConfig, TextConfig, VisionConfig
+)
+
+
+class Model(muse_spark.Model):
+    def __init__(self, config):
+        super().__init__(config)
+        text = config.text_config
+        names = Glimmer.__dataclass_fields__.keys() & vars(text).keys()
+        sizes = {name: getattr(text, name) for name in names - {"model_type"}}
+        self.language_model = LanguageModel(Glimmer(**sizes, intermediate_size=96))
+        inner = self.language_model.model
+        object.__setattr__(
+            inner, "embed", lambda ids: inner.embed_norm(inner.embed_tokens(ids))
+        )
+
+    def sanitize(self, weights):
+        return weights
+"""
 SPARK = _any_size(
     "muse_spark",
     MUSE,
@@ -117,8 +150,11 @@ SPARK = _any_size(
         "moe_hidden_size": 32,
         "moe_intermediate_size": 48,
     },
-    POSITIONS | {"layer_types": ["window_attention", "full_attention"],
-    "rope_parameters": {"rope_theta": 1e4}},
+    POSITIONS
+    | {
+        "layer_types": ["window_attention", "full_attention"],
+        "rope_parameters": {"rope_theta": 1e4},
+    },
     {"processor_config.json": {"image_processor": {"patch_size": PATCH}}},
     config={
         "image_token_id": special(MUSE, MUSE[0]),
@@ -132,6 +168,8 @@ SPARK = _any_size(
             "out_hidden_size": 64,
         },
     },
+    code=NO_METAL,
+    note="the language model of Muse Glimmer in the place of its own",
 )
 LFM = ("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
 LFM2 = _any_size(
@@ -140,12 +178,12 @@ LFM2 = _any_size(
     {
         "model_type": "lfm2",
         "tie_word_embeddings": True,
-        "layer_types": ["conv", "full_attention"],
         "block_dim": 64,
         "conv_dim": 64,
         "conv_dim_out": 64,
         "block_ff_dim": 96,
         "block_auto_adjust_ff_dim": False,
+        "layer_types": ["full_attention", "conv"],
         "rope_theta": 1e4,
     },
     {"model_type": "siglip2_vision_model", "num_patches": 64},
@@ -171,4 +209,95 @@ LFM2 = _any_size(
     },
     tied=True,
 )
-FAMILIES = (INTERNVL, KIMI, GLIMMER, SPARK, LFM2)
+IDEFICS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>")
+IDEFICS2 = _any_size(
+    "idefics2",
+    IDEFICS,
+    {"model_type": "mistral"},
+    {"model_type": "idefics2", "image_size": 8 * SIDE},
+    {
+        "preprocessor_config.json": {
+            "image_processor_type": "Idefics2ImageProcessor",
+            "size": {"longest_edge": 8 * SIDE, "shortest_edge": 2 * SIDE},
+            "do_image_splitting": False,
+        },
+        "processor_config.json": {"image_seq_len": 16},
+    },
+    config={
+        "image_token_id": special(IDEFICS, IDEFICS[0]),
+        "perceiver_config": {
+            "model_type": "idefics2_perceiver",
+            "num_key_value_heads": 2,
+            "resampler_depth": 1,
+            "resampler_head_dim": 16,
+            "resampler_n_heads": 4,
+            "resampler_n_latents": 16,
+        },
+    },
+    boosts={"connector": 1.5},
+)
+IDEFICS2 = dataclasses.replace(IDEFICS2, rows=lambda width, height: 16)
+MOLMO = (
+    "<im_patch>",
+    "<im_start>",
+    "<im_end>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<im_low>",
+    "<frame_start>",
+    "<frame_end>",
+    "<|image|>",
+)
+MOLMO2 = Family(
+    name="molmo2",
+    config={
+        "model_type": "molmo2",
+        "image_patch_id": special(MOLMO, MOLMO[0]),
+        "image_start_token_id": special(MOLMO, MOLMO[1]),
+        "image_end_token_id": special(MOLMO, MOLMO[2]),
+        "image_col_id": special(MOLMO, MOLMO[3]),
+        "low_res_image_start_token_id": special(MOLMO, MOLMO[4]),
+        "image_low_res_id": special(MOLMO, MOLMO[5]),
+        "frame_start_token_id": special(MOLMO, MOLMO[6]),
+        "frame_end_token_id": special(MOLMO, MOLMO[7]),
+        "text_config": TEXT
+        | HEADS
+        | {"model_type": "molmo2_text", "additional_vocab_size": 4, "rope_theta": 1e4},
+        "vision_config": {
+            "vit_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "image_patch_size": PATCH,
+                "image_num_pos": 64,
+                "image_default_input_size": [32, 32],
+            },
+            "adapter_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "text_hidden_size": 64,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "vit_layers": [-1, -2],
+            },
+        },
+    },
+    files={
+        "preprocessor_config.json": {
+            "size": {"height": 32, "width": 32},
+            "patch_size": PATCH,
+            "overlap_margins": [1, 1],
+            "max_crops": 2,
+        }
+    },
+    specials=MOLMO,
+    image_token_id=special(MOLMO, MOLMO[0]),
+    rows=lambda width, height: 44,  # of the size that tests have
+    template=chat_template(MOLMO[8]),
+    code=OWN_SIZES.format(kind="molmo2"),
+)
+FAMILIES = (INTERNVL, KIMI, GLIMMER, SPARK, LFM2, IDEFICS2, MOLMO2)
