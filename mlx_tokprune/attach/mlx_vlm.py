@@ -20,7 +20,7 @@ from ..checkpoints.hub import resolve
 from ..errors import InputError, nearest
 from ..pipeline import check_positions
 from ..pruners import Pruner, list_pruners
-from . import attention, towers
+from . import attention, mlx_lm, towers
 from .families import FAMILIES, Family, Grids
 from .hooks import Hooks, KeptTokens
 from .look import PixelScan
@@ -81,8 +81,8 @@ def attach(
     processor: Any,
     pruner: Attachable,
     positions: str | None = None,
-) -> Handle:
-    """Prune the visual tokens of every prompt of a loaded mlx-vlm model.
+) -> Handle | mlx_lm.Handle:
+    """Prune the visual tokens of every prompt of a loaded mlx-vlm or mlx-lm model.
 
     pruner: a `Pruner` with a budget, of a method that needs only the tokens, the prompt
     and, in most families, the attention of the tower. It chooses at the language
@@ -94,6 +94,15 @@ def attach(
     Raises `InputError` for a family, a method or a version of mlx-vlm that is not
     supported.
     """
+    if type(model).__module__.startswith("mlx_lm."):
+        family = type(model).__module__.rpartition(".")[2]
+        if family != "muse_spark" or positions == "original":
+            raise InputError(
+                f"models of {family!r} at {positions or 'contiguous'} positions cannot "
+                "be pruned in mlx-lm; expected muse_spark at contiguous positions"
+            )
+        _, chosen, _ = check_known(family, pruner, positions)
+        return mlx_lm.attach(model, processor, chosen)
     import_mlx_vlm()
     process = getattr(processor, "process", None)
     mark = vars(type(model)).get("_tokprune")
