@@ -15,6 +15,7 @@ from vlm.muse import SPARK
 
 from mlx_tokprune import InputError, Pruner
 from mlx_tokprune.attach import attach
+from mlx_tokprune.features import Features
 
 HALF = Pruner("divprune", 0.5)  # norms are equal behind its norm
 PATCH = SPARK.image_token_id
