@@ -48,7 +48,9 @@ def test_links_and_settings_but_no_weights(qwen, folder):
     assert (entry["method"], entry["keep_ratio"]) == ("norm", 0.5)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "fastvlm", "gemma3n", "phi3_v"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", "qwen3_5_moe", "fastvlm", "gemma3n", "phi3_v"]
+)
 def test_stock_load_prunes(name, tmp_path):
     """A folder that `mlx_vlm.load` opens answers like the pruned model."""
     loaded = Loaded(FAMILIES[name], tmp_path / "m")

@@ -31,7 +31,10 @@ from mlx_tokprune.attach.families import FAMILIES as KNOWN  # noqa: E402
 from mlx_tokprune.attach.mlx_vlm import attach, check_known, name_of  # noqa: E402
 from mlx_tokprune.features import Features  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("not_compiled")
+pytestmark = [
+    pytest.mark.usefixtures("not_compiled"),
+    pytest.mark.filterwarnings("ignore:.*getdata is deprecated"),  # Kimi's processors
+]
 PRUNED = [name for name in FAMILIES if name != "llava_next"]
 # A state that has read a token cannot be told to have not.
 RECURRENT = {

@@ -9,7 +9,10 @@ from mlx_vlm.utils import prepare_inputs  # noqa: E402
 from vlm import tokens  # noqa: E402
 from vlm.families import FAMILIES, picture, prompt  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("not_compiled")
+pytestmark = [
+    pytest.mark.usefixtures("not_compiled"),
+    pytest.mark.filterwarnings("ignore:.*getdata is deprecated"),  # Kimi's processors
+]
 QUESTION = "what is in the picture ?"
 LENGTH = 8
 

@@ -59,6 +59,7 @@ PRISM = kin(
     qwen.QWEN3_5,
     "prism_hadamard_qwen35",
     {"intermediate_size": 128},
+    boosts={"o_proj": 3, "down_proj.scales": 0.2, "down_proj.biases": 0.2},
     config={
         "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
         "modules": [
