@@ -94,30 +94,28 @@ _UNKNOWN = "mlx-vlm does not recognize its placeholders"
 _REFUSED = {  # names of families, by the reason
     "its pictures reach the layers by cross attention": "mllama",
     "its pictures reach a decoder by cross attention": "florence2 nemotron_parse",
-    "its language model in mlx-vlm reads ids alone, so that it never sees pictures": (
+    "its language model in mlx-vlm ignores embeddings: it never sees pictures": (
         "mistral_large3"
     ),
-    "it decides at places in a prompt, which pruning would move": "clef d1 d1_omni",
-    "it makes embeddings of pictures, and answers no prompts": (
-        "colidefics3 colqwen2_5 qwen3_vl_embedding"
-    ),
-    "it answers by diffusion, which reads a prompt in another way": "diffusion_gemma",
-    "its layers attend by places in a picture and a mask of the whole prompt": (
+    "it scores decisions at places of a prompt, which pruning would move": "clef d1 d1_omni",
+    "it returns embeddings, not answers": ("colidefics3 colqwen2_5 qwen3_vl_embedding"),
+    "it answers by diffusion, which is not tested with pruning": "diffusion_gemma",
+    "its layers use places in the picture and a mask of the whole prompt": (
         "falcon_ocr falcon_perception"
     ),
-    "its layers choose experts by ids, and it has several placeholders for a picture": (
+    "its layers choose experts by token ids, which pruning changes": (
         "deepseek_v4 deepseek_v41"
     ),
-    "its config names no placeholder, by which its visual tokens could be found": (
+    "its config does not name the placeholder of visual tokens": (
         "minicpmo minicpmv4_6 molmo"
     ),
-    "one id stands for all rows of a picture, as many as the tower will make": (
+    "one id stands for all visual tokens, whose number only the tower tells": (
         "phi4_siglip phi4mm"
     ),
-    "mlx-vlm puts its picture before a prompt that has no ids for it": (
+    "mlx-vlm puts its picture before the prompt, which has no ids for it": (
         "moondream2 moondream3"
     ),
-    "nobody has checked that its pruned answers are those of a masked prompt": (
+    "pruning has not been tested with it": (
         "aya_vision cohere_compass deepseek_vl_v2 deepseekocr deepseekocr_2 "
         "ernie4_5_moe_vl glm5_next got granite4_vision granite_vision hunyuan_vl "
         "inkling jina_vlm kimi_k3 llama4 llava_bunny llmjpvl locateanything "
