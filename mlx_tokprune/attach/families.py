@@ -97,7 +97,7 @@ _REFUSED = {  # names of families, by the reason
     "its language model in mlx-vlm ignores embeddings: it never sees pictures": (
         "mistral_large3"
     ),
-    "it scores decisions at places of a prompt, which pruning would move": "clef d1 d1_omni",
+    "it scores options at places in a prompt, which pruning moves": "clef d1 d1_omni",
     "it returns embeddings, not answers": ("colidefics3 colqwen2_5 qwen3_vl_embedding"),
     "it answers by diffusion, which is not tested with pruning": "diffusion_gemma",
     "its layers use places in the picture and a mask of the whole prompt": (
