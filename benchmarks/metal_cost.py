@@ -10,10 +10,13 @@ show a change that is faster on this machine but slower on a Mac.
 """
 
 import argparse
+import re
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx_tokprune
-from mlx_tokprune.measure.cost import Cost, count, launches_compiled
+from mlx_tokprune.measure.cost import VIEWS, Cost, as_on_metal, count
 from mlx_tokprune.models.language import TokenSequence
 
 import mlx.core as mx  # isort: skip
@@ -63,6 +66,24 @@ def their_stages(folder: Path) -> dict:
         "project": [model.mm_projector],
         "prefill": [all_but_the_last, the_last],
     }
+
+
+def launches_compiled(function: Callable, *arrays: mx.array) -> int:
+    """Return the launches of `function(*arrays)` under `mx.compile`, with fusion."""
+    with as_on_metal(), tempfile.TemporaryDirectory() as folder:
+        outputs = mx.compile(function)(*arrays)
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        output_names = _names(outputs, Path(folder) / "graph.dot")
+        # Inputs that are not evaluated bring operations of their own.
+        input_names = _names(arrays, Path(folder) / "inputs.dot")
+    return len(output_names) - len(input_names)
+
+
+def _names(arrays: Sequence[mx.array], file: Path) -> list[str]:
+    """Return the operations that compute these arrays, without views."""
+    mx.export_to_dot(str(file), *arrays)
+    labels = re.findall(r'label ="(\w+)"', file.read_text())
+    return [name for name in labels if name not in VIEWS]
 
 
 def line(name: str, functions: list, given: mx.array) -> str:

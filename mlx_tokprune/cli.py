@@ -366,6 +366,17 @@ def row_plans(args: argparse.Namespace) -> list[str]:
     return [*args.prune, *args.plans]
 
 
+def check_rows(args: argparse.Namespace) -> None:
+    """Raise `InputError` for a method, plan or keep ratio that no row can have."""
+    for name in args.methods or ():
+        get_method(name)
+    for text in row_plans(args):
+        read_plan(text)
+    for ratio in args.keep_ratios:
+        if not 0 < ratio <= 1:
+            raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
+
+
 def options_of(
     methods: Iterable[str], args: argparse.Namespace
 ) -> dict[str, dict[str, float | str]]:

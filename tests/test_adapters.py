@@ -16,7 +16,7 @@ from mlx_tokprune.pipeline.planning import plan_for
 from mlx_tokprune.pruners import read_plan
 from mlx_tokprune.train import lora
 from mlx_tokprune.train.__main__ import main as train
-from mlx_tokprune.train.answers import AnswerLoss, answers, is_shared
+from mlx_tokprune.train.answers import answer_loss, answers, is_shared
 from mlx_tokprune.train.batches import Batches
 from mlx_tokprune.train.loop import Loop, Schedule
 from mlx_tokprune.train.lora import Adapter, replace_quantized, train_adapter
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_a_choice_that_stays(demo, samples, text):
     mx.random.seed(0)
     Adapter(rank=2, projector=True).add_to(model)
     batches = Batches(model, processor, samples.items, tower_needs(plan))
-    loss = AnswerLoss(model, batches, plan, "contiguous", (2, 2))
+    loss = answer_loss(model, batches, plan, "contiguous", (2, 2))
     sums = nn.value_and_grad(model, lambda m: loss(m, (0,), 0)[0])
     _, gradients = sums(model)
     found = dict(tree_flatten(gradients))
@@ -130,7 +130,7 @@ def test_some_steps_lower_the_loss(demo, samples, tmp_path, text, distill):
     mx.random.seed(0)
     Adapter(rank=4).add_to(model)
     batches = Batches(model, processor, samples.items, tower_needs(plan))
-    loss = AnswerLoss(model, batches, plan, "contiguous", (2, 4), distill, teacher)
+    loss = answer_loss(model, batches, plan, "contiguous", (2, 4), distill, teacher)
     before = loss(model, (0, 1), 0)[0].item()
     Loop(model.language_model, loss, Schedule(10, 1e-3), tmp_path).run()
     assert loss(model, (0, 1), 0)[0].item() < 0.7 * before
@@ -142,7 +142,7 @@ def test_the_teacher_s_part_of_the_loss(demo, samples):
     plan = plan_for(model, read_plan("random:0.05@1"))
     batches = Batches(model, processor, samples.items)
     losses = [
-        AnswerLoss(model, batches, plan, "contiguous", (2, 2), weight, model)
+        answer_loss(model, batches, plan, "contiguous", (2, 2), weight, model)
         for weight in (0.0, 3.0)
     ]
     plain, more = (loss(model, (0,), 0)[0].item() for loss in losses)
@@ -194,12 +194,12 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(
 def test_the_teacher_stays_what_the_model_was(samples, tmp_path, monkeypatch):
     def kept(*how):
         made.append(how[-1])
-        return AnswerLoss(*how)
+        return answer_loss(*how)
 
     made, model = [], load("demo")
     ids = mx.array([[1, 5, 9, 30]])
     before = model[0](ids)
-    monkeypatch.setattr(lora, "AnswerLoss", kept)
+    monkeypatch.setattr(lora, "answer_loss", kept)
     asked = (model, samples, read_plan("norm:0.05"), "contiguous", Adapter(2), (2, 2))
     folders = (tmp_path / "state", tmp_path / "out")
     train_adapter(*asked, Schedule(2, 1e-2), *folders, distill=1.0)
@@ -262,4 +262,4 @@ def test_distill_needs_a_teacher(samples):
     model, processor = load("demo")
     batches = Batches(model, processor, samples.items)
     with pytest.raises(InputError, match="distill needs a teacher"):
-        AnswerLoss(model, batches, (), "contiguous", (1, 1), 0.5)
+        answer_loss(model, batches, (), "contiguous", (1, 1), 0.5)

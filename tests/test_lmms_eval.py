@@ -18,7 +18,6 @@ import mlx_tokprune
 from mlx_tokprune import InputError, Pruner, generate
 from mlx_tokprune.checkpoints.embedded import PICTURES
 from mlx_tokprune.evaluate.lmms_eval import (
-    GenerationOptions,
     OwnRuntime,
     open_runtime,
     read_generation_options,
@@ -26,6 +25,7 @@ from mlx_tokprune.evaluate.lmms_eval import (
     seed_of,
     until,
 )
+from mlx_tokprune.generate.settings import Settings
 from mlx_tokprune.processing.image import load_image
 
 TASK = Path(__file__).parents[1] / "examples" / "lmms_eval"
@@ -86,18 +86,20 @@ def test_what_cannot_be_meant_is_refused(told, reason):
 
 
 def test_tasks_ask_greedily_unless_they_say_otherwise():
-    assert read_generation_options({}) == GenerationOptions(1024, 0.0, 0.0, ())
+    assert read_generation_options({}) == Settings(max_tokens=1024)
     pope = {"max_new_tokens": 128, "temperature": 0, "top_p": 1.0, "num_beams": 1}
     pope |= {"do_sample": False, "until": ["\n\n"]}
-    assert read_generation_options(pope) == GenerationOptions(128, 0.0, 1.0, ("\n\n",))
+    assert read_generation_options(pope) == Settings(
+        max_tokens=128, top_p=1.0, stop="\n\n"
+    )
     sampled = {"temperature": 0.7, "top_p": 0.95, "do_sample": True, "until": "\n"}
-    assert read_generation_options(sampled) == GenerationOptions(
-        1024, 0.7, 0.95, ("\n",)
+    assert read_generation_options(sampled) == Settings(
+        max_tokens=1024, temp=0.7, top_p=0.95, stop="\n"
     )
     assert read_generation_options({"temperature": 1, "do_sample": False}).temp == 0
     assert read_generation_options({"temperature": 1, "top_k": 1}).temp == 0
     nothing = {"temperature": None, "top_p": None, "num_beams": None, "until": None}
-    assert read_generation_options(nothing) == GenerationOptions()
+    assert read_generation_options(nothing) == Settings(max_tokens=1024)
     for told in ({"num_beams": 3}, {"repetition_penalty": 1.2}):
         with pytest.raises(InputError, match=f"wants {next(iter(told))}"):
             read_generation_options(told)
@@ -138,7 +140,7 @@ def test_answers_are_those_of_generate(demo):
     for picture in PICTURES:
         seen = [load_image(picture.path)]
         answers += [
-            "".join(runtime.answer(seen, picture.question, GenerationOptions(16), 0))
+            "".join(runtime.answer(seen, picture.question, Settings(max_tokens=16), 0))
         ]
         how = {"pruner": FEW, "positions": "contiguous", "max_tokens": 16}
         assert answers[-1] == generate(*demo, seen, picture.question, **how)
@@ -152,11 +154,11 @@ def test_several_pictures_and_samples(demo):
     runtime, text = own(keep_ratio=0.5), PICTURES[0].question
     pruner = Pruner("norm", 0.5)
     for images in (seen, seen[::-1]):
-        given = "".join(runtime.answer(images, text, GenerationOptions(16), 0))
+        given = "".join(runtime.answer(images, text, Settings(max_tokens=16), 0))
         assert given == generate(*demo, images, text, pruner=pruner, max_tokens=16)
 
     def sample(seed, top_p=0.0):
-        hot = GenerationOptions(8, temp=20.0, top_p=top_p)
+        hot = Settings(max_tokens=8, temp=20.0, top_p=top_p)
         return "".join(runtime.answer(seen[:1], text, hot, seed))
 
     samples = [sample(seed) for seed in range(3)]
@@ -172,7 +174,7 @@ def test_losses_are_those_of_the_steps(demo):
     """The loss is the mean -log p of step-by-step decoding; the answer's is lowest."""
     picture, runtime = PICTURES[0], own(method="norm", keep_ratio=0.25)
     seen, (model, processor) = [load_image(picture.path)], demo
-    answer = "".join(runtime.answer(seen, picture.question, GenerationOptions(16), 0))
+    answer = "".join(runtime.answer(seen, picture.question, Settings(max_tokens=16), 0))
     loss, greedy = runtime.loss(seen, picture.question, answer)
     other, no = runtime.loss(seen, picture.question, "blue blue")
     assert (greedy, no) == (True, False)
@@ -196,7 +198,7 @@ def test_losses_are_those_of_the_steps(demo):
 
 def test_a_question_without_a_picture_is_refused():
     with pytest.raises(InputError, match="no picture"):
-        own().answer([], "What is this?", GenerationOptions(), 0)
+        own().answer([], "What is this?", Settings(), 0)
 
 
 def test_in_mlx_vlm_answers_are_those_of_attach(tmp_path):
@@ -215,7 +217,7 @@ def test_in_mlx_vlm_answers_are_those_of_attach(tmp_path):
             made = mlx_vlm.stream_generate(qwen.model, qwen.processor, asked, **how)
             expected = "".join(piece.text for piece in made)
             marked = "<image>" * len(seen) + QUESTION  # as LLaVA's tasks do
-            given = runtime.answer(seen, marked, GenerationOptions(LENGTH), 0)
+            given = runtime.answer(seen, marked, Settings(max_tokens=LENGTH), 0)
             assert "".join(given) == expected
             assert expected.strip()
     with pytest.raises(InputError, match="not supported in mlx-vlm"):

@@ -275,7 +275,7 @@ def test_what_a_question_needs_of_an_order(demo):
     model, _ = demo
     for item in items:
         batch = batches.of([item], [item.pairs])
-        goal = np.array(loss._needed(batch, "prompt"))
+        goal = np.array(loss._goal(batch, "prompt"))
         # Told 0.1 of 64, between the least and the most.
         scores = np.array(score(model, load_scorer("demo-asking"), batch, 6))
         for question, row in enumerate(goal):
@@ -286,7 +286,7 @@ def test_what_a_question_needs_of_an_order(demo):
                 count = keep if near else count
             assert np.flatnonzero(row).tolist() == np.sort(order[:count]).tolist()
             seen.add(count)
-        assert loss._needed(batch, "tower").tolist() == [goal.max(axis=0).tolist()]
+        assert loss._goal(batch, "tower").tolist() == [goal.max(axis=0).tolist()]
     assert len(seen) > 1
 
 
@@ -295,7 +295,7 @@ def test_needs_are_learned_by_cross_entropy(demo):
     scorer.own_count = True
     found, count = loss(scorer, (0,), 0)
     batch = batches.draw((0,), 2, 3)
-    goals = np.array(loss._needed(batch, "prompt"))
+    goals = np.array(loss._goal(batch, "prompt"))
     for row, pair in enumerate(pair for asked in batch.pairs for pair in asked):
         item = batch.samples[row // 3]
         every = loss._needed_of(batches.of([item], [item.pairs]))

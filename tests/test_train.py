@@ -16,7 +16,7 @@ from mlx_tokprune.scenes.held_out import HELD_OUT, TRAINING
 from mlx_tokprune.train.loop import Loop
 from recipes.demo.batches import make_batch
 from recipes.demo.export import export
-from recipes.demo.labels import cell_labels, fine_labels
+from recipes.demo.labels import CHARACTERS, cell_labels, fine_labels
 from recipes.demo.recipe import STAGES, Trainer
 from recipes.demo.student import DEMO_CONFIG, Student
 
@@ -120,7 +120,7 @@ def test_labels_say_what_is_drawn():
             assert fine["shape"][row, column] == labels["shape"][cell]
         if scene.sign:
             chars = set(np.unique(fine["char"])) - {0}
-            letters = {scenes.CHARACTERS[c - 1] for c in chars}
+            letters = {CHARACTERS[c - 1] for c in chars}
             assert letters <= set(scene.sign.text)
             assert letters
 

@@ -16,6 +16,7 @@ from ..cli import (
     add_rows,
     add_verbose,
     begin_logging,
+    check_rows,
     command,
     options_of,
     row_plans,
@@ -29,7 +30,6 @@ from ..measure.subject import OwnSubject, subject_of
 from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
 from ..processing.image import load_pictures
-from ..pruners import get_method, read_plan
 from .benchmark import SCHEMA, Benchmark, make_cases
 from .plots import FILES, Accuracy, draw_all
 from .speed_table import tabulate
@@ -183,17 +183,11 @@ def _check(args: argparse.Namespace) -> None:
     """Raise `InputError` for bad flags before any model is loaded."""
     if args.runs < 1 or args.tokens < 1:
         raise InputError("runs and tokens are whole numbers from 1")
-    for ratio in args.keep_ratios:
-        if not 0 < ratio <= 1:
-            raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
+    check_rows(args)
     places = [str(resolve(name).resolve()) for name in args.model]
     for name, place in zip(args.model, places, strict=True):
         if places.count(place) > 1:
             raise InputError(f"model {name} was given twice; give each model once")
-    for name in args.methods or []:
-        get_method(name)
-    for text in row_plans(args):
-        read_plan(text)
     if args.runtime == "own":
         is_replaced(args.output, SCHEMA)  # resumed, not replaced
     if args.plots:

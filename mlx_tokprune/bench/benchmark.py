@@ -25,8 +25,8 @@ from ..measure.machine import describe, measure_rates
 from ..measure.results import (
     MACHINE,
     NUMBER,
+    NUMBER_OR_NULL,
     NewerField,
-    NullableValue,
     Table,
     budgets,
     mismatch,
@@ -51,13 +51,13 @@ SHAPE = {
     "rows": [
         {
             **{"model": str, "image_size": int, "prompt": str, "method": str},
-            **{"keep_ratio": NullableValue(NUMBER), "positions": str},
+            **{"keep_ratio": NUMBER_OR_NULL, "positions": str},
             **{"visual_tokens": int, "kept": int, "limit_ms": NUMBER},
             "draft": NewerField(str),
             "costs": {name: _COST for name in ("vision", "project", "prefill")},
             "samples": {
                 **{name: [NUMBER] for name in _TIMES},
-                "decode_tokens_per_second": [NullableValue(NUMBER)],
+                "decode_tokens_per_second": [NUMBER_OR_NULL],
                 "stages_ms": [dict.fromkeys(STAGES, NUMBER)],
                 **dict.fromkeys(("calls", "tokens"), NewerField([int])),
             },

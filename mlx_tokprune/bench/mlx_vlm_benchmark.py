@@ -16,8 +16,9 @@ from ..errors import InputError, printable
 from ..files import write_text
 from ..measure.machine import describe, format_versions
 from ..measure.mlx_vlm_subject import MlxVlmSubject
-from ..measure.results import MACHINE, NUMBER, NullableValue, Row, read_result
+from ..measure.results import MACHINE, NUMBER_OR_NULL, Row, read_result
 from ..measure.tables import Table
+from .speed_table import saved
 
 _MOST = 1e30  # limit of a valid time, rate, or FLOPs
 SCHEMA = "mlx_tokprune.bench.guest/1"
@@ -34,14 +35,9 @@ SHAPE = {
     "positions": str,
     "rows": [
         {
-            **{
-                "label": str,
-                "picture": int,
-                "prompt": str,
-                "flops": NullableValue(NUMBER),
-            },
+            **{"label": str, "picture": int, "prompt": str, "flops": NUMBER_OR_NULL},
             **{"visual_tokens": int, "kept": int, "prompt_tokens": int},
-            "samples": {name: [NullableValue(NUMBER)] for name in _SAMPLES},
+            "samples": {name: [NUMBER_OR_NULL] for name in _SAMPLES},
         }
     ],
 }
@@ -151,9 +147,7 @@ def _cells(row: dict, base: dict) -> list[str]:
     times = samples["ttft_ms"]
     rates = [r for r in samples["decode_tokens_per_second"] if r]
     if row is not base:
-        pairs = zip(times, base["samples"]["ttft_ms"], strict=True)
-        ratio = statistics.median(a / b for a, b in pairs)
-        savings[0] = f"{100 * (1 - ratio):.0f} %"
+        savings[0] = f"{100 * saved(row, base):.0f} %"
         if row["flops"] and base["flops"]:
             savings[1] = f"{100 * (1 - row['flops'] / base['flops']):.0f} %"
     return [

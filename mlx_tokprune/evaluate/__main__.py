@@ -15,6 +15,7 @@ from ..cli import (
     add_rows,
     add_verbose,
     begin_logging,
+    check_rows,
     command,
     options_of,
     read_options,
@@ -30,7 +31,7 @@ from ..measure.subject import OwnSubject, subject_of
 from ..pipeline import DEFAULT_POSITIONS
 from ..pipeline.planning import plan_for
 from ..processing.processor import PADDINGS
-from ..pruners import get_method, read_plan
+from ..pruners import read_plan
 from .accuracy_table import draw, most_common, summarize, tabulate
 from .evaluator import Evaluator, describe_run
 from .gather import Workers, end_with_launcher, launch, notes_once
@@ -150,7 +151,8 @@ def _begin(args: argparse.Namespace, questions: Questions) -> Start:
     """Return the evaluator of a model in our runtime, its run and its questions."""
     loaded = load(args.model, adapter_path=args.adapter_path)
     subject = subject_of(args.model, *loaded)
-    subject = _resize(subject, args)
+    size = subject.image_size if args.image_size is None else args.image_size
+    subject = subject.at(size, args.padding)
     rows, settings = _rows(args, subject, questions), _settings(args)
     header = describe_run(
         subject.model,
@@ -166,11 +168,6 @@ def _begin(args: argparse.Namespace, questions: Questions) -> Start:
         adapter=args.adapter_path,
     )
     return Evaluator(OwnRuntime(subject, rows, settings), rows), header, questions
-
-
-def _resize(subject: OwnSubject, args: argparse.Namespace) -> OwnSubject:
-    size = subject.image_size if args.image_size is None else args.image_size
-    return subject.at(size, args.padding)
 
 
 def _begin_mlx_vlm(args: argparse.Namespace, questions: Questions) -> Start:
@@ -206,13 +203,7 @@ def _check(args: argparse.Namespace) -> None:
     loss = args.recommend
     if loss is not None and not 0 <= loss <= 1:
         raise InputError(f"a loss of {loss:g} is outside [0, 1]; 0.02 is 2 points")
-    for name in args.methods or ():
-        get_method(name)
-    for text in row_plans(args):
-        read_plan(text)
-    for ratio in args.keep_ratios:
-        if not 0 < ratio <= 1:
-            raise InputError(f"keep ratio {ratio:g} is outside (0, 1]")
+    check_rows(args)
     check_apart(args.output, [args.data, *([args.plot] if args.plot else [])])
     check_output(args.output, SCHEMA)
     if args.plot:

@@ -41,12 +41,7 @@ def _row(label: str, items: Sequence[Item], records: dict[int, dict]) -> dict:
         "accuracy": _by_kind(right, items),
         "agreement": _by_kind({n: r["agrees"] for n, r in own.items()}, items),
         "needed": _by_kind(needed, items),
-        "divergence": {
-            "value": sum(divergence) / len(divergence),
-            "low": low,
-            "high": high,
-            "n": len(divergence),
-        },
+        "divergence": _with_interval(divergence, low, high),
     }
 
 
@@ -65,6 +60,10 @@ def _by_kind(values: dict[int, float], items: Sequence[Item]) -> dict[str, dict]
 
 def _share(values: list[float], items: list[Item]) -> dict:
     low, high = of_share(values, [item.picture for item in items])
+    return _with_interval(values, low, high)
+
+
+def _with_interval(values: list[float], low: float, high: float) -> dict:
     value = sum(values) / len(values)
     return {"value": value, "low": low, "high": high, "n": len(values)}
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..act.heads import Head
 from ..errors import InputError
-from ..measure.subject import ActionSubject
 
 TOLERANCE = 0.1  # largest error of a right number, in the range [-1, 1]
 
@@ -36,17 +36,16 @@ def accuracy(values: np.ndarray, answers: Sequence[str]) -> float:
 class ActionJudge:
     """Judge of a policy's actions; a chunk is a sequence of actions.
 
-    stops: tokens that end an action. most: tokens of an action.
+    stops: tokens that end an action.
     """
 
-    def __init__(self, subject: ActionSubject, most: int):
-        self._head = subject.head
+    def __init__(self, head: Head):
+        self._head, self.stops = head, head.stops
         if not self._head.has_tokens:
             raise InputError(
                 "OpenVLA-OFT's actions are no tokens to compare; measure its success "
                 "in closed loop"
             )
-        self.most, self.stops = self._head.calls, self._head.stops
 
     def judge(
         self, ids: list[int], reference: list[int], answers: Sequence[str]

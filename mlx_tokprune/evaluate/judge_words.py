@@ -16,9 +16,8 @@ Differences from that code, which scores such answers wrongly:
 
 import re
 import unicodedata
-from collections.abc import Sequence
-
-from ..measure.subject import OwnSubject
+from collections.abc import Collection, Sequence
+from typing import Any
 
 _NUMBERS = {
     **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"},
@@ -65,27 +64,11 @@ def accuracy(text: str, answers: Sequence[str]) -> float:
     return sum(shares) / len(shares)
 
 
-def judge(text: str, unpruned: str, answers: Sequence[str]) -> dict:
-    """Return an answer, its accuracy and whether it agrees with the unpruned one.
-
-    The accuracy is `None` without right answers.
-    """
-    return {
-        "answer": text,
-        "accuracy": accuracy(text, answers) if answers else None,
-        "agrees": normalize(text) == normalize(unpruned),
-    }
-
-
 class WordJudge:
-    """Judge of a model's answers in words.
+    """Judge of a model's answers in words. stops: tokens that end an answer."""
 
-    stops: tokens that end an answer. most: tokens of an answer.
-    """
-
-    def __init__(self, subject: OwnSubject, most: int):
-        self._tokenizer = subject.processor.tokenizer
-        self.stops, self.most = self._tokenizer.eos_token_ids, most
+    def __init__(self, tokenizer: Any, stops: Collection[int]):
+        self._tokenizer, self.stops = tokenizer, stops
 
     def judge(
         self, ids: list[int], reference: list[int], answers: Sequence[str]
@@ -94,7 +77,12 @@ class WordJudge:
 
         The accuracy is `None` without right answers.
         """
-        return judge(self._text(ids), self._text(reference), answers)
+        text, unpruned = self._text(ids), self._text(reference)
+        return {
+            "answer": text,
+            "accuracy": accuracy(text, answers) if answers else None,
+            "agrees": normalize(text) == normalize(unpruned),
+        }
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode([i for i in ids if i not in self.stops])

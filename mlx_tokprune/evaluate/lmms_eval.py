@@ -6,16 +6,17 @@ lmms-eval loads `manifest` from the entry-point group `lmms_eval.models`. Only
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..attach.mlx_vlm import attach, load_mlx_vlm
 from ..checkpoints.loading import load
 from ..cli import RUNTIMES
 from ..errors import InputError
 from ..generate.memory import Memory
+from ..generate.settings import Settings
 from ..generate.stream import decoded, stream_generate
 from ..pipeline import DEFAULT_POSITIONS, ask, check_positions, run
 from ..pipeline.planning import plan_for
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 NAME = "mlx_tokprune"
+_USED = ("max_tokens", "temp", "top_p")  # settings that tasks choose
 _LONGEST = 1024  # default tokens of an answer, as of LLaVA in lmms-eval
 # Unsupported options that would change answers, with their values of no effect.
 _UNSUPPORTED = {"num_beams": (None, 0, 1), "repetition_penalty": (None, 0, 1)}
@@ -51,24 +53,8 @@ def manifest() -> "ModelManifest":
 # Generation options -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """Generation options of a task. stops: texts that end an answer."""
-
-    max_tokens: int = _LONGEST
-    temp: float = 0.0
-    top_p: float = 0.0
-    stops: tuple[str, ...] = ()
-
-    @property
-    def settings(self) -> dict:
-        """Keyword arguments of `Settings`."""
-        names = ("max_tokens", "temp", "top_p")
-        return {name: getattr(self, name) for name in names}
-
-
-def read_generation_options(kwargs: Mapping[str, Any]) -> GenerationOptions:
-    """Return the options of a task's `generation_kwargs`; greedy by default.
+def read_generation_options(kwargs: Mapping[str, Any]) -> Settings:
+    """Return the settings of a task's `generation_kwargs`; greedy by default.
 
     Raises `InputError` for unsupported options that would change answers.
     """
@@ -87,11 +73,11 @@ def read_generation_options(kwargs: Mapping[str, Any]) -> GenerationOptions:
         )
     stops = kwargs.get("until") or ()
     stops = (stops,) if isinstance(stops, str) else stops
-    return GenerationOptions(
-        kwargs.get("max_new_tokens") or _LONGEST,
-        float(temp),
-        float(kwargs.get("top_p") or 0),
-        tuple(filter(None, stops)),
+    return Settings(
+        max_tokens=kwargs.get("max_new_tokens") or _LONGEST,
+        temp=float(temp),
+        top_p=float(kwargs.get("top_p") or 0),
+        stop=tuple(filter(None, stops)),
     )
 
 
@@ -135,15 +121,11 @@ def read_pruners(
         raise InputError(
             f"prune has method, budget and place; leave out {', '.join(names)}"
         )
-    if prune is not None:
-        plan = read_plan(str(prune), options, seed)
-        _check_options(options, [pruner.method for pruner in plan])
-        return plan
-    if not names:
-        _check_options(options, [])
-        return None
+    plan = None if prune is None else read_plan(str(prune), options, seed)
     name = DEFAULT_METHOD if method is None else str(method)
-    _check_options(options, [name])
+    _check_options(options, [name] if names else [p.method for p in plan or ()])
+    if not names:
+        return plan
     unset = keep_ratio is None and keep_tokens is None
     if unset and get_method(name).lacks_budget(options):
         raise InputError(
@@ -189,7 +171,7 @@ class OwnRuntime:
         self.plan = plan_for(self.model, plan)
 
     def answer(
-        self, pictures: Sequence, text: str, options: GenerationOptions, seed: int
+        self, pictures: Sequence, text: str, options: Settings, seed: int
     ) -> Iterator[str]:
         """Yield the pieces of an answer."""
         pieces = stream_generate(
@@ -198,7 +180,7 @@ class OwnRuntime:
             memory=self._memory,
             positions=self.positions,
             seed=seed if options.temp else None,
-            **options.settings,
+            **{name: getattr(options, name) for name in _USED},
         )
         return (piece.text for piece in pieces)
 
@@ -220,10 +202,9 @@ class OwnRuntime:
             self.model, scene, self.plan, positions=self.positions, after=after
         )
         logits = self.model.decoder.logits(read.hidden)[0].astype(mx.float32)
-        targets = mx.array(ids)[:, None]
-        logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        loss = -mx.take_along_axis(logs, targets, axis=-1).mean()
-        greedy = mx.all(mx.argmax(logits, axis=-1) == targets[:, 0])
+        targets = mx.array(ids)
+        loss = nn.losses.cross_entropy(logits, targets, reduction="mean")
+        greedy = mx.all(mx.argmax(logits, axis=-1) == targets)
         return cast(float, loss.item()), bool(greedy.item())
 
 
@@ -253,7 +234,7 @@ class MlxVlmRuntime:
             attach(self.model, self.processor, pruners[0], positions)
 
     def answer(
-        self, pictures: Sequence, text: str, options: GenerationOptions, seed: int
+        self, pictures: Sequence, text: str, options: Settings, seed: int
     ) -> Iterator[str]:
         """Yield the pieces of an answer; pictures come before the text."""
         from mlx_vlm.generate import stream_generate

@@ -44,7 +44,7 @@ class MlxTokprune(lmms):
             seed = seed_of(self._seed, *where, repeats[where])
             images = self._pictures(pictures, *where)
             pieces = self._runtime.answer(images, text, options, seed)
-            return until(pieces, options.stops)
+            return until(pieces, options.stop)
 
         return self._each(requests, answer)
 

@@ -9,7 +9,7 @@ from ..measure.mlx_vlm_subject import MlxVlmSubject
 from ..measure.results import Row
 from .evaluator import Answer
 from .items import Item, Questions
-from .judge_words import judge
+from .judge_words import WordJudge
 
 
 def readable(
@@ -44,6 +44,7 @@ class MlxVlmRuntime:
 
     def __init__(self, subject: MlxVlmSubject, most: int):
         self.subject, self.most = subject, most
+        self.judge = WordJudge(subject.tokenizer, subject.stops).judge
 
     def begin(self, item: Item) -> None:
         """Load the picture."""
@@ -59,10 +60,3 @@ class MlxVlmRuntime:
         cost = self.subject.cost(*question, reply.kept)
         flops = sum(part.flops for part in cost.values()) if cost else None
         return Answer(reply.ids, mx.stack(logs), reply.kept, flops)
-
-    def judge(
-        self, ids: list[int], reference: list[int], answers: Sequence[str]
-    ) -> dict:
-        """Return the answer, its accuracy and whether it agrees with `reference`."""
-        decode = self.subject.decode
-        return judge(decode(ids), decode(reference), answers)

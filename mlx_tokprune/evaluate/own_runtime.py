@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..features import Features
@@ -12,8 +13,7 @@ from ..generate.settings import Settings
 from ..measure.results import Row
 from ..measure.subject import ActionSubject, OwnSubject
 from ..models.language import ReadResult
-from ..models.protocol import VisionModel
-from ..pipeline import Scene, VisualTokens, encode, prune_at_tower, run
+from ..pipeline import Scene, encode, prune_at_tower, run
 from ..pipeline.planning import plan_for
 from ..pruners import Plan
 from .evaluator import Answer
@@ -33,10 +33,12 @@ class OwnRuntime:
         self.subject, self.settings = subject, settings
         self.model = subject.model
         if isinstance(subject, ActionSubject):
-            self._judge = ActionJudge(subject, settings.max_tokens)
+            judge, self._most = ActionJudge(subject.head), subject.head.calls
         else:
-            self._judge = WordJudge(subject, settings.max_tokens)
-        self.judge = self._judge.judge
+            tokenizer = subject.processor.tokenizer
+            judge = WordJudge(tokenizer, tokenizer.eos_token_ids)
+            self._most = settings.max_tokens
+        self.judge, self._stops = judge.judge, judge.stops
         # Every extra that a row needs, computed at once.
         self._all = tuple(p for row in rows for p in self._plan(row))
         self._last: tuple[str, Features] | None = None
@@ -52,12 +54,19 @@ class OwnRuntime:
         unpruned: the answer whose tokens the logits are for, `None` for the first row.
         """
         plan, scene = self._plan(row), self._scene
-        question = _Question(self.model, scene, plan, self.settings, self._current)
-        ids, logits = self._ids_and_logits(question, unpruned)
-        own = question.kept if any(p.has_own_count for p in plan) else None
+        at_tower = prune_at_tower(self.model, scene, plan, self._current)
+        read, visual = run(
+            *(self.model, scene, plan),
+            positions=self.settings.positions,
+            vision=lambda *_: at_tower,
+            cache=self.model.decoder.make_cache(),
+        )
+        ids, logits = self._ids_and_logits(read, unpruned)
+        own = visual.keep if any(p.has_own_count for p in plan) else None
         cost = self.subject.count_shapes(scene, plan, own)
-        needed = question.share_of(item.needed)
-        logs = _log_softmax(logits)
+        left = set(itertools.chain(*visual.left())).intersection(item.needed)
+        needed = len(left) / len(item.needed) if item.needed else None
+        logs = nn.log_softmax(logits.astype(mx.float32))
         return Answer(ids, logs, cost.tokens.mean, cost.flops, needed)
 
     def _plan(self, row: Row) -> Plan:
@@ -72,7 +81,7 @@ class OwnRuntime:
         return self._last[1]
 
     def _ids_and_logits(
-        self, question: "_Question", unpruned: Answer | None
+        self, read: ReadResult, unpruned: Answer | None
     ) -> tuple[list[int], mx.array]:
         """Return the answer's ids, and logits (T, V) for the unpruned answer's tokens.
 
@@ -83,7 +92,6 @@ class OwnRuntime:
         from mlx_lm.models.cache import trim_prompt_cache
 
         decoder = self.model.decoder
-        read = question.read(decoder.make_cache())
         cache, logits = read.cache, decoder.logits(read.hidden)[0, -1:]
         maybe_quantize_kv_cache(cache, **self.settings.quantization)
         if unpruned is None:
@@ -111,47 +119,8 @@ class OwnRuntime:
         ids: the first ones, of which the last is not in the cache yet. logits: theirs.
         """
         decoder, ids, parts = self.model.decoder, list(ids), [logits]
-        while ids[-1] not in self._judge.stops and len(ids) < self._judge.most:
+        while ids[-1] not in self._stops and len(ids) < self._most:
             hidden = decoder.follow(mx.array([ids[-1:]]), cache)
             parts.append(decoder.logits(hidden)[0])
             ids.append(cast(int, mx.argmax(parts[-1]).item()))
         return ids, mx.concatenate(parts)
-
-
-class _Question:
-    """Question under one plan; pruning at the tower is done once."""
-
-    def __init__(
-        self,
-        model: VisionModel,
-        scene: Scene,
-        plan: Plan,
-        settings: Settings,
-        features: Features,
-    ):
-        self._model, self._scene, self._plan = model, scene, plan
-        self._positions = settings.positions
-        self._visual = prune_at_tower(model, scene, plan, features)
-        self.kept, self._chosen = 0, self._visual
-
-    def share_of(self, needed: tuple[int, ...]) -> float | None:
-        """Return the kept share of the needed tokens, after `read`."""
-        left = set(itertools.chain(*self._chosen.left()))
-        return len(left.intersection(needed)) / len(needed) if needed else None
-
-    def read(self, cache: list) -> ReadResult:
-        """Run the prompt into the cache."""
-
-        def cached_vision(*_: Any) -> VisualTokens:
-            return self._visual
-
-        options = {"positions": self._positions, "vision": cached_vision}
-        read, visual = run(self._model, self._scene, self._plan, **options, cache=cache)
-        self.kept = visual.keep
-        self._chosen = visual
-        return read
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

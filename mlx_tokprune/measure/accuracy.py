@@ -4,14 +4,14 @@ from pathlib import Path
 
 from ..errors import InputError
 from . import results
-from .results import MACHINE, NUMBER, NewerField, NullableValue, Table
+from .results import MACHINE, NUMBER, NUMBER_OR_NULL, NewerField, Table
 
 SCHEMA = "mlx_tokprune.evaluate/1"
 _SHARE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
 # Shape of an answer in the journal of an unfinished run.
 ANSWER = {
-    **{"answer": str, "accuracy": NullableValue(NUMBER), "agrees": bool},
-    **{"divergence": NUMBER, "kept": NUMBER, "flops": NullableValue(NUMBER)},
+    **{"answer": str, "accuracy": NUMBER_OR_NULL, "agrees": bool},
+    **{"divergence": NUMBER, "kept": NUMBER, "flops": NUMBER_OR_NULL},
 }
 # docs/results.md documents the fields.
 SHAPE = {
@@ -27,7 +27,7 @@ SHAPE = {
     },
     "rows": [
         {
-            **{"label": str, "kept": NUMBER, "flops": NullableValue(NUMBER)},
+            **{"label": str, "kept": NUMBER, "flops": NUMBER_OR_NULL},
             **{"least": NewerField(NUMBER), "most": NewerField(NUMBER)},
             **{"accuracy": Table(_SHARE), "agreement": Table(_SHARE)},
             **{"needed": Table(_SHARE), "divergence": _SHARE},
@@ -36,7 +36,7 @@ SHAPE = {
     "answers": [
         {
             **{"picture": str, "question": str, "answers": [str], "kind": str},
-            **{"given": Table(str), "scores": Table(NullableValue(NUMBER))},
+            **{"given": Table(str), "scores": Table(NUMBER_OR_NULL)},
         }
     ],
 }

@@ -9,11 +9,8 @@ this module only `coreml/capture.py` uses it.
 
 import contextlib
 import math
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +19,7 @@ import numpy as np
 from ..models.layers import plain_operations
 
 # Operations that return a view of their input, without a launch.
-_VIEWS = {
+VIEWS = {
     *("AsStrided", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice"),
     *("Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "BroadcastAxes"),
 }
@@ -44,18 +41,14 @@ class Cost:
     launches: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.weights + other.weights,
-            self.launches + other.launches,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Cost(*(ours + theirs for ours, theirs in pairs))
 
 
 def count(function: Callable, *arrays: mx.array) -> Cost:
     """Return the cost of `function(*arrays)`, which returns arrays."""
     events: list[dict] = []
-    with _as_on_metal() as fused:
+    with as_on_metal() as fused:
         mx.export_function(events.append, function, *arrays)
     total = Cost(weights=_constant_bytes(events))
     for event in events:
@@ -63,27 +56,9 @@ def count(function: Callable, *arrays: mx.array) -> Cost:
             continue
         if event["name"] == "Depends":  # a stand-in; its mark's size is the number
             total += fused[event["inputs"][-1][1][0] - 1]
-        elif event["name"] not in _VIEWS:
+        elif event["name"] not in VIEWS:
             total += _of_primitive(event)
     return total
-
-
-def launches_compiled(function: Callable, *arrays: mx.array) -> int:
-    """Return the launches of `function(*arrays)` under `mx.compile`, with fusion."""
-    with _as_on_metal(), tempfile.TemporaryDirectory() as folder:
-        outputs = mx.compile(function)(*arrays)
-        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-        output_names = _names(outputs, Path(folder) / "graph.dot")
-        # Inputs that are not evaluated bring operations of their own.
-        input_names = _names(arrays, Path(folder) / "inputs.dot")
-    return len(output_names) - len(input_names)
-
-
-def _names(arrays: Sequence[mx.array], file: Path) -> list[str]:
-    """Return the operations that compute these arrays, without views."""
-    mx.export_to_dot(str(file), *arrays)
-    labels = re.findall(r'label ="(\w+)"', file.read_text())
-    return [name for name in labels if name not in _VIEWS]
 
 
 def _size(array: tuple) -> int:
@@ -110,7 +85,7 @@ def _of_primitive(event: dict) -> Cost:
 
 
 @contextlib.contextmanager
-def _as_on_metal() -> Iterator[list[Cost]]:
+def as_on_metal() -> Iterator[list[Cost]]:
     """Use plain operations and stand-ins for fused ones; yield the stand-ins' costs.
 
     Without Metal, MLX builds fused operations from primitives, which would all count.

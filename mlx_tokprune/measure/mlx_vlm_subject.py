@@ -1,8 +1,9 @@
 """Models in mlx-vlm's runtime, for bench and evaluate: answers, times and FLOPs."""
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -73,21 +74,20 @@ class MlxVlmSubject:
         return self._handle.positions
 
     @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the processor, which can be the processor itself."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
     def stops(self) -> set[int]:
         """Token ids that end an answer."""
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return set(tokenizer.stopping_criteria.eos_token_ids)
+        return set(self.tokenizer.stopping_criteria.eos_token_ids)
 
     @property
     def resizes(self) -> bool:
         """Support of `max_pixels`, by which smaller images have fewer tokens."""
         kind = type(getattr(self.processor, "image_processor", None))
         return "qwen" in kind.__module__.lower()
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without stop tokens."""
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return tokenizer.decode([i for i in ids if i not in self.stops])
 
     def rows(
         self,
@@ -150,7 +150,7 @@ class MlxVlmSubject:
         options: dict[str, Any] = {"max_tokens": most, "temperature": 0.0, **sizes}
         options["image"] = [image]  # its types lack pictures
         if forced is not None:
-            options |= {"sampler": _ForcedSampler(forced), "max_tokens": len(forced)}
+            options |= {"sampler": _forced_sampler(forced), "max_tokens": len(forced)}
         ids, logs, first, prompt = [], [], None, 0
         with self._pruned(row) as handle:
             mx.reset_peak_memory()
@@ -278,16 +278,10 @@ class MlxVlmSubject:
         }
 
 
-class _ForcedSampler:
-    """Sampler that returns the given ids in order and ignores the probabilities."""
-
-    def __init__(self, ids: Sequence[int]):
-        self._ids, self._next = list(ids), 0
-
-    def __call__(self, logs: mx.array) -> mx.array:
-        number = min(self._next, len(self._ids) - 1)
-        self._next += 1
-        return mx.array([self._ids[number]], mx.uint32)
+def _forced_sampler(ids: Sequence[int]) -> Callable[[mx.array], mx.array]:
+    """Return a sampler of the given ids in order, then of the last one."""
+    forced = itertools.chain(ids, itertools.repeat(ids[-1]))
+    return lambda logs: mx.array([next(forced)], mx.uint32)
 
 
 def check_mlx_vlm(**options: object) -> None:

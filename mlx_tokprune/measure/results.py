@@ -77,13 +77,6 @@ def budgets(
 
 
 @dataclass(frozen=True)
-class NullableValue:
-    """Shape of a value that may be null."""
-
-    of: object
-
-
-@dataclass(frozen=True)
 class NewerField:
     """Shape of a field that older files do not have."""
 
@@ -137,8 +130,6 @@ def mismatch(value: Any, shape: Any, where: str) -> str | None:
 
     where: path of the value in the file.
     """
-    if isinstance(shape, NullableValue):
-        return None if value is None else mismatch(value, shape.of, where)
     if isinstance(shape, (Table, dict)):
         return _object_mismatch(value, shape, where)
     if isinstance(shape, list):
@@ -150,7 +141,7 @@ def mismatch(value: Any, shape: Any, where: str) -> str | None:
     types = shape if isinstance(shape, tuple) else (shape,)
     boolean = isinstance(value, bool) and bool not in types
     if number or boolean or not isinstance(value, types):
-        names = " or ".join(kind.__name__ for kind in types)
+        names = " or ".join(kind.__name__ for kind in types if kind is not _NULL)
         return f"{where} is {str(value)[:40]!r}; expected {names}"
     return None
 
@@ -173,9 +164,11 @@ def _object_mismatch(value: Any, shape: Table | dict, where: str) -> str | None:
     return None
 
 
+_NULL = type(None)
 NUMBER = (int, float)
+NUMBER_OR_NULL = (*NUMBER, _NULL)
 MACHINE = {
     "device": str,
-    "versions": Table(NullableValue(str)),
-    "commit": NullableValue(str),
+    "versions": Table((str, _NULL)),
+    "commit": (str, _NULL),
 }

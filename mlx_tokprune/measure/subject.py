@@ -140,7 +140,9 @@ class _Subject:
         costs = {
             "vision": self._vision(scene, plan),
             "prune": self._pruning(scene, plan, counts),
-            "project": self._once(("project", tokens.shape), self._project, tokens),
+            "project": self._once(
+                ("project", tokens.shape), count, self.model.project, tokens
+            ),
             "prefill": read,
         }
         return StageCosts(costs, cache_bytes, counts)
@@ -202,9 +204,6 @@ class _Subject:
             state = [] if scene.state is None else [scene.state]
             cost += count(choose_late, mx.zeros((*shape, size)), *state)
         return cost
-
-    def _project(self, tokens: mx.array) -> Cost:
-        return count(self.model.project, tokens)
 
     def _blank(self, batch: int, texts: list[int], kept: int) -> TokenSequence:
         """Return a sequence of zeros. texts: lengths. kept: visual tokens per group."""

@@ -29,7 +29,6 @@ WORDS: Sequence[str] = (
     "EXIT STOP OPEN TAXI CAFE BANK FIRE HOTEL PARK SHOP SALE MILK BREAD TEA FISH BOOK "
     "NORTH SOUTH EAST WEST SLOW WAIT HELP FREE DOOR LIFT BUS TRAM GATE ZONE PIZZA CITY"
 ).split()
-CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CELL = 64  # pixels a visual token covers: the total stride of the tower
 CANVAS = 512
 
@@ -59,12 +58,6 @@ class Sign:
     face: int  # index into `font_files()`
     size: int  # of the font, in pixels
     margin: int  # pixels of plate around the ink
-
-    @property
-    def center(self) -> tuple[float, float]:
-        """Centre `(x, y)` of the ink, in pixels of the square."""
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass(frozen=True)

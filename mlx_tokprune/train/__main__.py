@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.upload import check_repo, upload
-from ..cli import (
-    Parser,
-    add_pruning,
-    add_upload,
-    command,
-    plan_of,
-)
+from ..cli import Parser, add_pruning, add_upload, command, plan_of
 from ..errors import InputError, nearest, printable
 from ..pruners.scorers import SCORERS, is_scorer, load_scorer
 from ..scenes.pictures import check_fonts
@@ -22,6 +16,8 @@ if TYPE_CHECKING:  # loaded only by the command that needs them
     from ..processing.processor import AnyProcessor
     from .loop import Schedule
     from .samples import Samples
+
+    Loaded = tuple[VisionModel, AnyProcessor]
 
 _QUESTIONS = 5  # for each picture in a step
 DTYPES = ("float32", "bfloat16", "float16")
@@ -186,15 +182,8 @@ def _prune(args: argparse.Namespace) -> None:
             "each picture; leave out --questions, or pass --imitate gradient"
         )
     questions = 1 if alone else args.questions or _QUESTIONS
-    names = (
-        "curriculum",
-        "distill",
-        "imitate",
-        "alone",
-        "sharpen",
-        "sparsity",
-        "within",
-    )
+    names = ("curriculum", "distill", "imitate", "alone", "sharpen")
+    names += ("sparsity", "within")
     options = {name: getattr(args, name) for name in names}
     options["imitate"] = goal_of(args.imitate)
     if args.keep_ratios:
@@ -206,9 +195,9 @@ def _prune(args: argparse.Namespace) -> None:
             "the number of kept tokens is learned; leave out --curriculum and, "
             "without --within, --keep-ratios"
         )
-    samples, schedule, folder, output = _training(args)
+    loaded, samples, schedule, folder, output = _training(args)
     train_scorer(
-        *(_load(args), args.scorer, samples, lesson, schedule, folder, output),
+        *(loaded, args.scorer, samples, lesson, schedule, folder, output),
         checkpoint=args.grad_checkpoint,
     )
     print(f"wrote {output}")
@@ -223,9 +212,9 @@ def _lora(args: argparse.Namespace) -> None:
         args.keep_ratio = 0.25
     plan = plan_of(args, DEFAULT_METHOD)
     adapter = Adapter(args.rank, args.scale, args.layers, args.dora, args.projector)
-    samples, schedule, folder, output = _training(args)
+    loaded, samples, schedule, folder, output = _training(args)
     train_adapter(
-        *(_load(args), samples, plan, args.positions, adapter),
+        *(loaded, samples, plan, args.positions, adapter),
         *((args.batch, args.questions or _QUESTIONS), schedule, folder, output),
         checkpoint=args.grad_checkpoint,
         distill=args.distill,
@@ -241,18 +230,13 @@ def _fuse(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
-def _load(args: argparse.Namespace) -> tuple["VisionModel", "AnyProcessor"]:
+def _training(
+    args: argparse.Namespace,
+) -> tuple["Loaded", "Samples", "Schedule", Path, Path]:
+    """Return model, samples, schedule, the state's folder, and the folder to write."""
     import mlx.core as mx
 
     from ..checkpoints.loading import load
-
-    return load(args.model, getattr(mx, args.dtype) if args.dtype else None)
-
-
-def _training(
-    args: argparse.Namespace,
-) -> tuple["Samples", "Schedule", Path, Path]:
-    """Return samples, schedule, the state's folder, and the folder to write."""
     from .loop import Schedule
     from .samples import read_samples
 
@@ -271,7 +255,8 @@ def _training(
     for number, reason in samples.skipped:
         print(f"skipped line {number}: {printable(reason)}")
     folder = Path(args.folder or f"{args.output}.training")
-    return samples, schedule, folder, output
+    loaded = load(args.model, getattr(mx, args.dtype) if args.dtype else None)
+    return loaded, samples, schedule, folder, output
 
 
 if __name__ == "__main__":

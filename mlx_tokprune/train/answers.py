@@ -5,9 +5,9 @@ tokens. Otherwise each question has its own sequence, which `pipeline.run` prefi
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
@@ -16,6 +16,7 @@ from ..pipeline import Scene, prune_at_prompt, prune_at_tower, run
 from ..processing.prompt import Prompt
 from ..pruners import Plan, Pruner
 from .batches import Batch, Batches
+from .loop import LossOf
 from .packing import (
     Questions,
     answer_logits,
@@ -96,43 +97,37 @@ def _of_one_length(batch: Batch) -> Iterator[tuple[mx.array, mx.array, int, int]
         yield pictures, numbers, int(begin), int(ends[group].max())
 
 
-class AnswerLoss:
-    """Loss of the language model on answers about pruned pictures; a `LossOf`.
+def answer_loss(
+    model: VisionModel,
+    batches: Batches,
+    plan: Plan,
+    positions: str,
+    sizes: tuple[int, int],
+    distill: float = 0.0,
+    teacher: VisionModel | None = None,
+) -> LossOf:
+    """Return the loss of the language model on answers about pruned pictures.
 
     sizes: pictures of a batch, and questions about each. distill: weight of the
     divergence from `teacher`, a model that gets every token at its original position.
     """
+    if distill and teacher is None:
+        raise InputError("distill needs a teacher; expected a model")
 
-    def __init__(
-        self,
-        model: VisionModel,
-        batches: Batches,
-        plan: Plan,
-        positions: str,
-        sizes: tuple[int, int],
-        distill: float = 0.0,
-        teacher: VisionModel | None = None,
-    ):
-        if distill and teacher is None:
-            raise InputError("distill needs a teacher; expected a model")
-        self._model, self._batches, self._plan = model, batches, plan
-        self._positions, self._sizes = positions, sizes
-        self._distill, self._teacher = distill, teacher
-
-    def __call__(
-        self, module: nn.Module, seed: tuple[int, ...], step: int
+    def loss(
+        module: Any, seed: tuple[int, ...], step: int
     ) -> tuple[mx.array, mx.array]:
-        """Return the sum of losses and the number of answer tokens of a batch."""
-        batch = self._batches.draw(seed, *self._sizes)
-        whole = None
-        if self._distill and self._teacher is not None:
+        batch, whole = batches.draw(seed, *sizes), None
+        if distill and teacher is not None:
             inputs = (batch.prefix, batch.features.tokens, batch.questions)
-            whole = mx.stop_gradient(unpruned_logits(self._teacher, *inputs))
+            whole = mx.stop_gradient(unpruned_logits(teacher, *inputs))
         total, count = mx.array(0.0), mx.array(0)
-        for logits, at in answers(self._model, batch, self._plan, self._positions):
+        for logits, at in answers(model, batch, plan, positions):
             part = Questions(batch.questions.ids[at], batch.questions.targets[at])
             losses, used = answer_losses(logits, part)
             if whole is not None:
-                losses = losses + self._distill * divergence(whole[at], logits)
+                losses = losses + distill * divergence(whole[at], logits)
             total, count = total + mx.sum(losses * used), count + mx.sum(used)
         return total, count
+
+    return loss

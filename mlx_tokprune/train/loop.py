@@ -13,6 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
@@ -269,10 +270,7 @@ def draw_losses(losses: list[float], file: Path, what: str = "the answers") -> N
     axes = figure.subplots()
     axes.plot(losses, alpha=0.3, label="loss")
     width = max(1, len(losses) // 20)
-    means = [
-        sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1])
-        for i in range(len(losses))
-    ]
+    means = [np.mean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))]
     axes.plot(means, label=f"mean of {width} steps")
     axes.set(xlabel="step", ylabel=f"cross entropy of {what}, nats")
     axes.grid(alpha=0.3)

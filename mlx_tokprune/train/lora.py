@@ -29,7 +29,7 @@ from ..pipeline import tower_needs
 from ..pipeline.planning import plan_for
 from ..processing.processor import AnyProcessor, check_answers
 from ..pruners import Pruner, Pruners
-from .answers import AnswerLoss, check_trainable
+from .answers import answer_loss, check_trainable
 from .batches import Batches
 from .loop import Loop, Schedule, draw_losses, recomputed
 from .samples import Samples, check_started
@@ -126,7 +126,7 @@ def train_adapter(
     teacher = copy.deepcopy(model) if distill else None  # weights are shared
     adapter.add_to(model)
     batches = Batches(model, processor, samples.items, tower_needs(plan))
-    loss = AnswerLoss(model, batches, plan, positions, sizes, distill, teacher)
+    loss = answer_loss(model, batches, plan, positions, sizes, distill, teacher)
     module = model if adapter.projector else model.language_model
     check_started(folder, model, samples, settings | {"dequantize": dequantize})
     loop = Loop(cast(nn.Module, module), loss, schedule, folder)

@@ -207,7 +207,7 @@ class ScorerLoss:
         scores = score(self._model, scorer, batch, keep)
         rows = mx.array(float(len(scores)))
         if lesson.within is not None:
-            needed = self._needed(batch, scorer.at)
+            needed = self._goal(batch, scorer.at)
             penalty = mx.where(needed > 0, 1, lesson.sparsity or 1)
             losses = nn.losses.binary_cross_entropy(scores, needed, penalty)
             return losses * rows, rows
@@ -235,25 +235,31 @@ class ScorerLoss:
             loss = loss + lesson.sparsity * mx.mean(gate) * count
         return loss, count
 
-    def _goal(self, batch: Batch, at: str, alone: bool) -> mx.array:
-        """Return goals: (B, N), means over questions, or (B * Q, N) at the prompt."""
-        goals = []
+    def _goal(self, batch: Batch, at: str, alone: bool = False) -> mx.array:
+        """Return goals: (B, N) at the tower, or (B * Q, N) at the prompt.
+
+        At the tower: the mean over the questions, or the tokens that any of them needs.
+        """
+        goals, join = [], mx.mean if self._lesson.within is None else mx.max
         for item, pairs in zip(batch.samples, batch.pairs, strict=True):
             goal = self.goals(item, alone)
             if at == "tower":
-                goals.append(mx.mean(goal, axis=0, keepdims=True))
+                goals.append(join(goal, axis=0, keepdims=True))
             else:
                 goals.append(goal[mx.array([item.pairs.index(pair) for pair in pairs])])
         return mx.concatenate(goals)
 
-    def goals(self, item: Sample, alone: bool) -> mx.array:
+    def goals(self, item: Sample, alone: bool = False) -> mx.array:
         """Return the goals (Q, N) of all questions about a picture, computed once."""
         key = (item.picture, alone)
         if key not in self._goals:
             batch = self._batches.of([item], [item.pairs])
-            goal = self._alone(batch) if alone else self._imitated(batch)
+            if self._lesson.within is not None:
+                goal = self._needed_of(batch)
+            else:
+                goal = (self._alone(batch) if alone else self._imitated(batch))[0]
             mx.eval(goal)
-            self._goals[key] = goal[0]
+            self._goals[key] = goal
         return self._goals[key]
 
     def _alone(self, batch: Batch) -> mx.array:
@@ -281,20 +287,6 @@ class ScorerLoss:
         shares = mx.softmax(-self._lesson.sharpen * summed, axis=1)
         goal = mx.put_along_axis(mx.zeros_like(first), tried, shares, axis=1)
         return mx.stop_gradient(goal.reshape(*batch.prompt.shape[:2], total))
-
-    def _needed(self, batch: Batch, at: str) -> mx.array:
-        """Return 1 for needed tokens: (B, N) at the tower, (B * Q, N) at the prompt."""
-        rows = []
-        for item, pairs in zip(batch.samples, batch.pairs, strict=True):
-            if item.picture not in self._goals:
-                alone = self._batches.of([item], [item.pairs])
-                self._goals[item.picture] = self._needed_of(alone)
-            needs = self._goals[item.picture]
-            if at == "tower":
-                rows.append(mx.max(needs, axis=0))
-            else:
-                rows += [needs[item.pairs.index(pair)] for pair in pairs]
-        return mx.stack(rows)
 
     def _needed_of(self, batch: Batch) -> mx.array:
         """Return 1 for the tokens (Q, N) that each question about one picture needs."""
@@ -325,9 +317,7 @@ class ScorerLoss:
             counts[left[near]], left = keep, left[~near]
             keep = max(keep + 1, int(keep * _STEP))
         needed = mx.argsort(order, axis=1) < mx.array(counts)[:, None]
-        needed = needed.astype(mx.float32)
-        mx.eval(needed)
-        return needed
+        return needed.astype(mx.float32)
 
     def _imitated(self, batch: Batch) -> mx.array:
         """Return the sharpened shares (B, Q, N) to imitate for each question."""

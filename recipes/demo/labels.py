@@ -6,7 +6,6 @@ import numpy as np
 
 from mlx_tokprune.scenes.pictures import (
     CELL,
-    CHARACTERS,
     COLORS,
     SHAPES,
     WORDS,
@@ -14,6 +13,7 @@ from mlx_tokprune.scenes.pictures import (
     font,
 )
 
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 FINE = 16  # pixels of a cell of the fine labels
 COLOR_NAMES = tuple(COLORS)
 
@@ -40,7 +40,8 @@ def cell_labels(scene: Scene) -> dict[str, np.ndarray]:
         labels["shape"][at] = 1 + SHAPES.index(thing.shape)
         labels["color"][at] = 1 + COLOR_NAMES.index(thing.color)
     if scene.sign is not None:
-        at = cell(*scene.sign.center)
+        left, top, right, bottom = scene.sign.box
+        at = cell((left + right) / 2, (top + bottom) / 2)
         labels["shape"][at] = len(SHAPES) + 1
         text = scene.sign.text
         if text.isdigit():

@@ -12,7 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tokprune.models.fastvlm import FastVLM, ModelArgs
-from mlx_tokprune.scenes.pictures import CANVAS, CELL, CHARACTERS, COLORS, SHAPES, WORDS
+from mlx_tokprune.scenes.pictures import CANVAS, CELL, COLORS, SHAPES, WORDS
+
+from .labels import CHARACTERS
 
 DEMO_CONFIG = {
     "architectures": ["LlavaQwen2ForCausalLM"],
