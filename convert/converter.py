@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from ..checkpoints.hub import resolve
 from ..checkpoints.loading import check_finite, load_tokenizer, tokenizer_folder
 from ..checkpoints.opening import build, check_plan, open_checkpoint
 from ..checkpoints.quantization import (
-    FLOATS,
     GROUPS,
     MODES,
     SECTIONS,
@@ -27,7 +25,6 @@ from ..checkpoints.quantization import (
     Quantization,
 )
 from ..checkpoints.shards import (
-    BYTES,
     Checkpoint,
     copy_beside,
     copy_companions,
@@ -232,15 +229,11 @@ def _stream(
         if mx.issubdtype(array.dtype, mx.floating):
             check_finite({name: array})
             array = _cast(name, array, DTYPES[dtype]) if dtype else array
-        path = name.removesuffix(".weight")
-        if path != name and path in plan.formats:
-            parts = plan.formats[path].pack(path, array)
-            mx.eval(parts)  # else the source stays in memory with the shard
-            yield from parts.items()
-            del parts
-        else:
-            yield name, array
+        parts = _packed(name, array, plan)
         del array
+        mx.eval(parts)  # else a quantized matrix stays in memory with the shard
+        yield from parts.items()
+        del parts
 
 
 def _cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -279,13 +272,18 @@ def _typed(config: dict, dtype: str) -> dict:
 def _bytes_to_write(
     family: Family, checkpoint: Checkpoint, dtype: str | None, plan: Quantization
 ) -> int:
-    """Return the bytes that the converted tensors need on disk."""
-    total, stored = 0.0, family.dtypes(checkpoint)
-    for name, shape in family.shapes(checkpoint).items():
-        size = BYTES[stored[name]]
-        if dtype is not None and stored[name] in FLOATS:
-            size = DTYPES[dtype].size
-        format = plan.formats.get(name.removesuffix(".weight"))
-        packed = format is not None and name.endswith(".weight")
-        total += math.prod(shape) * (format.bytes_per_weight(size) if packed else size)
-    return int(total)
+    """Return the bytes that the converted tensors need on disk, from lazy arrays."""
+    total = 0
+    for name, array in family.to_mlx_layout(checkpoint.load()).items():
+        if dtype and mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(DTYPES[dtype])
+        total += sum(part.nbytes for part in _packed(name, array, plan).values())
+    return total
+
+
+def _packed(name: str, array: mx.array, plan: Quantization) -> dict[str, mx.array]:
+    """Return a tensor, or the tensors of a matrix to quantize, by name. Lazy."""
+    path = name.removesuffix(".weight")
+    if path == name or path not in plan.formats:
+        return {name: array}
+    return plan.formats[path].pack(path, array)

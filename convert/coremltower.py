@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoints.shards import TYPES, Checkpoint, Tensor
+from ..checkpoints.shards import TYPES, Checkpoint
 from ..errors import InputError
 from ..files import object_of, read_json
+from ..models.checks import expect
 
 # Messages of coremltools.proto, whose classes have no types.
 Operation = Any
@@ -32,6 +33,9 @@ _INSTEAD = (
     "download the PyTorch checkpoint (such as apple/FastVLM-0.5B) and convert that"
 )
 _LAYERS = (2, 12, 24, 4, 2)  # blocks per stage of FastViTHD; the last two: attention
+# Operations of a layer, by its kind; of other kinds a convolution.
+_OPERATIONS = {"norm": ("batch_norm", "layer_norm"), "scale": ("mul",)}
+_OPERATIONS |= {"bare": ("linear",), "linear": ("linear",)}
 _NORM_EPS = 1e-5  # of PyTorch's batch norms, before coremltools folded them
 _FLOATS = {10: np.dtype("<f2"), 11: np.dtype("<f4")}  # by MIL's DataType
 _STORED = {1: np.dtype("<f2"), 2: np.dtype("<f4")}  # by weight.bin's own type numbers
@@ -58,22 +62,14 @@ def add_tower(checkpoint: Checkpoint) -> Checkpoint:
         )
     sizes = object_of(checkpoint.config, "vision_config")
     extra = _projector(checkpoint) | read_tower(packages[0], _depths(sizes))
-    tensors = {
-        name: tensor
-        for name, tensor in checkpoint.tensors.items()
-        if not name.startswith(_PROJECTOR)
-    }
-    for name, array in extra.items():
-        tensors[name] = Tensor(checkpoint.folder, TYPES[array.dtype], array.shape)
-    return Checkpoint(checkpoint.folder, checkpoint.config, tensors, extra)
+    return checkpoint.with_extra(extra, (_PROJECTOR,))
 
 
 def _depths(sizes: Mapping) -> tuple[int, ...]:
     layers = sizes.get("layers", _LAYERS)
-    if not isinstance(layers, (list, tuple)) or len(layers) != 5:
-        raise InputError(f"config.json says layers {layers!r}; expected 5 values")
-    if not all(type(depth) is int and 0 < depth < 1000 for depth in layers):
-        raise InputError(f"config.json says layers {layers!r}; expected whole numbers")
+    right = isinstance(layers, (list, tuple)) and len(layers) == 5
+    right = right and all(type(depth) is int and 0 < depth < 1000 for depth in layers)
+    expect(right, "layers", layers, "5 whole numbers from 1 to 999")
     return tuple(layers)
 
 
@@ -102,7 +98,10 @@ def read_tower(package: Path, layers: tuple[int, ...]) -> dict[str, mx.array]:
     operations, tensors = _Layers(_Program(package)), {}
     for kind, path in _places(layers):
         for name, array in operations.take(kind, path).items():
-            tensors[f"{TOWER}.{_mlx_name(path, name)}"] = mx.array(_mlx_axes(array))
+            place = path.replace("patch_embed.", "patch_embed.blocks.")
+            axes = (0, 2, 3, 1) if array.ndim == 4 else range(array.ndim)
+            array = np.ascontiguousarray(array.transpose(*axes))
+            tensors[".".join(filter(None, (TOWER, place, name)))] = mx.array(array)
     operations.finish()
     return tensors
 
@@ -141,17 +140,6 @@ def _block(path: str, attention: bool) -> Iterator[tuple[str, str]]:
     yield "scale", f"{path}.layer_scale_2" if attention else f"{path}.layer_scale"
 
 
-def _mlx_name(path: str, name: str) -> str:
-    path = path.replace("patch_embed.", "patch_embed.blocks.")
-    return f"{path}.{name}" if name else path
-
-
-def _mlx_axes(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 4:
-        array = array.transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(array)
-
-
 class _Layers:
     """Program operations with weights, consumed in order.
 
@@ -176,19 +164,14 @@ class _Layers:
 
         Raises `InputError` unless the layer has this kind and its names this path.
         """
-        expected = {
-            "norm": ("batch_norm", "layer_norm"),
-            "scale": ("mul",),
-            "bare": ("linear",),
-            "linear": ("linear",),
-        }.get(kind, ("conv",))
+        expected = _OPERATIONS.get(kind, ("conv",))
         rest = self.operations[self.position :]
         operation = rest[0] if rest else None
         if operation is None or operation.type not in expected:
             if kind == "scale":  # folded into the layer before it, so 1 is left
                 return {"": np.ones_like(self.bias).reshape(1, 1, -1)}
             actual = operation.type if operation is not None else "its end"
-            self._refuse(f"{path} is {actual} and not {expected[0]}")
+            self.program.refuse(f"{path} is {actual} and not {expected[0]}")
         self.position += 1
         return getattr(self, f"_{kind}")(operation, path)
 
@@ -196,14 +179,11 @@ class _Layers:
         """Raise `InputError` when operations with weights are left."""
         left = len(self.operations) - self.position
         if left:
-            self._refuse(f"{left} layers follow the last one")
+            self.program.refuse(f"{left} layers follow the last one")
 
     def _conv(self, operation: Operation, path: str) -> dict[str, np.ndarray]:
-        arrays = {
-            part: self._value(operation, part, path) for part in ("weight", "bias")
-        }
-        self.bias = arrays["bias"]
-        return arrays
+        self.bias = self._value(operation, "bias", path)
+        return {"weight": self._value(operation, "weight", path), "bias": self.bias}
 
     _linear = _conv
 
@@ -211,7 +191,7 @@ class _Layers:
         """Return a linear layer without bias; coremltools stores zeros for it."""
         arrays = self._conv(operation, path)
         if np.any(arrays["bias"]):
-            self._refuse(f"{path} has a bias")
+            self.program.refuse(f"{path} has a bias")
         return {"weight": arrays["weight"]}
 
     def _folded(self, operation: Operation, path: str) -> dict[str, np.ndarray]:
@@ -255,7 +235,7 @@ class _Layers:
     def _value(self, operation: Operation, part: str, path: str) -> np.ndarray:
         names = _inputs(operation, part)
         if len(names) != 1:
-            self._refuse(f"{path} has no {part}")
+            self.program.refuse(f"{path} has no {part}")
         self._check_name(names[0], path)
         return self.program.value(names[0])
 
@@ -267,13 +247,7 @@ class _Layers:
         parts = ("network_", "patch_embed_", "conv_exp_")
         is_named = any(part in name for part in parts)
         if is_named and f"_{path.replace('.', '_')}_" not in f"_{name}_":
-            self._refuse(f"{path} is called {name}")
-
-    def _refuse(self, problem: str) -> NoReturn:
-        raise InputError(
-            f"{self.program.package} is no FastViTHD as Apple exports it ({problem}); "
-            f"{_INSTEAD}"
-        )
+            self.program.refuse(f"{path} is called {name}")
 
 
 def _inputs(operation: Operation, *parts: str) -> list[str]:
@@ -296,10 +270,10 @@ class _Program:
         model = _parse(file, package)
         functions = model.mlProgram.functions
         if "main" not in functions:
-            self._refuse("it has no program with a function main")
+            self.refuse("it has no program with a function main")
         main = functions["main"]
         if main.opset not in main.block_specializations:
-            self._refuse("its function main is empty")
+            self.refuse("its function main is empty")
         operations = main.block_specializations[main.opset].operations
         self.operations = [op for op in operations if op.type != "const"]
         self.constants = {
@@ -318,7 +292,7 @@ class _Program:
         value = self.constants.get(name)
         kind = value.type.tensorType.dataType if value is not None else None
         if value is None or kind not in _FLOATS:
-            self._refuse(f"{name} is no constant of 16- or 32-bit floats")
+            self.refuse(f"{name} is no constant of 16- or 32-bit floats")
         shape, dtype = _shape(value), _FLOATS[kind]
         if value.HasField("blobFileValue"):
             array = self._stored(value.blobFileValue.offset, dtype, name)
@@ -328,7 +302,7 @@ class _Program:
             if tensor.HasField("bytes"):
                 array = np.frombuffer(tensor.bytes.values, dtype)
         if array.size != math.prod(shape):
-            self._refuse(f"{name} has {array.size} numbers for the shape {shape}")
+            self.refuse(f"{name} has {array.size} numbers for the shape {shape}")
         return array.reshape(shape)
 
     def _stored(self, offset: int, dtype: np.dtype, name: str) -> np.ndarray:
@@ -347,11 +321,12 @@ class _Program:
                     return np.frombuffer(stream.read(count), dtype)
         except (OSError, struct.error, OverflowError, ValueError):
             pass
-        self._refuse(f"{name} is not in its weights/weight.bin")
+        self.refuse(f"{name} is not in its weights/weight.bin")
 
-    def _refuse(self, problem: str) -> NoReturn:
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise `InputError` with the problem of the package."""
         raise InputError(
-            f"{self.package} cannot be read as a Core ML package ({problem}); "
+            f"{self.package} is no FastViTHD as Apple exports it ({problem}); "
             f"{_INSTEAD}"
         )
 
@@ -364,12 +339,11 @@ def _shape(value: MILValue) -> tuple[int, ...]:
 def _model_file(package: Path) -> Path:
     """Return the model file that the manifest names; refuse one outside the package."""
     manifest = read_json(package / "Manifest.json")
-    entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
-    is_named = isinstance(entries, dict) and isinstance(root, str)
-    entry = entries.get(root) if is_named else None
-    name = entry.get("path") if isinstance(entry, dict) else None
-    name = name if isinstance(name, str) and len(name) < 256 else ""
-    parts = PurePosixPath(name).parts
+    try:
+        name = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+        parts = PurePosixPath(name[:256]).parts
+    except (LookupError, TypeError):
+        name, parts = "", ()
     if not parts or parts[0] == "/" or ".." in parts:
         raise InputError(
             f"Manifest.json of {package} names no model inside the package; {_INSTEAD}"

@@ -18,6 +18,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..checkpoints.loading import check_finite
 from ..checkpoints.peft import FACTOR, pair, read_settings, read_tensors
 from ..checkpoints.quantization import FLOATS
 from ..checkpoints.shards import ADAPTER, Checkpoint, Shape, Tensor, load_tensors
@@ -155,7 +156,7 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> Adapter:
             name, checkpoint.tensors[name], header[down], header[up], settings.rank
         )
         matched[name] = (down, up)
-    _check_finite(file)
+    check_finite({f"{n} of {file}": a for n, a in load_tensors(file).items()})
     return Adapter(file, settings.of("")[1], matched)
 
 
@@ -201,17 +202,6 @@ def _check_fit(name: str, weight: Tensor, down: Tensor, up: Tensor, rank: int) -
             f"the adapter's factors {up.shape} and {down.shape} of rank {rank} do not "
             f"fit tensor {name}, which has shape {weight.shape} and type {weight.dtype}"
         )
-
-
-def _check_finite(file: Path) -> None:
-    """Raise `InputError` for NaN or infinity; memory holds one tensor."""
-    stored = load_tensors(file)
-    for name in sorted(stored):
-        if not mx.all(mx.isfinite(stored.pop(name))).item():
-            raise InputError(
-                f"tensor {name} of {file} has numbers that are not finite; the adapter "
-                "is damaged, or its training went wrong"
-            )
 
 
 def _matrix(array: mx.array) -> mx.array:

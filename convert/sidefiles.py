@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..checkpoints.shards import TYPES, Checkpoint, Tensor
+from ..checkpoints.shards import Checkpoint
 from ..errors import InputError
 
 if TYPE_CHECKING:  # torch is an extra
@@ -63,18 +63,9 @@ def add_side_files(checkpoint: Checkpoint) -> Checkpoint:
             full_name = name if name.startswith(f"{part}.") else f"{part}.{name}"
             extra[full_name] = array
     extra = _merge_lora({plain(k): v for k, v in extra.items()})
-    tensors = dict(checkpoint.tensors)
-    if "vision_backbone" in files:
-        # The FiLM backbone replaces the one in the shards.
-        tensors = {n: t for n, t in tensors.items() if not _is_tower(n)}
-    for name, array in extra.items():
-        tensors[name] = Tensor(checkpoint.folder, TYPES[array.dtype], array.shape)
-    folder, base = checkpoint.folder, checkpoint.base
-    return Checkpoint(folder, checkpoint.config, tensors, extra, base)
-
-
-def _is_tower(name: str) -> bool:
-    return name.startswith("vision_backbone.")
+    # A FiLM backbone replaces the one in the shards.
+    replaced = ("vision_backbone.",) if "vision_backbone" in files else ()
+    return checkpoint.with_extra(extra, replaced)
 
 
 def plain(name: str) -> str:

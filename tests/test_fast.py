@@ -66,11 +66,13 @@ def test_1000_chunks_come_back_as_published(code, published):
 def test_damaged_answers_are_padded_or_cut_as_published(code, published, seed):
     """Random ids give the published chunk, and an error unless they are valid."""
     random = np.random.default_rng(seed)
-    ids = random.integers(0, len(code.pieces) + 40, random.integers(0, 20)).tolist()
+    ids = random.integers(
+        0, code.tokenizer.get_vocab_size() + 40, random.integers(0, 20)
+    ).tolist()
     found, wrong = code.decode(ids, *SHAPE)
     np.testing.assert_allclose(found, published[1](ids), atol=1e-12)
     count = len(code.coefficients(ids))
-    unknown = sum(number >= len(code.pieces) for number in ids)
+    unknown = sum(number >= code.tokenizer.get_vocab_size() for number in ids)
     assert (wrong is None) == (count == 12 and not unknown)
     strict, _ = code.decode(ids, *SHAPE, relaxed=False)
     np.testing.assert_array_equal(strict, found if count == 12 else np.zeros(SHAPE))
@@ -97,8 +99,16 @@ def test_an_empty_answer_is_a_chunk_of_zeros(code):
     ("tokenizer", "settings", "message"),
     [
         ({"model": {"type": "Unigram"}}, {}, "expected FAST's, BPE"),
-        ({"model": {"type": "BPE", "vocab": {"a": -1}}}, {}, "no vocabulary"),
-        ({"model": {"type": "BPE", "vocab": {"a": "1"}}}, {}, "no vocabulary"),
+        (
+            {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
+            {},
+            "no vocabulary",
+        ),
+        (
+            {"model": {"type": "BPE", "vocab": {"a": "1"}, "merges": []}},
+            {},
+            "no vocabulary",
+        ),
         ({"added_tokens": [3]}, {}, "no vocabulary"),
         ({}, {"scale": 0}, "scale 0 and min_token 0"),
         ({}, {"scale": "10"}, "scale '10'"),
@@ -106,7 +116,6 @@ def test_an_empty_answer_is_a_chunk_of_zeros(code):
     ],
 )
 def test_what_is_no_code_is_refused(tokenizer, settings, message):
-    right = {"model": {"type": "BPE", "vocab": {"a": 0}}}
-    right |= {"decoder": {"type": "ByteLevel"}}
+    right = json.loads(TOKENIZER.read_text())
     with pytest.raises(InputError, match=message):
         FastCode.from_json(right | tokenizer, settings, "tokenizer.json")

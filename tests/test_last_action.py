@@ -14,7 +14,7 @@ from test_policy_tuning import Corridor, batch_of, corridor  # noqa: F401
 
 from mlx_tokprune import InputError, Policy, Pruner, generate, load, predict_action
 from mlx_tokprune.act.__main__ import main as act
-from mlx_tokprune.act.episode import RUNTIME_INPUTS
+from mlx_tokprune.act.episode import first_inputs
 from mlx_tokprune.act.heads import head_of
 from mlx_tokprune.act.inputs import observe
 from mlx_tokprune.checkpoints.embedded import PICTURES, POLICY_FRAME
@@ -64,7 +64,7 @@ def before(action) -> dict[str, mx.array]:
 
 
 def test_policies_supply_the_extras_that_they_provide():
-    assert tuple(RUNTIME_INPUTS) == EPISODE_EXTRAS
+    assert tuple(first_inputs(1, 4)) == EPISODE_EXTRAS
 
 
 def chosen(loaded, pruner, robots, acted=None, state=None) -> list[list[int]]:
@@ -122,7 +122,7 @@ def test_the_last_action_changes_what_is_kept(demo_policy, frames):
     kept = [chosen(demo_policy, pruner, [[frames[1]]], [[0.0] * 4])]
     for sign in (1, -1):
         previous = mx.full((1, 4), sign * 0.9)
-        policy._inputs.values = extras = before(previous)
+        policy._inputs.previous, extras = previous, before(previous)
         kept.append(chosen(demo_policy, pruner, [[frames[1]]], previous))
         scene = observe(processor, [[frames[1]]], processor.prompt(TOLD), None, extras)
         parts, _ = head.decode(model, scene, (pruner,))
@@ -148,7 +148,7 @@ def test_robots_of_a_batch_are_told_their_own(demo_policy, frames, text):
         values = together.act_on_batch([[frame] for frame in seen], TOLD)
         for robot, frame, action in zip(robots, seen, values, strict=True):
             np.testing.assert_array_equal(alone[robot]([frame], TOLD), action)
-    acted = np.array(together._inputs.values["action_previous"])
+    acted = np.array(together._inputs.previous)
     assert acted.shape == (2, 4)
     assert not np.allclose(acted[0], acted[1])
     with pytest.raises(InputError, match="the episode has 2 robots, not 3"):

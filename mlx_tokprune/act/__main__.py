@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
         inputs = [center_crop(image, processor.crop) for image in inputs]
         write_overlay(args.overlay, inputs, visual, padded=processor.pads)
     record = {
-        "action": _first(action.values, args.first),
-        "normalized_action": _first(action.normalized, args.first),
+        "action": action.values[: args.first].tolist(),
+        "normalized_action": action.normalized[: args.first].tolist(),
         "token_ids": action.token_ids and list(action.token_ids),
         "visual_tokens": visual.total,
         "wrong": action.wrong,
@@ -169,10 +169,6 @@ def _draft(args: argparse.Namespace, plan: Plan | None) -> Any:
         options = {"positions": args.positions, "unnorm_key": args.unnorm_key}
         return Policy(*loaded, pruner=plan, **options)
     return True if args.draft == "last" else args.draft or False
-
-
-def _first(actions: np.ndarray, count: int | None) -> list:
-    return actions.tolist() if count is None else actions[:count].tolist()
 
 
 def split_names(texts: list[str]) -> tuple[list[str], list[str]]:

@@ -101,7 +101,7 @@ def draft_chunk(
     `pipeline.run`. Returns the answer's token ids and the number of calls.
     """
     cache = model.decoder.make_cache()
-    draft = list(last if first is None else first)[: head.most]
+    draft = list(last if first is None else first)[: head.calls]
     after = mx.array([draft[:-1]], mx.int32)
     options |= {"after": after} if len(draft) > 1 else {}
     read, _ = run(model, scene, plan, cache=cache, **options)
@@ -111,7 +111,7 @@ def draft_chunk(
     answer, calls = agreed(draft, np.array(tokens[0]).tolist()), 1
     trim(parts, max(0, len(draft) - len(answer)))
     while not head.ends(answer):
-        most = min(_WIDTH, head.most - len(answer) - 1)
+        most = min(_WIDTH, head.calls - len(answer) - 1)
         following = Draft(continued(last, answer)[:most])
         answer += verify(model.decoder, parts, answer[-1], following, Sampling())
         calls += 1

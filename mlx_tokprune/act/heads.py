@@ -9,14 +9,13 @@ with a stop token.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..models.language import ReadResult, greedy
+from ..models.language import Decoder, ReadResult, greedy
 from ..models.protocol import VisionModel
 from ..pipeline import Scene, VisualTokens, run
 from ..processing.actions import Scale
@@ -26,151 +25,151 @@ from ..processing.prompt import Prompt
 from ..pruners import Plan
 
 
-class Head(Protocol):
+class Head:
     """Action head of a policy: its prompt, decoding and conversion to actions.
 
-    processor: the policy's processor. kind: name of the head. has_tokens: whether an
-    answer is token ids. compiles: whether a whole call has static shapes. alone:
-    whether each robot has a prompt of its own, so that the robots of a batch act one
-    after the other.
+    This base decodes tokens, in answers of a fixed length, and gives all robots of a
+    batch one prompt.
+
+    processor: the policy's processor. size: dimensions of an action. kind: name of the
+    head. has_tokens: whether an answer is token ids. compiles: whether a whole call has
+    static shapes. alone: whether each robot has a prompt of its own, so that the robots
+    of a batch act one after the other. rows: last positions of the prompt that the head
+    reads. calls: forward passes of the language model for an answer, at most. chunk:
+    actions of an answer. stops: token ids that end an answer.
     """
 
+    processor: Any
+    size: int
     kind: str
-    has_tokens: bool
-    compiles: bool
-    alone: bool
-
-    @property
-    def processor(self) -> Any:
-        """Processor of the policy's prompts and images."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Dimensions of an action."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """Last positions of the prompt that the head reads."""
-        ...
-
-    @property
-    def calls(self) -> int:
-        """Forward passes of the language model for an answer, at most."""
-        ...
-
-    @property
-    def stops(self) -> frozenset[int]:
-        """Token ids that end an answer."""
-        ...
+    has_tokens = True
+    compiles = True
+    alone = False
+    rows = 1
+    calls: int
+    chunk: int
+    stops: frozenset[int] = frozenset()
 
     def check(self, bounds: Scale) -> None:
         """Raise `InputError` unless `bounds` scale this head's actions."""
-        ...
+        check_scale(bounds, self.size)
 
     def first(self, count: int | None) -> None:
         """Raise `InputError` unless an answer has `count` first actions."""
-        ...
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if count is not None and not (whole and 0 < count <= self.chunk):
+            raise InputError(
+                f"cannot do the first {count!r} actions of a chunk; expected 1 to "
+                f"{self.chunk}"
+            )
 
     def state(self, values: np.ndarray, bounds: Scale) -> Any:
         """Convert (robots, p) states from their own units to the input of `tell`."""
-        ...
-
-    def tell(
-        self, instruction: str, state: Any, prompt: Callable[[str], Prompt] | None
-    ) -> tuple[Prompt, mx.array | None]:
-        """Return the prompt, and the states that the model reads beside it.
-
-        prompt: replaces the processor's function; it may cache prompts.
-        """
-        ...
-
-    def decode(
-        self, model: VisionModel, scene: Scene, plan: Plan, **options: Any
-    ) -> tuple[list, VisualTokens]:
-        """Return the parts of an answer, for `joined`, and its visual tokens. Lazy."""
-        ...
-
-    def joined(self, parts: list) -> mx.array:
-        """Join the parts of `decode` into the robots' answers, batch first."""
-        ...
-
-    def ids(self, answer: np.ndarray) -> tuple[int, ...] | None:
-        """Return the token ids of one answer; `None` for a head without tokens."""
-        ...
-
-    def normalized(self, answer: np.ndarray) -> np.ndarray:
-        """Convert answers to actions in [-1, 1]; invalid ones become NaN."""
-        ...
-
-    def wrong(self, answer: np.ndarray) -> str | None:
-        """Describe the fault of one answer; `None` for a valid one."""
-        ...
-
-
-def _attention_recorder(
-    model: VisionModel,
-    read: ReadResult,
-    layer: int | None,
-    visual: slice,
-    attention: list,
-) -> Callable[[int, mx.array], None]:
-    """Return a callback that records attention to the visual tokens in one layer.
-
-    It appends the attention of new tokens to `attention`. visual: the columns of the
-    visual tokens.
-    """
-
-    def watch(number: int, hidden: mx.array) -> None:
-        if number == layer:
-            cache = read.cache[number]
-            weights = model.decoder.attention_to_cache(number, hidden, cache)
-            attention.append(weights[..., visual])
-
-    return watch
-
-
-class _FixedLength:
-    """Base of heads with answers of a fixed length, whose robots share one prompt."""
-
-    processor: ActionProcessor
-    compiles = True
-    alone = False
-    stops: frozenset[int] = frozenset()
-
-    def state(self, values: np.ndarray, bounds: Scale) -> mx.array:
-        """Normalise and clip (robots, p) states."""
         check_scale(bounds, values.shape[1], "proprio", "the policy reads")
         return mx.array(bounds.from_units(values).astype(np.float32))
 
     def tell(
         self,
         instruction: str,
-        state: mx.array | None,
+        state: Any,
         prompt: Callable[[str], Prompt] | None = None,
     ) -> tuple[Prompt, mx.array | None]:
-        """Return the prompt, and the states that the model reads beside it."""
+        """Return the prompt, and the states that the model reads beside it.
+
+        prompt: replaces the processor's function; it may cache prompts.
+        """
         return (prompt or self.processor.prompt)(instruction), state
 
-    def wrong(self, answer: np.ndarray) -> None:
-        """Return `None`: every answer is a valid action."""
+    def decode(
+        self,
+        model: VisionModel,
+        scene: Scene,
+        plan: Plan,
+        *,
+        attention_of: int | None = None,
+        **options: Any,
+    ) -> tuple[list, VisualTokens]:
+        """Return the parts of an answer, for `joined`, and its visual tokens. Lazy.
+
+        The parts are the first tokens (B,) and an iterator of the rest.
+
+        attention_of: layer whose attention from every token of the answer to the visual
+        tokens is recorded; then the whole answer is decoded at once. options: keyword
+        arguments of `pipeline.run`.
+        """
+        cache, decoder = model.decoder.make_cache(), model.decoder
+        read, visual = run(
+            model, scene, plan, cache=cache, attention_of=attention_of, **options
+        )
+        start = len(scene.prompt.segments[0])
+        columns = slice(start, start + visual.keep)
+        attended = [] if visual.attended is None else [visual.attended]
+
+        def watch(number: int, hidden: mx.array) -> None:
+            if number == attention_of:
+                cached = read.cache[number]
+                weights = decoder.attention_to_cache(number, hidden, cached)
+                attended.append(weights[..., columns])
+
+        rest = self._tokens(decoder, read, watch)
+        first = next(rest)
+        if visual.attended is None:
+            return [first, rest], visual
+        rest = list(rest)
+        joined = mx.concatenate(attended, axis=1)
+        return [first, rest], dataclasses.replace(visual, attended=joined)
+
+    def _tokens(
+        self,
+        decoder: Decoder,
+        read: ReadResult,
+        watch: Callable[[int, mx.array], None],
+    ) -> Iterator[mx.array]:
+        """Yield tokens (B,), each depending on the previous one, until all answers end.
+
+        After its stop token an answer continues with zeros, as in the reference.
+        """
+        # `checked` has -1 where logits are not finite; `token` can be embedded.
+        token, checked = greedy(decoder.logits(read.hidden)[:, -1])
+        yield checked
+        ended = mx.zeros(token.shape, mx.bool_)
+        for _ in range(self.calls - 1):
+            if self.stops:
+                ended = ended | (checked < 0)
+                for stop in self.stops:
+                    ended = ended | (checked == stop)
+                if mx.all(ended).item():
+                    return
+            hidden = decoder.follow(token[:, None], read.cache, watch)
+            token, checked = greedy(decoder.logits(hidden)[:, -1])
+            checked = mx.where(ended, 0, checked) if self.stops else checked
+            yield checked
+
+    def joined(self, parts: list) -> mx.array:
+        """Join the parts of `decode` into the robots' answers, batch first."""
+        first, rest = parts
+        return mx.stack([first, *rest], axis=1)
+
+    def ids(self, answer: np.ndarray) -> tuple[int, ...] | None:
+        """Return the token ids of one answer; `None` for a head without tokens."""
+        return tuple(map(int, answer))
+
+    def normalized(self, answer: np.ndarray) -> np.ndarray:
+        """Convert answers to actions in [-1, 1]; invalid ones become NaN."""
+        raise NotImplementedError
+
+    def wrong(self, answer: np.ndarray) -> str | None:
+        """Describe the fault of one answer; `None` for a valid one."""
+        return None
 
 
-@dataclass(frozen=True)
-class Bins(_FixedLength):
+class Bins(Head):
     """Head of greedy action tokens, one for each of the `size` action dimensions."""
 
-    processor: ActionProcessor
-    size: int
     kind = "bins"
-    has_tokens = True
-    rows = 1
 
-    @property
-    def calls(self) -> int:
-        """Forward passes of the language model for an action."""
-        return self.size
+    def __init__(self, processor: ActionProcessor, size: int):
+        self.processor, self.size, self.calls = processor, size, size
 
     def check(self, bounds: Scale) -> None:
         """Accept any bounds: the head decodes any number of dimensions."""
@@ -182,55 +181,12 @@ class Bins(_FixedLength):
                 "this policy answers one action at a time; leave out first"
             )
 
-    def decode(
-        self,
-        model: VisionModel,
-        scene: Scene,
-        plan: Plan,
-        attention_of: int | None = None,
-        **options: Any,
-    ) -> tuple[list[mx.array], VisualTokens]:
-        """Return A lazy tokens (B,), each depending on the previous one.
-
-        attention_of: layer whose attention from every action token to the visual
-        tokens is recorded. options: keyword arguments of `pipeline.run`.
-        """
-        cache, decoder = model.decoder.make_cache(), model.decoder
-        read, visual = run(
-            model, scene, plan, cache=cache, attention_of=attention_of, **options
-        )
-        hidden, tokens, attended = read.hidden, [], []
-        start = len(scene.prompt.segments[0])
-
-        columns = slice(start, start + visual.keep)
-        watch = _attention_recorder(model, read, attention_of, columns, attended)
-        while True:
-            # `checked` has -1 where logits are not finite; `token` can be embedded.
-            token, checked = greedy(decoder.logits(hidden)[:, -1])
-            tokens.append(checked)
-            if len(tokens) == self.size:
-                break
-            hidden = decoder.follow(token[:, None], read.cache, watch)
-        if visual.attended is not None:
-            joined = mx.concatenate([visual.attended, *attended], axis=1)
-            visual = dataclasses.replace(visual, attended=joined)
-        return tokens, visual
-
-    def joined(self, parts: list[mx.array]) -> mx.array:
-        """Join the tokens into (B, A) token ids."""
-        return mx.stack(parts, axis=1)
-
-    def ids(self, answer: np.ndarray) -> tuple[int, ...] | None:
-        """Return the token ids of one action."""
-        return tuple(map(int, answer))
-
     def normalized(self, answer: np.ndarray) -> np.ndarray:
         """Convert (..., A) token ids to values in [-1, 1]; invalid ids become NaN."""
         return np.where(answer >= 0, self.processor.values(answer), np.nan)
 
 
-@dataclass(frozen=True)
-class Slots(_FixedLength):
+class Slots(Head):
     """Head that reads a chunk of actions from slots, in one forward pass.
 
     slots: slots in the sequence. size: dimensions of an action. Each slot is read from
@@ -238,25 +194,14 @@ class Slots(_FixedLength):
     end of the sequence, so pruning does not move them.
     """
 
-    processor: ActionProcessor
-    slots: int
-    size: int
     kind = "slots"
     has_tokens = False
     calls = 1
 
-    @property
-    def rows(self) -> int:
-        """Positions to read: the state before the slots, the slots, the stop token."""
-        return self.slots + 2
-
-    def check(self, bounds: Scale) -> None:
-        """Raise `InputError` unless `bounds` scale this head's actions."""
-        check_scale(bounds, self.size)
-
-    def first(self, count: int | None) -> None:
-        """Raise `InputError` unless a chunk has `count` first actions."""
-        _check_first(count, self.slots // self.size)
+    def __init__(self, processor: ActionProcessor, slots: int, size: int):
+        self.processor, self.slots, self.size = processor, slots, size
+        self.chunk = slots // size
+        self.rows = slots + 2  # the state before the slots, the slots, the stop token
 
     def decode(
         self, model: VisionModel, scene: Scene, plan: Plan, **options: Any
@@ -295,49 +240,20 @@ def check_scale(
         )
 
 
-def _check_first(count: int | None, chunk: int) -> None:
-    if count is None:
-        return
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= chunk:
-        raise InputError(
-            f"cannot do the first {count!r} actions of a chunk; expected 1 to {chunk}"
-        )
-
-
-@dataclass(frozen=True)
-class Chunks:
+class Chunks(Head):
     """Head of greedy tokens of an action chunk, up to its stop token.
 
-    size: dimensions of an action. most: tokens of an answer, at most. The host reads
+    size: dimensions of an action. calls: tokens of an answer, at most. The host reads
     each token before the next is computed, so a whole call is not compiled.
     """
 
-    processor: ChunkProcessor
-    size: int
-    most: int
     kind = "chunks"
-    has_tokens = True
     compiles = False
     alone = True
-    rows = 1
 
-    @property
-    def calls(self) -> int:
-        """Forward passes of the language model for a chunk, at most."""
-        return self.most
-
-    @property
-    def stops(self) -> frozenset[int]:
-        """Token ids that end an answer."""
-        return frozenset({self.processor.stop})
-
-    def check(self, bounds: Scale) -> None:
-        """Raise `InputError` unless `bounds` scale this head's actions."""
-        check_scale(bounds, self.size)
-
-    def first(self, count: int | None) -> None:
-        """Raise `InputError` unless a chunk has `count` first actions."""
-        _check_first(count, self.processor.horizon)
+    def __init__(self, processor: ChunkProcessor, size: int, calls: int):
+        self.processor, self.size, self.calls = processor, size, calls
+        self.chunk, self.stops = processor.horizon, frozenset({processor.stop})
 
     def state(self, values: np.ndarray, bounds: Scale) -> np.ndarray:
         """Normalise one robot's state to (p,) without clipping.
@@ -362,71 +278,14 @@ class Chunks:
         state = np.zeros(0) if state is None else state
         return self.processor.prompt(instruction, state), None
 
-    def decode(
-        self,
-        model: VisionModel,
-        scene: Scene,
-        plan: Plan,
-        attention_of: int | None = None,
-        **options: Any,
-    ) -> tuple[list, VisualTokens]:
-        """Return the first lazy tokens (B,) and an iterator of the rest, for `joined`.
-
-        attention_of: layer whose attention from every answer token to the visual
-        tokens is recorded; then the whole answer is decoded at once. options: keyword
-        arguments of `pipeline.run`.
-        """
-        cache = model.decoder.make_cache()
-        read, visual = run(
-            model, scene, plan, cache=cache, attention_of=attention_of, **options
-        )
-        attended: list[mx.array] = []
-        token, checked = greedy(model.decoder.logits(read.hidden)[:, -1])
-
-        columns = slice(visual.keep)  # the prompt begins with its visual tokens
-        watch = _attention_recorder(model, read, attention_of, columns, attended)
-        rest = self._follow(model, token, checked, read.cache, watch)
-        if attention_of is None or visual.attended is None:
-            return [checked, rest], visual
-        rest = list(rest)
-        joined = mx.concatenate([visual.attended, *attended], axis=1)
-        return [checked, rest], dataclasses.replace(visual, attended=joined)
-
-    def _follow(
-        self,
-        model: VisionModel,
-        token: mx.array,
-        checked: mx.array,
-        cache: list,
-        watch: Callable[[int, mx.array], None],
-    ) -> Iterator[mx.array]:
-        """Yield the tokens after the first, until every robot's answer has ended.
-
-        After its end an answer continues with zeros, as in the reference.
-        """
-        ended = mx.zeros(token.shape, mx.bool_)
-        for _ in range(self.most - 1):
-            ended = ended | (checked == self.processor.stop) | (checked < 0)
-            if mx.all(ended).item():
-                return
-            hidden = model.decoder.follow(token[:, None], cache, watch)
-            token, checked = greedy(model.decoder.logits(hidden)[:, -1])
-            checked = mx.where(ended, 0, checked)
-            yield checked
-
-    def joined(self, parts: list) -> mx.array:
-        """Decode the rest of the answers and join them into (B, T) token ids."""
-        first, rest = parts
-        return mx.stack([first, *rest], axis=1)
-
     def ends(self, ids: Sequence[int]) -> bool:
         """Return whether these tokens are a complete answer."""
-        return len(ids) >= self.most or self.processor.stop in ids or min(ids) < 0
+        return len(ids) >= self.calls or self.processor.stop in ids or min(ids) < 0
 
     def cut(self, ids: Sequence[int]) -> list[int]:
-        """Cut an answer after its stop token, or at `most` tokens."""
+        """Cut an answer after its stop token, or at `calls` tokens."""
         stop = self.processor.stop
-        return list(ids[: ids.index(stop) + 1] if stop in ids else ids)[: self.most]
+        return list(ids[: ids.index(stop) + 1] if stop in ids else ids)[: self.calls]
 
     def shifted(self, ids: Sequence[int], done: int) -> list[int]:
         """Encode an answer (T,) without its first `done` actions.

@@ -354,7 +354,9 @@ class Policy:
     def _act_on_tokens(
         self, embeddings: mx.array, indices: mx.array, mask: mx.array, arrays: dict
     ) -> mx.array:
-        visual = self._visual(embeddings, indices, mask)
+        selection = Selection(indices, mask=mask)
+        parts = (embeddings, indices, selection, self._grid, self._robot_images, mask)
+        visual = VisualTokens(*parts)
         options = {"positions": self.positions, "vision": lambda *_: visual}
         parts, _ = self._head.decode(self.model, self._scene(arrays), (), **options)
         return self._head.joined(parts)
@@ -378,14 +380,6 @@ class Policy:
     def _grid(self) -> tuple[int, int]:
         side = self.model.image_size // self.model.stride
         return side, side
-
-    def _visual(
-        self, embeddings: mx.array, indices: mx.array, mask: mx.array
-    ) -> VisualTokens:
-        selection = Selection(indices, mask=mask)
-        return VisualTokens(
-            *(embeddings, indices, selection, self._grid, self._robot_images, mask)
-        )
 
 
 def _check_draft(policy: Policy, draft: "bool | str | Policy") -> None:

@@ -48,9 +48,11 @@ class Family:
     args: Any
     matches: Callable[[Checkpoint], bool]
     is_mlx: Callable[[Mapping[str, Shape]], bool]
-    keys: tuple[tuple[str, str | None], ...]
-    axes: Callable[[str, int], tuple[int, ...] | None]
-    complete: Callable[[Checkpoint, dict[str, Shape]], dict]
+    keys: tuple[tuple[str, str | None], ...] = ()
+    axes: Callable[[str, int], tuple[int, ...] | None] = lambda name, ndim: None
+    complete: Callable[[Checkpoint, dict[str, Shape]], dict] = (
+        lambda checkpoint, shapes: dict(checkpoint.config)
+    )
     gather: Callable[["Family", Checkpoint, str], tuple["Family", Checkpoint]] = (
         lambda family, checkpoint, adapter: (family, checkpoint)
     )

@@ -59,11 +59,6 @@ class Format(NamedTuple):
         names = (f"{path}.{part}" for part in ("weight", "scales", "biases"))
         return dict(zip(names, mx.quantize(weight, *self), strict=False))
 
-    def bytes_per_weight(self, float_bytes: int) -> float:
-        """Return the stored bytes of a weight, with its share of scale and bias."""
-        extra = 2 * float_bytes if self.mode == "affine" else 1
-        return self.bits / 8 + extra / self.group_size
-
 
 @dataclass(frozen=True)
 class Quantization:

@@ -7,32 +7,29 @@ begins.
 
 import errno
 import json
-import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..files import read_json, write_arrays
 from .hub import COMPANIONS
-from .quantization import Quantization, Shape
+from .quantization import FLOATS, Quantization, Shape
 
 ADAPTER = "lora_adapter"  # folder of OpenVLA-OFT, beside or instead of the weights
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
 _ORBAX = (".", "params", "default")  # folders that can hold Orbax's _METADATA
-_LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _LARGEST_COMPANION = 256 << 20  # bytes
 Weights = dict[str, mx.array]
-# Bytes of each safetensors type that MLX reads.
-BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
-BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+# Safetensors types that MLX reads.
+_DTYPES = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", *FLOATS)
 # Safetensors types of the arrays that a conversion computes or passes on.
 TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 TYPES |= {mx.uint32: "U32", mx.uint8: "U8"}
@@ -47,6 +44,7 @@ class Tensor:
     shape: Shape
 
 
+@dataclass(eq=False)
 class Checkpoint:
     """Opened checkpoint folder, whose tensors are not read yet.
 
@@ -62,23 +60,15 @@ class Checkpoint:
         quantization: formats of the quantized matrices, read by `open_checkpoint`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict,
-        tensors: dict[str, Tensor],
-        extra: Mapping[str, mx.array] | None = None,
-        base: Path | None = None,
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.tensors = tensors
-        self.extra = dict(extra or {})
-        self.base = base
-        self.finish: Callable[[Weights], Weights] | None = None
-        self.notes: list[str] = []
-        self.settings: dict[str, Any] = {}
-        self.quantization = Quantization()
+    folder: Path
+    config: dict
+    tensors: dict[str, Tensor]
+    extra: Weights = field(default_factory=dict)
+    base: Path | None = None
+    finish: Callable[[Weights], Weights] | None = None
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization = field(default_factory=Quantization)
 
     @classmethod
     def open(cls, folder: str | Path, base: Path | None = None) -> "Checkpoint":
@@ -108,6 +98,16 @@ class Checkpoint:
                 )
             tensors.update(header)
         return cls(folder, config, tensors, base=base)
+
+    def with_extra(self, extra: Weights, replaced: tuple[str, ...]) -> "Checkpoint":
+        """Return a copy with tensors that are in memory, named as in the folder.
+
+        replaced: beginnings of the names of stored tensors that the copy leaves out.
+        """
+        tensors = {n: t for n, t in self.tensors.items() if not n.startswith(replaced)}
+        for name, array in extra.items():
+            tensors[name] = Tensor(self.folder, TYPES[array.dtype], array.shape)
+        return replace(self, tensors=tensors, extra=extra)
 
     def load(self) -> Weights:
         """Return all tensors by name, lazily: MLX reads a tensor on evaluation."""
@@ -186,52 +186,31 @@ def _shard(folder: Path, name: str) -> Path:
 def read_header(file: Path) -> dict[str, Tensor]:
     """Return the tensors of one safetensors file by name, from its header.
 
-    Raises `InputError` for a damaged header, overlapping tensors, or a file of another
-    length than the header gives.
+    Raises `InputError` for a damaged header, overlapping tensors, a file of another
+    length than the header gives, or types that MLX does not read.
     """
     if not file.is_file():
         raise InputError(f"{file} is not a file; expected a safetensors file")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-        if length is None or length + 8 > size:
-            raise InputError(f"{file} is truncated: {size} bytes hold no whole header")
-        if length > _LONGEST_HEADER:
+    try:
+        with safe_open(file, framework="numpy") as stream:
+            slices = {name: stream.get_slice(name) for name in stream.keys()}
+            tensors = {
+                name: Tensor(file, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        reason = str(error).partition("deserializing header: ")[2]
+        raise InputError(
+            f"{file} is truncated or not a safetensors file ({reason}); expected the "
+            "whole file, so download it again"
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
             raise InputError(
-                f"{file} has a header of {length} bytes; safetensors allows "
-                f"{_LONGEST_HEADER}"
+                f"tensor {name} of {file} has type {tensor.dtype}; expected one that "
+                f"MLX reads: {', '.join(_DTYPES)}"
             )
-        try:
-            header = json.loads(stream.read(length))
-            _check_metadata(header.pop("__metadata__", None) or {})
-            tensors = {name: _tensor(file, entry) for name, entry in header.items()}
-            spans = sorted(tuple(t["data_offsets"]) for t in header.values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{file} is not a safetensors file") from None
-    ends = [0, *(end for _, end in spans)]
-    if any(begin != before for (begin, _), before in zip(spans, ends, strict=False)):
-        raise InputError(f"{file} is not a safetensors file: its tensors overlap")
-    expected = 8 + length + ends[-1]
-    if size != expected:
-        problem = "truncated" if size < expected else "too long"
-        raise InputError(f"{file} is {problem}: {size} bytes, expected {expected}")
     return tensors
-
-
-def _check_metadata(metadata: dict) -> None:
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("metadata are texts")
-
-
-def _tensor(file: Path, entry: dict) -> Tensor:
-    """Return one header entry; raise `ValueError` when size and shape disagree."""
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("sizes are whole numbers")
-    if end - begin != math.prod(shape) * BYTES[entry["dtype"]]:
-        raise ValueError("size and shape disagree")
-    return Tensor(file, entry["dtype"], shape)
 
 
 def check_shapes(

@@ -25,8 +25,5 @@ RESNET_VLM = register_family(
         matches=lambda checkpoint: _STEM in checkpoint.tensors,
         reads="ResNet-VLM as `python -m recipes.testbed` builds it",
         is_mlx=lambda shapes: True,
-        keys=(),
-        axes=lambda name, ndim: None,
-        complete=lambda checkpoint, shapes: dict(checkpoint.config),
     )
 )
