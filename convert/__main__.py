@@ -47,7 +47,9 @@ def build_parser() -> Parser:
     help_ = "mlx-lm's recipe of mixed bits: more for v_proj, down_proj and lm_head"
     add("--quant-predicate", choices=RECIPES, help=help_)
     group = parser.add_argument_group("pruning")
-    add_prune(group, "store a pruner in the checkpoint, such as trimvla or FOLDER:0.25")
+    add_prune(
+        group, "store a pruner in the checkpoint, such as norm:0.5 or ./scorer:0.25"
+    )
     add_option(group)
     add = add_settings(parser).add_argument
     help_ = "lora_adapter/: auto merges it unless the weights hold it (default: auto)"

@@ -224,14 +224,14 @@ def add_pruning(parser: Flags, default: str) -> None:
     keep = group.add_mutually_exclusive_group()
     help_ = "share of tokens to keep, in (0, 1] (default: all)"
     keep.add_argument("--keep-ratio", type=float, metavar="RATIO", help=help_)
-    help_ = "tokens to keep of each image; after layers, in all"
+    help_ = "tokens to keep of each image (with --at N: in all)"
     keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
     help_ = f"name or module:function (default: {default})"
     add("--method", help=help_)
     help_ = "tower, prompt, or N for after N layers"
     add("--at", metavar="PLACE", help=help_)
     add_option(group)
-    help_ = f"{' or '.join(POSITIONS)} (default: {DEFAULT_POSITIONS})"
+    help_ = f"token positions: {POSITIONS[0]} (default) or {POSITIONS[1]}"
     choices = {"choices": POSITIONS, "metavar": "WHICH"}
     add("--positions", default=DEFAULT_POSITIONS, help=help_, **choices)
 

@@ -50,7 +50,7 @@ def build_parser() -> Parser:
         usage="--model MODEL --image IMAGE --instruction TEXT [options]",
         description=__doc__,
         example="mlx_tokprune act --model openvla-7b-mlx --image frame.png \\\n"
-        '    --instruction "open the drawer" --unnorm-key bridge_orig --keep-ratio 0.5',
+        '    --instruction "open the drawer" --method norm --keep-ratio 0.5',
     )
     add = parser.add_argument
     help_ = "folder, hub id or demo-pi0 (default: demo-policy)"
@@ -63,7 +63,7 @@ def build_parser() -> Parser:
     help_ = "robot state in its own units, if the policy reads it"
     add("--proprio", "--state", type=float, nargs="+", metavar="X", help=help_)
     add_pruning(parser, POLICY_METHOD)
-    add = parser.add_argument_group("options of trimvla without a budget").add_argument
+    add = parser.add_argument_group("with --method trimvla and no budget").add_argument
     help_ = "coverage of attention to reach (default: 0.15)"
     add("--coverage", type=float, metavar="SHARE", help=help_)
     help_ = "share of tokens that is always kept (default: 0.1)"
@@ -75,7 +75,7 @@ def build_parser() -> Parser:
     add("--first", type=int, metavar="N", help=help_)
     help_ = "warm runs that time actions/s (default: 0)"
     add("--runs", type=int, metavar="N", default=0, help=help_)
-    help_ = "propose the last action, its unexecuted rest (shifted), or n-grams of it"
+    help_ = "speculate, with equal actions: by the last one, its rest, or n-grams"
     add_drafts(group, ("last", "shifted", "ngram"), help_)
     add_seed(group)
     overlay = "write a picture of the kept tokens"

@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     keep.add_argument("--keep-tokens", type=int, metavar="N", help=help_)
     add("--method", help=f"method of the keep ratio (default: {DEFAULT_METHOD})")
     add_option(group)
-    help_ = "original or contiguous (default: original for Qwen, else contiguous)"
+    help_ = "kept tokens' positions (default: original for Qwen, else contiguous)"
     add("--positions", choices=POSITIONS, help=help_)
     add_seed(group)
     add = parser.add_argument_group("pruning before the tower").add_argument

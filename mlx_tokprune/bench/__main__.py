@@ -58,7 +58,7 @@ def build_parser() -> Parser:
     add("--prompt", help="question; repeatable (default: the demo's)", **many)
     add_rows(parser, RATIOS)
     add = parser.add_argument_group("measuring").add_argument
-    help_ = "input sizes to measure, too (FastVLM)"
+    help_ = "input sizes (FastVLM; default: as trained, and a smaller one unpruned)"
     add("--image-sizes", nargs="+", type=int, default=[], metavar="PX", help=help_)
     help_ = "this library (own), or mlx-vlm and its models (default: own)"
     add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=help_)

@@ -142,7 +142,7 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
     add("--curriculum", type=float, metavar="SHARE", default=0.0, help=help_)
     help_ = "learn gradients, or attention in these layers, in place of answers"
     add("--imitate", metavar="gradient|LAYER", nargs="+", default=[], help=help_)
-    help_ = "up to this budget, imitate tokens kept alone (default: 0)"
+    help_ = "at budgets up to this, learn what each token alone answers (default: 0)"
     add("--alone", type=int, default=0, metavar="TOKENS", help=help_)
     help_ = "power of the imitated scores (default: 1)"
     add("--sharpen", type=float, default=1.0, metavar="POWER", help=help_)
