@@ -1,5 +1,6 @@
 """Plots of a benchmark. They need matplotlib (the extra `bench`)."""
 
+import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,8 @@ def draw_all(result: dict, folder: Path, accuracy: Accuracy) -> list[Path]:
         _save(folder / FILES[1], result, _draw_tokens),
     ]
     if points := _accurate_points(result, accuracy):
-
-        def draw(figure: "Figure", _: dict) -> None:
-            _draw_pareto(figure, points)
-
-        drawn.append(_save(folder / FILES[2], result, draw))
+        pareto = functools.partial(_draw_pareto, points)
+        drawn.append(_save(folder / FILES[2], result, pareto))
     return drawn
 
 
@@ -146,7 +144,7 @@ def _accurate_points(result: dict, accuracy: Accuracy) -> dict[str, list]:
     return methods
 
 
-def _draw_pareto(figure: "Figure", methods: dict[str, list]) -> None:
+def _draw_pareto(methods: dict[str, list], figure: "Figure", _: dict) -> None:
     """Draw accuracy against TTFT."""
     axes = figure.subplots()
     for method, points in methods.items():

@@ -5,6 +5,7 @@ import statistics
 from ..errors import printable
 from ..measure.machine import format_versions
 from ..measure.tables import Table
+from ..pipeline.timing import STAGES
 from .benchmark import is_base, median
 
 _NOISE = "~"  # before a saving above its ceiling
@@ -15,7 +16,6 @@ _COLUMNS = (
     *("prefill", "no vision*", "tok/s", "calls", "tok/call", "total ms", "MB"),
     "cache MB",
 )
-_STAGES = ("preprocess", "vision", "prune", "project", "prefill")
 NOTE = (
     "TTFT: from decoded picture and prompt to the first token id; median "
     "(least-most). Saved: of the unpruned TTFT of the same model, picture, size and "
@@ -79,7 +79,7 @@ def _cells(row: dict, rows: list[dict]) -> list[str]:
     names = [printable(row["model"]), str(row["image_size"]), label(row)]
     if not samples["ttft_ms"]:
         return [*names, "not measured"]
-    *stages, project, prefill = (stage(row, name) for name in _STAGES)
+    *stages, project, prefill = (stage(row, name) for name in STAGES)
     both = None if project is None or prefill is None else project + prefill
     return [
         *names,

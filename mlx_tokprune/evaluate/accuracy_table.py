@@ -116,12 +116,12 @@ def _percent(share: dict) -> str:
     return f"{value:.1f} ({low:.1f}-{high:.1f})"
 
 
-def draw(rows: list[dict], file: Path, over_tokens: bool = False) -> None:
+def draw(rows: list[dict], file: Path) -> None:
     """Draw accuracy (else agreement) against FLOPs, a line per method, as a PNG.
 
-    over_tokens: draw against visual tokens, as with unknown FLOPs. If rows have needed
-    tokens, a second plot shows the kept share of them. Bars are 95 % intervals. Raises
-    `InputError` without matplotlib.
+    Unknown FLOPs: against visual tokens. If rows have needed tokens, a second plot
+    shows the kept share of them. Bars are 95 % intervals. Raises `InputError` without
+    matplotlib.
     """
     import_matplotlib()
     from matplotlib.figure import Figure
@@ -132,15 +132,13 @@ def draw(rows: list[dict], file: Path, over_tokens: bool = False) -> None:
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     both = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, quantity in zip(both, shown, strict=True):
-        _draw_shares(axes, rows, quantity, over_tokens)
+        _draw_shares(axes, rows, quantity)
     both[0].legend(fontsize=8, ncols=1 + len(rows) // 40)
     write_picture(file, figure)
 
 
-def _draw_shares(
-    axes: "Axes", rows: list[dict], quantity: str, over_tokens: bool
-) -> None:
-    over_flops = not over_tokens and all(row["flops"] is not None for row in rows)
+def _draw_shares(axes: "Axes", rows: list[dict], quantity: str) -> None:
+    over_flops = all(row["flops"] is not None for row in rows)
 
     def cost(row: dict) -> float:
         return row["flops"] / 1e9 if over_flops else row["kept"]

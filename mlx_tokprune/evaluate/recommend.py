@@ -1,5 +1,6 @@
 """Recommendation of the cheapest plan within an allowed loss of accuracy."""
 
+import operator
 from collections.abc import Sequence
 
 from ..measure.intervals import of_loss
@@ -33,16 +34,13 @@ def recommend(
             | {"flops": share, "fine": high <= most}
         )
     fine = [loss for loss in losses if loss["fine"] and loss["flops"] < 1]
+    nearness = operator.itemgetter("high", "flops")
     return {
         "most": most,
         "choice": min(fine, key=lambda r: r["flops"])["label"] if fine else None,
-        "closest": min(losses, key=_nearness)["label"] if losses else None,
+        "closest": min(losses, key=nearness)["label"] if losses else None,
         "rows": losses,
     }
-
-
-def _nearness(loss: dict) -> tuple[float, float]:
-    return loss["high"], loss["flops"]
 
 
 def _score(record: dict) -> float:
@@ -67,11 +65,9 @@ def sentence(recommendation: dict) -> str:
         start = f"No plan is sure to lose at most {allowed}: "
         if recommendation["closest"] is None:
             return f"{start}none was measured."
-        row, end = (
-            by_label[recommendation["closest"]],
-            ". Allow more, or ask more questions.",
-        )
-        return f"{start}{row['label']} comes closest and {_described(row)}{end}"
+        row = by_label[recommendation["closest"]]
+        closest = f"{row['label']} comes closest and {_described(row)}"
+        return f"{start}{closest}. Allow more, or ask more questions."
     row = by_label[recommendation["choice"]]
     return f"Within {allowed} the cheapest is {row['label']}: it {_described(row)}."
 

@@ -31,7 +31,7 @@ from ..measure.tables import Table
 from ..pipeline import run
 from ..pipeline.planning import plan_for
 from ..processing.overlay import draw_overlay
-from ..pruners import Pruner, Pruners, get_method, is_registered
+from ..pruners import Pruner, get_method, is_registered
 from ..pruners.scorers import is_scorer
 
 _STYLE = """
@@ -207,12 +207,7 @@ def _drawing(name: str, result: dict) -> Draw:
             "model; give --pictures 0"
         )
     subject = subject.at(result["image_size"], run.get("padding"))
-
-    def draw(image: Image.Image, text: str, row: dict) -> Image.Image:
-        pruners = map(_pruner, _pruners(row))
-        return _overlay(subject, image, text, pruners, run["positions"])
-
-    return draw
+    return functools.partial(_overlay, subject, run["positions"])
 
 
 def _picture_section(draw: Draw, result: dict, answer: dict, item: Item) -> str:
@@ -245,12 +240,12 @@ def _pruner(description: dict) -> Pruner:
 
 
 def _overlay(
-    subject: OwnSubject, image: Image.Image, text: str, pruners: Pruners, positions: str
+    subject: OwnSubject, positions: str, image: Image.Image, text: str, row: dict
 ) -> Image.Image:
     """Return the picture with dropped tokens dimmed, as the run encoded it."""
-    model, plan = subject.model, plan_for(subject.model, pruners)
+    plan = plan_for(subject.model, map(_pruner, _pruners(row)))
     scene = subject.scene([image], text)
-    _, visual = run(model, scene, plan, positions=positions)
+    _, visual = run(subject.model, scene, plan, positions=positions)
     images = [image]
     if isinstance(subject, AnswerSubject):
         images = subject.processor.encoded(images)

@@ -32,6 +32,7 @@ WORDS: Sequence[str] = (
 CELL = 64  # pixels a visual token covers: the total stride of the tower
 CANVAS = 512
 
+_TRIES = 12  # places drawn for a thing or a sign before it is left out
 _COLOR_NAMES = tuple(COLORS)
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 _Color = tuple[int, ...]  # RGB
@@ -79,19 +80,14 @@ class _Layout:
     boxes: list[_Box] = field(default_factory=list)
 
     def find(
-        self,
-        rng: np.random.Generator,
-        area: _Box,
-        half_w: float,
-        half_h: float,
-        tries: int = 12,
+        self, rng: np.random.Generator, area: _Box, half_w: float, half_h: float
     ) -> tuple[float, float] | None:
         """Reserve a free centre inside `area`; return `None` when there is no room."""
         left, top = area[0] + half_w, area[1] + half_h
         right, bottom = area[2] - half_w, area[3] - half_h
         if left >= right or top >= bottom:
             return None
-        for _ in range(tries):
+        for _ in range(_TRIES):
             x, y = rng.uniform(left, right), rng.uniform(top, bottom)
             if self._take(x, y, half_w, half_h):
                 return x, y

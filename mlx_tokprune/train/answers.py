@@ -18,7 +18,6 @@ from ..pruners import Plan, Pruner
 from .batches import Batch, Batches
 from .loop import LossOf
 from .packing import (
-    Questions,
     answer_logits,
     answer_losses,
     divergence,
@@ -123,8 +122,7 @@ def answer_loss(
             whole = mx.stop_gradient(unpruned_logits(teacher, *inputs))
         total, count = mx.array(0.0), mx.array(0)
         for logits, at in answers(model, batch, plan, positions):
-            part = Questions(batch.questions.ids[at], batch.questions.targets[at])
-            losses, used = answer_losses(logits, part)
+            losses, used = answer_losses(logits, batch.questions[at])
             if whole is not None:
                 losses = losses + distill * divergence(whole[at], logits)
             total, count = total + mx.sum(losses * used), count + mx.sum(used)

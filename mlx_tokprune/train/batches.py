@@ -1,7 +1,7 @@
 """Batches of questions about pictures, with a cache of the pictures' features."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -76,9 +76,7 @@ class Batches:
         return self.of(items, pairs)
 
     def of(
-        self,
-        items: Sequence[Sample],
-        pairs: Sequence[Sequence[tuple[str, str]]],
+        self, items: Sequence[Sample], pairs: Sequence[Sequence[tuple[str, str]]]
     ) -> Batch:
         """Return the batch of these pictures and their pairs of question and answer."""
         rows = [[self._ids(*pair) for pair in row] for row in pairs]
@@ -93,19 +91,16 @@ class Batches:
         encode = self._processor.tokenizer.encode
         return before, after, [*encode(answer, add_special_tokens=False), self._end]
 
-    def _read(self, items: Collection[Sample]) -> Iterator[np.ndarray]:
-        """Yield the pixels of each picture, decoded or drawn on several cores."""
-        with ThreadPoolExecutor() as pool:
-            yield from pool.map(lambda i: self._processor.pixels([i.load()]), items)
-
     def _features(self, items: Sequence[Sample]) -> Features:
         """Return the features of these pictures, joined; encode the new ones."""
         new = {item.picture: item for item in items if item.picture not in self._cache}
-        # One by one, so that features do not depend on the rest of the batch.
-        for item, pixels in zip(new.values(), self._read(new.values()), strict=True):
-            encoded = self._model.encode(mx.array(pixels), self._needs)
-            self._cache[item.picture] = encoded
-            self._cached_bytes += sum(array.nbytes for array in encoded.arrays())
+        with ThreadPoolExecutor() as pool:  # pictures are decoded or drawn on all cores
+            every = pool.map(lambda i: self._processor.pixels([i.load()]), new.values())
+            # One by one, so that features do not depend on the rest of the batch.
+            for picture, pixels in zip(new, every, strict=True):
+                encoded = self._model.encode(mx.array(pixels), self._needs)
+                self._cache[picture] = encoded
+                self._cached_bytes += sum(array.nbytes for array in encoded.arrays())
         mx.eval([self._cache[picture].arrays() for picture in new])
         parts = [self._cache[item.picture] for item in items]
         while self._cached_bytes > MOST_BYTES and len(self._cache) > len(items):

@@ -7,6 +7,7 @@ separate prompts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +28,10 @@ class Questions:
 
     ids: mx.array
     targets: mx.array
+
+    def __getitem__(self, at: Any) -> "Questions":
+        """Return the questions at an index of both arrays."""
+        return Questions(self.ids[at], self.targets[at])
 
 
 def padded(rows: Sequence[Sequence[Pair | None]]) -> tuple[Questions, mx.array]:

@@ -291,28 +291,28 @@ class ScorerLoss:
     def _needed_of(self, batch: Batch) -> mx.array:
         """Return 1 for the tokens (Q, N) that each question about one picture needs."""
         visual, lesson = self._model.project(batch.features.tokens)[0], self._lesson
-        ids, targets = batch.questions.ids[0], batch.questions.targets[0]
+        questions = batch.questions[0]
+        count, _ = questions.ids.shape
         total = batch.features.total
         scorer, within = self._order, lesson.within
         if scorer is None or within is None:
             raise InputError("within needs a number of nats, and a scorer's order")
         budget = None if scorer.own_count else count_kept(total, lesson.middle)
         scores = score(self._model, scorer, batch, budget)
-        order = mx.argsort(-mx.broadcast_to(scores, (len(ids), total)), axis=1)
+        order = mx.argsort(-mx.broadcast_to(scores, (count, total)), axis=1)
 
         def logits(rows: mx.array, keep: int) -> mx.array:
             kept = mx.sort(order[rows, :keep], axis=1)
-            questions = Questions(ids[rows, None], targets[rows, None])
-            inputs = (batch.prefix, visual[kept], kept, questions, total)
+            inputs = (batch.prefix, visual[kept], kept, questions[rows, None], total)
             return answer_logits(self._model, *inputs)
 
-        left = np.arange(len(ids))
+        left = np.arange(count)
         keep, most = (count_kept(total, s) for s in (lesson.least, lesson.most))
-        counts, whole = np.full(len(ids), most), logits(mx.array(left), total)
+        counts, whole = np.full(count, most), logits(mx.array(left), total)
         while left.size and keep < most:
             rows = mx.array(left)
             gap = divergence(whole[rows], logits(rows, keep))
-            used = targets[rows, None] != IGNORE
+            used = questions.targets[rows, None] != IGNORE
             near = np.array(mx.sum(gap * used, axis=(1, 2)) <= within)
             counts[left[near]], left = keep, left[~near]
             keep = max(keep + 1, int(keep * _STEP))
@@ -337,11 +337,7 @@ class ScorerLoss:
         norms, count = [], batch.prompt.shape[1]
         for first in range(0, count, _AT_ONCE):  # bounds memory
             part = slice(first, first + _AT_ONCE)
-            ids, targets = (
-                batch.questions.ids[:, part],
-                batch.questions.targets[:, part],
-            )
-            norms.append(self._moved(batch.prefix, visual, Questions(ids, targets)))
+            norms.append(self._moved(batch.prefix, visual, batch.questions[:, part]))
             mx.eval(norms)
         return mx.concatenate(norms, axis=1)
 
