@@ -34,7 +34,7 @@ public actor PrunedAnswer {
     }
 
     private static let chunk = 512  // prompt tokens that are read at once
-    private let model: LanguageModel
+    private let model: Qwen2Model
     private let template: PromptTemplate
     private let tokenizer: TextTokenizer
     private let positions: Positions
@@ -45,7 +45,7 @@ public actor PrunedAnswer {
     private var pending: [Int] = []
 
     public init(
-        model: LanguageModel, template: PromptTemplate, tokenizer: TextTokenizer,
+        model: Qwen2Model, template: PromptTemplate, tokenizer: TextTokenizer,
         positions: Positions = .original
     ) {
         (self.model, self.template) = (model, template)

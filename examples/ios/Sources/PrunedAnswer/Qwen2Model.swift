@@ -9,7 +9,7 @@ public protocol KeyValueCache: AnyObject {
 /// Qwen2, the language model of FastVLM, with a position for each token.
 ///
 /// Nothing in it changes after loading, so several conversations may share it.
-public final class LanguageModel: @unchecked Sendable {
+public final class Qwen2Model: @unchecked Sendable {
     public let configuration: LanguageConfiguration
     private let embedding: Matrix
     private let head: Matrix?
