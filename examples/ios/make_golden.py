@@ -96,7 +96,7 @@ def make(pictures: int) -> tuple[dict, mx.array]:
             row[f"bits_{bits}"] = answers(packed, processor, visual, [row["question"]])[
                 0
             ]
-    return as_golden(processor, questions, kept), mx.stack(features)
+    return as_golden(model, processor, questions, kept), mx.stack(features)
 
 
 def row_of(model, processor, visual, picture: int, question: str) -> dict:
@@ -107,9 +107,9 @@ def row_of(model, processor, visual, picture: int, question: str) -> dict:
     return row
 
 
-def as_golden(processor, questions: list, kept: list) -> dict:
+def as_golden(model, processor, questions: list, kept: list) -> dict:
     """Return the golden file: prompt, token ids of all texts, pictures, questions."""
-    prompt = json.loads(prompt_settings(processor)[PROMPT_KEY])
+    prompt = json.loads(prompt_settings(model, processor)[PROMPT_KEY])
     asked = {row["question"] for row in questions}
     texts = {prompt["prefix"]}
     for start in ("separator", "turn"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..processing.processor import AnyProcessor, Processor
+from ..models.protocol import VisionModel
 
 Model = Any  # of coremltools.proto.Model_pb2, whose classes have no types
 
@@ -102,9 +102,12 @@ def describe(
             feature.shortDescription = (inputs | OUTPUTS)[feature.name]
 
 
-def prompt_settings(processor: AnyProcessor | None) -> dict[str, str]:
-    """Return the metadata of the prompt around a picture; empty for policies."""
-    if not isinstance(processor, Processor):
+def prompt_settings(model: VisionModel, processor: Any) -> dict[str, str]:
+    """Return the metadata of the prompt around a picture.
+
+    processor: the model's. Empty for policies, and where it is `None`.
+    """
+    if processor is None or model.answers != "text":
         return {}
     before, after = processor.marks
     prompt = {

@@ -28,7 +28,6 @@ from ..features import Features, Selection, keep_rows
 from ..files import new_folder
 from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
-from ..processing.processor import AnyProcessor
 from ..pruners import Pruner, get_method
 from .capture import Graph, capture
 from .describe import Function, describe, input_name, prompt_settings
@@ -131,7 +130,7 @@ def export_package(
     options: ExportOptions | None = None,
     source: str | Path | None = None,
     name: str | None = None,
-    processor: AnyProcessor | None = None,
+    processor: Any = None,
 ) -> dict[Path, list[Function]]:
     """Write a model's pruned vision path as one or more Core ML packages.
 
@@ -178,7 +177,7 @@ def export_package(
         functions, package = _convert(model, pruners, options)
         groups = [[function] for function in functions] if separate else [functions]
         for folder, group in zip(folders, groups, strict=True):
-            settings = prompt_settings(processor)
+            settings = prompt_settings(model, processor)
             _write(package, group, folder, options, source, name, settings)
     del package
     gc.collect()  # coremltools' programs have reference cycles

@@ -136,10 +136,11 @@ struct PrunedProcessor: UserInputProcessor {
 
 /// A container for `ChatSession`, with the language model of a checkpoint folder.
 func makeContainer(
-    folder: URL, template: PromptTemplate, tokenizer: any MLXLMCommon.Tokenizer,
+    folder: URL, dtype: DType? = nil, template: PromptTemplate,
+    tokenizer: any MLXLMCommon.Tokenizer,
     encode: @escaping @Sendable (UserInput.Image) async throws -> VisualTokens
 ) throws -> ModelContainer {
-    let model = PrunedFastVLM(try Qwen2Model(folder: folder))
+    let model = PrunedFastVLM(try Qwen2Model(folder: folder, dtype: dtype))
     let processor = PrunedProcessor(template: template, tokenizer: tokenizer, encode: encode)
     let configuration = ModelConfiguration(
         directory: folder, eosTokenIds: Set(template.endTokenIds))
