@@ -29,7 +29,7 @@ MOST = 12  # tokens of an answer
 
 
 def load_demo(bits: int | None = None):
-    """Return the demo model in float32 and its processor; bits: of quantized weights."""
+    """Return the demo model in float32 and its processor. bits: of its weights."""
     model, processor = mlx_tokprune.load("demo", mx.float32)
     if bits:
         nn.quantize(model.language_model, GROUP, bits)

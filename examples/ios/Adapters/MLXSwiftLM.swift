@@ -101,6 +101,8 @@ final class PrunedFastVLM: Module, MLXLMCommon.LanguageModel, KVCacheDimensionPr
 /// Writes a conversation about one picture with the template of a package.
 struct PrunedProcessor: UserInputProcessor {
     let template: PromptTemplate
+    /// Size of a visual token: the language model's hidden size.
+    let channels: Int
     let tokenizer: any MLXLMCommon.Tokenizer
     let encode: @Sendable (UserInput.Image) async throws -> VisualTokens
 
@@ -125,7 +127,12 @@ struct PrunedProcessor: UserInputProcessor {
         let before = tokenizer.encode(text: template.prefix, addSpecialTokens: false)
         let after = tokenizer.encode(text: text, addSpecialTokens: false)
         let ids = MLXArray((before + [imageId] + after).map(Int32.init))
-        let features = MLXArray(visual.features, [visual.keptIndices.count, -1])
+        let kept = visual.keptIndices.count
+        guard kept > 0, visual.features.count == kept * channels else {
+            throw AnswerFailure.wrongFeatures(
+                numbers: visual.features.count, kept: kept, channels: channels)
+        }
+        let features = MLXArray(visual.features, [kept, channels])
         return LMInput(
             text: .init(tokens: ids[.newAxis]),
             image: .init(
@@ -140,12 +147,14 @@ func makeContainer(
     tokenizer: any MLXLMCommon.Tokenizer,
     encode: @escaping @Sendable (UserInput.Image) async throws -> VisualTokens
 ) throws -> ModelContainer {
-    let model = PrunedFastVLM(try Qwen2Model(folder: folder, dtype: dtype))
-    let processor = PrunedProcessor(template: template, tokenizer: tokenizer, encode: encode)
+    let model = try Qwen2Model(folder: folder, dtype: dtype)
+    let processor = PrunedProcessor(
+        template: template, channels: model.configuration.hiddenSize, tokenizer: tokenizer,
+        encode: encode)
     let configuration = ModelConfiguration(
         directory: folder, eosTokenIds: Set(template.endTokenIds))
     return ModelContainer(
         context: ModelContext(
-            configuration: configuration, model: model, processor: processor,
+            configuration: configuration, model: PrunedFastVLM(model), processor: processor,
             tokenizer: tokenizer))
 }
