@@ -1,5 +1,6 @@
 """Core ML packages, read from disk and run in NumPy (`mil.py`), equal MLX."""
 
+import json
 import os
 import shutil
 import sys
@@ -343,8 +344,10 @@ def test_a_package_describes_itself(demo, packages, tmp_path):
     (source / "LICENSE").write_text("The code.")
     (source / "LICENSE_MODEL").write_text("Only on Sundays.")
     path = tmp_path / "p.mlpackage"
-    export_package(demo[0], [Pruner("none")], path, ExportOptions(), source)
+    settings = (ExportOptions(), source, None, demo[1])
+    export_package(demo[0], [Pruner("none")], path, *settings)
     about = Package(path).spec.description.metadata
+    assert json.loads(about.userDefined["mlx_tokprune_prompt"])["turn"] == demo[1].turn
     assert about.license == "The code.\n\nOnly on Sundays."
     assert "source" in about.shortDescription
 

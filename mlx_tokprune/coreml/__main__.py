@@ -91,14 +91,15 @@ def main(argv: list[str] | None = None) -> None:
     from ..checkpoints.loading import load
 
     source = resolve("demo" if args.model is None else args.model)
-    model, _ = load(source, mx.float32, lazy=True)
+    model, processor = load(source, mx.float32, lazy=True)
     pruners = pruners or list(model.carried)
     if not pruners:
         raise InputError(_NO_BUDGET)
     start = time.perf_counter()
     embedded = args.model in (None, "demo")
     name = "mlx_tokprune's demo model" if embedded else Path(str(args.model)).name
-    made = export_package(model, pruners, args.output, options, source, name)
+    settings = (options, source, name, processor)
+    made = export_package(model, pruners, args.output, *settings)
     seconds = time.perf_counter() - start
     for path, functions in made.items():
         print(format_package(path, functions, options))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..models.protocol import VisionModel
 
 Model = Any  # of coremltools.proto.Model_pb2, whose classes have no types
 
 _KEY = "mlx_tokprune"  # key in the package's user defined metadata
+PROMPT_KEY = "mlx_tokprune_prompt"
 OUTPUTS = {
     "image_features": "(1, K, C): kept visual tokens, in raster order",
     "kept_indices": "(1, K): indices of the kept tokens among the N visual tokens",
@@ -98,6 +100,25 @@ def describe(
     for described in (spec.description, *spec.description.functions):
         for feature in (*described.input, *described.output):
             feature.shortDescription = (inputs | OUTPUTS)[feature.name]
+
+
+def prompt_settings(model: VisionModel, processor: Any) -> dict[str, str]:
+    """Return the metadata of the prompt around a picture.
+
+    processor: the model's. Empty for policies, and where it is `None`.
+    """
+    if processor is None or model.answers != "text":
+        return {}
+    before, after = processor.marks
+    prompt = {
+        "prefix": processor.prefix + before,
+        "separator": after + "\n",
+        "suffix": processor.suffix,
+        "turn": processor.turn,
+        "image_token": processor.image_token,
+        "end_token_ids": sorted(processor.tokenizer.eos_token_ids),
+    }
+    return {PROMPT_KEY: json.dumps(prompt)}
 
 
 def _license(source: Path | None) -> str:

@@ -30,7 +30,7 @@ from ..models.protocol import VisionModel
 from ..pipeline.planning import plan_for
 from ..pruners import Pruner, get_method
 from .capture import Graph, capture
-from .describe import Function, describe, input_name
+from .describe import Function, describe, input_name, prompt_settings
 from .lower import lower
 from .split import output_name, split
 
@@ -130,6 +130,7 @@ def export_package(
     options: ExportOptions | None = None,
     source: str | Path | None = None,
     name: str | None = None,
+    processor: Any = None,
 ) -> dict[Path, list[Function]]:
     """Write a model's pruned vision path as one or more Core ML packages.
 
@@ -144,6 +145,7 @@ def export_package(
         options: options of the package; defaults when `None`.
         source: checkpoint folder, for its licence.
         name: model name in the package's description (default: the folder's name).
+        processor: the model's, for the prompt in the package's metadata.
 
     Returns:
         The functions of each written package, by its path.
@@ -175,7 +177,8 @@ def export_package(
         functions, package = _convert(model, pruners, options)
         groups = [[function] for function in functions] if separate else [functions]
         for folder, group in zip(folders, groups, strict=True):
-            _write(package, group, folder, options, source, name)
+            settings = prompt_settings(model, processor)
+            _write(package, group, folder, options, source, name, settings)
     del package
     gc.collect()  # coremltools' programs have reference cycles
     return dict(zip(paths, groups, strict=True))
@@ -248,6 +251,7 @@ def _write(
     options: ExportOptions,
     source: str | Path | None,
     name: str | None,
+    settings: dict[str, str],
 ) -> None:
     """Fill `folder` with the part of `package` that computes `functions`."""
     work = folder / "work.mlpackage"
@@ -260,7 +264,7 @@ def _write(
     (file,) = folder.glob("Data/*/*.mlmodel")
     spec = load_coremltools().utils.load_spec(str(file))
     split(spec, functions)
-    settings = {"precision": options.precision}
+    settings["precision"] = options.precision
     settings["compression"] = options.compress or "none"
     source = Path(source) if source else None
     describe(spec, functions, source, name, **settings)

@@ -30,6 +30,8 @@ public final class PrunedVision: @unchecked Sendable {
         public let projector: Bool
         /// Whether the input is a picture, or else numbers.
         public let image: Bool
+        /// N, the visual tokens before pruning.
+        public var total: Int { grid.reduce(1, *) }
     }
 
     public struct Output: Sendable {
@@ -49,6 +51,9 @@ public final class PrunedVision: @unchecked Sendable {
     }
 
     public let function: Function
+    /// The chat template around a picture, for `PromptTemplate` of PrunedAnswer; nil in a
+    /// package of a policy or of an older exporter.
+    public let prompt: String?
     private let model: MLModel
     /// Without colour management: the model was trained on pictures that Pillow resized in
     /// the numbers that they store, and a default context resizes in linear light.
@@ -69,6 +74,7 @@ public final class PrunedVision: @unchecked Sendable {
         model = try await MLModel.load(contentsOf: url, configuration: configuration)
         function = try Self.choose(
             configuration.functionName, from: Self.functions(of: model))
+        prompt = Self.metadata(of: model)?["mlx_tokprune_prompt"]
     }
 
     /// Sees and prunes a picture of `function.imageSize` pixels per side; see `square`.
@@ -101,11 +107,14 @@ public final class PrunedVision: @unchecked Sendable {
 
     /// The functions that the package of `model` says it has.
     static func functions(of model: MLModel) throws -> [Function] {
-        let metadata = model.modelDescription.metadata[.creatorDefinedKey]
-        guard let text = (metadata as? [String: String])?["mlx_tokprune"] else {
+        guard let text = metadata(of: model)?["mlx_tokprune"] else {
             throw Failure.notFromMLXTokprune
         }
         return try decode(text)
+    }
+
+    private static func metadata(of model: MLModel) -> [String: String]? {
+        model.modelDescription.metadata[.creatorDefinedKey] as? [String: String]
     }
 
     /// The function of this name, or the first, which Core ML loads when it is given none.
