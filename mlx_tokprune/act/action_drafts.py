@@ -50,8 +50,8 @@ def correct_draft(
 ) -> tuple[mx.array, int]:
     """Complete an action after the accepted part of its draft.
 
-    check: result of `read_draft`. Returns (B, A) tokens, and the number of calls besides
-    that of `read_draft`.
+    check: result of `read_draft`. Returns (B, A) tokens, and the number of calls
+    besides that of `read_draft`.
     """
     steps = draft.shape[1]
     chosen, layers, shifts = check
