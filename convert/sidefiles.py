@@ -108,22 +108,15 @@ def _read(path: Path) -> dict[str, mx.array]:
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {str(name): tensor.detach() for name, tensor in state.items()}
     except Exception:  # a damaged pickle can raise any error
         raise InputError(
-            f"{path} is damaged or holds more than tensors, and is refused; expected "
-            "a state_dict as torch.save writes it"
+            f"{path} is damaged or holds more than a flat table of tensors, and is "
+            "refused; expected a state_dict as torch.save writes it"
         ) from None
-    is_flat = isinstance(state, dict) and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
-    )
-    if not is_flat:
-        raise InputError(
-            f"{path} does not hold a flat table of tensors and is refused; expected "
-            "a state_dict as torch.save writes it"
-        )
     return {
         name.removeprefix("module."): _to_mlx(tensor, f"{name} of {path}")
-        for name, tensor in state.items()
+        for name, tensor in tensors.items()
     }
 
 
@@ -140,4 +133,4 @@ def _to_mlx(tensor: "torch.Tensor", name: str) -> mx.array:
     if not dense or tensor.dtype not in types:
         kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
         raise InputError(f"tensor {name} is {kind}; expected floats, dense")
-    return mx.array(tensor.detach().float().numpy()).astype(types[tensor.dtype])
+    return mx.array(tensor.float().numpy()).astype(types[tensor.dtype])

@@ -268,8 +268,8 @@ REFUSED = [
     (truncated, "model.safetensors is truncated or not a safetensors file"),
     (truncated_header, "truncated or not a safetensors file .invalid header length"),
     (not_safetensors, "is truncated or not a safetensors file"),
-    (missing_shard, "shard model-00001-of-00004.safetensors is missing"),
-    (leaving_index, "'../model.safetensors', which leaves"),
+    (missing_shard, "the shard 'model-00001-of-00004.safetensors', which is missing"),
+    (leaving_index, "'../model.safetensors', which is missing from"),
     (
         wrong_shape,
         r"tensor language_model.model.norm.weight .* has shape \(63,\); "

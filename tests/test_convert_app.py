@@ -231,7 +231,7 @@ def test_two_packages_and_other_sizes_are_refused(app):
     with pytest.raises(InputError, match=r"has shape .*expected|mm_hidden_size"):
         load(app)
     edit_config(app, vision_config=SIZES | {"layers": "x"})
-    with pytest.raises(InputError, match="layers 'x'; expected 5 values"):
+    with pytest.raises(InputError, match="layers 'x'; expected 5 whole numbers"):
         load(app)
     (app / "other.mlpackage").mkdir()
     with pytest.raises(InputError, match=r"fastvithd.mlpackage, other.mlpackage; exp"):

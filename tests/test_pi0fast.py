@@ -336,7 +336,7 @@ def test_names_are_for_policies_that_have_them(tiny_policy):
         ({"proprio": [0.0] * 4}, "5 numbers for this policy; got 4"),
         ({"proprio": [0.0] * 4 + [float("nan")]}, "not finite"),
         ({"instruction": " "}, "the instruction is empty"),
-        ({"instruction": "go " * 40}, "the most is 80"),
+        ({"instruction": "go " * 40}, "the model reads 80"),
         ({"instruction": "go " * 40000}, "is too long"),
     ],
 )

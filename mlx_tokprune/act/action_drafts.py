@@ -11,7 +11,7 @@ wherever it has the current answer's latest tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,42 +27,36 @@ from .heads import Chunks
 _WIDTH = 16  # drafted tokens per call, after the first call
 
 
-class DraftCheck(NamedTuple):
-    """Result of reading a draft: arrays only, because a compiled call returns it.
-
-    tokens: (B, A), the model's tokens after the prompt and after each drafted token but
-    the last. layers: keys and values of each layer, which may differ in length. shifts:
-    offset of each layer that later positions add to its cached length.
-    """
-
-    tokens: mx.array
-    layers: list[tuple[mx.array, mx.array]]
-    shifts: list[mx.array]
-
-
 def read_draft(
     model: VisionModel, scene: Scene, plan: Plan, positions: str, draft: mx.array
-) -> DraftCheck:
-    """Read the prompt and a draft (B, A) in one call. Lazy."""
+) -> tuple[mx.array, list, list[mx.array]]:
+    """Read the prompt and a draft (B, A) in one call, which may be compiled. Lazy.
+
+    Returns the model's tokens (B, A) after the prompt and after each drafted token but
+    the last, keys and values of each layer, which may differ in length, and the offset
+    of each layer that later positions add to its cached length.
+    """
     cache = model.decoder.make_cache()
     options = {"positions": positions, "after": draft[:, :-1], "cache": cache}
     read, _ = run(model, scene, plan, **options)
     _, tokens = greedy(model.decoder.logits(read.hidden))
     layers = [layer.inner.keys_and_values() for layer in read.cache]
     shifts = [mx.array(layer.shift) for layer in read.cache]
-    return DraftCheck(tokens, layers, shifts)
+    return tokens, layers, shifts
 
 
 def correct_draft(
-    model: VisionModel, draft: mx.array, check: DraftCheck
+    model: VisionModel, draft: mx.array, check: tuple[mx.array, list, list[mx.array]]
 ) -> tuple[mx.array, int]:
     """Complete an action after the accepted part of its draft.
 
-    Returns (B, A) tokens, and the number of calls besides that of `read_draft`.
+    check: result of `read_draft`. Returns (B, A) tokens, and the number of calls
+    besides that of `read_draft`.
     """
     steps = draft.shape[1]
-    cache = model.decoder.cache_of(check.layers, check.shifts)
-    tokens, calls = _agreed(draft, check.tokens), 0
+    chosen, layers, shifts = check
+    cache = model.decoder.cache_of(layers, shifts)
+    tokens, calls = _agreed(draft, chosen), 0
     while tokens.shape[1] < steps:
         done = tokens.shape[1]
         for layer in cache:  # forget the draft from its first mismatch on

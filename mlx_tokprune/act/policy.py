@@ -25,7 +25,7 @@ from ..processing.processor import AnyProcessor, check_acts
 from ..processing.prompt import Prompt, check_text
 from ..pruners import Plan, Pruners, count_tokens
 from ..runtime import end_streams_with_thread
-from .action_drafts import DraftCheck, correct_draft, draft_chunk, read_draft
+from .action_drafts import correct_draft, draft_chunk, read_draft
 from .episode import EpisodeInputs, check_robots
 from .heads import Chunks, head_of
 from .inputs import (
@@ -337,11 +337,11 @@ class Policy:
 
     def _read_draft(self, draft: mx.array, arrays: dict) -> tuple:
         scene = self._scene(arrays)
-        return tuple(read_draft(self.model, scene, self.plan, self.positions, draft))
+        return read_draft(self.model, scene, self.plan, self.positions, draft)
 
     def _act_with_draft(self, draft: mx.array, arrays: dict) -> mx.array:
         """Check the draft in the compiled call, then decode what it got wrong."""
-        check = DraftCheck(*self._read(draft, arrays))
+        check = self._read(draft, arrays)
         self.kept = self._mean_kept()
         tokens, more = correct_draft(self.model, draft, check)
         self.calls = 1 + more

@@ -102,7 +102,9 @@ def load(
     vocabulary = tokenizer.get_vocab()
     longest = max(map(len, vocabulary), default=1)
     if model.answers == "chunks":
-        code = _fast_code(checkpoint.folder, beside)
+        names = ("fast_tokenizer.json", "fast_processor_config.json")
+        files = (beside.get(name, checkpoint.folder / name) for name in names)
+        code = FastCode.read(*files)
         return model, _chunk_processor(model, tokenizer, config, longest, code)
     _check_vocabulary(vocabulary, model.args.text["vocab_size"], checkpoint.folder)
     make = _processor if model.answers == "text" else _action_processor
@@ -182,11 +184,6 @@ def _action_processor(
     )
 
 
-def _fast_code(folder: Path, beside: Mapping[str, Path]) -> FastCode:
-    names = ("fast_tokenizer.json", "fast_processor_config.json")
-    return FastCode.read(*(beside.get(name, folder / name) for name in names))
-
-
 def _chunk_processor(
     model: Any,
     tokenizer: "TokenizerWrapper",
@@ -195,9 +192,8 @@ def _chunk_processor(
     code: FastCode,
 ) -> ChunkProcessor:
     args = model.args
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is None:
-            raise InputError("the tokenizer has no <bos> or no <eos>; expected both")
+    if None in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise InputError("the tokenizer has no <bos> or no <eos>; expected both")
     return ChunkProcessor(
         tokenizer,
         model.image_size,
@@ -246,7 +242,8 @@ def load_tokenizer(folder: Path, config: dict) -> "TokenizerWrapper":
     from mlx_lm.tokenizer_utils import load as load_mlx_lm_tokenizer
 
     stops: set[int] = set()
-    for source in (config, _optional_json(folder / "generation_config.json")):
+    settings = folder / "generation_config.json"
+    for source in (config, read_json(settings) if settings.exists() else {}):
         ids = source.get("eos_token_id") or []
         ids = ids if isinstance(ids, list) else [ids]
         if not all(type(number) is int for number in ids):
@@ -283,7 +280,3 @@ def _check_vocabulary(vocabulary: dict, size: int, folder: Path) -> None:
             f"the tokenizer of {folder} has token id {highest}, but the model has "
             f"only {size} embeddings"
         )
-
-
-def _optional_json(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}

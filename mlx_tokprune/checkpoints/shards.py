@@ -169,16 +169,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _shard(folder: Path, name: str) -> Path:
-    path = Path(name)
-    if path.is_absolute() or path.name != name or name in ("", ".", ".."):
+    if Path(name).name != name or not os.path.isfile(folder / name):
         raise InputError(
-            f"{INDEX} names the shard {name!r}, which leaves {folder}; expected "
-            "file names inside the folder"
-        )
-    if not os.path.isfile(folder / name):
-        raise InputError(
-            f"shard {name} is missing from {folder}, though {INDEX} names it; "
-            "download it again"
+            f"{INDEX} names the shard {name!r}, which is missing from {folder}; "
+            "download it again: shards are files inside the folder"
         )
     return folder / name
 

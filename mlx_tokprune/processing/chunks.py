@@ -24,7 +24,7 @@ from .actions import (
 )
 from .fast import FastCode
 from .image import preprocess_fitted
-from .prompt import Prompt, state_prompt
+from .prompt import Prompt, check_length, check_tokens, state_prompt
 
 Dialect = Literal["lerobot", "openpi"]
 _EDGES = np.linspace(-1, 1, 257)[:-1]
@@ -69,19 +69,12 @@ class ChunkProcessor:
         """
         bins = np.digitize(state, _EDGES) - 1
         text = state_prompt(instruction, bins.tolist(), self.dialect == "openpi")
-        if len(text) > self.limit * self.longest:
-            raise InputError(
-                f"the instruction is too long: {len(text)} characters of task and "
-                f"state are more than the {self.limit} tokens that fit"
-            )
+        name = "the instruction with the state"
+        check_length(text, self.limit, self.longest, name)
         ids, start = self.tokenizer.encode(text), self.tokenizer.bos_token_id
         if self.dialect == "openpi":
             ids = [start, *self.tokenizer.encode(text, add_special_tokens=False)]
-        if len(ids) > self.limit:
-            raise InputError(
-                f"the instruction is too long: with the state it has {len(ids)} "
-                f"tokens, and the most is {self.limit}"
-            )
+        check_tokens(len(ids), self.limit, name)
         if max(ids) >= self.embedded:
             raise InputError(
                 f"the instruction has token {max(ids)}, and the model has embeddings "

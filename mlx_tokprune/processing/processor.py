@@ -18,7 +18,15 @@ from .image import (
     preprocess_cropped,
     preprocess_naive,
 )
-from .prompt import Prompt, action_prompt, check_text, place_pictures, tokenize
+from .prompt import (
+    Prompt,
+    action_prompt,
+    check_length,
+    check_text,
+    check_tokens,
+    place_pictures,
+    tokenize,
+)
 
 PADDINGS = ("keep", "skip")
 _LARGEST = 4096  # px of an input, four times FastVLM's training size
@@ -61,7 +69,7 @@ class Processor:
                 f"the system prompt cannot hold {self.image_token}; write it in the "
                 "question"
             )
-        _check_length(text, self.context, self.longest, "the system prompt")
+        check_length(text, self.context, self.longest, "the system prompt")
         return dataclasses.replace(self, prefix=f"{self.opening}{text}{self.turn}")
 
     def at(self, image_size: int, padding: str | None = None) -> "Processor":
@@ -109,7 +117,7 @@ class Processor:
         Raises `InputError` for an empty or too long text, or a wrong number of marks.
         """
         text = place_pictures(text, pictures, self.image_token)
-        _check_length(text, self.context, self.longest, "the prompt")
+        check_length(text, self.context, self.longest, "the prompt")
         return text
 
     def prompt(self, text: str, pictures: int) -> Prompt:
@@ -121,12 +129,7 @@ class Processor:
         chat = f"{self.prefix}{text}{self.suffix}"
         chat = chat.replace(self.image_token, self.image_token.join(self.marks))
         prompt = tokenize(chat, self.image_token, self._encode)
-        length = sum(map(len, prompt.segments))
-        if length > self.context:
-            raise InputError(
-                f"the prompt is too long: it has {length} tokens, and the model reads "
-                f"{self.context}"
-            )
+        check_tokens(sum(map(len, prompt.segments)), self.context, "the prompt")
         return prompt
 
     def continued(self, text: str) -> list[int]:
@@ -181,15 +184,11 @@ class ActionProcessor:
         Raises `InputError` for an instruction that is empty or too long.
         """
         text = action_prompt(instruction)
-        _check_length(text, self.limit, self.longest, "the instruction")
+        check_length(text, self.limit, self.longest, "the instruction")
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if ids[-1:] != [self.empty_token_id]:
             ids = [*ids, self.empty_token_id]
-        if len(ids) > self.limit:
-            raise InputError(
-                f"the instruction is too long: with its prompt it has {len(ids)} "
-                f"tokens, and the most is {self.limit}"
-            )
+        check_tokens(len(ids), self.limit, "the instruction with its prompt")
         return Prompt(((self.tokenizer.bos_token_id,), tuple(ids)))
 
     def bounds(self, part: str, unnorm_key: str | None) -> Bounds:
@@ -224,12 +223,3 @@ def check_acts(processor: AnyProcessor) -> PolicyProcessor:
         "this model answers in words, not in actions; expected a policy, such as "
         "'demo-policy' (mlx_tokprune generate runs models that answer)"
     )
-
-
-def _check_length(text: str, limit: int, longest: int, name: str) -> None:
-    """Raise `InputError` for a text that cannot fit, before it is tokenized."""
-    if len(text) > limit * longest:
-        raise InputError(
-            f"{name} is too long: it has {len(text)} characters, and the {limit} "
-            f"tokens that fit have at most {limit * longest}"
-        )

@@ -64,14 +64,35 @@ def check_text(text: str, name: str) -> None:
         raise InputError(f"{name} is not valid Unicode text") from None
 
 
+def check_length(text: str, limit: int, longest: int, name: str) -> None:
+    """Raise `InputError` for a text that cannot fit, before it is tokenized."""
+    if len(text) > limit * longest:
+        raise InputError(
+            f"{name} is too long: it has {len(text)} characters, and the {limit} "
+            f"tokens that fit have at most {limit * longest}"
+        )
+
+
+def check_tokens(count: int, limit: int, name: str) -> None:
+    """Raise `InputError` for more tokens than the model reads."""
+    if count > limit:
+        raise InputError(
+            f"{name} is too long: it has {count} tokens, and the model reads {limit}"
+        )
+
+
+def _check_instruction(instruction: str) -> None:
+    check_text(instruction, "the instruction")
+    if not instruction.replace("_", " ").strip():
+        raise InputError("the instruction is empty; expected what the robot should do")
+
+
 def action_prompt(instruction: str) -> str:
     """Return OpenVLA's prompt of an instruction, in lower case as in its scripts.
 
     Raises `InputError` for an empty instruction.
     """
-    check_text(instruction, "the instruction")
-    if not instruction.strip():
-        raise InputError("the instruction is empty; expected what the robot should do")
+    _check_instruction(instruction)
     return (
         f"In: What action should the robot take to {instruction.strip().lower()}?\nOut:"
     )
@@ -83,10 +104,8 @@ def state_prompt(instruction: str, bins: Sequence[int], lower: bool) -> str:
     lower: write the task in lower case, as openpi does; lerobot does not. Raises
     `InputError` for an empty instruction.
     """
-    check_text(instruction, "the instruction")
+    _check_instruction(instruction)
     task = instruction.strip().replace("_", " ").replace("\n", " ")
-    if not task.strip():
-        raise InputError("the instruction is empty; expected what the robot should do")
     task = task.lower() if lower else task
     return f"Task: {task}, State: {' '.join(map(str, bins))};\n"
 
