@@ -65,7 +65,7 @@ def attach(model: Any, processor: Any, pruner: Pruner) -> Handle:
         if pixel_values is None:
             return kind.embed_inputs(self, inputs)
         one = isinstance(pixel_values, mx.array) and pixel_values.ndim == 3
-        pixels = [pixel_values] if one else pixel_values
+        pixels: Any = [pixel_values] if one else pixel_values
         ids, media, pairs = np.array(inputs), self.args.image_token_id, budgets(pixels)
         ends = np.flatnonzero(ids == media)
         if len(ends) != sum(keep for _, keep in pairs):

@@ -149,7 +149,7 @@ def _draw_pareto(methods: dict[str, list], figure: "Figure", _: dict) -> None:
     axes = figure.subplots()
     for method, points in methods.items():
         points.sort(key=lambda point: point[0])
-        xs, ys, _ = zip(*points, strict=True)
+        xs, ys, _rows = zip(*points, strict=True)
         (line,) = axes.plot(xs, ys, "-", lw=1, label=method)
         sizes = [20 + 60 * row["kept"] / row["visual_tokens"] for *_, row in points]
         axes.scatter(xs, ys, sizes, color=line.get_color())

@@ -124,7 +124,8 @@ class MlxVlmSubject:
     @contextlib.contextmanager
     def _pruned(self, row: Row) -> Iterator[Handle]:
         (pruner,) = row.pruners
-        handle = attach(self.model, self.processor, pruner, self.positions)
+        attached = attach(self.model, self.processor, pruner, self.positions)
+        handle = cast(Handle, attached)  # the subject is a model of mlx-vlm
         try:
             yield handle
         finally:
