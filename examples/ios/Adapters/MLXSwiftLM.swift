@@ -31,7 +31,7 @@ private final class CacheAdapter: KeyValueCache {
 
 /// Position of the next token less the length of the cache.
 private let shiftKey = LMOutput.Key<Int>("mlx_tokprune.shift")
-/// Stands for the picture among token ids, as in mlx-swift-lm's FastVLM.
+/// Stands for a visual token among token ids: ChatSession counts ids against its cache.
 private let imageId = -200
 
 /// `Qwen2Model` with the kept visual tokens at their original positions.
@@ -66,7 +66,7 @@ final class PrunedFastVLM: Module, MLXLMCommon.LanguageModel, KVCacheDimensionPr
             parts.append(image.pixels)
             positions += kept.asArray(Int32.self).map { next + Int($0) }
             next += frame.product
-            ids = ids[(place + 1)...]
+            ids = ids[(place + kept.size)...]
         }
         try appendText(ids)
         let type = try model.embed([0]).dtype
@@ -126,13 +126,14 @@ struct PrunedProcessor: UserInputProcessor {
         }
         let before = tokenizer.encode(text: template.prefix, addSpecialTokens: false)
         let after = tokenizer.encode(text: text, addSpecialTokens: false)
-        let ids = MLXArray((before + [imageId] + after).map(Int32.init))
         let kept = visual.keptIndices.count
         guard kept > 0, visual.features.count == kept * channels else {
             throw AnswerFailure.wrongFeatures(
                 numbers: visual.features.count, kept: kept, channels: channels)
         }
         let features = MLXArray(visual.features, [kept, channels])
+        let visualIds = Array(repeating: imageId, count: kept)
+        let ids = MLXArray((before + visualIds + after).map(Int32.init))
         return LMInput(
             text: .init(tokens: ids[.newAxis]),
             image: .init(
