@@ -63,8 +63,9 @@ class MlxVlmSubject:
         # Token totals and costs by input shape: rows and repetitions share them.
         self._cache: dict = {}
         # A trial: it raises for unsupported models and describes supported ones.
-        self._handle = attach(
-            *(self.model, self.processor, Pruner("norm", 0.5), positions)
+        self._handle = cast(
+            Handle,
+            attach(*(self.model, self.processor, Pruner("norm", 0.5), positions)),
         )
         self._handle.detach()
 
