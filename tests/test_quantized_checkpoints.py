@@ -214,6 +214,18 @@ def test_formats_that_do_not_fit_are_refused(tmp_path, damage, message):
     assert len(str(error.value)) < 600
 
 
+def test_a_second_section_that_differs_is_told(tmp_path, caplog):
+    folder = tmp_path / "q"
+    quantize(TINY, folder, lambda path: Format(32, 4))
+    section(folder, Format(32, 4))
+    load(folder)
+    assert "differs" not in caplog.text
+    edit_config(folder, quantization_config={"quant_method": "awq"})
+    load(folder)
+    assert "quantization_config of" in caplog.text
+    assert "differs and is not followed" in caplog.text
+
+
 def test_a_layer_without_scales_is_not_quantized(tmp_path):
     folder = tmp_path / "q"
     quantize(TINY, folder, lambda path: Format(32, 4) if path != PROJECTOR else None)

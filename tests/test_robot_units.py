@@ -117,7 +117,7 @@ def test_deviations_as_bounds():
 
 
 def test_bins_are_the_last_tokens_in_reverse():
-    """Of 5 edges from -1 to 1, the 4 bins are centred at -0.75 to 0.75."""
+    """A bin's centre lies between its edges: 5 edges from -1 to 1 make 4 bins."""
     ids = np.array([[102, 99, 98], [97, 96, 95]])
     expected = [[-0.75, -0.75, -0.25], [0.25, 0.75, 0.75]]
     assert bin_values(ids, 100, bins=5).tolist() == expected

@@ -21,7 +21,6 @@ _PATHS = (*_ANSWERS, "/responses/input_tokens", "/responses/compact")
 _PATHS += ("/messages/count_tokens",)
 _USAGE = re.compile(rb'"usage":\s*\{')
 _OPENING = re.compile(rb"event: response\.(created|in_progress)\n")
-_REMEMBERED = 1024  # responses whose pictures a later request goes on from
 _METRIC = """\
 # HELP mlx_tokprune_visual_tokens_{0}_total Visual tokens of answered prompts: {0}.
 # TYPE mlx_tokprune_visual_tokens_{0}_total counter
@@ -36,7 +35,9 @@ class VisualBudgets:
     """
 
     def __init__(self, settings: Settings):
-        self._settings = settings
+        from mlx_vlm.server import RESPONSE_STORE_LIMIT
+
+        self._settings, self._most_responses = settings, RESPONSE_STORE_LIMIT
         self._counts = {"seen": 0, "kept": 0, "dropped": 0}
         self._details: dict[str, list[str]] = {}
 
@@ -121,7 +122,7 @@ class VisualBudgets:
         next((usage[name] for name in names if name in usage), usage).update(counts)
         if holder.get("object") == "response":
             self._details[holder["id"]] = details
-            while len(self._details) > _REMEMBERED:
+            while len(self._details) > self._most_responses:
                 del self._details[next(iter(self._details))]
         return before + json.dumps(payload, ensure_ascii=False).encode()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
-from ..errors import InputError
+from ..errors import InputError, note
 from ..files import object_of
 
 GROUPS = (32, 64, 128)  # of mode affine
@@ -164,9 +164,11 @@ class QuantizationReader:
     def _section(self) -> Mapping:
         """Return the first section about quantization, as mlx-lm looks for it."""
         for owner in (self.config, object_of(self.config, "text_config")):
-            for name in SECTIONS:
-                if owner.get(name) is not None:
-                    return object_of(owner, name)
+            named = [object_of(owner, n) for n in SECTIONS if owner.get(n) is not None]
+            if len(named) > 1 and named[0] != named[1]:
+                note(f"{SECTIONS[1]} of {self.source} differs and is not followed")
+            if named:
+                return named[0]
         return {}
 
     def _layers(self, section: Mapping) -> dict[str, dict | bool]:
